@@ -1,0 +1,77 @@
+"""Rank pretrained image backbones on your own labelled images, before the first epoch.
+
+>>> import sfda_tune
+>>> ranking = sfda_tune.rank("digits", "demo:*", samples=200, cache=False)
+>>> best = ranking.shortlist(3)
+
+==================  =============================================================================
+`rank`              images and candidates in, `Ranking` out
+`score`             the score of one backbone's `Features`
+`open_dataset`      folders, tables, arrays, torchvision and Hugging Face data sets
+`resolve_backbones` timm names and globs, hub and local checkpoints, networks of your own
+`extract`           the features themselves
+`Backbone` `Features` `MetricResult` `Score` `Ranking`  the values that travel between them
+==================  =============================================================================
+
+Nothing heavy is imported until it is used: ``import sfda_tune`` loads neither torch nor timm.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfda_tune.backbones import BackboneError, resolve_backbones
+    from sfda_tune.datasets import DatasetError, ImageDataset, open_dataset
+    from sfda_tune.extraction import extract
+    from sfda_tune.ranking import RankingInterruptedError, rank, score
+    from sfda_tune.values import Backbone, Features, MetricResult, Ranking, Score
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Backbone": "values",
+    "BackboneError": "backbones",
+    "DatasetError": "datasets",
+    "Features": "values",
+    "ImageDataset": "datasets",
+    "MetricResult": "values",
+    "Ranking": "values",
+    "RankingInterruptedError": "ranking",
+    "Score": "values",
+    "extract": "extraction",
+    "open_dataset": "datasets",
+    "rank": "ranking",
+    "resolve_backbones": "backbones",
+    "score": "ranking",
+}
+
+__all__ = [
+    "Backbone",
+    "BackboneError",
+    "DatasetError",
+    "Features",
+    "ImageDataset",
+    "MetricResult",
+    "Ranking",
+    "RankingInterruptedError",
+    "Score",
+    "extract",
+    "open_dataset",
+    "rank",
+    "resolve_backbones",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sfda_tune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sfda_tune.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

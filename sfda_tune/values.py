@@ -317,7 +317,15 @@ class Score(_Value):
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
 
 
-_COLUMNS = ("rank", "backbone", "score", "n_dims", "n_params", "images_per_second", "note")
+_COLUMNS: tuple[str, ...] = (
+    "rank",
+    "backbone",
+    "score",
+    "n_dims",
+    "n_params",
+    "images_per_second",
+    "note",
+)
 _HEADINGS = ("rank", "backbone", "score", "width", "params", "images/s", "note")
 
 

@@ -1,0 +1,565 @@
+"""Backbones: from what a user writes to a network that gives features.
+
+==========================  =====================================================================
+spec                        meaning
+==========================  =====================================================================
+``resnet50.a1_in1k``        a timm name; pretrained weights from the hub through timm's own cache
+``convnext_*.fb_in22k*``    a glob over timm's pretrained names
+``hf-hub:owner/name``       a timm checkpoint on the Hugging Face hub
+``local-dir:PATH``          a timm checkpoint folder (``config.json`` and weights)
+``PATH``                    such a folder, a folder of such folders, or a glob over them
+``demo:*``                  the small backbones that ship with the package, or a glob over them
+`Backbone`                  anything else: ``Backbone("mine", load=lambda: (module, transform))``
+``{"mine": module}``        modules by name; with ``(module, transform)`` a transform of your own
+==========================  =====================================================================
+
+Weights are opened as timm opens them: safetensors, else ``torch.load(weights_only=True)``. Nothing
+is fetched unless a spec names remote weights that are not in the local cache yet.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import fnmatch
+import functools
+import glob as globbing
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sfda_tune import demo
+from sfda_tune.preprocessing import Preprocessing
+from sfda_tune.values import Backbone
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "BackboneError",
+    "Description",
+    "describe",
+    "fingerprint",
+    "load",
+    "load_plugin",
+    "resolve_backbones",
+]
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz")
+
+
+class BackboneError(ValueError):
+    """A backbone spec that cannot be understood, or a backbone that cannot be opened."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a backbone without its weights."""
+
+    backbone: Backbone
+    n_params: int
+    n_dims: int | None
+    preprocessing: Preprocessing
+
+
+# Plug-ins ---------------------------------------------------------------------------------------
+_PLUGINS: dict[str, ModuleType] = {}
+_PLUGIN_LOCK = threading.RLock()
+
+
+def load_plugin(source: str | os.PathLike[str]) -> ModuleType:
+    """Run a Python file, or import a module, that registers further architectures with timm.
+
+    Parameters
+    ----------
+    source : str or path
+        ``"my_models.py"``, ``"path/to/my_models.py"`` or ``"package.my_models"``. A file is run
+        once per process; files beside it can be imported by it.
+
+    Returns
+    -------
+    module
+
+    Raises
+    ------
+    BackboneError
+        If there is no such file or module, or if running it fails.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    is_file = path.suffix == ".py" or path.is_file()
+    key = str(path.resolve()) if is_file else name
+    with _PLUGIN_LOCK:
+        if key in _PLUGINS:
+            return _PLUGINS[key]
+        try:
+            if not is_file:
+                module = importlib.import_module(name)
+            else:
+                if not path.is_file():
+                    raise FileNotFoundError(f"no file {str(path)!r}")
+                if key in (str(Path(m.__file__).resolve()) for m in _modules_with_file()):
+                    module = next(
+                        m for m in _modules_with_file() if str(Path(m.__file__).resolve()) == key
+                    )
+                else:
+                    module = _run_file(path.resolve())
+        except Exception as error:
+            raise BackboneError(
+                f"the plug-in {name!r} could not be imported ({type(error).__name__}: {error}); "
+                "pass a Python file or the name of an importable module."
+            ) from error
+        _PLUGINS[key] = module
+        return module
+
+
+def _modules_with_file() -> list[Any]:
+    return [m for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+
+
+def _run_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    known = sys.modules.get(path.stem)
+    sys.path.insert(0, str(path.parent))  # as `python path/to/file.py` would
+    sys.modules[path.stem] = module  # timm's registry looks the module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        if known is not None:
+            sys.modules[path.stem] = known
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+# Specs to backbones -----------------------------------------------------------------------------
+def resolve_backbones(specs: Any, *, plugins: Iterable[str] = ()) -> list[Backbone]:
+    """Expand specs to backbones, without loading or fetching any weights.
+
+    Parameters
+    ----------
+    specs : str, Backbone, mapping, or an iterable of these
+        See the table of the module.
+    plugins : iterable of str
+        Files or modules for `load_plugin`; every process that loads the backbones runs them.
+
+    Returns
+    -------
+    list of Backbone
+        In the order of the specs, each once, with unique names.
+
+    Raises
+    ------
+    BackboneError
+        Naming every spec that matches nothing, with what is close to it.
+
+    Examples
+    --------
+    >>> [b.name for b in resolve_backbones("demo:*noise*")]
+    ['demo:resnet_noise']
+    """
+    plugins = tuple(os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in plugins)
+    for plugin in plugins:
+        load_plugin(plugin)
+    if isinstance(specs, (str, os.PathLike, Backbone, Mapping)):
+        specs = [specs]
+    found: list[Backbone] = []
+    problems: list[str] = []
+    for spec in specs:
+        if isinstance(spec, Backbone):
+            found.append(spec)
+        elif isinstance(spec, Mapping):
+            found.extend(_given(name, value) for name, value in spec.items())
+        elif isinstance(spec, (str, os.PathLike)):
+            try:
+                found.extend(
+                    Backbone(name, opened, plugins=plugins)
+                    for name, opened in _expand(os.fspath(spec))
+                )
+            except BackboneError as error:
+                problems.append(str(error))
+        else:
+            problems.append(
+                f"{spec!r} is no str, Backbone or mapping; pass {{'name': (module, transform)}} "
+                "for a network of your own"
+            )
+    if problems:
+        raise BackboneError("; ".join(problems))
+    distinct: dict[tuple[str, int], Backbone] = {}
+    for backbone in found:
+        distinct.setdefault((backbone.spec, id(backbone.load)), backbone)
+    if not distinct:
+        raise BackboneError("`backbones` is empty; pass a spec such as 'resnet*' or 'demo:*'")
+    return _with_unique_names(list(distinct.values()))
+
+
+def _with_unique_names(backbones: list[Backbone]) -> list[Backbone]:
+    """Call folders of the same name by their whole path."""
+    names = [b.name for b in backbones]
+    result = [
+        Backbone(b.spec, b.spec, b.load, b.plugins) if names.count(b.name) > 1 and b.spec else b
+        for b in backbones
+    ]
+    names = [b.name for b in result]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BackboneError(f"`backbones` must have unique names but repeats {twice}")
+    return result
+
+
+def _expand(spec: str) -> list[tuple[str, str]]:
+    """Expand one text to pairs of name and what timm opens."""
+    if spec.startswith("demo:"):
+        names = fnmatch.filter(demo.names(), spec[len("demo:") :])
+        if not names:
+            raise BackboneError(f"{spec!r} matches none of {['demo:' + n for n in demo.names()]}")
+        return [(f"demo:{name}", f"demo:{name}") for name in names]
+    if spec.startswith(("hf-hub:", "hf_hub:")):
+        owner_and_name = spec.partition(":")[2]
+        if "/" not in owner_and_name:
+            raise BackboneError(f"{spec!r} must look like 'hf-hub:owner/name'")
+        return [(f"hf-hub:{owner_and_name}", f"hf-hub:{owner_and_name}")]
+    if spec.startswith("local-dir:"):
+        return _expand_folder(spec, spec.partition(":")[2])
+    looks_like_path = spec.startswith((".", "~")) or any(
+        s and s in spec for s in (os.sep, os.altsep)
+    )
+    if looks_like_path:
+        return _expand_folder(spec, spec)
+    try:
+        return _expand_timm(spec)
+    except BackboneError:
+        if os.path.isdir(spec):
+            return _expand_folder(spec, spec)
+        raise
+
+
+def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
+    path = os.path.expanduser(path)
+    folders = sorted(globbing.glob(path)) if globbing.has_magic(path) else [path]
+    folders = [Path(os.path.abspath(folder)) for folder in folders if os.path.isdir(folder)]
+    if not folders:
+        raise BackboneError(f"{spec!r} names no folder; pass a folder that holds a config.json")
+    found = []
+    for folder in folders:
+        inside = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
+        found += [f for f in inside if (f / "config.json").is_file()]
+    if not found:
+        raise BackboneError(
+            f"{spec!r} holds no timm checkpoint: neither it nor a folder in it has a config.json"
+        )
+    return [(folder.name, f"local-dir:{folder}") for folder in found]
+
+
+def _expand_timm(spec: str) -> list[tuple[str, str]]:
+    import timm
+
+    if any(c in spec for c in "*?["):
+        names = timm.list_models(spec, pretrained=True)
+        if names:
+            return [(name, name) for name in names]
+        if timm.list_models(spec):
+            raise BackboneError(
+                f"no timm architecture that matches {spec!r} has pretrained weights"
+            )
+    elif timm.is_model(spec.partition(".")[0]):
+        if timm.models.is_model_pretrained(spec):
+            return [(spec, spec)]
+        tags = timm.list_models(spec.partition(".")[0], pretrained=True)
+        if tags:
+            raise BackboneError(f"{spec!r} has no such pretrained tag; timm has {', '.join(tags)}")
+        raise BackboneError(
+            f"timm has no pretrained weights for {spec!r}; pass a checkpoint as local-dir:PATH"
+        )
+    known = timm.list_models() + timm.list_models(pretrained=True)
+    close = difflib.get_close_matches(spec, known, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else "see `sfda-tune backbones '*'`"
+    raise BackboneError(
+        f"timm knows no model {spec!r}, and there is no such folder; {hint} "
+        "(--import FILE registers architectures of your own)"
+    )
+
+
+def _given(name: str, value: Any) -> Backbone:
+    """Wrap a module, or a module with a transform."""
+    module, transform = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    if not callable(getattr(module, "forward", None)):
+        raise BackboneError(
+            f"the backbone {name!r} must be a torch.nn.Module or (module, transform) but is "
+            f"{type(module).__name__}"
+        )
+    if transform is None and not getattr(module, "pretrained_cfg", None):
+        raise BackboneError(
+            f"the backbone {name!r} is no timm model, so its preprocessing is unknown; pass "
+            "(module, transform)"
+        )
+    return Backbone(name, load=functools.partial(_hand_over, module, transform))
+
+
+def _hand_over(module: Any, transform: Any) -> tuple[Any, Any]:
+    return module, transform
+
+
+# Backbones to networks --------------------------------------------------------------------------
+def describe(backbone: Backbone) -> Description:
+    """Find out parameters, width and preprocessing, without loading weights.
+
+    Raises
+    ------
+    BackboneError
+        If the backbone cannot be opened; the message says why and what to do.
+    """
+    import torch
+
+    if backbone.load is not None:
+        module, preprocessing = load(backbone)
+        return Description(backbone, _count(module), None, preprocessing)
+    try:
+        with torch.device("meta"):
+            module = _create(backbone, pretrained=False)
+    except BackboneError:
+        raise
+    except Exception as error:  # a constructor that computes with its buffers
+        logger.debug("%s cannot be built on the meta device: %s", backbone.name, error)
+        module = _create(backbone, pretrained=False)
+    return Description(backbone, _count(module), _width(module), _preprocessing(module))
+
+
+def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
+    """Open a backbone with its weights, on the CPU, in eval mode, without its classifier.
+
+    Returns
+    -------
+    module : torch.nn.Module
+        Maps (n, channels, height, width) to features (n, n_dims).
+    preprocessing : Preprocessing
+
+    Raises
+    ------
+    BackboneError
+        If it cannot be opened; the message says why and what to do.
+    """
+    if backbone.load is None:
+        module = _create(backbone, pretrained=True)
+        return module.eval().requires_grad_(False), _preprocessing(module)
+    for plugin in backbone.plugins:
+        load_plugin(plugin)
+    module, transform = backbone.load()
+    module = copy.deepcopy(module)  # the caller's stays in its mode, on its device
+    if transform is not None:
+        preprocessing = Preprocessing(None, transform=transform)
+    else:
+        preprocessing = _preprocessing(module)
+        module.reset_classifier(0)
+    return module.eval().requires_grad_(False), preprocessing
+
+
+def _create(backbone: Backbone, *, pretrained: bool) -> Any:
+    import timm
+
+    for plugin in backbone.plugins:
+        load_plugin(plugin)
+    try:
+        with _hub(timm_name(backbone.spec)):
+            # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
+            # error; with num_classes=0 it would silently leave what is missing at random.
+            module: Any = timm.create_model(timm_name(backbone.spec), pretrained=pretrained)
+    except Exception as error:
+        raise BackboneError(_explain(backbone, error)) from error
+    module.reset_classifier(0)
+    return module
+
+
+def timm_name(spec: str) -> str:
+    """Return what `timm.create_model` opens for a spec."""
+    if spec.startswith("demo:"):
+        return f"local-dir:{demo.folder(spec[len('demo:') :])}"
+    return spec
+
+
+def _explain(backbone: Backbone, error: Exception) -> str:
+    """Say in one line why a backbone cannot be opened, and what to do."""
+    from huggingface_hub import errors as hub
+
+    text = " ".join(str(error).split())
+    if isinstance(error, hub.GatedRepoError):
+        return f"{backbone.spec} is gated on the hub: ask for access, then `hf auth login`"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return f"the hub has no (public) repository for {backbone.spec}"
+    if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)):
+        return (
+            f"the weights of {backbone.spec} are not in the local cache and the hub cannot be "
+            "reached; connect once, or pass a checkpoint folder as local-dir:PATH"
+        )
+    if "Unknown model" in text:
+        return f"{text}: register the architecture with --import FILE (`plugins=` in Python)"
+    return f"{type(error).__name__}: {text}"
+
+
+def _preprocessing(module: Any) -> Preprocessing:
+    from timm.data.config import resolve_model_data_config
+
+    return Preprocessing.from_config(resolve_model_data_config(module))
+
+
+def _count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _width(module: Any) -> int | None:
+    for attribute in ("head_hidden_size", "num_features"):
+        width = getattr(module, attribute, None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+# The hub ----------------------------------------------------------------------------------------
+_HUB_LOCK = threading.RLock()
+
+
+@contextmanager
+def _hub(name: str) -> Iterator[None]:
+    """Answer from the local cache at once where the hub is out of reach.
+
+    Left to itself the hub's client retries for 20 seconds per file before it looks into its cache.
+    """
+    if name.startswith("local-dir:") or _reachable():
+        yield
+        return
+    from huggingface_hub import constants
+
+    with _HUB_LOCK:
+        before = constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE = before
+
+
+@functools.lru_cache(maxsize=1)
+def _reachable() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:
+        logger.info("the hub cannot be reached (%s); using the local cache only", error)
+        return False
+    return True
+
+
+# What the features depend on --------------------------------------------------------------------
+def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
+    """Return a digest of a backbone's weights, architecture and plug-ins.
+
+    Without `module` it answers from files alone, and with None where the weights are not in a
+    local file yet. With `module` (as `load` returns it) it always answers; for weights in files
+    with the same digest as without.
+    """
+    parts = [digest for digest in map(_file_digest, backbone.plugins) if digest]
+    name = timm_name(backbone.spec)
+    if backbone.load is not None:
+        if module is None:
+            module, _ = load(backbone)
+        weights = _module_digest(module)
+    elif name.startswith("local-dir:"):
+        folder = Path(name.partition(":")[2])
+        files = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_FILES]
+        weights = "".join(f"{f.name} {_file_digest(f)} " for f in [folder / "config.json", *files])
+    else:
+        file = _cached_file(name)
+        if file is not None:
+            weights = f"{name} {_file_digest(file)}"
+        elif module is not None:
+            weights = f"{name} {_module_digest(module)}"
+        else:
+            return None
+    return hashlib.blake2b(" ".join([*parts, weights]).encode(), digest_size=20).hexdigest()
+
+
+def _cached_file(name: str) -> str | None:
+    """Find the weights of a remote backbone in the caches that timm uses."""
+    import timm
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    hub_id, file_names, url = "", [], None
+    if name.startswith("hf-hub:"):
+        hub_id = name.partition(":")[2]
+    else:
+        config = timm.get_pretrained_cfg(name)
+        if config is None:
+            return None
+        hub_id, url = config.hf_hub_id or "", config.url
+        if config.hf_hub_filename:
+            file_names = [config.hf_hub_filename]
+    if hub_id:
+        repo, _, revision = hub_id.partition("@")
+        for file_name in [*file_names, "model.safetensors", "pytorch_model.bin"]:
+            for candidate in (_safe_name(file_name), file_name):
+                file = try_to_load_from_cache(repo, candidate, revision=revision or None)
+                if isinstance(file, str):
+                    return file
+    if url:
+        file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if os.path.isfile(file):
+            return file
+    return None
+
+
+def _safe_name(file_name: str) -> str:
+    return (
+        file_name.removesuffix(".bin") + ".safetensors"
+        if file_name.endswith(".bin")
+        else file_name
+    )
+
+
+def _file_digest(path: str | os.PathLike[str]) -> str:
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+
+
+def _module_digest(module: Any) -> str:
+    """Hash weights, printed architecture and source of the class."""
+    digest = hashlib.blake2b(f"{type(module).__qualname__} {module}".encode(), digest_size=20)
+    try:
+        digest.update(inspect.getsource(type(module)).encode())
+    except (OSError, TypeError):  # defined in a notebook or an interpreter
+        logger.debug("no source for %s", type(module).__qualname__)
+    for name, tensor in sorted(module.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)} ".encode())
+        digest.update(array.flatten().view(dtype=_bytes_dtype()).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bytes_dtype() -> Any:
+    import torch
+
+    return torch.uint8

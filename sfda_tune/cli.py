@@ -1,0 +1,388 @@
+"""The command line: ``sfda-tune rank``, ``sfda-tune backbones``, ``sfda-tune cache``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sfda_tune import __version__
+from sfda_tune.values import format_count
+
+if TYPE_CHECKING:
+    from sfda_tune.values import Ranking
+
+app = typer.Typer(
+    name="sfda-tune",
+    help="Rank pretrained image backbones on your own labelled images, before the first epoch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+cache_app = typer.Typer(help="Look at the kept features, or delete them.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+output = Console()  # results, on standard output
+messages = Console(stderr=True)  # everything else
+
+Imports = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="FILE_OR_MODULE",
+        help="Run this Python file (or import this module): it registers further architectures "
+        "with timm. Worker processes run it too. May be repeated.",
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        help="Folder of the kept features.  [default: ~/.cache/sfda_tune, or $SFDA_TUNE_CACHE]",
+    ),
+]
+
+
+@app.command()
+def rank(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="An image folder (one sub-folder per class, or train/ and val/ with these), a "
+            "CSV or Parquet file of paths and labels, `hf:NAME`, or `digits`."
+        ),
+    ] = "digits",
+    backbones: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backbones",
+            "-b",
+            metavar="SPEC...",
+            help="timm names or globs (`resnet50.a1_in1k`, `'convnext_*.fb_in22k*'`), "
+            "`hf-hub:owner/name`, a checkpoint folder or a folder of these, `demo:*`. Several "
+            "may follow, also separated by commas.  [default: demo:*]",
+        ),
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Score to rank by.")] = "sfda",
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the metric `sfda`: official, paper.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Use a stratified sample of so many images.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
+    split: Annotated[
+        str | None, typer.Option(help="train, val, test or all.  [default: train]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16 (autocast).")
+    ] = "float32",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per forward pass.  [default: automatic]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Decoding processes.  [default: one per core, at most 8]")
+    ] = None,
+    max_unreadable: Annotated[
+        float, typer.Option(help="Fraction of unreadable images that is tolerated.")
+    ] = 0.1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write the ranking: .json or .csv."),
+    ] = None,
+    cache: CacheDir = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
+    imports: Imports = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Rank BACKBONES on the labelled images of DATASET.
+
+    Every backbone runs once over the images; nothing is trained. Interrupt with Ctrl-C at any
+    time: what is finished is shown and written, and the next run goes on from there.
+
+    For example:
+
+      sfda-tune rank
+
+      sfda-tune rank photos/ --backbones resnet50 'convnext_*.fb_in22k*' --samples 2000 -o r.json
+    """
+    if out is not None:
+        _check_out(out)
+    if cache is not None and no_cache:
+        _fail("--cache and --no-cache exclude each other; leave one out.")
+    import sfda_tune
+
+    interrupted = False
+    try:
+        ranking = sfda_tune.rank(
+            dataset,
+            _split_commas(backbones) or "demo:*",
+            metric=metric,
+            variant=variant,
+            samples=samples,
+            seed=seed,
+            split=split,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+            max_unreadable=max_unreadable,
+            cache=False if no_cache else cache or True,
+            plugins=imports or (),
+            progress=False if quiet else _bar(),
+        )
+    except sfda_tune.RankingInterruptedError as stop:
+        ranking, interrupted = stop.ranking, True
+    if out is not None:
+        _write(ranking, out)
+    _show(ranking)
+    if interrupted:
+        messages.print("Interrupted: the same command goes on from here.")
+        raise typer.Exit(130)
+    if len(ranking.failed) == len(ranking):
+        _fail("no backbone could be ranked; each one's error is in the table.")
+
+
+def _bar() -> Any:
+    from sfda_tune.progress import Bar
+
+    return Bar(messages)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    if out.suffix.lower() not in (".json", ".csv"):
+        _fail(f"--out must end in .json or .csv but is {str(out)!r}.")
+    if not out.parent.is_dir():
+        _fail(f"--out: there is no folder {str(out.parent)!r}; create it first.")
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        _fail(f"--out: {str(out)!r} cannot be written.")
+
+
+def _write(ranking: Ranking, out: Path) -> None:
+    if out.suffix.lower() == ".csv":
+        ranking.to_csv(out)
+    else:
+        ranking.to_json(out)
+
+
+def _split_commas(specs: list[str] | None) -> list[str]:
+    """Split at commas, except in the names of existing folders."""
+    parts: list[str] = []
+    for spec in specs or []:
+        parts += [spec] if os.path.exists(spec) else [p for p in spec.split(",") if p]
+    return parts
+
+
+def _show(ranking: Ranking) -> None:
+    info = ranking.info
+    title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
+    table = Table(title=f"{title}; {ranking.metric}", title_justify="left")
+    for name in ("rank", "backbone", "score", "width", "params", "images/s", "note"):
+        if name in ("backbone", "note"):  # these are folded where the terminal is narrow
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+    for cells in ranking.cells():
+        table.add_row(*map(_escape, cells))
+    _print(table)
+    seconds = info["seconds"]
+    messages.print(
+        f"{seconds['total']:.1f} s in all on {info['device']}: "
+        f"waiting for pixels {seconds['decode']:.1f} (decoding itself "
+        f"{seconds['decode_work']:.1f}), forward passes {seconds['forward']:.1f}, "
+        f"loading {seconds['load']:.1f}, scoring {seconds['score']:.1f}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print(table: Table) -> None:
+    """Print a table; a file or a pipe has no width, so there nothing is folded or cut."""
+    if output.is_terminal:
+        output.print(table)
+    else:
+        wide = Console(width=10_000)
+        Console(width=wide.measure(table).maximum).print(table)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command("backbones")
+def list_backbones(
+    patterns: Annotated[
+        list[str], typer.Argument(metavar="GLOB...", help="As for `rank --backbones`.")
+    ],
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """List the pretrained backbones that match GLOB, with their size.
+
+    The weights are not fetched: parameters, megabytes (as float32), feature width and input size
+    come from the architecture.
+    """
+    from rich.progress import track
+
+    from sfda_tune.backbones import describe, resolve_backbones
+
+    found = resolve_backbones(_split_commas(patterns), plugins=imports or ())
+    table = Table()
+    for name in ("backbone", "params", "MB", "width", "input"):
+        table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
+    failures = 0
+    for backbone in track(found, "reading", console=messages, transient=True):
+        try:
+            d = describe(backbone)
+        except ValueError as error:
+            failures += 1
+            table.add_row(_escape(backbone.name), "failed")
+            messages.print(f"{backbone.name}: {error}", markup=False, highlight=False)
+            continue
+        _, height, width = d.preprocessing.input_size or (0, 0, 0)
+        table.add_row(
+            _escape(backbone.name),
+            format_count(d.n_params),
+            f"{d.n_params * 4 / 1e6:.1f}",
+            "" if d.n_dims is None else str(d.n_dims),
+            f"{height}×{width}" if height else "",
+        )
+    _print(table)
+    if failures == len(found):
+        raise typer.Exit(1)
+
+
+@cache_app.command("show")
+def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
+    """Show where the features are kept and what they take."""
+    store = _store(cache)
+    totals = store.summary()
+    table = Table(title=str(store.root), title_justify="left")
+    for name in ("backbone", "entries", "images", "MB"):
+        table.add_column(name, justify="left" if name == "backbone" else "right")
+    for name, total in sorted(totals.items()):
+        megabytes = f"{total['bytes'] / 1e6:.1f}"
+        table.add_row(_escape(name), str(total["entries"]), str(total["images"]), megabytes)
+    size = sum(total["bytes"] for total in totals.values()) / 1e6
+    table.add_section()
+    table.add_row("all", str(sum(t["entries"] for t in totals.values())), "", f"{size:.1f}")
+    _print(table)
+
+
+@cache_app.command("clear")
+def clear_cache(
+    cache: CacheDir = None,
+    older_than: Annotated[
+        float | None,
+        typer.Option(metavar="DAYS", min=0, help="Only features not used for so many days."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Delete kept features; they are computed again when needed."""
+    store = _store(cache)
+    count, size = store.clear(older_than)
+    output.print(
+        f"deleted {count} entries, {size / 1e6:.1f} MB, from {store.root}", soft_wrap=True
+    )
+
+
+def _store(cache: Path | None) -> Any:
+    from sfda_tune.store import FeatureStore
+
+    return FeatureStore() if cache is None else FeatureStore(cache)
+
+
+def _version(show: bool) -> None:
+    if show:
+        output.print(f"sfda-tune {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Rank pretrained image backbones on your own labelled images, before the first epoch."""
+
+
+def _fail(message: str) -> NoReturn:
+    messages.print("[bold red]error:[/]", end=" ")
+    messages.print(message, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """Let ``--backbones a b c`` mean ``--backbones a --backbones b --backbones c``."""
+    result: list[str] = []
+    option = None
+    for k, argument in enumerate(arguments):
+        if argument == "--":
+            return [*result, *arguments[k:]]
+        if argument.startswith("-") and argument != "-":
+            option = argument if argument in ("--backbones", "-b", "--import") else None
+            fresh = True
+            result.append(argument)
+        elif option in ("--backbones", "-b") and not fresh:
+            result += [option, argument]
+        else:
+            fresh = False
+            result.append(argument)
+    return result
+
+
+def _on_terminate(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _show_warning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
+    if issubclass(category, UserWarning):
+        messages.print("[yellow]warning:[/]", end=" ")
+        messages.print(str(message), markup=False, highlight=False, soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors are one line, and a traceback with ``--debug``."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR)
+    if not debug:
+        warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _on_terminate)  # `kill` keeps what is finished, as Ctrl-C does
+    try:
+        app(_spread(arguments), prog_name="sfda-tune")
+    except KeyboardInterrupt:
+        messages.print("Interrupted.")
+        sys.exit(130)
+    except BrokenPipeError:  # `sfda-tune … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error) if isinstance(error, (ValueError, OSError)) else ""
+        messages.print("[bold red]error:[/]", end=" ")
+        messages.print(
+            text or f"{type(error).__name__}: {error} (--debug shows the traceback)",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(1)

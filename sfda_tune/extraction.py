@@ -1,0 +1,802 @@
+"""Extraction: many backbones over one data set, each image decoded once.
+
+The rows are cut into *shards* of `SHARD` images, the unit in which features are stored, and
+consecutive shards into *blocks* whose decoded pixels fit into memory. Within a block every image
+is decoded once, by worker processes, and resized once per distinct `Geometry`; the 8-bit result is
+shared by all backbones with that geometry. Backbones run one after the other over a block, so the
+first finished ones can be ranked while the others run, and a kill loses at most the shard at hand.
+
+The first backbone that asks for pixels drives the decoding, so decoding overlaps its forward
+passes. A batch never crosses a shard: the features of a row do not depend on how many rows,
+workers or processes there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from sfda_tune import backbones as zoo
+from sfda_tune.datasets import DatasetError, ImageDataset, UnreadableImage
+from sfda_tune.preprocessing import Geometry, Preprocessing
+from sfda_tune.store import Entry, FeatureStore, make_key
+from sfda_tune.values import Backbone, Features
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PRECISIONS", "SHARD", "Extraction", "Map", "Settings", "extract"]
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+SHARD = 1024  # images in one entry of the store; part of what `store.FORMAT` means
+PIXEL_BYTES = 4 << 30  # at most so much memory for decoded pixels, and a quarter of what is free
+DECODE_BATCH = 16
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+class Map(Protocol):
+    """Anything called like the builtin `map`: serial, threads, processes or remote actors."""
+
+    def __call__(self, fn: Callable[[A], B], items: Iterable[A], /) -> Iterable[B]:
+        """Apply `fn` to every item, in any order, anywhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to extract.
+
+    Parameters
+    ----------
+    device : str, default "auto"
+        Any torch device; ``"auto"`` is CUDA, else MPS, else the CPU.
+    precision : {"float32", "bfloat16", "float16"}
+        Of the forward pass (autocast); features are always returned as float32.
+    batch_size : int, optional
+        Default: by input size and device. Halved for as long as the memory does not suffice.
+    workers : int, optional
+        Decoding processes; 0 decodes in this process. Default: one per core, at most 8; 0 for
+        images that are in memory already.
+    max_unreadable : float, default 0.1
+        Fraction of unreadable images above which the data set is refused.
+
+    Raises
+    ------
+    ValueError
+        Naming the setting, the rule and the value.
+    """
+
+    device: str = "auto"
+    precision: str = "float32"
+    batch_size: int | None = None
+    workers: int | None = None
+    max_unreadable: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"`precision` must be one of {', '.join(PRECISIONS)} but is {self.precision!r}."
+            )
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
+                raise ValueError(f"`{name}` must be an integer ≥ {least} but is {value!r}.")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(
+                f"`max_unreadable` must lie in 0 … 1 but is {self.max_unreadable!r}; it is the "
+                "fraction of images that may be unreadable."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Extraction:
+    """What came of one backbone: its features, or the error that stopped it.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    features : Features or None
+    rows : array of int64, shape (n_samples,)
+        Row of the data set behind each row of the features.
+    error : str or None
+    unreadable : dict of int to str
+        Row of the data set → reason, for the images that could not be read.
+    n_params : int or None
+    input_size : (channels, height, width) or None
+    images_per_second : float or None
+        Forward passes only, on the device, as measured when they were made.
+    cached : bool
+        No forward pass was needed.
+    seconds : dict of str to float
+        Spent now: ``load``, ``decode`` (waiting for pixels), ``forward``; ``decode_work`` is the
+        time the decoding took in the workers, most of it hidden behind the forward passes.
+    """
+
+    backbone: Backbone
+    features: Features | None
+    rows: np.ndarray
+    error: str | None = None
+    unreadable: dict[int, str] = field(default_factory=dict)
+    n_params: int | None = None
+    input_size: tuple[int, int, int] | None = None
+    images_per_second: float | None = None
+    cached: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def resolve_device(device: str) -> str:
+    """Return the torch device behind ``"auto"``, or check the given one.
+
+    Raises
+    ------
+    ValueError
+        If torch cannot use it.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`device` must be 'auto' or a device torch can use but is {device!r} ({reason})."
+        ) from error
+    return device
+
+
+# The pixels of a block --------------------------------------------------------------------------
+class _Decoder:
+    """A torch data set: one image in, one tensor per preprocessing out."""
+
+    def __init__(self, dataset: ImageDataset, halves: Sequence[Preprocessing]) -> None:
+        self.dataset, self.halves = dataset, halves
+        self.transforms = [half.build() for half in halves]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple[list[Any], str | None, float]:
+        started = time.perf_counter()
+        tensors: list[Any] = []
+        problem = None
+        try:
+            image = self.dataset.load(row)
+            for half, transform in zip(self.halves, self.transforms, strict=True):
+                try:
+                    tensors.append(transform(image))
+                except Exception as error:
+                    if half.geometry is not None:  # e.g. 1 × 100,000 pixels: nobody can use it
+                        raise UnreadableImage(self.dataset.item_name(row), str(error)) from error
+                    tensors.append(f"{type(error).__name__}: {error}")  # that backbone's own fault
+        except UnreadableImage as error:
+            problem = error.reason
+        return tensors, problem, time.perf_counter() - started
+
+
+def _collate(items: list[tuple[list[Any], str | None, float]]) -> tuple[Any, ...]:
+    """Stack the readable images of each preprocessing; a text takes the place of a failed one."""
+    import torch
+
+    readable = [tensors for tensors, problem, _ in items if problem is None]
+    stacks: list[Any] = []
+    for tensors in zip(*readable, strict=True):
+        faults = [t for t in tensors if isinstance(t, str)]
+        try:
+            stacks.append(faults[0] if faults else torch.stack(list(tensors)))
+        except (RuntimeError, TypeError) as error:
+            stacks.append(f"the transform's results cannot be stacked: {error}")
+    return stacks, [problem for _, problem, _ in items], sum(seconds for *_, seconds in items)
+
+
+class PixelBlock:
+    """Decoded images of some rows, for several preprocessings, filled as far as somebody asked.
+
+    Several threads may read it; the one that needs more rows fills it for all.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        halves: Sequence[Preprocessing],
+        settings: Settings,
+        plugins: Sequence[str],
+        *,
+        pin: bool,
+    ) -> None:
+        self.n = len(dataset)
+        self.keys = [half.key for half in halves]
+        self.filled = 0
+        self.unreadable: dict[int, str] = {}
+        self.wait = self.work = 0.0
+        self._pin = pin
+        self._pixels: dict[Any, Any] = {}
+        self._faults: dict[Any, str] = {}
+        self._lock = threading.Lock()
+        self._batches: Iterator[Any] | None = None
+        self._start = lambda: _decode(dataset, halves, settings, plugins)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Decode up to `stop` and return the readable rows in [start, stop)."""
+        with self._lock:
+            started = time.perf_counter()
+            if self._batches is None:
+                self._batches = self._start()
+            while self.filled < stop:
+                self._take(next(self._batches))
+            if self.filled == self.n:
+                self._batches = iter(())  # lets the workers go
+            self.wait += time.perf_counter() - started
+        return np.array([r for r in range(start, stop) if r not in self.unreadable], np.int64)
+
+    def pixels(self, key: Any, rows: np.ndarray) -> torch.Tensor:
+        """Return the inputs of readable rows, (len(rows), channels, height, width).
+
+        Raises
+        ------
+        BackboneError
+            If the backbone's own transform failed on one of the images so far.
+        """
+        import torch
+
+        if key in self._faults:
+            raise zoo.BackboneError(f"its transform failed: {self._faults[key]}")
+        pixels = self._pixels[key]
+        if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # no gap: a view, no copy
+            return pixels[rows[0] : rows[-1] + 1]
+        return pixels[torch.from_numpy(rows)]
+
+    def _take(self, batch: tuple[Any, ...]) -> None:
+        import torch
+
+        stacks, problems, work = batch
+        rows = np.arange(self.filled, self.filled + len(problems))
+        self.unreadable.update(
+            (int(row), problem)
+            for row, problem in zip(rows, problems, strict=True)
+            if problem is not None
+        )
+        good = torch.from_numpy(rows[[problem is None for problem in problems]])
+        for key, stack in zip(self.keys, stacks, strict=False):  # no stacks: none was readable
+            if key in self._faults:
+                continue
+            if isinstance(stack, str):
+                self._faults[key] = stack
+                continue
+            if key not in self._pixels:
+                shape = (self.n, *stack.shape[1:])
+                self._pixels[key] = torch.empty(shape, dtype=stack.dtype, pin_memory=self._pin)
+            if stack.shape[1:] != self._pixels[key].shape[1:]:
+                self._faults[key] = "its results differ in shape from image to image"
+                continue
+            self._pixels[key][good] = stack
+        self.filled += len(problems)
+        self.work += work
+
+
+def _decode(
+    dataset: ImageDataset,
+    halves: Sequence[Preprocessing],
+    settings: Settings,
+    plugins: Sequence[str],
+) -> Iterator[Any]:
+    from torch.utils.data import DataLoader
+
+    workers = settings.workers
+    if workers is None:
+        workers = 0 if _in_memory(dataset) else _cores()
+    workers = min(workers, -(-len(dataset) // DECODE_BATCH))
+    decoder: Any = _Decoder(dataset, halves)
+    loader = DataLoader(
+        decoder,
+        batch_size=DECODE_BATCH,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_Plugins(tuple(plugins)) if workers else None,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DatasetError(
+            f"a decoding process died ({' '.join(str(error).split())}); an image may crash the "
+            "decoder, or memory is short: try `workers=0` (--workers 0) to see which"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Plugins:
+    """Runs the plug-ins in a worker process; a class, because a closure cannot be pickled."""
+
+    plugins: tuple[str, ...]
+
+    def __call__(self, worker: int) -> None:
+        for plugin in self.plugins:
+            zoo.load_plugin(plugin)
+
+
+def _in_memory(dataset: ImageDataset) -> bool:
+    """Small arrays take longer to send to a worker than to resize."""
+    item = dataset.items[0] if len(dataset) else None
+    return isinstance(item, np.ndarray) and item.size < 128 * 128 * 3
+
+
+def _cores() -> int:
+    import psutil
+
+    try:
+        return min(len(psutil.Process().cpu_affinity() or [0]), 8)
+    except AttributeError:  # macOS
+        return min(psutil.cpu_count() or 1, 8)
+
+
+_BLOCKS: dict[Any, PixelBlock] = {}  # at most one: the block this process works on
+_BLOCKS_LOCK = threading.Lock()
+
+
+# One unit of work: one backbone on one block ----------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """Everything a worker needs; `shards` are row ranges within `dataset`, the block's rows."""
+
+    backbone: Backbone
+    preprocessing: Preprocessing
+    dataset: ImageDataset
+    block: str
+    halves: tuple[Preprocessing, ...]
+    shards: tuple[tuple[int, int, int], ...]  # index in the plan, start, stop
+    images: tuple[tuple[str, ...], ...]  # content digests, for the key in the store
+    weights: str | None
+    max_unreadable: float  # images, in the whole data set
+
+
+@dataclass(frozen=True, eq=False)
+class _Outcome:
+    name: str
+    entries: dict[int, Entry]
+    error: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Worker:
+    """Runs a unit; can be sent to another process."""
+
+    settings: Settings
+    store: FeatureStore | None
+    advance: Callable[[str, int], None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self.settings, "store": self.store, "advance": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __call__(self, unit: _Unit) -> _Outcome:
+        seconds = {"load": 0.0, "forward": 0.0, "decode": 0.0, "decode_work": 0.0}
+        entries: dict[int, Entry] = {}
+        try:
+            self._run(unit, entries, seconds)
+        except DatasetError:  # the data set's fault, not the backbone's: it ends the run
+            raise
+        except Exception as error:
+            logger.debug("%s failed", unit.backbone.name, exc_info=True)
+            text = " ".join(str(error).split())
+            known = isinstance(error, (zoo.BackboneError, ValueError)) and text
+            message = text if known else f"{type(error).__name__}: {text}"
+            return _Outcome(unit.backbone.name, {}, message, seconds)
+        return _Outcome(unit.backbone.name, entries, None, seconds)
+
+    def _run(self, unit: _Unit, entries: dict[int, Entry], seconds: dict[str, float]) -> None:
+        import torch
+
+        started = time.perf_counter()
+        device = torch.device(self.settings.device)
+        module, preprocessing = zoo.load(unit.backbone)
+        weights = unit.weights or zoo.fingerprint(unit.backbone, module) or ""
+        n_params = sum(p.numel() for p in module.parameters())
+        module = module.to(device).to(memory_format=torch.channels_last)
+        seconds["load"] = time.perf_counter() - started
+        block = self._block(unit, pin=device.type == "cuda")
+        forward = _Forward(module, preprocessing, device, self.settings)
+        for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
+            waited, worked = block.wait, block.work
+            started = time.perf_counter()
+            parts, good = [], []
+            position = start
+            while position < stop:
+                end = min(position + forward.batch_size, stop)
+                rows = block.rows(position, end)
+                if len(block.unreadable) > unit.max_unreadable:
+                    raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
+                if len(rows):
+                    parts.append(forward(block.pixels(unit.preprocessing.key, rows)))
+                    good.append(rows - start)
+                if self.advance is not None:
+                    self.advance(unit.backbone.name, end - position)
+                position = end
+            x = _to_numpy(parts)
+            elapsed = time.perf_counter() - started
+            decode = block.wait - waited
+            seconds["decode"] += decode
+            seconds["decode_work"] += block.work - worked
+            seconds["forward"] += elapsed - decode
+            rows = np.concatenate(good) if good else np.empty(0, np.int64)
+            entry = Entry(
+                x,
+                rows,
+                {str(r - start): why for r, why in block.unreadable.items() if start <= r < stop},
+                {
+                    "backbone": unit.backbone.name,
+                    "n_params": n_params,
+                    "forward_seconds": elapsed - decode,
+                    "device": self.settings.device,
+                },
+            )
+            if not np.isfinite(x).all():
+                raise ValueError(
+                    f"its features are not finite in {self.settings.precision}"
+                    + ("" if self.settings.precision == "float32" else "; try float32")
+                )
+            entries[shard] = entry
+            self._keep(entry, images, weights, preprocessing)
+
+    def _block(self, unit: _Unit, *, pin: bool) -> PixelBlock:
+        with _BLOCKS_LOCK:
+            if unit.block not in _BLOCKS:
+                _BLOCKS.clear()
+                _BLOCKS[unit.block] = PixelBlock(
+                    unit.dataset, unit.halves, self.settings, unit.backbone.plugins, pin=pin
+                )
+            return _BLOCKS[unit.block]
+
+    def _keep(
+        self, entry: Entry, images: tuple[str, ...], weights: str, preprocessing: Preprocessing
+    ) -> None:
+        if self.store is None:
+            return
+        key = make_key(images, weights, preprocessing.fingerprint(), self.settings.precision)
+        try:
+            self.store.put(key, entry)
+        except OSError as error:  # a full disk costs the cache, not the result
+            warnings.warn(
+                f"features could not be kept in {self.store.root} ({error}); the run goes on",
+                stacklevel=2,
+            )
+
+
+class _Forward:
+    """Batches of pixels to features on the device, with as large a batch as fits."""
+
+    def __init__(
+        self, module: Any, preprocessing: Preprocessing, device: torch.device, settings: Settings
+    ) -> None:
+        self.module, self.preprocessing = module, preprocessing
+        self.device, self.precision = device, settings.precision
+        self.batch_size = settings.batch_size or _default_batch(preprocessing, device)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        parts, start = [], 0
+        while start < len(pixels):
+            size = min(self.batch_size, len(pixels) - start)
+            try:
+                parts.append(self._run(pixels[start : start + size]))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise MemoryError("out of memory with a single image") from error
+                self.batch_size = max(size // 2, 1)
+                logger.info("out of memory: batches of %d now", self.batch_size)
+            else:
+                start += size
+                continue
+            if self.device.type == "cuda":  # outside the handler, which keeps the tensors alive
+                torch.cuda.empty_cache()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        autocast = (
+            contextlib.nullcontext()
+            if self.precision == "float32"
+            else torch.autocast(self.device.type, getattr(torch, self.precision))
+        )
+        with torch.inference_mode(), autocast:
+            batch = self.preprocessing.normalize(pixels.to(self.device, non_blocking=True))
+            features = self.module(batch.contiguous(memory_format=torch.channels_last))
+            if isinstance(features, torch.Tensor) and features.ndim == 4:
+                features = features.mean((2, 3))
+            if not isinstance(features, torch.Tensor) or features.ndim != 2:
+                got = getattr(features, "shape", type(features).__name__)
+                raise ValueError(
+                    "a backbone must return features (n, n_dims) or (n, n_dims, h, w) but "
+                    f"returned {got}"
+                )
+            return features.float()
+
+
+def _to_numpy(parts: list[torch.Tensor]) -> np.ndarray:
+    """Collect a shard's features; on CUDA this is where the host waits for the device."""
+    import torch
+
+    if not parts:
+        return np.empty((0, 0), np.float32)
+    return torch.cat(parts).cpu().numpy()
+
+
+def _default_batch(preprocessing: Preprocessing, device: torch.device) -> int:
+    """Keep the pixels of a batch about constant: 32 images of 224², eight times that on a GPU."""
+    _, height, width = preprocessing.input_size or (3, 224, 224)
+    size = (32 if device.type == "cpu" else 256) * 224 * 224 // (height * width)
+    return int(2 ** np.clip(np.floor(np.log2(max(size, 1))), 0, 9))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "bad_alloc")
+    )
+
+
+def _too_many(unreadable: dict[int, str], dataset: ImageDataset, limit: float) -> DatasetError:
+    row, reason = next(iter(unreadable.items()))
+    return DatasetError(
+        f"{len(unreadable)} of the {len(dataset)} images cannot be read, more than "
+        f"max_unreadable={limit:g} allows; the first is {dataset.item_name(row)} ({reason})"
+    )
+
+
+# The plan and its execution ---------------------------------------------------------------------
+@dataclass(eq=False)
+class _Job:
+    """One backbone's state while the run goes on."""
+
+    description: zoo.Description
+    weights: str | None
+    entries: dict[int, Entry] = field(default_factory=dict)
+    cached: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def extract(
+    dataset: ImageDataset,
+    backbones: Sequence[Backbone],
+    settings: Settings | None = None,
+    *,
+    store: FeatureStore | None = None,
+    map_fn: Map | None = None,
+    progress: Any = None,
+) -> Iterator[Extraction]:
+    """Run every backbone over the data set; yield each one's features as soon as they are whole.
+
+    Parameters
+    ----------
+    dataset : ImageDataset
+    backbones : sequence of Backbone
+        With unique names.
+    settings : Settings, optional
+    store : FeatureStore, optional
+        Where features are looked up and kept; without it nothing is written.
+    map_fn : callable, optional
+        Anything called like the builtin `map` (thread pool, process pool, …); it is given one
+        item per backbone and block. Default: one after the other in this process.
+    progress : object, optional
+        With methods ``start(n_images, n_cached)`` and ``advance(backbone, n_images)``.
+
+    Yields
+    ------
+    Extraction
+        One per backbone; a failed one carries its error and stops nothing.
+
+    Raises
+    ------
+    DatasetError
+        If too many images cannot be read.
+
+    Examples
+    --------
+    >>> from sfda_tune.backbones import resolve_backbones
+    >>> from sfda_tune.datasets import open_dataset
+    >>> digits = open_dataset("digits", samples=40)
+    >>> for e in extract(digits, resolve_backbones("demo:*noise*"), Settings(device="cpu")):
+    ...     print(e.backbone.name, e.features.n_samples)
+    demo:resnet_noise 40
+    """
+    settings = settings or Settings()
+    settings = replace(settings, device=resolve_device(settings.device))
+    jobs: dict[str, _Job] = {}
+    for backbone in backbones:
+        try:
+            description = zoo.describe(backbone)
+            _ = description.preprocessing.key  # tries a transform of the user's own
+            jobs[backbone.name] = _Job(description, zoo.fingerprint(backbone))
+        except Exception as error:
+            logger.debug("%s cannot be described", backbone.name, exc_info=True)
+            text = (
+                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            )
+            yield Extraction(backbone, None, np.empty(0, np.int64), " ".join(text.split()))
+
+    images = dataset.digests() if store is not None else [""] * len(dataset)
+    shards = [(s, min(s + SHARD, len(dataset))) for s in range(0, len(dataset), SHARD)]
+    for job in jobs.values():
+        _look_up(job, images, shards, store, settings)
+    missing = {name: _missing(job, shards) for name, job in jobs.items()}
+    if progress is not None:
+        rows = sum(shards[s][1] - shards[s][0] for absent in missing.values() for s in absent)
+        progress.start(rows, sum(not absent for absent in missing.values()))
+    for name, absent in missing.items():
+        if not absent:
+            yield _finish(jobs[name], dataset, shards, settings)
+
+    failed: set[str] = set()
+    worker = _Worker(settings, store, progress.advance if progress and map_fn is None else None)
+    most = settings.max_unreadable * len(dataset)
+    units = _plan(dataset, jobs, missing, shards, images, failed, most)
+    try:
+        for outcome in (map_fn or map)(worker, units):
+            job = jobs[outcome.name]
+            if progress is not None and map_fn is not None:
+                progress.advance(outcome.name, sum(len(e.rows) for e in outcome.entries.values()))
+            if outcome.name in failed:
+                continue
+            job.cached = False
+            job.entries.update(outcome.entries)
+            for part, spent in outcome.seconds.items():
+                job.seconds[part] = job.seconds.get(part, 0.0) + spent
+            if outcome.error is not None:
+                failed.add(outcome.name)
+                yield replace(_blank(job), error=outcome.error, seconds=job.seconds)
+            elif not _missing(job, shards):
+                yield _finish(job, dataset, shards, settings)
+                job.entries.clear()  # the features live on with whoever took them
+    finally:
+        with _BLOCKS_LOCK:
+            _BLOCKS.clear()
+
+
+def _look_up(
+    job: _Job,
+    images: list[str],
+    shards: list[tuple[int, int]],
+    store: FeatureStore | None,
+    settings: Settings,
+) -> None:
+    if store is None or job.weights is None:
+        return
+    preprocessing = job.description.preprocessing.fingerprint()
+    for shard, (start, stop) in enumerate(shards):
+        key = make_key(images[start:stop], job.weights, preprocessing, settings.precision)
+        entry = store.get(key)
+        if entry is not None:
+            job.entries[shard] = entry
+
+
+def _missing(job: _Job, shards: list[tuple[int, int]]) -> list[int]:
+    return [shard for shard in range(len(shards)) if shard not in job.entries]
+
+
+def _plan(
+    dataset: ImageDataset,
+    jobs: dict[str, _Job],
+    missing: dict[str, list[int]],
+    shards: list[tuple[int, int]],
+    images: list[str],
+    failed: set[str],
+    max_unreadable: float,
+) -> Iterator[_Unit]:
+    """Yield the units, block by block; lazily, so that a failed backbone is not tried again."""
+    run = uuid.uuid4().hex
+    needed = sorted({shard for absent in missing.values() for shard in absent})
+    per_block = _shards_per_block(
+        {jobs[name].description.preprocessing for name, absent in missing.items() if absent}
+    )
+    for first in range(0, len(needed), per_block):
+        block = needed[first : first + per_block]
+        rows = np.concatenate([np.arange(*shards[shard]) for shard in block])
+        starts = dict(
+            zip(block, np.cumsum([0, *(_length(shards[s]) for s in block)]), strict=False)
+        )
+        users = {name: [s for s in block if s in missing[name]] for name in missing}
+        halves: dict[Any, Preprocessing] = {}
+        for name, absent in users.items():
+            if absent:
+                half = jobs[name].description.preprocessing
+                halves.setdefault(half.key, half)
+        part = dataset.subset(rows)
+        for name, absent in users.items():
+            if absent and name not in failed:
+                job = jobs[name]
+                yield _Unit(
+                    job.description.backbone,
+                    job.description.preprocessing,
+                    part,
+                    f"{run} {first}",
+                    tuple(halves.values()),
+                    tuple(
+                        (s, int(starts[s]), int(starts[s]) + _length(shards[s])) for s in absent
+                    ),
+                    tuple(tuple(images[slice(*shards[s])]) for s in absent),
+                    job.weights,
+                    max_unreadable,
+                )
+
+
+def _length(shard: tuple[int, int]) -> int:
+    return shard[1] - shard[0]
+
+
+def _shards_per_block(preprocessings: Iterable[Preprocessing]) -> int:
+    import psutil
+
+    distinct = {p.key: p for p in preprocessings}
+    per_image = 0
+    for p in distinct.values():
+        c, h, w = p.input_size or (3, 224, 224)
+        per_image += c * h * w * (1 if isinstance(p.geometry, Geometry) else 4)
+    budget = min(PIXEL_BYTES, psutil.virtual_memory().available // 4)
+    return max(1, budget // max(SHARD * per_image, 1))
+
+
+def _blank(job: _Job) -> Extraction:
+    return Extraction(
+        job.description.backbone,
+        None,
+        np.empty(0, np.int64),
+        n_params=job.description.n_params,
+        input_size=job.description.preprocessing.input_size,
+    )
+
+
+def _finish(
+    job: _Job, dataset: ImageDataset, shards: list[tuple[int, int]], settings: Settings
+) -> Extraction:
+    """Join the shards of one backbone."""
+    entries = [job.entries[shard] for shard in range(len(shards))]
+    unreadable = {
+        start + int(row): why
+        for entry, (start, _) in zip(entries, shards, strict=True)
+        for row, why in entry.unreadable.items()
+    }
+    if len(unreadable) > settings.max_unreadable * len(dataset):
+        raise _too_many(unreadable, dataset, settings.max_unreadable)
+    rows = np.concatenate([e.rows + s for e, (s, _) in zip(entries, shards, strict=True)])
+    spent = sum(e.info.get("forward_seconds", 0.0) for e in entries)
+    result = replace(
+        _blank(job),
+        rows=rows,
+        unreadable=unreadable,
+        images_per_second=len(rows) / spent if spent else None,
+        cached=job.cached,
+        seconds=job.seconds,
+    )
+    try:
+        name = job.description.backbone.name
+        x = np.concatenate([e.x for e in entries if len(e.rows)])
+        features = Features(x, dataset.labels[rows], dataset.classes, name)
+    except ValueError as error:
+        return replace(result, error=str(error))
+    return replace(result, features=features)

@@ -1,0 +1,204 @@
+"""Features kept on disk, so that no forward pass is ever repeated.
+
+One entry holds the features of one backbone on one *shard*, a run of at most `SHARD` images. Its
+key is a digest of everything the features depend on: the content of the images, the weights, the
+preprocessing, the precision and `FORMAT`. Entries are safetensors files, written to a temporary
+file and moved into place: a kill at any moment leaves whole entries or none, and several
+processes may share a store. An entry that is truncated, damaged or not ours counts as absent and
+is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Entry", "FeatureStore", "default_root", "make_key"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "sfda_tune.features/1"  # raise the number when what an entry means changes
+SUFFIX = ".safetensors"
+
+
+def default_root() -> Path:
+    """Return the user's cache folder, on Linux ``~/.cache/sfda_tune``.
+
+    The environment variable ``SFDA_TUNE_CACHE`` takes precedence.
+    """
+    import platformdirs
+
+    return Path(os.environ.get("SFDA_TUNE_CACHE") or platformdirs.user_cache_dir("sfda_tune"))
+
+
+def make_key(images: Iterable[str], weights: str, preprocessing: str, precision: str) -> str:
+    """Return the key of an entry: a digest of all that its features depend on.
+
+    Parameters
+    ----------
+    images : iterable of str
+        Content digest of each image, in order.
+    weights, preprocessing, precision : str
+        Fingerprints of the backbone and of its preprocessing; name of the precision.
+    """
+    text = json.dumps([FORMAT, list(images), weights, preprocessing, precision])
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Features of one backbone on one shard.
+
+    Parameters
+    ----------
+    x : array of float32, shape (n_readable, n_dims)
+    rows : array of int64, shape (n_readable,)
+        Position in the shard of each row of `x`; what is missing could not be read.
+    unreadable : mapping of str to str
+        Position in the shard → reason, for the others.
+    info : mapping of str to JSON value
+        Backbone, parameters, seconds: shown, never used as a key.
+    """
+
+    x: np.ndarray
+    rows: np.ndarray
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """A folder of entries.
+
+    Parameters
+    ----------
+    root : path, optional
+        Default: `default_root`.
+    """
+
+    root: Path = field(default_factory=default_root)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).expanduser())
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"`cache` must be a folder but {str(self.root)!r} is a file.")
+
+    def path(self, key: str) -> Path:
+        """Return where the entry of a key is or would be."""
+        return self.root / "features" / key[:2] / f"{key}{SUFFIX}"
+
+    def get(self, key: str) -> Entry | None:
+        """Return an entry, or None if there is no sound one."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(key)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT or header.get("key") != key:
+                    raise ValueError("it is not an entry of this key")
+                x, rows = file.get_tensor("x"), file.get_tensor("rows")
+            if header.get("digest") != _digest(x, rows):
+                raise ValueError("its content is damaged")
+            entry = Entry(x, rows, json.loads(header["unreadable"]), json.loads(header["info"]))
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            logger.warning("ignoring the cache file %s: %s", path, error)
+            return None
+        with contextlib.suppress(OSError):  # a read-only store
+            os.utime(path)  # last use, for `clear(older_than=…)`
+        return entry
+
+    def put(self, key: str, entry: Entry) -> None:
+        """Write an entry; another process that writes the same key does no harm.
+
+        Raises
+        ------
+        OSError
+            If the folder cannot be written, for instance on a full disk.
+        """
+        from safetensors.numpy import save_file
+
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        x, rows = np.ascontiguousarray(entry.x), np.ascontiguousarray(entry.rows)
+        header = {
+            "format": FORMAT,
+            "key": key,
+            "digest": _digest(x, rows),
+            "unreadable": json.dumps(dict(entry.unreadable)),
+            "info": json.dumps(dict(entry.info)),
+        }
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            save_file({"x": x, "rows": rows}, temporary, metadata=header)
+            os.replace(temporary, path)
+        except Exception as error:
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Iterate over the files of all entries."""
+        yield from self._files(f"*{SUFFIX}")
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in sorted(self.root.glob(f"features/??/{pattern}")):
+            with contextlib.suppress(FileNotFoundError):  # another process clears it
+                yield path, path.stat()
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Return number of entries, images and bytes for each backbone name."""
+        from safetensors import SafetensorError, safe_open
+
+        totals: dict[str, dict[str, int]] = {}
+        for path, stat in self.entries():
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    info = json.loads((file.metadata() or {})["info"])
+                    n = file.get_slice("rows").get_shape()[0]
+                name = str(info.get("backbone", "?"))
+            except (SafetensorError, OSError, ValueError, KeyError):
+                name, n = "(damaged or foreign)", 0
+            total = totals.setdefault(name, {"entries": 0, "images": 0, "bytes": 0})
+            total["entries"] += 1
+            total["images"] += n
+            total["bytes"] += stat.st_size
+        return totals
+
+    def clear(self, older_than: float | None = None) -> tuple[int, int]:
+        """Delete entries; return how many, and how many bytes.
+
+        Parameters
+        ----------
+        older_than : float, optional
+            Only those not used for so many days.
+        """
+        now, count, size = time.time(), 0, 0
+        for path, stat in self.entries():
+            if older_than is None or now - stat.st_mtime > older_than * 86400:
+                path.unlink(missing_ok=True)
+                count, size = count + 1, size + stat.st_size
+        for path, stat in self._files(".*.tmp"):  # what a killed process left behind
+            if older_than is None or now - stat.st_mtime > 86400:
+                path.unlink(missing_ok=True)
+        return count, size
+
+
+def _digest(x: np.ndarray, rows: np.ndarray) -> str:
+    digest = hashlib.blake2b(repr((x.shape, x.dtype.str, rows.shape)).encode(), digest_size=16)
+    digest.update(x.data if x.size else b"")
+    digest.update(rows.tobytes())
+    return digest.hexdigest()

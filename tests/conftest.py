@@ -1,0 +1,155 @@
+"""Shared by all tests: no network, a cache of their own, a toy zoo of timm checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+ZOO = ROOT.parent / "shared" / "zoo"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    for item in items:
+        if "zoo" in item.keywords and not ZOO.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no real weights and images at {ZOO}"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tiny networks gain nothing from more, and on a busy machine threads wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reaches for the network fails as a machine without one does."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise OSError(f"the tests have no network: {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(socket.gaierror("no network"))
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default cache of this test, also for its child processes."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("SFDA_TUNE_CACHE", str(folder))
+    return folder
+
+
+def write_checkpoint(
+    folder: Path,
+    architecture: str,
+    size: int = 32,
+    *,
+    seed: int = 0,
+    mean: float = 0.5,
+    interpolation: str = "bicubic",
+    crop_pct: float = 0.875,
+    crop_mode: str = "center",
+    num_classes: int = 7,
+    **model_args: object,
+) -> Path:
+    """Write a timm checkpoint folder with reproducible random weights."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    model = timm.create_model(architecture, num_classes=num_classes, **model_args)
+    for module in model.modules():  # statistics other than 0 and 1, so that eval mode matters
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+    )
+    cfg = {
+        "input_size": [3, size, size],
+        "fixed_input_size": False,
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+        "mean": [mean] * 3,
+        "std": [0.25] * 3,
+        "num_classes": num_classes,
+        "first_conv": model.pretrained_cfg["first_conv"],
+        "classifier": model.pretrained_cfg["classifier"],
+    }
+    config = {"architecture": architecture, "num_classes": num_classes, "pretrained_cfg": cfg}
+    if model_args:
+        config["model_args"] = model_args
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Path]:
+    return write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def toy_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four checkpoints, three geometries; `resnet` and `convnext` share theirs, not their mean."""
+    root = tmp_path_factory.mktemp("toy zoo")
+    write_checkpoint(root / "resnet", "test_resnet", 32)
+    write_checkpoint(root / "convnext", "test_convnext", 32, mean=0.4)
+    write_checkpoint(root / "efficientnet", "test_efficientnet", 48, interpolation="bilinear")
+    write_checkpoint(root / "vit", "test_vit", 32, crop_pct=1.0, crop_mode="border", img_size=32)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: 3 classes × 12 photos of different sizes, two of them grey or with EXIF."""
+    root = tmp_path_factory.mktemp("photos") / "my photos"
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(("ant", "bee", "cat")):
+        (root / name).mkdir(parents=True)
+        for n in range(12):
+            height, width = rng.integers(40, 90, 2)
+            pixels = rng.integers(0, 256, (height, width, 3), np.uint8) // 2
+            pixels[..., c] += 100
+            image = Image.fromarray(pixels)
+            if n == 0:
+                image = image.convert("L")
+            exif = Image.Exif()
+            if n == 1:
+                exif[0x0112] = 6  # rotated by a quarter turn
+            image.save(root / name / f"{n:02d}.jpg", exif=exif, quality=92)
+    return root
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Environment for child processes: no hub, no colours, no plug-ins from outside."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    return dict(os.environ)

@@ -1,0 +1,334 @@
+import hashlib
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+
+from sfda_tune import Backbone, backbones, demo
+from sfda_tune.backbones import BackboneError, describe, fingerprint, load, resolve_backbones
+
+
+def specs(*given, **kwargs):
+    return {b.name: b.spec for b in resolve_backbones(list(given), **kwargs)}
+
+
+def test_timm_names_and_globs():
+    assert specs("resnet50.a1_in1k") == {"resnet50.a1_in1k": "resnet50.a1_in1k"}
+    assert specs("resnet18") == {"resnet18": "resnet18"}
+    found = specs("convnext_*.fb_in22k*")
+    assert len(found) > 5
+    assert set(found) <= set(timm.list_models(pretrained=True))
+    assert all(".fb_in22k" in name for name in found)
+
+
+def test_each_backbone_once():
+    assert list(specs("resnet18", "resnet18", "demo:*noise*", "demo:*noise*")) == [
+        "resnet18",
+        "demo:resnet_noise",
+    ]
+
+
+def test_hub_names_are_not_looked_up():
+    assert specs("hf-hub:me/mine@v2") == {"hf-hub:me/mine@v2": "hf-hub:me/mine@v2"}
+
+
+def test_folders(toy_zoo, tmp_path, monkeypatch):
+    one = specs(f"local-dir:{toy_zoo / 'resnet'}")
+    assert one == {"resnet": f"local-dir:{toy_zoo / 'resnet'}"}
+    assert specs(toy_zoo / "resnet") == one
+    assert list(specs(str(toy_zoo))) == ["convnext", "efficientnet", "resnet", "vit"]
+    assert list(specs(f"{toy_zoo}/*net")) == ["efficientnet", "resnet"]
+    monkeypatch.chdir(toy_zoo)
+    assert specs("vit") == specs(toy_zoo / "vit")
+    assert specs("./vit") == specs(toy_zoo / "vit")
+
+
+def test_folders_of_one_name_are_told_apart(toy_zoo, tmp_path):
+    shutil.copytree(toy_zoo / "vit", tmp_path / "vit")
+    assert list(specs(toy_zoo / "vit", tmp_path / "vit")) == [
+        f"local-dir:{toy_zoo / 'vit'}",
+        f"local-dir:{tmp_path / 'vit'}",
+    ]
+
+
+def test_demo():
+    assert list(specs("demo:*")) == [f"demo:{name}" for name in demo.names()]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet5O", r"no model 'resnet5O'.*did you mean resnet5"),
+        ("resnet50.nonsense", r"no such pretrained tag; timm has .*resnet50\.a1_in1k"),
+        ("zzz*", "no model 'zzz\\*'"),
+        ("test_byobnet_*", "no model"),
+        ("demo:nothing", r"'demo:nothing' matches none of \['demo:"),
+        ("hf-hub:nothing", "must look like 'hf-hub:owner/name'"),
+        ("local-dir:/no/such/place", "names no folder"),
+        ("./no/such/place", "names no folder"),
+        (3, "no str, Backbone or mapping"),
+        ({"mine": 3}, "'mine' must be a torch.nn.Module"),
+        ({"mine": torch.nn.Linear(1, 1)}, r"'mine' is no timm model.*pass \(module, transform\)"),
+    ],
+)
+def test_refused(spec, message):
+    with pytest.raises(BackboneError, match=message):
+        resolve_backbones([spec])
+
+
+def test_all_bad_specs_are_named_at_once():
+    with pytest.raises(BackboneError, match=r"resnet5O.*; .*hf-hub:nothing"):
+        resolve_backbones(["resnet5O", "resnet18", "hf-hub:nothing"])
+
+
+def test_nothing_is_refused(tmp_path):
+    with pytest.raises(BackboneError, match="`backbones` is empty"):
+        resolve_backbones([])
+    with pytest.raises(BackboneError, match="holds no timm checkpoint"):
+        resolve_backbones(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext", "efficientnet", "vit"])
+def test_loading_and_preprocessing_are_those_of_timm(toy_zoo, photos, name):
+    path = f"local-dir:{toy_zoo / name}"
+    module, preprocessing = load(Backbone(name, path))
+    plain = timm.create_model(path, pretrained=True, num_classes=0).eval()
+    transform = create_transform(**resolve_model_data_config(plain))
+    half = preprocessing.build()
+    for file in sorted(photos.glob("*/*.jpg"))[:6]:
+        image = Image.open(file).convert("RGB")
+        expected = transform(image)
+        pixels = half(image)
+        assert pixels.dtype == torch.uint8
+        ours = preprocessing.normalize(pixels[None])
+        assert torch.equal(ours[0], expected)  # to the last bit
+        with torch.inference_mode():
+            torch.testing.assert_close(module(ours), plain(ours), rtol=0, atol=0)
+    assert not module.training
+
+
+def test_description_needs_no_weights(toy_zoo, tmp_path):
+    shutil.copytree(toy_zoo / "vit", tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    bare = resolve_backbones(tmp_path / "vit")[0]
+    d = describe(bare)
+    whole = load(resolve_backbones(toy_zoo / "vit")[0])[0]
+    assert d.n_params == sum(p.numel() for p in whole.parameters())
+    assert d.n_dims == 64
+    assert d.preprocessing.input_size == (3, 32, 32)
+    with pytest.raises(BackboneError, match="No suitable checkpoints found"):
+        load(bare)
+
+
+def test_a_checkpoint_that_does_not_fit_is_an_error_not_a_random_network(toy_zoo, tmp_path):
+    shutil.copytree(toy_zoo / "resnet", tmp_path / "wrong")
+    shutil.copy(toy_zoo / "convnext" / "model.safetensors", tmp_path / "wrong")
+    with pytest.raises(BackboneError, match="Missing key"):
+        load(resolve_backbones(tmp_path / "wrong")[0])
+
+
+def test_pickles_are_not_run(tmp_path, toy_zoo):
+    """A checkpoint that would run code when it is unpickled is refused."""
+    folder = tmp_path / "evil"
+    shutil.copytree(toy_zoo / "resnet", folder)
+    (folder / "model.safetensors").unlink()
+    marker = tmp_path / "it ran"
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"state_dict": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(BackboneError):
+        load(resolve_backbones(folder)[0])
+    assert not marker.exists()
+
+
+def test_unknown_architecture_says_how_to_register_it(toy_zoo, tmp_path):
+    shutil.copytree(toy_zoo / "resnet", tmp_path / "x")
+    config = (tmp_path / "x" / "config.json").read_text()
+    (tmp_path / "x" / "config.json").write_text(config.replace("test_resnet", "nobody_knows_it"))
+    with pytest.raises(BackboneError, match=r"nobody_knows_it.*--import FILE"):
+        describe(resolve_backbones(tmp_path / "x")[0])
+
+
+PLUGIN = """
+import beside_it
+import timm.models.resnet as r
+from timm.models import register_model
+
+runs = globals().get("runs", 0) + 1
+
+@register_model
+def {name}(pretrained=False, **kwargs):
+    return r.test_resnet(pretrained=pretrained, **kwargs)
+"""
+
+
+def test_plugin_registers_architectures_and_runs_once(toy_zoo, tmp_path):
+    (tmp_path / "beside_it.py").write_text("")
+    plugin = tmp_path / "my plugin.py"
+    plugin.write_text(PLUGIN.format(name="plugged_in"))
+    checkpoint = shutil.copytree(toy_zoo / "resnet", tmp_path / "x")
+    config = (checkpoint / "config.json").read_text()
+    (checkpoint / "config.json").write_text(config.replace("test_resnet", "plugged_in"))
+    (backbone,) = resolve_backbones(checkpoint, plugins=[str(plugin)])
+    assert backbone.plugins == (str(plugin),)
+    assert load(backbone)[0](torch.zeros(1, 3, 32, 32)).shape == (1, 96)
+    module = backbones.load_plugin(plugin)
+    assert backbones.load_plugin(str(plugin)) is module
+    assert module.runs == 1
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "FileNotFoundError"), ("1/0", "ZeroDivisionError"), ("def", "SyntaxError")],
+)
+def test_bad_plugins(tmp_path, text, message):
+    plugin = tmp_path / "bad_plugin.py"
+    if text is not None:
+        plugin.write_text(text)
+    with pytest.raises(BackboneError, match=f"could not be imported.*{message}"):
+        backbones.load_plugin(plugin)
+    assert "bad_plugin" not in sys.modules
+    with pytest.raises(BackboneError, match="no_such_module_at_all"):
+        backbones.load_plugin("no_such_module_at_all")
+
+
+def test_modules_of_ones_own(toy_zoo):
+    mine = timm.create_model(f"local-dir:{toy_zoo / 'resnet'}", pretrained=True).train()
+    linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    a, b = resolve_backbones(
+        {"timm": mine, "linear": (linear, lambda image: torch.zeros(3, 2, 2))}
+    )
+    module, preprocessing = load(a)
+    assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 96)  # the classifier is off
+    assert preprocessing.input_size == (3, 32, 32)
+    assert mine.training  # the caller's is not touched
+    assert mine(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    module, preprocessing = load(b)
+    assert preprocessing.input_size is None
+    assert module(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
+
+
+def test_fingerprint_depends_on_weights_config_and_plugin_only(toy_zoo, tmp_path, make_checkpoint):
+    original = resolve_backbones(toy_zoo / "resnet")[0]
+    first = fingerprint(original)
+    assert first == fingerprint(original, load(original)[0])
+    moved = shutil.copytree(toy_zoo / "resnet", tmp_path / "moved")
+    assert fingerprint(resolve_backbones(moved)[0]) == first  # not on the place
+    make_checkpoint(tmp_path / "other", "test_resnet", 32, seed=1)
+    assert fingerprint(resolve_backbones(tmp_path / "other")[0]) != first
+    make_checkpoint(tmp_path / "config", "test_resnet", 40)
+    assert fingerprint(resolve_backbones(tmp_path / "config")[0]) != first
+    plugin = tmp_path / "plugin_for_print.py"
+    plugin.write_text("")
+    assert fingerprint(Backbone("a", original.spec, plugins=(str(plugin),))) != first
+
+
+def test_fingerprint_of_modules():
+    def wrap(module):
+        return fingerprint(resolve_backbones({"m": (module, _to_tensor)})[0])
+
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 2)
+    same = pickle.loads(pickle.dumps(module))
+    assert wrap(module) == wrap(same)
+    with torch.no_grad():
+        same.bias[0] += 1
+    assert wrap(module) != wrap(same)
+
+
+def _to_tensor(image):
+    return torch.from_numpy(np.asarray(image, np.float32))
+
+
+def hub_cache(root: Path, repo: str, file: Path) -> None:
+    """Lay a file into a Hugging Face cache as a download would have."""
+    folder = root / f"models--{repo.replace('/', '--')}"
+    commit = "0" * 40
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "blobs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, folder / "blobs" / digest)
+    (folder / "refs" / "main").write_text(commit)
+    (folder / "snapshots" / commit / file.name).symlink_to(folder / "blobs" / digest)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that cannot be reached, with an empty local cache."""
+    from huggingface_hub import constants
+
+    root = tmp_path / "hub"
+    root.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    backbones._reachable.cache_clear()
+    yield root
+    backbones._reachable.cache_clear()
+
+
+def test_weights_in_the_hub_cache_need_no_network(hub, tmp_path, make_checkpoint):
+    torch.manual_seed(3)
+    whole = timm.create_model("test_resnet.r160_in1k", pretrained=False)
+    file = make_checkpoint(tmp_path / "x", "test_resnet", num_classes=1000) / "model.safetensors"
+    (backbone,) = resolve_backbones("test_resnet.r160_in1k")
+    assert fingerprint(backbone) is None
+    with pytest.raises(
+        BackboneError, match="not in the local cache and the hub cannot be reached"
+    ):
+        load(backbone)
+    hub_cache(hub, whole.pretrained_cfg["hf_hub_id"], file)
+    module, preprocessing = load(backbone)
+    from safetensors.torch import load_file
+
+    weights = load_file(file)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert preprocessing.input_size == (3, 160, 160)
+    assert fingerprint(backbone) == fingerprint(backbone, module) is not None
+
+
+def test_hf_hub_spec_from_the_cache(hub, toy_zoo):
+    for file in ("config.json", "model.safetensors"):
+        hub_cache(hub, "me/mine", toy_zoo / "vit" / file)
+    (backbone,) = resolve_backbones("hf-hub:me/mine")
+    assert describe(backbone).n_dims == 64
+    assert load(backbone)[0](torch.zeros(1, 3, 32, 32)).shape == (1, 64)
+    assert fingerprint(backbone) is not None
+    with pytest.raises(BackboneError, match="the hub cannot be reached"):
+        describe(resolve_backbones("hf-hub:me/other")[0])
+
+
+FAMILIES = [
+    "resnet10t", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "convnext_atto",
+    "mobilenetv3_small_050", "mobilenetv4_conv_small", "efficientnet_b0", "vgg11", "levit_128s",
+    "densenet121", "swin_tiny_patch4_window7_224", "ghostnet_050", "mixer_s32_224", "regnetx_002",
+    "repvgg_a0", "edgenext_xx_small", "inception_v3", "hrnet_w18_small", "eva02_tiny_patch14_224",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_taking_the_classifier_off_is_num_classes_0(name):
+    """`_create` opens a checkpoint with its classifier, so that timm checks it, and removes it."""
+    torch.manual_seed(0)
+    whole = timm.create_model(name, pretrained=False).eval()
+    plain = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    missing, _ = plain.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing
+    whole.reset_classifier(0)
+    x = torch.randn(1, *whole.pretrained_cfg["input_size"])
+    with torch.inference_mode():
+        torch.testing.assert_close(whole(x), plain(x), rtol=0, atol=0)

@@ -1,0 +1,245 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sfda_tune import Ranking, __version__
+from sfda_tune.cli import _spread
+
+COMMAND = [sys.executable, "-c", "from sfda_tune.cli import main; main()"]
+
+
+@pytest.fixture
+def cli(clean_environment):
+    def run(*arguments, code=0, **kwargs):
+        done = subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            capture_output=True, text=True, check=False, timeout=120,
+            env=clean_environment, stdin=subprocess.DEVNULL, **kwargs,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    return run
+
+
+RANK = ["--device", "cpu", "--quiet"]
+
+
+def test_rank_prints_and_writes_and_reuses(cli, photos, toy_zoo, tmp_path):
+    arguments = [photos, "--backbones", toy_zoo, *RANK]
+    out = cli("rank", *arguments, "--out", tmp_path / "r.json")
+    assert "my photos: 36 images, 3 classes" in out
+    for word in ("rank", "backbone", "score", "width", "params", "images/s", "note"):
+        assert word in out
+    ranking = Ranking.from_json(tmp_path / "r.json")
+    assert [line.split("│")[2].strip() for line in out.splitlines() if "│ " in line] == [*ranking]
+    again = cli("rank", *arguments, "--out", tmp_path / "r.csv")
+    assert again.count("cached") == 4
+    csv = (tmp_path / "r.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in csv[1:]] == list(ranking)
+    fresh = cli("rank", *arguments, "--no-cache")
+    assert "cached" not in fresh
+    shown = cli("cache", "show")
+    assert "convnext" in shown
+    assert "144" not in shown.split("all")[0]
+    assert "deleted 4 entries" in cli("cache", "clear")
+    assert "deleted 0 entries" in cli("cache", "clear", "--older-than", 1)
+
+
+def test_backbones_in_every_spelling(cli, photos, toy_zoo, tmp_path):
+    a, b = toy_zoo / "vit", toy_zoo / "resnet"
+    for k, spelling in enumerate(
+        (
+            ["--backbones", a, b],
+            ["-b", a, "-b", b],
+            ["--backbones", f"{a},{b}"],
+        )
+    ):
+        cli("rank", photos, *spelling, *RANK, "--out", tmp_path / f"{k}.json")
+        assert sorted(Ranking.from_json(tmp_path / f"{k}.json")) == ["resnet", "vit"]
+
+
+def test_spread():
+    assert _spread(["rank", "-b", "x", "y", "--seed", "3", "d"]) == [
+        "rank", "-b", "x", "-b", "y", "--seed", "3", "d",
+    ]  # fmt: skip
+    assert _spread(["rank", "--backbones=x", "d"]) == ["rank", "--backbones=x", "d"]
+    assert _spread(["rank", "-b", "x", "--", "y"]) == ["rank", "-b", "x", "--", "y"]
+
+
+def test_a_failed_backbone_is_shown_last_with_its_error(cli, photos, toy_zoo, tmp_path):
+    bare = shutil.copytree(toy_zoo / "vit", tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    out = cli("rank", photos, "-b", bare, toy_zoo / "vit", "resnet10t.c3_in1k", *RANK)
+    lines = [line for line in out.splitlines() if "│ " in line]
+    assert "vit" in lines[0]
+    assert "failed" in lines[1]
+    assert "No suitable checkpoints" in out
+    assert "the hub cannot be reached" in out
+    error = cli("rank", photos, "-b", bare, *RANK, code=1)
+    assert "no backbone could be ranked" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/folder"], "no/such/folder"),
+        (["digits", "-b", "resnet5O"], "did you mean"),
+        (["digits", "--out", "r.txt"], "--out must end in .json or .csv"),
+        (["digits", "--out", "no/such/r.json"], "there is no folder"),
+        (["digits", "--metric", "nonsense"], "nonsense"),
+        (["digits", "--variant", "nonsense"], "official, paper"),
+        (["digits", "--device", "nonsense"], "`device`"),
+        (["digits", "--precision", "int8"], "`precision`"),
+        (["digits", "--samples", "3"], "3"),
+        (["digits", "--cache", "c", "--no-cache"], "exclude each other"),
+        (["digits", "--import", "nope.py"], "nope.py"),
+    ],
+)
+def test_errors_are_one_clear_line(cli, arguments, message, tmp_path):
+    error = cli("rank", *arguments, code=1, cwd=tmp_path)
+    assert message in error
+    assert error.startswith("error: ")
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(cli):
+    assert "Traceback" in cli("rank", "digits", "-b", "resnet5O", "--debug", code=1)
+
+
+def test_usage_errors(cli):
+    assert "No such option" in cli("rank", "--nonsense", code=2)
+    assert f"sfda-tune {__version__}" in cli("--version")
+    assert "rank" in cli("--help")
+    assert "--backbones" in cli("rank", "--help")
+
+
+def test_help_is_quick(cli):
+    """`--help` loads neither torch nor timm."""
+    code = (
+        "import sys\nfrom sfda_tune.cli import main\n"
+        "try: main(['rank', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'timm', 'sklearn'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().endswith("[]")
+
+
+def test_backbones_lists_what_is_there(cli, toy_zoo):
+    out = cli("backbones", toy_zoo, "resnet18.*")
+    assert "32×32" in out
+    assert "resnet18.a1_in1k" in out
+    assert "11.2M" in out  # without the classifier
+    assert "512" in out
+    assert "no model" in cli("backbones", "zzz*", code=1)
+
+
+def test_unreadable_images_are_named_in_a_warning(
+    cli, photos, toy_zoo, tmp_path, clean_environment
+):
+    root = shutil.copytree(photos, tmp_path / "spoilt")
+    (root / "bee" / "03.jpg").write_bytes(b"no image")
+    done = subprocess.run(
+        [*COMMAND, "rank", root, "-b", toy_zoo / "vit", *RANK],
+        capture_output=True, text=True, check=True, env=clean_environment,
+    )  # fmt: skip
+    assert "warning: 1 of 36 images could not be read" in done.stderr
+    assert "03.jpg" in done.stderr
+    assert "35 images" in done.stdout
+
+
+SLOW_PLUGIN = """
+import time
+import timm.models.resnet as r
+from timm.models import register_model
+
+class Slow(r.ResNet):
+    def forward(self, x):
+        open({marker!r}, "a").write("x")
+        time.sleep(1.5)
+        return super().forward(x)
+
+@register_model
+def slow_resnet(pretrained=False, **kwargs):
+    model = r.test_resnet(pretrained=pretrained, **kwargs)
+    model.__class__ = Slow
+    return model
+"""
+
+
+@pytest.fixture
+def slow_zoo(toy_zoo, tmp_path):
+    """Two backbones, the second of which is slow and says when it has begun."""
+    marker = tmp_path / "begun"
+    plugin = tmp_path / "slow_plugin.py"
+    plugin.write_text(SLOW_PLUGIN.format(marker=str(marker)))
+    slow = shutil.copytree(toy_zoo / "resnet", tmp_path / "zoo" / "slow")
+    config = json.loads((slow / "config.json").read_text())
+    config["architecture"] = "slow_resnet"
+    (slow / "config.json").write_text(json.dumps(config))
+    shutil.copytree(toy_zoo / "convnext", tmp_path / "zoo" / "quick")
+    return tmp_path / "zoo", plugin, marker
+
+
+def start(clean_environment, *arguments):
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(marker: Path, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if marker.exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert marker.exists(), process.communicate()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_shows_and_writes_what_is_finished(
+    photos, slow_zoo, tmp_path, clean_environment, sign
+):
+    zoo, plugin, marker = slow_zoo
+    out = tmp_path / "r.json"
+    arguments = ["rank", photos, "-b", zoo, "--import", plugin, *RANK]
+    process = start(clean_environment, *arguments, "--batch-size", 4, "--out", out)
+    wait_for(marker, process)
+    os.kill(process.pid, sign)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Interrupted" in stderr
+    assert "quick" in stdout
+    ranking = Ranking.from_json(out)
+    assert ranking.shortlist(5) == ["quick"]
+    assert list(ranking.failed) == ["slow"]
+
+
+def test_after_a_kill_only_the_unfinished_backbone_is_run(
+    cli, photos, slow_zoo, tmp_path, clean_environment
+):
+    zoo, plugin, marker = slow_zoo
+    arguments = ["rank", photos, "-b", zoo, "--import", plugin, *RANK]
+    process = start(clean_environment, *arguments, "--batch-size", 4)
+    wait_for(marker, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    marker.unlink()
+    cli(*arguments, "--out", tmp_path / "r.json")
+    ranking = Ranking.from_json(tmp_path / "r.json")
+    assert ranking.score("quick").details["cached"]
+    assert not ranking.score("slow").details["cached"]
+    assert marker.exists()
+    marker.unlink()
+    cli(*arguments, "--out", tmp_path / "r.json")  # and now none
+    assert all(s.details["cached"] for s in Ranking.from_json(tmp_path / "r.json").scores)
+    assert not marker.exists()

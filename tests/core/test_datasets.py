@@ -1,0 +1,1601 @@
+"""Every documented form of images and every message, on real files made by Pillow."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from sfda_tune.datasets import (
+    UNREADABLE,
+    DatasetError,
+    ImageDataset,
+    UnreadableImage,
+    open_dataset,
+    to_rgb,
+)
+
+ZOO = Path(__file__).parents[2] / ".." / "shared" / "zoo"
+RNG = np.random.default_rng(0)
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def write(path: Path, image: Any = None, **options: Any) -> Path:
+    """Save an image (default: noise, 6 wide and 4 high) in the format of the suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = noise(4, 6, 3) if image is None else image
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, **options)
+    return path
+
+
+def folder(root: Path, classes: str = "cat dog", n: int = 3) -> Path:
+    for name in classes.split():
+        for i in range(n):
+            write(root / name / f"{i}.png")
+    return root
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def one(item: Any) -> ImageDataset:
+    """A data set of one item, whatever it is."""
+    return ImageDataset("one", [item], np.zeros(1, int), ("only",))
+
+
+def pixels(item: Any) -> np.ndarray:
+    image = one(item).load(0)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def names(data: ImageDataset) -> list[str]:
+    return [os.path.basename(str(item)) for item in data.items]
+
+
+def message(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(DatasetError) as caught:
+        open_dataset(*args, **kwargs)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------ importing
+
+
+def test_import_needs_numpy_and_pillow_only():
+    code = (
+        "import sys, sfda_tune.datasets\n"
+        "heavy = {'torch', 'timm', 'pandas', 'datasets', 'sklearn', 'pyarrow', 'torchvision'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+# ------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
+def test_ordinary_modes_are_exactly_what_timm_loads(mode):
+    image = Image.fromarray(noise(9, 7, 3)).convert(mode)
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
+
+
+FILES = {
+    "RGB": (
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "avif",
+        "jp2",
+        "tga",
+    ),
+    "L": ("jpg", "png", "bmp", "gif", "tif", "pgm"),
+    "1": ("png", "bmp", "tif", "pbm"),
+    "P": ("png", "gif"),
+    "CMYK": ("jpg", "tif"),
+    "LAB": ("tif",),
+}
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [(s, mode) for mode in FILES for s in FILES[mode]])
+def test_files_load_as_with_timm(tmp_path, suffix, mode):
+    image = Image.fromarray(noise(9, 7, 3))
+    image = Image.new("LAB", (7, 9), (150, 120, 90)) if mode == "LAB" else image.convert(mode)
+    path = write(tmp_path / f"x.{suffix}", image)
+    with Image.open(path) as plain:
+        assert plain.mode == mode or suffix == "gif"
+        expected = np.asarray(plain.convert("RGB"))
+    assert np.array_equal(pixels(path), expected)
+    assert np.array_equal(pixels(path.read_bytes()), expected)
+
+
+def test_cmyk_jpeg_of_adobe_is_not_inverted(tmp_path):
+    # Pillow writes the Adobe marker and inverted values, as Photoshop does
+    path = write(tmp_path / "x.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100)
+    assert np.abs(pixels(path).astype(int) - RED).max() < 6
+
+
+def test_alpha_lies_over_white(tmp_path):
+    rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [255, 0, 0, 128]]], np.uint8)
+    assert pixels(write(tmp_path / "x.png", rgba)).tolist() == [
+        [[255, 0, 0], [255] * 3, [255, 127, 127]]
+    ]
+    la = Image.new("LA", (1, 1), (10, 0))
+    assert pixels(write(tmp_path / "la.png", la)).tolist() == [[[255] * 3]]
+    opaque = noise(5, 5, 4)
+    opaque[..., 3] = 255
+    assert np.array_equal(pixels(write(tmp_path / "o.png", opaque)), opaque[..., :3])
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
+def test_transparent_palette_entries_are_white(tmp_path, transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *GREEN])
+    image.putpixel((1, 0), 1)
+    path = write(tmp_path / "x.png", image, transparency=transparency)
+    assert pixels(path).tolist() == [[[*RED], [*WHITE]]]
+
+
+@pytest.mark.parametrize("mode", ["PA", "La", "RGBa"])
+def test_modes_with_alpha_that_only_live_in_memory(mode):
+    assert np.asarray(to_rgb(Image.new(mode, (1, 1)))).tolist() == [[[*WHITE]]]
+
+
+def test_transparent_colour_of_grey_and_rgb_png(tmp_path):
+    grey = write(tmp_path / "l.png", np.array([[5, 9]], np.uint8), transparency=5)
+    assert pixels(grey)[0, :, 0].tolist() == [255, 9]
+    rgb = write(tmp_path / "rgb.png", np.array([[RED, GREEN]], np.uint8), transparency=RED)
+    assert pixels(rgb).tolist() == [[[*WHITE], [*GREEN]]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 257, 1000, 51400, 65535]], np.uint16)
+    path = write(tmp_path / f"x.{suffix}", values)
+    assert pixels(path)[0, :, 0].tolist() == [0, 1, 4, 200, 255]
+
+
+def test_big_endian_and_32_bit_grey(tmp_path):
+    assert pixels(write(tmp_path / "b.tif", np.array([[0, 51400]], ">u2")))[0, 1, 0] == 200
+    assert pixels(write(tmp_path / "i.tif", np.array([[0, 51400]], np.int32)))[0, 1, 0] == 200
+
+
+def test_16_bit_rgb_png():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    row = b"\0" + np.array([51400, 0, 65535], ">u2").tobytes()
+    head = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(row))
+    assert pixels(png + chunk(b"IEND", b"")).tolist() == [[[200, 0, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 0.5, 1], [0, 128, 255]),
+        ([0, 100, 255], [0, 100, 255]),
+        ([0, 25700, 65535], [0, 100, 255]),
+    ],
+)
+def test_floating_point_tiff(tmp_path, values, expected):
+    path = write(tmp_path / "x.tif", np.array([values], np.float32))
+    assert pixels(path)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("values", [[-1, 1], [0, float("nan")], [0, 1e6]])
+def test_pixels_of_unknown_range_are_unreadable(tmp_path, values):
+    path = write(tmp_path / "x.tif", np.array([values], np.float32))
+    with pytest.raises(
+        UnreadableImage, match=r"x\.tif: pixels from .* convert the image to 8 bit"
+    ):
+        one(path).load(0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_exif_orientation_is_applied_once(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"jpg": {"quality": 100}, "webp": {"lossless": True}}.get(suffix, {})
+    path = write(
+        tmp_path / f"x.{suffix}",
+        np.kron(noise(2, 3, 3), np.ones((8, 8, 1), np.uint8)),
+        exif=exif,
+        **options,
+    )
+    with Image.open(path) as plain:
+        expected = np.asarray(ImageOps.exif_transpose(plain))
+    assert expected.shape == ((16, 24, 3) if orientation < 5 else (24, 16, 3))
+    assert np.array_equal(pixels(path), expected)
+
+
+def test_damaged_exif_leaves_the_pixels_readable(tmp_path):
+    path = write(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05garbage")
+    assert pixels(path).shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tif", "png"])
+def test_the_first_frame_counts(tmp_path, suffix):
+    first, second = Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), BLUE)
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = write(tmp_path / f"x.{suffix}", first, save_all=True, append_images=[second], **options)
+    assert pixels(path)[0, 0].tolist() == [*RED]
+
+
+def test_to_rgb_leaves_its_argument_alone():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.open(io.BytesIO(encoded(Image.new("RGBA", (2, 3)), "PNG", exif=exif)))
+    assert to_rgb(image).size == (3, 2)
+    assert image.size == (2, 3)
+    assert image.mode == "RGBA"
+    assert image.getexif()[0x0112] == 6
+
+
+# ------------------------------------------------------------------ what cannot be read
+
+
+def _lfs(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason", "has_digest"),
+    [
+        (lambda p: None, "No such file or directory", False),
+        (lambda p: p.symlink_to("nowhere.jpg"), "No such file or directory", False),
+        (lambda p: p.symlink_to(p), "Too many levels of symbolic links", False),
+        (lambda p: p.mkdir(), "is a directory", False),
+        (lambda p: os.mkfifo(p), "is not a regular file", False),
+        (lambda p: p.write_bytes(b""), r"is empty \(0 bytes\)", True),
+        (
+            lambda p: p.write_text("hello"),
+            "is not an image in a format that Pillow can read",
+            True,
+        ),
+        (_lfs, "Git LFS pointer.*git lfs pull", True),
+        (lambda p: p.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0"), "HEIC.*convert it to JPEG", True),
+        (
+            lambda p: p.write_bytes(encoded(Image.fromarray(noise(99, 99, 3)), "JPEG")[:999]),
+            "truncated",
+            True,
+        ),
+        (
+            lambda p: p.write_bytes(encoded(Image.fromarray(noise(99, 99, 3)), "PNG")[:999]),
+            "truncated",
+            True,
+        ),
+    ],
+)
+def test_unreadable_files(tmp_path, make, reason, has_digest):
+    path = tmp_path / "x.jpg"
+    make(path)
+    data = one(str(path))
+    with pytest.raises(UnreadableImage, match=reason) as caught:
+        data.load(0)
+    assert caught.value.name == str(path)
+    assert "\n" not in caught.value.reason
+    assert "0x" not in caught.value.reason
+    assert (data.digest(0) != UNREADABLE) == has_digest
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.name, again.reason, str(again)) == (*caught.value.args, str(caught.value))
+
+
+def test_permission_denied(tmp_path, monkeypatch):
+    def denied(path, *args):
+        raise PermissionError(13, "Permission denied", path)
+
+    path = write(tmp_path / "x.png")
+    monkeypatch.setattr("builtins.open", denied)  # the tests may run as root, whom nothing stops
+    data = one(str(path))
+    with pytest.raises(UnreadableImage, match="Permission denied"):
+        data.load(0)
+    assert data.digest(0) == UNREADABLE
+
+
+def test_large_images_are_neither_noise_nor_a_crash(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.png", noise(30, 30))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # 900 pixels: Pillow warns
+    assert pixels(path).shape == (30, 30, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # Pillow refuses
+    with pytest.raises(UnreadableImage, match="DecompressionBombError"):
+        one(path).load(0)
+
+
+def test_load_truncated_images_is_obeyed_and_kept(tmp_path, monkeypatch):
+    from PIL import ImageFile
+
+    path = tmp_path / "x.jpg"
+    path.write_bytes(encoded(Image.fromarray(noise(99, 99, 3)), "JPEG")[:2000])
+    with pytest.raises(UnreadableImage):
+        one(path).load(0)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert pixels(path).shape == (99, 99, 3)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_threads_leave_the_warning_filters_as_they_were(tmp_path):
+    data = one(write(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05garbage"))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        sizes = list(pool.map(lambda _: data.load(0).size, range(200)))
+    assert set(sizes) == {(6, 4)}
+    assert list(warnings.filters) == before
+
+
+# ------------------------------------------------------------------ digests
+
+
+def test_digest_is_of_the_content_alone(tmp_path):
+    image = noise(4, 6, 3)
+    a = write(tmp_path / "a" / "x.png", image)
+    b = tmp_path / "b" / "other.JPG"
+    b.parent.mkdir()
+    b.write_bytes(a.read_bytes())
+    write(tmp_path / "b" / "z.png", image ^ np.uint8(1))
+    data = open_dataset(tmp_path)
+    assert names(data) == ["x.png", "other.JPG", "z.png"]
+    x, other, z = data.digests()
+    assert x == other != z
+    assert re.fullmatch("[0-9a-f]{40}", x)
+    assert data.subset([2, 0]).digests(workers=1) == [z, x] == data.digests([2, 0])
+    assert one(a.read_bytes()).digest(0) == x  # encoded bytes like the file
+
+
+def test_digest_of_arrays_sees_pixels_and_shape():
+    zeros = np.zeros((2, 6), np.uint8)
+    changed = zeros.copy()
+    changed[1, 5] = 1
+    digests = [one(a).digest(0) for a in (zeros, changed, zeros.reshape(3, 4))]
+    assert len(set(digests)) == 3
+    assert one(zeros.copy(order="F")).digest(0) == digests[0]
+    assert one(Image.fromarray(zeros)).digest(0) != one(Image.fromarray(changed)).digest(0)
+
+
+# ------------------------------------------------------------------ the value
+
+
+def test_value_is_frozen_and_its_labels_read_only():
+    labels = np.array([0, 1])
+    data = ImageDataset("x", ["a", "b"], labels, ("no", "yes"))
+    with pytest.raises(AttributeError):
+        data.name = "y"  # type: ignore[misc]
+    with pytest.raises(ValueError, match="read-only"):
+        data.labels[0] = 1
+    labels[0] = 1  # the caller's own array is still the caller's
+    assert repr(data) == "ImageDataset('x', 2 images, 2 classes)"
+
+
+@pytest.mark.parametrize("labels", [[0], [0.0, 1.0], [[0, 1]], [0, 2], [-1, 0]])
+def test_value_checks_its_labels(labels):
+    with pytest.raises(DatasetError, match="`labels` must"):
+        ImageDataset("x", ["a", "b"], np.array(labels), ("no", "yes"))
+
+
+def test_subset_keeps_classes_and_row_names():
+    data = open_dataset((noise(6, 2, 2), list("abcabc")))
+    part = data.subset([5, 0]).subset(np.array([True, False]))
+    assert (part.labels.tolist(), part.classes, part.item_name(0)) == (
+        [2],
+        ("a", "b", "c"),
+        "row 5",
+    )
+    assert part.digest(0) == data.digest(5)
+    assert len(data.subset([])) == 0
+    for rows in ([0.5], [True], [[0]]):
+        with pytest.raises(DatasetError, match="`rows` must be positions or a mask of 6 bool"):
+            data.subset(rows)
+    with pytest.raises(IndexError):
+        data.subset([6])
+
+
+def test_pickle_by_spawn(tmp_path):
+    import datasets
+
+    hf = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(noise(3, 4, 3)) for _ in range(4)], "label": list("abab")},
+        features=datasets.Features(image=datasets.Image(), label=datasets.Value("string")),
+    )
+    forms = [
+        open_dataset(folder(tmp_path / "f")),
+        open_dataset((noise(4, 3, 3), [0, 1, 0, 1])),
+        open_dataset(([Image.fromarray(noise(3, 4, 3)) for _ in range(2)], [0, 1])),
+        open_dataset("digits", samples=20),
+        open_dataset(hf),
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        digests = [pool.submit(data.digests) for data in forms]
+        images = [pool.submit(data.load, 1) for data in forms]
+        for data, digest, image in zip(forms, digests, images, strict=True):
+            assert digest.result() == data.digests()
+            assert image.result().tobytes() == data.load(1).tobytes()
+
+
+def test_a_folder_pickles_as_its_paths_and_a_subset_as_its_pixels(tmp_path):
+    data = open_dataset(folder(tmp_path / "f"))
+    assert len(pickle.dumps(data)) < 200 * len(data) + 1000
+    images = np.zeros((1000, 50, 50), np.uint8)
+    assert len(pickle.dumps(open_dataset((images, np.arange(1000) % 2), samples=4))) < 12_000
+
+
+# ------------------------------------------------------------------ sampling
+
+SIZES = [1, 2, 3, 50, 144, 300]
+
+
+def _sized() -> ImageDataset:
+    labels = RNG.permutation(np.repeat(np.arange(len(SIZES)), SIZES))
+    return ImageDataset("x", [str(n) for n in range(500)], labels, tuple("abcdef"))
+
+
+def test_sample_is_stratified_deterministic_and_in_order():
+    data = _sized()
+    part = data.sample(100)
+    counts = np.bincount(part.labels)
+    # two of each class first (one of the class that has one), then in proportion
+    assert counts.sum() == 100
+    assert counts[:3].tolist() == [1, 2, 2]
+    assert np.abs(counts[3:] - 95 * np.array(SIZES[3:]) / sum(SIZES[3:])).max() <= 1
+    assert np.all(np.diff(part.origin) > 0)
+    assert part.items == data.sample(100).items
+    assert part.items != data.sample(100, seed=1).items
+
+
+def test_smaller_samples_are_part_of_larger_ones():
+    data = _sized()
+    last: set[Any] = set()
+    for n in range(len(SIZES), 500):
+        part = data.sample(n, seed=3)
+        rows = set(part.items)
+        counts = np.bincount(part.labels, minlength=len(SIZES))
+        assert len(rows) == n
+        assert last < rows
+        assert counts.min() >= 1
+        if n >= 2 * len(SIZES):
+            assert all(counts >= np.minimum(2, SIZES))
+        last = rows
+    assert data.sample(500) is data
+    assert data.sample(10**9) is data
+
+
+def test_sample_of_equal_classes_is_equal():
+    data = ImageDataset("x", [""] * 100, np.arange(100) % 10, tuple("abcdefghij"))
+    assert np.bincount(data.sample(50).labels).tolist() == [5] * 10
+
+
+def test_sample_messages():
+    data = _sized()
+    with pytest.raises(DatasetError, match=r"at least the number of classes, 6, but is 5"):
+        data.sample(5)
+    for n in (0, -1, 2.5, True, "9", None):
+        with pytest.raises(DatasetError, match="`samples` must be a positive int but is"):
+            data.sample(n)  # type: ignore[arg-type]
+    assert "`samples` must be a positive int" in message("digits", samples=0)
+
+
+# ------------------------------------------------------------------ digits and ImageDataset
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    data = open_dataset("digits")
+    original: Any = load_digits()
+    assert (data.name, len(data), data.classes) == ("digits", 1797, tuple("0123456789"))
+    assert np.array_equal(data.labels, original.target)
+    assert np.array_equal(np.asarray(data.load(3))[..., 1], np.rint(original.images[3] * 255 / 16))
+    assert np.asarray(data.load(0)).max() <= 255
+    assert {len(open_dataset("digits", samples=n)) for n in (10, 300)} == {10, 300}
+
+
+def test_image_dataset_is_returned_as_it_is():
+    data = open_dataset("digits")
+    assert open_dataset(data) is data
+    assert open_dataset(data, samples=100).items[3].tolist() == data.sample(100).items[3].tolist()
+    assert "`split` and `labels` cannot be used with an ImageDataset" in message(
+        data, split="val", labels=[1]
+    )
+
+
+# ------------------------------------------------------------------ folders
+
+
+def test_folder_of_classes(tmp_path):
+    root = tmp_path / "pets"
+    write(root / "dog" / "10.JPG")
+    write(root / "dog" / "2.jpeg")
+    write(root / "dog" / "deep" / "down" / "1.Png")
+    write(root / "cat" / "b.webp")
+    write(root / "cat" / "a.bmp")
+    write(root / "cat" / ".hidden.png")
+    write(root / "cat" / ".thumbs" / "1.png")
+    write(root / ".git" / "1.png")
+    write(root / "__MACOSX" / "1.png")
+    (root / "cat" / "notes.txt").write_text("no image")
+    data = open_dataset(str(root))
+    assert (data.name, data.classes) == ("pets", ("cat", "dog"))
+    assert names(data) == ["a.bmp", "b.webp", "2.jpeg", "10.JPG", "1.Png"]
+    assert data.labels.tolist() == [0, 0, 1, 1, 1]
+    assert data.item_name(0) == str(root / "cat" / "a.bmp")
+    assert [data.load(n).size for n in range(5)] == [(6, 4)] * 5
+
+
+def test_ignored_files_are_counted_at_debug_level(tmp_path, caplog):
+    folder(tmp_path)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    with caplog.at_level(logging.DEBUG, "sfda_tune.datasets"):
+        open_dataset(tmp_path)
+    assert "ignored 1 files that are no images" in caplog.text
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    for name in ("b2", "b10", "a", "10", "9", "1.5", "Z"):
+        for i in (1, 2, 10, "x", "01"):
+            write(tmp_path / name / f"i{i}.png", noise(1, 1))
+    data = open_dataset(tmp_path)
+    assert data.classes == ("1.5", "9", "10", "Z", "a", "b2", "b10")
+    assert names(data)[:5] == ["i01.png", "i1.png", "i2.png", "i10.png", "ix.png"]
+    scan = os.scandir
+
+    class Reversed:
+        def __init__(self, path):
+            with scan(path) as entries:
+                self.entries = sorted(entries, key=lambda e: e.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *args):
+            pass
+
+    monkeypatch.setattr(os, "scandir", Reversed)
+    again = open_dataset(tmp_path)
+    assert (again.items, again.labels.tolist()) == (data.items, data.labels.tolist())
+
+
+def test_relative_folder_stays_valid_elsewhere(tmp_path, monkeypatch):
+    folder(tmp_path / "pets")
+    monkeypatch.chdir(tmp_path / "pets")
+    data = open_dataset(".")
+    assert data.name == "pets"
+    monkeypatch.chdir("/")
+    assert data.load(0).size == (6, 4)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_dataset("~/pets")) == 6
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> Path:
+    root = tmp_path / "pets"
+    folder(root / "train", n=3)
+    folder(root / "valid", n=2)
+    folder(root / "test", "cat dog eel", n=1)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("split", "n", "name"),
+    [
+        (None, 6, "pets"),
+        ("train", 6, "pets"),
+        ("val", 4, "pets/val"),
+        ("validation", 4, "pets/validation"),
+        ("test", 3, "pets/test"),
+        ("all", 13, "pets/all"),
+    ],
+)
+def test_folder_with_splits(splits, split, n, name):
+    data = open_dataset(splits, split=split)
+    assert (len(data), data.name) == (n, name)
+    assert data.classes == (("cat", "dog", "eel") if split in ("test", "all") else ("cat", "dog"))
+
+
+def test_split_rule(tmp_path):
+    # a class that is called like a split does not make a split layout …
+    data = open_dataset(folder(tmp_path / "a", "train bus tram"))
+    assert data.classes == ("bus", "train", "tram")
+    # … nor do splits without train
+    assert open_dataset(folder(tmp_path / "b", "val test")).classes == ("test", "val")
+    assert len(open_dataset(tmp_path / "a", split="all")) == 9
+    text = message(tmp_path / "a", split="val")
+    assert "'bus', 'train', 'tram'; leave `split` out" in text
+    folder(tmp_path / "c" / "Train")
+    folder(tmp_path / "c" / ".val")
+    assert len(open_dataset(tmp_path / "c")) == 6
+    assert "`split` must be one of 'Train' or 'all' for Folder" in message(
+        tmp_path / "c", split="val"
+    )
+
+
+def test_folder_without_classes_explains_the_layout(tmp_path):
+    write(tmp_path / "1.jpg")
+    text = message(tmp_path)
+    assert "must have one sub-folder per class" in text
+    assert "cat/1.jpg" in text
+    assert "has 1 images and no sub-folders" in text
+    assert ".csv table" in text
+    (tmp_path / "e").mkdir()
+    assert "has 0 images and no sub-folders" in message(tmp_path / "e")
+    write(tmp_path / "s" / "train" / "1.jpg")
+    assert f"Folder {str(tmp_path / 's' / 'train')!r} must have one" in message(tmp_path / "s")
+    (tmp_path / "e" / "dataset_dict.json").write_text("{}")
+    assert "put 'hf:' before it" in message(tmp_path / "e")
+
+
+def test_class_folders_without_images(tmp_path):
+    root = folder(tmp_path / "pets")
+    (root / "eel").mkdir()
+    with pytest.warns(UserWarning, match=r"1 class folders without images are left out \('eel'\)"):
+        assert open_dataset(root).classes == ("cat", "dog")
+    for name in ("a", "b"):
+        (tmp_path / "none" / name).mkdir(parents=True)
+        (tmp_path / "none" / name / "x.txt").touch()
+    text = message(tmp_path / "none")
+    assert "must hold image files, but its sub-folders ('a', 'b') have none" in text
+    assert ".jpg" in text
+
+
+def test_images_beside_the_class_folders(tmp_path):
+    write(folder(tmp_path) / "cover.png")
+    with pytest.warns(UserWarning, match="1 images directly in"):
+        assert len(open_dataset(tmp_path)) == 6
+
+
+def test_one_class_is_not_enough(tmp_path):
+    folder(tmp_path / "a" / "pets")
+    text = message(tmp_path / "a")
+    assert "at least 2 classes" in text
+    assert "all 6 images are of class 'pets'" in text
+    assert f"try {str(tmp_path / 'a' / 'pets')!r}" in text
+    assert "a sub-folder of their own" in message(folder(tmp_path / "b", "cat"))
+
+
+def test_unreadable_folder_is_a_warning(tmp_path, monkeypatch):
+    folder(tmp_path)
+    scan = os.scandir
+
+    def denied(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    (tmp_path / "cat" / "secret").mkdir()
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.warns(UserWarning, match="secret' is left out: Permission denied"):
+        assert len(open_dataset(tmp_path)) == 6
+
+
+HOSTILE = [
+    "a b.png",
+    "ü ñ 图.png",
+    "quo'te\".png",
+    "new\nline.png",
+    "-rf.png",
+    "%s {0}.png",
+    "a,b;c.png",
+    " lead.png",
+]
+
+
+def test_hostile_names(tmp_path):
+    root = tmp_path / "hos tile\n'ü"
+    for name in HOSTILE:
+        write(root / "cat" / name)
+        write(root / "dog\n2" / name)
+    raw = os.fsencode(root / "cat") + b"/\xff.png"
+    Path(os.fsdecode(raw)).write_bytes((root / "cat" / HOSTILE[0]).read_bytes())
+    data = open_dataset(root)
+    assert len(data) == 2 * len(HOSTILE) + 1
+    assert data.classes == ("cat", "dog\\n2")
+    assert data.name == "hos tile\\n'ü"
+    for n in range(len(data)):
+        assert data.load(n).size == (6, 4)
+        assert data.item_name(n).isprintable()
+        data.item_name(n).encode()
+    assert len(set(data.digests())) == 2 * len(HOSTILE)
+    assert pickle.loads(pickle.dumps(data)).digests() == data.digests()
+
+
+def test_links_are_followed_but_never_in_circles(tmp_path):
+    root = folder(tmp_path / "pets")
+    outside = folder(tmp_path / "elsewhere", "more", n=2)
+    (root / "cat" / "more").symlink_to(outside / "more")
+    (root / "cat" / "again").symlink_to(outside / "more")  # same folder: its images count once
+    (root / "cat" / "up").symlink_to(root)  # would make dogs cats
+    (root / "cat" / "self").symlink_to(root / "cat" / "self")
+    (root / "dog" / "loop").symlink_to(root / "dog")
+    (root / "dog" / "9.png").symlink_to(outside / "more" / "0.png")
+    (root / "eel").symlink_to(outside / "more")
+    data = open_dataset(root)
+    assert np.bincount(data.labels).tolist() == [5, 4, 2]
+    assert UNREADABLE not in data.digests()
+
+
+def test_unreadable_images_are_found_by_loading_not_by_opening(tmp_path):
+    root = folder(tmp_path)
+    (root / "cat" / "9.jpg").write_bytes(b"")
+    (root / "cat" / "99.jpg").symlink_to("nowhere")
+    data = open_dataset(root)
+    assert len(data) == 8
+    assert [d == UNREADABLE for d in data.digests()].count(True) == 1
+
+
+# ------------------------------------------------------------------ paths in general
+
+
+def test_path_that_does_not_exist(tmp_path):
+    folder(tmp_path / "flowers")
+    text = message(tmp_path / "flowres")
+    assert "flowres' does not exist; perhaps" in text
+    assert str(tmp_path / "flowers") in text
+    assert "'digits'; a folder with one sub-folder per class" in text
+    assert str(tmp_path / "flowers") in message(tmp_path / "flower" / "train" / "cat")
+    assert "'' does not exist" in message("")
+    assert "'nul\\x00' does not exist" in message("nul\0")
+    assert "does not exist" in message("https://example.org/x.csv")
+
+
+def test_files_of_other_kinds(tmp_path):
+    (tmp_path / "x.zip").touch()
+    assert "x.zip'; unpack it first" in message(tmp_path / "x.zip")
+    assert "It is the file" in message(write(tmp_path / "x.png"))
+    os.mkfifo(tmp_path / "x.csv")
+    assert "x.csv' is no file" in message(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("spec", [None, 3, b"x", object(), iter([]), {1, 2}, len])
+def test_other_things_are_told_the_forms(spec):
+    text = message(spec)
+    assert text.startswith("`spec` must be one of: 'digits'; a folder")
+    assert type(spec).__name__ in text
+
+
+def test_hints_for_pandas_and_data_loaders():
+    import pandas as pd
+    import torch
+
+    assert "DataFrame; pass (table['path'].tolist(), table['label'])" in message(pd.DataFrame())
+    loader = torch.utils.data.DataLoader([(1, 2)])  # type: ignore[arg-type]
+    assert "DataLoader; pass its `.dataset`" in message(loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"split": "val"}, "`split` cannot be used with 'digits'"),
+        (
+            {"image_column": "x", "label_column": "y"},
+            "`image_column` and `label_column` cannot be",
+        ),
+        ({"labels": [1]}, "`labels` cannot be used with 'digits'"),
+    ],
+)
+def test_options_are_never_ignored(options, text):
+    assert text in message("digits", **options)
+
+
+# ------------------------------------------------------------------ tables
+
+
+def table(path: Path, rows: list[Any], delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "CSV"])
+def test_csv(tmp_path, delimiter, encoding, suffix):
+    folder(tmp_path / "i")
+    rows = [
+        ["path", "label"],
+        ["i/cat/0.png", "Katze"],
+        [str(tmp_path / "i/dog/0.png"), "Hünd"],
+        [],
+    ]
+    path = table(tmp_path / f"pets.{suffix}", rows, delimiter, encoding)
+    data = open_dataset(path)
+    assert (data.name, data.classes, data.labels.tolist()) == ("pets", ("Hünd", "Katze"), [1, 0])
+    assert data.item_name(0) == str(tmp_path / "i/cat/0.png")
+    assert data.load(1).size == (6, 4)
+
+
+def test_csv_columns(tmp_path):
+    folder(tmp_path)
+    rows = [
+        ["id", " Class ", "Filename", "kind"],
+        ["1", " a ", "cat/0.png", "x"],
+        ["2", "b", "dog/0.png", "y"],
+    ]
+    path = table(tmp_path / "t.csv", rows)
+    assert open_dataset(path).classes == ("a", "b")
+    assert open_dataset(path, label_column="kind").classes == ("x", "y")
+    assert open_dataset(path, image_column="Filename").load(0).size == (6, 4)
+    text = message(path, label_column="color")
+    assert "`label_column` must be a column of Table" in text
+    assert "one of 'id', 'Class', 'Filename', 'kind', but is 'color'" in text
+    path = table(tmp_path / "u.csv", [["id", "klass"], ["1", "2"]])
+    text = message(path)
+    assert (
+        "(its first line must name the columns) must have a column named path, image, file" in text
+    )
+    assert "its columns are 'id', 'klass'; set `image_column`" in text
+    (tmp_path / "empty.csv").write_text("\n\n")
+    assert "must have a column named path" in message(tmp_path / "empty.csv")
+    assert "must hold at least one image" in message(
+        table(tmp_path / "v.csv", [["path", "label"]])
+    )
+
+
+def test_csv_with_hostile_paths(tmp_path):
+    rows = [["path", "label"]]
+    for name in HOSTILE:
+        write(tmp_path / name)
+        rows.append([name, name])
+    data = open_dataset(table(tmp_path / "t.csv", rows))
+    assert UNREADABLE not in data.digests()
+    assert all(name.isprintable() for name in data.classes)
+
+
+def test_csv_with_blanks_after_the_commas(tmp_path):
+    write(tmp_path / "a.png")
+    write(tmp_path / "b, c.png")
+    (tmp_path / "t.csv").write_text('label, path\ncat, a.png\ndog, "b, c.png"\n')
+    data = open_dataset(tmp_path / "t.csv")
+    assert (data.classes, UNREADABLE in data.digests()) == (("cat", "dog"), False)
+
+
+@pytest.mark.parametrize("missing", ["", " ", "nan", "NaN", "<NA>"])
+def test_csv_labels_that_are_missing(tmp_path, missing):
+    write(tmp_path / "a.png")
+    rows = [
+        ["path", "label"],
+        ["a.png", "x"],
+        [],
+        ["a.png", missing],
+        ["a.png"],
+        ["a.png", "None"],
+    ]
+    text = message(table(tmp_path / "t.csv", rows))
+    assert "column 'label', must hold a label for every image" in text
+    assert "2 of 4 are missing (line 4, line 5)" in text
+
+
+def test_csv_that_is_no_csv(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("path,label\na.png,x\nb,c.png,y\nd.png,x,\n")
+    assert (
+        "2 fields per line, as its header has, but line 3 has more; put names that hold ','"
+        in message(path)
+    )
+    path.write_text('path,label\n"a.png,x\nb.png,y\n')
+    assert "must be a valid CSV file: unexpected end of data" in message(path)
+    path.write_bytes("path,label\ngrün.png,x\n".encode("latin-1"))
+    assert "must be text in UTF-8" in message(path)
+    path.write_bytes(b"path,label\n\0,x\n")
+    assert message(path)
+
+
+def test_table_whose_paths_lead_nowhere(tmp_path):
+    path = table(tmp_path / "t.csv", [["path", "label"], ["a.png", "x"], ["b.png", "y"]])
+    text = message(path)
+    assert "column 'path', must name image files, but none of the 2 exists" in text
+    assert f"relative paths start at {str(tmp_path)!r}" in text
+    write(tmp_path / "a.png")  # one that exists is enough; the others count as unreadable
+    assert open_dataset(path).digest(1) == UNREADABLE
+
+
+def test_rows_without_a_path_are_unreadable(tmp_path):
+    write(tmp_path / "a.png")
+    data = open_dataset(table(tmp_path / "t.csv", [["path", "label"], ["a.png", "x"], ["", "y"]]))
+    with pytest.raises(UnreadableImage, match="row 1: there is no image in this row"):
+        data.load(1)
+    assert data.digest(1) == UNREADABLE
+
+
+def test_numeric_labels_are_sorted_by_value(tmp_path):
+    write(tmp_path / "a.png")
+    rows = [["path", "label"], *(["a.png", y] for y in ("10", "9", "-1", "1e1", "2.5"))]
+    data = open_dataset(table(tmp_path / "t.csv", rows))
+    assert data.classes == ("-1", "2.5", "9", "1e1", "10")
+
+
+def _parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def test_parquet_of_paths(tmp_path):
+    folder(tmp_path / "i")
+    paths = ["i/cat/0.png", str(tmp_path / "i/dog/1.png"), "i/dog/2.png"]
+    data = open_dataset(_parquet(tmp_path / "t.parquet", {"file": paths, "target": [10, 9, 10]}))
+    assert (data.name, data.classes, data.labels.tolist()) == ("t", ("9", "10"), [1, 0, 1])
+    assert UNREADABLE not in data.digests()
+    assert "`split` cannot be used with a table" in message(tmp_path / "t.parquet", split="val")
+
+
+def test_parquet_of_encoded_images(tmp_path):
+    write(tmp_path / "x.png", np.full((1, 1, 3), 7, np.uint8))
+    png = [encoded(Image.new("RGB", (1, 1), (n, 0, 0)), "PNG") for n in range(40)]
+    images = [{"bytes": b, "path": f"{n}.png"} for n, b in enumerate(png)]
+    images[5] = {"bytes": None, "path": "x.png"}
+    images[6] = {"bytes": None, "path": None}
+    labels = list("abcd") * 10
+    path = _parquet(tmp_path / "t.pq", {"image": images, "label": labels}, row_group_size=7)
+    data = open_dataset(path)
+    assert len(data) == 40
+    assert [np.asarray(data.load(n))[0, 0, 0] for n in (0, 5, 39)] == [0, 7, 39]
+    with pytest.raises(UnreadableImage, match="row 6: there is no image in this row"):
+        data.load(6)
+    part = open_dataset(path, samples=12, seed=4)
+    same = data.sample(12, seed=4)
+    assert part.origin.tolist() == same.origin.tolist()
+    assert part.digests() == same.digests()
+    assert part.item_name(0) == f"row {part.origin[0]}"
+    flat = _parquet(tmp_path / "b.parquet", {"image": png, "label": labels})
+    assert open_dataset(flat).digest(3) == data.digest(3)
+
+
+def test_parquet_with_class_names_of_hugging_face(tmp_path):
+    import datasets
+
+    png = [encoded(Image.new("L", (1, 1), n), "PNG") for n in range(4)]
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["z", "a"])
+    )
+    rows = datasets.Dataset.from_dict({"image": png, "label": [0, 1, 1, 0]}, features=features)
+    rows.to_parquet(str(tmp_path / "t.parquet"))
+    data = open_dataset(tmp_path / "t.parquet")
+    assert (data.classes, data.labels.tolist()) == (("z", "a"), [0, 1, 1, 0])
+    assert np.asarray(data.load(2))[0, 0, 0] == 2
+
+
+def test_parquet_messages(tmp_path, monkeypatch):
+    labels = ["x", None, "y"]
+    path = _parquet(tmp_path / "t.parquet", {"path": ["a"] * 3, "label": labels, "n": [1, 2, 3]})
+    assert (
+        "column 'label', must hold a label for every image, but 1 of 3 are missing (row 1)"
+        in message(path)
+    )
+    assert "column 'n', must hold paths or encoded images, but none of 3 is" in message(
+        path, image_column="n", label_column="n"
+    )
+    path = _parquet(tmp_path / "f.parquet", {"path": ["a"] * 2, "label": [1.0, float("nan")]})
+    assert "missing (row 1)" in message(path)
+    (tmp_path / "bad.parquet").write_text("no")
+    assert "must be a Parquet file" in message(tmp_path / "bad.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert "needs the package 'pyarrow': pip install 'sfda-tune[data]'" in message(path)
+
+
+# ------------------------------------------------------------------ arrays and lists
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 5, 6), (4, 5, 6, 1), (4, 5, 6, 3), (4, 5, 6, 4), (4, 3, 3, 3)]
+)
+@pytest.mark.parametrize("form", ["tuple", "dict", "labels", "list"])
+def test_arrays(shape, form):
+    images = noise(*shape)
+    if shape[-1] == 4:
+        images[..., 3] = 255
+    before, labels = images.copy(), np.array(["b", "a", "b", "a"])
+    data = {
+        "tuple": lambda: open_dataset((images, labels)),
+        "dict": lambda: open_dataset({"images": images, "labels": labels}),
+        "labels": lambda: open_dataset(images, labels=labels),
+        "list": lambda: open_dataset((list(images), list(labels))),
+    }[form]()
+    assert (data.classes, data.labels.tolist()) == (("a", "b"), [1, 0, 1, 0])
+    expected = images if len(shape) == 3 else images[..., 0] if shape[-1] == 1 else images[..., :3]
+    if expected.ndim == 3:
+        expected = np.repeat(expected[..., None], 3, axis=3)
+    assert np.array_equal([np.asarray(data.load(n)) for n in range(4)], expected)
+    assert np.array_equal(images, before)
+    assert images.flags.writeable
+    assert (data.name, data.item_name(3)) == ("arrays", "row 3")
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        (np.uint16, [0, 257, 51400, 65535], [0, 1, 200, 255]),
+        (bool, [0, 1, 1, 0], [0, 255, 255, 0]),
+        (np.float32, [0, 0.5, 100 / 255, 1], [0, 128, 100, 255]),
+        (np.float64, [0, 1 + 1e-7, 3 / 255, 1], [0, 255, 3, 255]),
+        (np.float16, [0, 1, 0, 1], [0, 255, 0, 255]),
+    ],
+)
+def test_array_dtypes(dtype, values, expected, as_list):
+    images = np.array(values, dtype).reshape(2, 1, 2)
+    before = images.copy()
+    data = open_dataset((list(images) if as_list else images, [0, 1]))
+    assert [np.asarray(data.load(n))[0, :, 0].tolist() for n in (0, 1)] == [
+        expected[:2],
+        expected[2:],
+    ]
+    assert np.array_equal(images, before)
+
+
+def test_all_256_levels_survive_scaling():
+    levels = np.arange(256, dtype=np.uint8).reshape(2, 8, 16)
+    for images in (levels / 255, levels.astype(np.float32) / 255, levels.astype(np.uint16) * 257):
+        data = open_dataset((images, [0, 1]))
+        assert np.array_equal(np.asarray(data.load(1))[..., 0], levels[1])
+
+
+def test_list_of_anything(tmp_path):
+    path = write(tmp_path / "x.png", np.full((2, 2, 3), 9, np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = Image.open(io.BytesIO(encoded(Image.new("L", (2, 5)), "PNG", exif=exif)))
+    images = [path, str(path), path.read_bytes(), noise(3, 7), noise(8, 2, 3), upright]
+    data = open_dataset(images, labels=[0, 1] * 3)
+    assert [data.load(n).size for n in range(6)] == [(2, 2)] * 3 + [(7, 3), (2, 8), (5, 2)]
+    assert data.item_name(0) == str(path)
+    assert data.item_name(2) == "row 2"
+    assert len({*data.digests()[:3]}) == 1
+    arrays = np.empty(2, object)
+    arrays[:] = [noise(2, 3), noise(4, 5)]
+    assert open_dataset((arrays, [0, 1])).load(1).size == (5, 4)
+    assert open_dataset((np.array([str(path)] * 2), [0, 1])).load(1).size == (2, 2)
+
+
+def test_lazily_opened_images_may_be_used_by_many_threads(tmp_path):
+    paths = [write(tmp_path / f"{n}.png", noise(64, 64, 3)) for n in range(8)]
+    images = [Image.open(path) for path in paths]
+    data = open_dataset((images, [0, 1] * 4))
+    expected = [Image.open(io.BytesIO(path.read_bytes())).tobytes() for path in paths]
+    with ThreadPoolExecutor(8) as pool:
+        loaded = list(pool.map(lambda n: data.load(n % 8).tobytes(), range(80)))
+    assert loaded == expected * 10
+    for image in images:
+        image.close()
+
+
+def test_tensors():
+    import torch
+
+    chw = torch.from_numpy(noise(4, 3, 5, 6))
+    data = open_dataset((chw, torch.tensor([1, 0, 1, 0])))
+    assert data.classes == ("0", "1")
+    assert np.array_equal(np.asarray(data.load(2)), chw[2].permute(1, 2, 0).numpy())
+    scaled = open_dataset((list(chw / 255), [1, 0, 1, 0]))
+    assert np.array_equal(np.asarray(scaled.load(2)), np.asarray(data.load(2)))
+    half = open_dataset(((chw / 255).bfloat16(), [1, 0, 1, 0]))
+    assert half.load(0).size == (6, 5)
+    grey = open_dataset((torch.rand(4, 9, 3, requires_grad=True), [1, 0, 1, 0]))
+    assert grey.load(0).size == (3, 9)
+    hwc = open_dataset((torch.from_numpy(noise(4, 5, 6, 3)), [1, 0, 1, 0]))
+    assert hwc.load(0).size == (6, 5)
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        (np.zeros((4, 9)), "`images` must have shape (n, h, w) or (n, h, w, c) but has (4, 9)"),
+        (
+            np.zeros((4, 5, 5, 2)),
+            "`images`[0] must have shape (h, w) or (h, w, c) with c = 1, 3 or 4",
+        ),
+        (noise(4, 3, 5, 5), "(channels last) but has (3, 5, 5); reshape it with np.moveaxis"),
+        (noise(4, 0, 5), "`images`[0] must have pixels but has shape (0, 5)"),
+        (
+            np.full((4, 2, 2), 255),
+            "but is int64 from 255 to 255; if they are 0 … 255, use .astype(np.uint8)",
+        ),
+        (np.full((4, 2, 2), 200.0), "but is float64 from 200.0 to 200.0; if they are 0 … 255"),
+        (np.full((4, 2, 2), -2.0), "from -2.0 to -2.0; remove the normalisation"),
+        (np.full((4, 2, 2), 2j), "but is complex128"),
+        ([noise(2, 2), 3, 4, 5], "`images[1]` must be an array, a tensor, a PIL image, a path"),
+        ([noise(2, 2), np.zeros((2, 2), int), 0, 0], "`images[1]` must be uint8"),
+        (["a.png"] * 4, "`images` must name image files, but none of the 4 exists"),
+        ("photos", "`images` must be an array (n, h, w), (n, h, w, c) or a list"),
+        (4, "or paths but is int"),
+        (noise(3, 2, 2), "there are 3 images and 4 labels"),
+    ],
+)
+def test_array_messages(images, text):
+    assert text in message((images, [0, 1, 0, 1]))
+    assert text in message(images, labels=[0, 1, 0, 1]) or images == "photos"
+
+
+@pytest.mark.parametrize("spec", [noise(4, 2, 2), [noise(2, 2)], (1, 2, 3)])
+def test_labels_must_come_along(spec):
+    assert "`labels` must be given with images in a list or array: open_dataset((" in message(spec)
+
+
+def test_dict_messages():
+    assert "must have the keys 'images' and 'labels' but has 'x', 'y'" in message({"x": 1, "y": 2})
+    assert "`split` cannot be used with arrays" in message({"images": 1, "labels": 2}, split="val")
+
+
+# ------------------------------------------------------------------ labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["b", "a", "b"], ("a", "b")),
+        ([10, 9, 10], ("9", "10")),
+        ([1.5, -2.0, 1.5], ("-2", "1.5")),
+        ([True, False, True], ("False", "True")),
+        ([np.int64(3), 2, 3.0], ("2", "3")),
+        ([("x", 1), ("y", 2), ("x", 1)], ("x, 1", "y, 2")),
+        ([b"b", b"a", b"b"], ("a", "b")),
+        (["a10", "a2", "a10"], ("a2", "a10")),
+        (["x", 3, "x"], ("3", "x")),
+        (["1" * 5000, "2", "1" * 5000], ("2", "1" * 5000)),
+        (["nan", "inf", "nan"], ("inf", "nan")),
+        ([-1, 1, -1], ("-1", "1")),
+        (range(3), ("0", "1", "2")),
+    ],
+)
+def test_any_hashable_label(labels, classes):
+    data = open_dataset((noise(3, 2, 2), labels))
+    assert data.classes == classes
+    first, second, third = data.labels.tolist()
+    assert first != second
+    assert (first == third) == (len(classes) == 2)
+    backwards = open_dataset((noise(3, 2, 2), list(labels)[::-1]))
+    assert backwards.classes == classes
+    assert backwards.labels.tolist() == [third, second, first]
+
+
+def test_pandas_labels():
+    import pandas as pd
+
+    series = pd.Series(["b", "a", "b"], index=[7, 7, 1])
+    assert open_dataset((noise(3, 2, 2), series)).labels.tolist() == [1, 0, 1]
+    assert open_dataset((noise(3, 2, 2), pd.Categorical(["b", "a", "b"]))).classes == ("a", "b")
+    for missing in (pd.NA, pd.NaT):
+        assert "1 of 3 are missing (row 1)" in message(noise(3, 2, 2), labels=["a", missing, "b"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (
+            ["a", None, "b", None],
+            "`labels` must hold a label for every image, but 2 of 4 are missing (row 1, row 3)",
+        ),
+        ([0.0, float("nan"), 1.0, 1.0], "1 of 4 are missing (row 1)"),
+        (["a", " ", "b", ""], "2 of 4 are missing (row 1, row 3)"),
+        (
+            np.eye(4),
+            "one label per image, a number or a name, but the first is [1.0, 0.0, 0.0, 0.0]",
+        ),
+        ([1, "1", 1, 1], "'1' and 1 are different labels of the same name"),
+        (
+            ["a"] * 4,
+            "at least 2 classes to rank backbones, but all 4 images are of class 'a'",
+        ),
+        ("abab", "`labels` must be a sequence, one label per image, but is str"),
+        (5, "one label per image, but is int"),
+    ],
+)
+def test_label_messages(labels, text):
+    assert text in message((noise(4, 2, 2), labels))
+
+
+def test_no_images_at_all():
+    assert "`labels` must hold at least one image but is empty" in message((noise(0, 2, 2), []))
+    assert "at least one image" in message(([], []))
+
+
+def test_many_missing_labels_are_abbreviated():
+    text = message((noise(9, 2, 2), [None] * 8 + [1]))
+    assert "(row 0, row 1, row 2, row 3, row 4 and 3 more)" in text
+
+
+# ------------------------------------------------------------------ torchvision
+
+
+class Cifar:
+    """Like torchvision's: arrays inside, PIL images outside, labels in `targets`."""
+
+    classes = ["ship", "frog", "unused"]  # noqa: RUF012
+
+    def __init__(self, transform=None, target_transform=None):
+        self.data = np.random.default_rng(1).integers(0, 256, (6, 4, 4, 3), np.uint8)
+        self.targets = [1, 0, 1, 0, 1, 0]
+        self.transform, self.target_transform = transform, target_transform
+        self.decoded = 0
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, row):
+        if row >= len(self):
+            raise IndexError(row)
+        self.decoded += 1
+        image: Any = Image.fromarray(self.data[row])
+        return self.transform(image) if self.transform else image, self.targets[row]
+
+
+def test_cifar_like():
+    source = Cifar()
+    data = open_dataset(source)
+    assert source.decoded <= 3  # labels do not cost a decoding
+    assert (data.name, data.classes) == ("Cifar", ("ship", "frog"))
+    assert data.labels.tolist() == source.targets
+    assert np.array_equal(np.asarray(data.load(4)), source.data[4])
+    assert data.item_name(4) == "row 4"
+    assert len(set(data.digests())) == 6
+    assert data.subset([4, 1]).digests() == data.digests([4, 1])
+
+
+def test_transform_to_tensors_is_not_applied(caplog):
+    from torchvision import transforms
+
+    normalise = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.1] * 3)]
+    )
+    source = Cifar(transform=normalise)
+    with caplog.at_level(logging.INFO, "sfda_tune.datasets"):
+        data = open_dataset(source)
+    assert "its transform is not applied" in caplog.text
+    assert source.transform is normalise  # the user's object is as before
+    assert np.array_equal(np.asarray(data.load(4)), source.data[4])
+    kept = open_dataset(Cifar(transform=transforms.CenterCrop(2)))
+    assert np.array_equal(np.asarray(kept.load(4)), source.data[4, 1:3, 1:3])
+
+
+def test_target_transform_is_applied():
+    data = open_dataset(
+        Cifar(target_transform=lambda target: "even" if target % 2 == 0 else "odd")
+    )
+    assert (data.classes, data.labels.tolist()) == (("even", "odd"), [1, 0, 1, 0, 1, 0])
+
+
+class Pairs:
+    """The least that a map data set can be."""
+
+    def __init__(self, pairs, **attributes):
+        self.pairs = pairs
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, row):
+        if isinstance(self.pairs[row], Exception):
+            raise self.pairs[row]
+        return self.pairs[row]
+
+
+def test_images_that_a_map_data_set_may_return():
+    import torch
+
+    array = noise(5, 6, 3)
+    chw = torch.from_numpy(array).permute(2, 0, 1)
+    forms = [Image.fromarray(array), array, chw, torch.from_numpy(array), chw / 255, array / 255]
+    data = open_dataset(Pairs([(image, n % 2) for n, image in enumerate(forms)]))
+    assert all(np.array_equal(np.asarray(data.load(n)), array) for n in range(len(forms)))
+    assert data.classes == ("0", "1")
+
+
+@pytest.mark.parametrize("attribute", ["targets", "labels", "_labels"])
+@pytest.mark.parametrize("form", [list, tuple, np.array])
+def test_labels_without_decoding(attribute, form):
+    pairs: list[Any] = [(noise(2, 2), "unused")] * 50
+    pairs[7] = OSError("damaged")
+    data = open_dataset(Pairs(pairs, **{attribute: form([0, 1] * 25)}))
+    assert len(data) == 50
+    with pytest.raises(UnreadableImage, match="row 7: damaged"):
+        data.load(7)
+    assert data.digest(7) == UNREADABLE
+
+
+def test_labels_by_reading_leave_damaged_images_out():
+    pairs: list[Any] = [(noise(2, 2), n % 2) for n in range(9)]
+    pairs[0] = OSError("damaged")
+    with pytest.warns(UserWarning, match="Pairs: 1 images are left out.*`targets`"):
+        data = open_dataset(Pairs(pairs))
+    assert (len(data), data.item_name(0)) == (8, "row 1")
+
+
+def test_unlabelled_rows_of_a_map_data_set():
+    source = Cifar()
+    source.targets[2] = -1  # STL10's mark
+    assert (
+        "The labels of Cifar must hold a label for every image, but 1 of 6 are missing (row 2)"
+        in message(source)
+    )
+    source.targets[2] = 7  # not a position in `classes`: plain numbers
+    assert open_dataset(source).classes == ("0", "1", "7")
+
+
+def test_class_names_that_repeat():
+    # ImageNet has two classes called crane; torchvision keeps tuples of names
+    source = Cifar()
+    source.classes = [("crane",), ("crane",), ("frog", "toad")]  # type: ignore[assignment]
+    source.targets = [0, 1, 2] * 2
+    assert open_dataset(source).classes == ("crane (0)", "crane (1)", "frog, toad")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "text"),
+    [
+        (
+            [(np.full((2, 2), -3.0), 0), (np.full((2, 2), 3.0), 1)],
+            "an image of Pairs, must be uint8",
+        ),
+        ([(np.full((2, 2), -3.0), 0)] * 2, "remove the normalisation (transform)"),
+        ([("x.png", 0)], "must be a PIL image, an array or a tensor but is str"),
+        (
+            [{"image": 1}],
+            "`spec[0]` must be a pair (image, label), but Pairs returns {'image': 1}",
+        ),
+        ([KeyError("x")], "`spec[row]` must be a pair (image, label), but Pairs raises KeyError"),
+        ([], "The labels of Pairs must hold at least one image"),
+        ([(noise(2, 2), [0, 1])], "The labels of Pairs must hold one label per image"),
+    ],
+)
+def test_map_data_set_messages(pairs, text):
+    assert text in message(Pairs(pairs))
+
+
+def test_later_images_out_of_range_are_unreadable():
+    pairs = [(noise(2, 2), n % 2) for n in range(9)]
+    pairs[2] = (np.full((2, 2), -3.0), 0)
+    with pytest.raises(UnreadableImage, match=r"row 2: the image must be uint8.*remove the norm"):
+        open_dataset(Pairs(pairs)).load(2)
+
+
+def test_map_data_set_is_used_by_one_thread_at_a_time():
+    inside = threading.Lock()
+
+    class Fragile(Cifar):
+        def __getitem__(self, row):
+            assert inside.acquire(blocking=False)
+            try:
+                return super().__getitem__(row)
+            finally:
+                inside.release()
+
+    data = open_dataset(Fragile())
+    assert UNREADABLE not in data.digests(list(range(6)) * 50)
+
+
+def test_torchvision_classes(tmp_path):
+    from torchvision import datasets, transforms
+
+    folder(tmp_path / "pets")
+    source = datasets.ImageFolder(str(tmp_path / "pets"), transform=transforms.ToTensor())
+    data = open_dataset(source)
+    assert (data.name, data.classes) == ("ImageFolder", ("cat", "dog"))
+    assert data.items == open_dataset(tmp_path / "pets").items
+    fake = datasets.FakeData(
+        size=12, image_size=(3, 8, 9), num_classes=3, transform=transforms.ToTensor()
+    )
+    data = open_dataset(fake)
+    assert (len(data), data.load(0).size) == (12, (9, 8))
+    assert data.digest(0) == data.digest(0)
+
+
+def test_torch_subsets(tmp_path):
+    import torch
+    from torch.utils.data import Subset, TensorDataset
+
+    part = Subset(Subset(Cifar(), [5, 4, 3, 2]), [0, 3])  # type: ignore[arg-type]
+    data = open_dataset(part)
+    assert (data.name, data.classes, data.labels.tolist()) == ("Cifar", ("ship", "frog"), [0, 1])
+    assert [data.item_name(n) for n in (0, 1)] == ["row 5", "row 2"]
+    assert np.array_equal(np.asarray(data.load(1)), Cifar().data[2])
+    tensors = TensorDataset(torch.rand(6, 3, 4, 4), torch.arange(6) % 3)
+    data = open_dataset(Subset(tensors, [1, 2, 4]))
+    assert (data.classes, data.labels.tolist()) == (("1", "2"), [0, 1, 0])
+    folder(tmp_path)
+    from torchvision.datasets import ImageFolder
+
+    data = open_dataset(Subset(ImageFolder(str(tmp_path)), [5, 0]))
+    assert names(data) == ["2.png", "0.png"]
+    assert data.classes == ("cat", "dog")
+
+
+# ------------------------------------------------------------------ Hugging Face
+
+
+@pytest.fixture
+def hf(tmp_path, monkeypatch):
+    """The library `datasets`, off the network, with its cache in tmp_path."""
+    import datasets
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return datasets
+
+
+def _hf_dataset(hf: Any, n: int = 6, **columns: Any) -> Any:
+    features = hf.Features(
+        photo=hf.Image(),
+        kind=hf.ClassLabel(names=["z", "a", "unused"]),
+        **{name: hf.Value("string") for name in columns},
+    )
+    photos = [Image.new("RGB", (3, 2), (i, 0, 0)) for i in range(n)]
+    kinds = [i % 2 for i in range(n)]
+    return hf.Dataset.from_dict({"photo": photos, "kind": kinds, **columns}, features=features)
+
+
+def test_hugging_face_dataset(hf):
+    rows = _hf_dataset(hf)
+    data = open_dataset(rows)
+    assert (data.name, data.classes, data.labels.tolist()) == ("dataset", ("z", "a"), [0, 1] * 3)
+    assert [np.asarray(data.load(n))[0, 0, 0] for n in range(6)] == list(range(6))
+    assert len(set(data.digests())) == 6
+    assert data.digests(list(range(6)) * 99) == data.digests() * 99  # by 8 threads
+    assert rows.features["photo"].decode  # the user's object is as before
+    shuffled = open_dataset(rows.shuffle(seed=1).select(range(4)))
+    assert sorted(set(data.digests()) - set(shuffled.digests()))[2:] == []
+    formatted = open_dataset(rows.with_transform(lambda batch: 1 / 0))
+    assert formatted.digests() == data.digests()
+
+
+def test_hugging_face_columns(hf):
+    rows = _hf_dataset(hf, label=list("xyxyxy"))
+    assert open_dataset(rows).classes == ("z", "a")  # the only ClassLabel column
+    assert open_dataset(rows, label_column="label").classes == ("x", "y")
+    assert (
+        "`image_column` must be a column of Data set 'dataset', one of 'photo', 'kind', 'label', "
+        "but is 'x'" in message(rows, image_column="x")
+    )
+    assert "`image_column` must hold images, paths or bytes, but 'kind'" in message(
+        rows, image_column="kind"
+    )
+    plain = rows.remove_columns(["kind", "label"])
+    assert "must have a column named label, class" in message(plain)
+
+
+def test_hugging_face_paths_bytes_and_gaps(hf, tmp_path):
+    path = str(write(tmp_path / "x.png"))
+    data = Path(path).read_bytes()
+    labels = ["a", "b"]
+    for cells in ([path, path], [data, data]):
+        opened = open_dataset(hf.Dataset.from_dict({"image": cells, "label": labels}))
+        assert opened.load(1).size == (6, 4)
+    features = hf.Features(image=hf.Image(), label=hf.Value("string"))
+    rows = hf.Dataset.from_dict({"image": [path, None], "label": labels}, features=features)
+    opened = open_dataset(rows)
+    assert opened.digest(0) == one(data).digest(0)  # the file as it is, not re-encoded
+    with pytest.raises(UnreadableImage, match="row 1: there is no image in this row"):
+        opened.load(1)
+
+
+def test_hugging_face_missing_labels(hf):
+    rows = _hf_dataset(hf).add_column("label", ["a", None, "b"] * 2)
+    assert (
+        "Data set 'dataset', column 'label', must hold a label for every image, but 2 of 6"
+        in message(rows, label_column="label")
+    )
+    features = rows.features
+    unlabelled = hf.Dataset.from_dict(
+        {"photo": [Image.new("L", (1, 1))] * 2, "kind": [-1, 0], "label": ["", ""]},
+        features=features,
+    )
+    assert "1 of 2 are missing (row 0)" in message(unlabelled)
+
+
+def test_hugging_face_splits(hf):
+    both = hf.DatasetDict(train=_hf_dataset(hf, 6), validation=_hf_dataset(hf, 4))
+    assert len(open_dataset(both)) == 6
+    assert len(open_dataset(both, split="val")) == 4
+    assert len(open_dataset(both, split="all")) == 10
+    assert open_dataset(both, split="val").name == "dataset/val"
+    assert (
+        "`split` must be one of 'train', 'validation' or 'all' for Data set 'dataset' but is "
+        "'test'" in message(both, split="test")
+    )
+    assert len(open_dataset(hf.DatasetDict(extra=_hf_dataset(hf, 4)))) == 4  # the only one
+    assert "which is a single split" in message(both["train"], split="train[:5]")
+    assert "`labels` cannot be used with a Hugging Face" in message(both, labels=[1])
+    streamed = both["train"].to_iterable_dataset()
+    assert "must not be streamed" in message(streamed)
+
+
+def test_hugging_face_local_folder(hf, tmp_path, monkeypatch):
+    folder(tmp_path / "pets" / "train", n=3)
+    folder(tmp_path / "pets" / "test", n=2)
+    data = open_dataset(f"hf:{tmp_path / 'pets'}")
+    assert (data.name, data.classes, len(data)) == ("pets", ("cat", "dog"), 6)
+    assert sorted(data.digests()) == sorted(open_dataset(tmp_path / "pets").digests())
+    assert len(open_dataset(f"hf:{tmp_path / 'pets'}", split="test")) == 4
+    sliced = open_dataset(f"hf:{tmp_path / 'pets'}", split="train[1:5]", samples=3)
+    assert (len(sliced), sliced.name) == (3, "pets/train[1:5]")
+    _hf_dataset(hf).save_to_disk(tmp_path / "saved")
+    assert len(open_dataset(f"hf:{tmp_path / 'saved'}")) == 6
+    hf.DatasetDict(train=_hf_dataset(hf)).save_to_disk(tmp_path / "saved:2")
+    assert len(open_dataset(f"hf:{tmp_path / 'saved:2'}")) == 6
+    for name in ("saved", "saved:2"):  # a slice that cannot be had is not dropped
+        assert "`split`" in message(f"hf:{tmp_path / name}", split="train[:2]")
+
+
+def test_hugging_face_by_name(hf, monkeypatch):
+    calls = []
+
+    def load(name, config=None, split=None):
+        calls.append((name, config, split))
+        return hf.DatasetDict(train=_hf_dataset(hf))
+
+    monkeypatch.setattr(hf, "load_dataset", load)
+    assert open_dataset("hf:owner/pets").name == "owner/pets"
+    open_dataset("hf:owner/pets:small", split="train")
+    assert calls == [("owner/pets", None, None), ("owner/pets", "small", None)]
+
+
+def test_hugging_face_errors_are_one_line(hf, tmp_path, monkeypatch):
+    text = message("hf:owner/no-such-data-set")
+    assert "\n" not in text
+    assert text.startswith("`spec` 'hf:owner/no-such-data-set' cannot be loaded: ")
+    assert "but is 'hf:'" in message("hf:")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "'hf:' needs the package 'datasets': pip install 'sfda-tune[data]'" in message("hf:x")
+
+
+# ------------------------------------------------------------------ real data sets
+
+
+@pytest.mark.zoo
+def test_zoo_counts_and_pixels():
+    listing = ZOO / "datasets.csv"
+    if not listing.exists():
+        pytest.skip(f"{ZOO.resolve()} is not there")
+    with listing.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        root = ZOO / "datasets" / row["name"]
+        for split in ("train", "val"):
+            data = open_dataset(root, split=split)
+            assert len(data) == int(row[split])
+            assert len(data.classes) == int(row["classes"])
+        data = open_dataset(root)
+        assert data.name == row["name"]
+        digests = data.digests()
+        assert len(set(digests)) == len(digests)  # exact duplicates were removed
+        for n in range(0, len(data), 50):
+            with Image.open(str(data.items[n])) as image:
+                assert np.array_equal(np.asarray(data.load(n)), np.asarray(image.convert("RGB")))

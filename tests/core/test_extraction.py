@@ -1,0 +1,396 @@
+import multiprocessing
+import shutil
+import threading
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+
+from sfda_tune import DatasetError, extraction, open_dataset
+from sfda_tune.backbones import resolve_backbones
+from sfda_tune.extraction import Settings, extract
+from sfda_tune.store import Entry, FeatureStore
+
+CPU = Settings(device="cpu", workers=0)
+
+
+def run(dataset, backbones, settings=CPU, **kwargs):
+    return {e.backbone.name: e for e in extract(dataset, backbones, settings, **kwargs)}
+
+
+def features(results):
+    return {name: e.features.x for name, e in results.items()}
+
+
+@pytest.fixture(scope="module")
+def zoo(toy_zoo):
+    return resolve_backbones(toy_zoo)
+
+
+@pytest.fixture(scope="module")
+def dataset(photos):
+    return open_dataset(photos)
+
+
+@pytest.fixture(scope="module")
+def plain(photos, toy_zoo):
+    """What a user of timm would write: one loop per backbone, one image at a time."""
+    result = {}
+    files = sorted(photos.glob("*/*.jpg"))
+    for folder in sorted(toy_zoo.iterdir()):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+        transform = create_transform(**resolve_model_data_config(model), is_training=False)
+        with torch.inference_mode():
+            rows = [model(transform(_open(file))[None])[0].numpy() for file in files]
+        result[folder.name] = np.stack(rows)
+    return result
+
+
+def _open(file):
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_are_those_of_a_plain_timm_loop(dataset, zoo, plain, workers):
+    results = run(dataset, zoo, replace(CPU, workers=workers))
+    assert sorted(results) == sorted(plain)
+    for name, expected in plain.items():
+        assert results[name].error is None
+        x = results[name].features.x
+        assert x.shape == expected.shape
+        assert np.abs(x - expected).max() <= 1e-5
+        assert np.abs(expected).max() > 0.01  # it could have differed
+        assert results[name].features.y.tolist() == [0] * 12 + [1] * 12 + [2] * 12
+        assert results[name].images_per_second > 0
+
+
+class Counting:
+    """A dataset that counts its decodes."""
+
+    def __init__(self, dataset):
+        self.dataset, self.count, self.lock = dataset, Counter(), threading.Lock()
+
+    def __getattr__(self, name):
+        return getattr(self.dataset, name)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def subset(self, rows):
+        part = Counting(self.dataset.subset(rows))
+        part.count, part.names = self.count, [self.dataset.item_name(r) for r in rows]
+        return part
+
+    def load(self, row):
+        with self.lock:
+            self.count[self.names[row]] += 1
+        return self.dataset.load(row)
+
+
+@pytest.mark.parametrize("map_fn", [None, "threads"])
+def test_every_image_is_decoded_once_for_all_backbones(dataset, zoo, map_fn, monkeypatch):
+    monkeypatch.setattr(extraction, "SHARD", 10)
+    counting = Counting(dataset)
+    if map_fn:
+        with ThreadPoolExecutor(3) as pool:
+            run(counting, zoo, map_fn=pool.map)
+    else:
+        run(counting, zoo)
+    assert set(counting.count.values()) == {1}
+    assert len(counting.count) == len(dataset)
+
+
+def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, monkeypatch):
+    whole = features(run(dataset, zoo))
+    monkeypatch.setattr(extraction, "SHARD", 8)
+    settings = replace(CPU, batch_size=4)
+    small = features(run(dataset, zoo, settings))
+    monkeypatch.setattr(extraction, "PIXEL_BYTES", 1)  # one shard per block
+    blocks = features(run(dataset, zoo, settings))
+    workers = features(run(dataset, zoo, replace(settings, workers=2)))
+    for name, x in whole.items():
+        np.testing.assert_allclose(small[name], x, atol=2e-6)
+        np.testing.assert_array_equal(blocks[name], small[name])  # to the last bit
+        np.testing.assert_array_equal(workers[name], small[name])
+
+
+def test_threads_and_processes_give_the_same(dataset, zoo):
+    serial = features(run(dataset, zoo))
+    with ThreadPoolExecutor(2) as threads:
+        others = [features(run(dataset, zoo, map_fn=threads.map))]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as processes:
+        others.append(features(run(dataset, zoo[:2], map_fn=processes.map)))
+
+    def backwards(fn, items):
+        return [fn(item) for item in reversed(list(items))]
+
+    others.append(features(run(dataset, zoo, map_fn=backwards)))
+    for other in others:
+        for name, x in other.items():
+            np.testing.assert_allclose(x, serial[name], atol=1e-6)
+
+
+# The store --------------------------------------------------------------------------------------
+def test_a_second_run_makes_no_forward_pass(dataset, zoo, tmp_path, monkeypatch):
+    store = FeatureStore(tmp_path)
+    first = run(dataset, zoo, store=store)
+    assert not any(e.cached for e in first.values())
+    monkeypatch.setattr(extraction.zoo, "load", lambda b: pytest.fail("a backbone was loaded"))
+    again = run(dataset, zoo, store=store)
+    assert all(e.cached for e in again.values())
+    for name, e in again.items():
+        np.testing.assert_array_equal(e.features.x, first[name].features.x)
+        assert e.images_per_second == pytest.approx(first[name].images_per_second)
+
+
+def test_labels_and_paths_do_not_matter_to_the_store_but_pixels_do(photos, zoo, tmp_path):
+    store = FeatureStore(tmp_path / "cache")
+    run(open_dataset(photos), zoo[:1], store=store)
+    moved = tmp_path / "moved"
+    for c in "ant", "bee", "cat":
+        shutil.copytree(photos / c, moved / f"new {c}")
+    assert run(open_dataset(moved), zoo[:1], store=store)["convnext"].cached
+    file = moved / "new ant" / "03.jpg"
+    file.write_bytes((moved / "new bee" / "03.jpg").read_bytes())
+    assert not run(open_dataset(moved), zoo[:1], store=store)["convnext"].cached
+
+
+def test_precision_and_weights_matter_to_the_store(dataset, toy_zoo, tmp_path, make_checkpoint):
+    store = FeatureStore(tmp_path / "cache")
+    zoo = resolve_backbones(toy_zoo / "resnet")
+    run(dataset, zoo, store=store)
+    assert not run(dataset, zoo, replace(CPU, precision="bfloat16"), store=store)["resnet"].cached
+    make_checkpoint(tmp_path / "resnet", "test_resnet", seed=1)
+    other = resolve_backbones(tmp_path / "resnet")
+    assert not run(dataset, other, store=store)["resnet"].cached
+    assert run(dataset, zoo, store=store)["resnet"].cached
+
+
+class StopAfter:
+    """Interrupts as Ctrl-C would, after so many images."""
+
+    def __init__(self, images):
+        self.left, self.seen = images, Counter()
+
+    def start(self, n_images, n_cached):
+        self.total, self.cached = n_images, n_cached
+
+    def advance(self, name, n):
+        self.seen[name] += n
+        self.left -= n
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [0, 30, 80, 130])
+def test_after_an_interrupt_only_the_unfinished_is_computed(
+    dataset, zoo, tmp_path, monkeypatch, after
+):
+    monkeypatch.setattr(extraction, "SHARD", 16)  # three shards: 16, 16, 4
+    settings = replace(CPU, batch_size=4)
+    whole = features(run(dataset, zoo, settings))
+    store = FeatureStore(tmp_path)
+    stop = StopAfter(after)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, zoo, settings, store=store, progress=stop)
+    assert not extraction._BLOCKS  # the pixels are given back
+    kept = sum(len(store.get(p.stem).rows) for p, _ in store.entries())
+    assert kept >= after - 16
+    count = StopAfter(10**9)
+    results = run(dataset, zoo, settings, store=store, progress=count)
+    assert sum(count.seen.values()) == count.total == 4 * 36 - kept
+    for name, x in features(results).items():
+        np.testing.assert_array_equal(x, whole[name])
+
+
+def test_a_damaged_entry_is_computed_again(dataset, zoo, tmp_path):
+    store = FeatureStore(tmp_path)
+    first = run(dataset, zoo[:2], store=store)
+    path = next(p for p, _ in store.entries() if store.get(p.stem).info["backbone"] == "convnext")
+    path.write_bytes(path.read_bytes()[:200])
+    again = run(dataset, zoo[:2], store=store)
+    assert [again[n].cached for n in ("convnext", "efficientnet")] == [False, True]
+    np.testing.assert_array_equal(again["convnext"].features.x, first["convnext"].features.x)
+
+
+def test_a_full_disk_costs_the_cache_not_the_result(dataset, zoo, tmp_path, monkeypatch):
+    def full(self, key, entry: Entry):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FeatureStore, "put", full)
+    with pytest.warns(UserWarning, match="could not be kept in .*No space left"):
+        results = run(dataset, zoo[:1], store=FeatureStore(tmp_path))
+    assert results["convnext"].features.n_samples == 36
+
+
+# Images that cannot be read ---------------------------------------------------------------------
+@pytest.fixture
+def spoilt(photos, tmp_path):
+    root = tmp_path / "spoilt"
+    shutil.copytree(photos, root)
+    (root / "ant" / "05.jpg").write_bytes(b"")
+    whole = (root / "bee" / "07.jpg").read_bytes()
+    (root / "bee" / "07.jpg").write_bytes(whole[: len(whole) // 2])
+    return open_dataset(root)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_left_out_of_every_backbone(spoilt, zoo, plain, workers, tmp_path):
+    store = FeatureStore(tmp_path / "cache")
+    keep = np.delete(np.arange(36), [5, 19])
+    for cached in (False, True):
+        results = run(spoilt, zoo, replace(CPU, workers=workers), store=store)
+        for name, e in results.items():
+            assert e.cached is cached
+            assert list(e.unreadable) == [5, 19]
+            assert "05.jpg" in spoilt.item_name(5)
+            assert e.rows.tolist() == keep.tolist()
+            assert np.abs(e.features.x - plain[name][keep]).max() <= 1e-5
+            assert e.features.y.tolist() == spoilt.labels[keep].tolist()
+
+
+def test_too_many_unreadable_images_end_the_run(spoilt, zoo, tmp_path):
+    settings = replace(CPU, max_unreadable=0.03)
+    message = r"2 of the 36 images cannot be read, more than max_unreadable=0\.03.*05\.jpg"
+    store = FeatureStore(tmp_path / "cache")
+    with pytest.raises(DatasetError, match=message):
+        run(spoilt, zoo, settings)
+    run(spoilt, zoo[:1], store=store)
+    with pytest.raises(DatasetError, match=message):  # also when all is cached
+        run(spoilt, zoo[:1], settings, store=store)
+
+
+# Backbones that fail ----------------------------------------------------------------------------
+class Net(torch.nn.Module):
+    """Averages each channel; fails, or runs out of memory, as it is told."""
+
+    def __init__(self, most=10**9, output=None):
+        super().__init__()
+        self.most, self.output, self.sizes = most, output, []
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("out of memory, says the test")
+        y = x.mean((2, 3)) * self.weight
+        return y if self.output is None else self.output(y)
+
+    def __deepcopy__(self, memo):
+        return self  # so that the test sees `sizes`
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image.resize((8, 8)), np.float32)).permute(2, 0, 1) / 255
+
+
+def test_the_batch_is_halved_for_as_long_as_memory_is_short(dataset):
+    net = Net(most=5)
+    backbones = resolve_backbones({"small": (net, to_tensor), "large": (Net(), to_tensor)})
+    results = run(dataset, backbones, replace(CPU, batch_size=32))
+    np.testing.assert_allclose(results["small"].features.x, results["large"].features.x, atol=1e-6)
+    assert net.sizes[:4] == [32, 16, 8, 4]
+    assert max(net.sizes[3:]) == 4
+
+
+BROKEN = {
+    "no memory": (Net(most=0), "out of memory with a single image"),
+    "crash": (Net(output=lambda y: 1 / 0), "ZeroDivisionError: division by zero"),
+    "nan": (Net(output=lambda y: y * torch.nan), "its features are not finite in float32"),
+    "tokens": (Net(output=lambda y: y[:, None].expand(-1, 4, -1)), r"returned torch.Size"),
+    "list": (Net(output=lambda y: [y]), "returned list"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_one_failing_backbone_stops_nothing(dataset, zoo, name, monkeypatch):
+    monkeypatch.setattr(extraction, "SHARD", 8)
+    net, message = BROKEN[name]
+    net.sizes.clear()
+    broken = resolve_backbones({name: (net, to_tensor)})
+    results = run(dataset, [zoo[0], *broken, zoo[1]], replace(CPU, batch_size=8))
+    error = results[name].error
+    assert error is not None
+    assert message.replace("\\", "") in error
+    assert results[name].features is None
+    assert len(net.sizes) <= 4  # not tried again with every shard
+    assert results["convnext"].features.n_samples == 36
+    assert results["efficientnet"].features.n_samples == 36
+
+
+def test_maps_of_features_are_averaged(dataset):
+    maps = Net(output=lambda y: y[:, :, None, None].expand(-1, -1, 2, 3))
+    results = run(dataset, resolve_backbones({"a": (maps, to_tensor), "b": (Net(), to_tensor)}))
+    np.testing.assert_allclose(results["a"].features.x, results["b"].features.x, rtol=1e-6)
+
+
+def _crash(image):
+    raise ArithmeticError("no such picture")
+
+
+def _ragged(image):
+    return torch.zeros(3, *image.size)
+
+
+@pytest.mark.parametrize("transform", [_crash, _ragged, lambda image: "text"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_transform_that_fails_is_its_backbone_s_fault(dataset, zoo, transform, workers):
+    broken = resolve_backbones({"broken": (Net(), transform)})
+    results = run(dataset, [*broken, zoo[0]], replace(CPU, workers=workers))
+    assert results["broken"].error is not None
+    assert results["convnext"].features.n_samples == 36
+
+
+def test_a_missing_checkpoint_is_that_backbone_s_error(dataset, zoo, toy_zoo, tmp_path):
+    shutil.copytree(toy_zoo / "vit", tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    results = run(dataset, [*resolve_backbones(tmp_path / "bare"), zoo[0]])
+    assert "No suitable checkpoints" in results["bare"].error
+    assert results["convnext"].features.n_samples == 36
+
+
+# Settings ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "int8"}, "`precision` must be one of float32, bfloat16, float16"),
+        ({"batch_size": 0}, "`batch_size` must be an integer ≥ 1 but is 0"),
+        ({"workers": -1}, "`workers` must be an integer ≥ 0"),
+        ({"max_unreadable": 2}, r"`max_unreadable` must lie in 0 … 1"),
+    ],
+)
+def test_settings_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense", "xpu"])
+def test_devices_refused(device):
+    with pytest.raises(ValueError, match=f"`device` must be .* but is '{device}'"):
+        extraction.resolve_device(device)
+
+
+def test_bfloat16_is_close_to_float32(dataset, zoo):
+    exact = features(run(dataset, zoo))
+    rough = features(run(dataset, zoo, replace(CPU, precision="bfloat16")))
+    for name, x in exact.items():
+        assert 0 < np.abs(rough[name] - x).max() < 0.1 * np.abs(x).max()
+        assert rough[name].dtype == np.float32
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_features_of_the_cpu(dataset, zoo):
+    on_cpu = features(run(dataset, zoo))
+    on_cuda = features(run(dataset, zoo, Settings(device="cuda", workers=2)))
+    for name, x in on_cpu.items():
+        assert np.abs(on_cuda[name] - x).max() <= 1e-3 * np.abs(x).max()

@@ -1,0 +1,199 @@
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from sfda_tune import (
+    BackboneError,
+    DatasetError,
+    Features,
+    MetricResult,
+    Ranking,
+    RankingInterruptedError,
+    extraction,
+    rank,
+    score,
+)
+from sfda_tune.metrics import sfda
+from sfda_tune.progress import Silent
+
+CPU = {"device": "cpu", "workers": 0, "cache": False}
+
+
+def test_rank_is_extract_and_score(photos, toy_zoo):
+    ranking = rank(photos, toy_zoo, **CPU)
+    assert sorted(ranking) == ["convnext", "efficientnet", "resnet", "vit"]
+    assert list(ranking.values()) == sorted(ranking.values(), reverse=True)
+    assert ranking.metric == "sfda"
+    assert ranking.labels is not None
+    assert ranking.labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12
+    info = ranking.info
+    assert (info["dataset"], info["n_samples"], info["n_classes"]) == ("my photos", 36, 3)
+    assert info["classes"] == ["ant", "bee", "cat"]
+    assert set(info["seconds"]) == {"load", "decode", "decode_work", "forward", "score", "total"}
+    assert info["seconds"]["forward"] > 0
+    from sfda_tune import extract, open_dataset, resolve_backbones
+
+    settings = extraction.Settings(device="cpu", workers=0)
+    for e in extract(open_dataset(photos), resolve_backbones(toy_zoo), settings):
+        assert e.features is not None
+        s = ranking.score(e.backbone.name)
+        result = sfda(e.features.x, e.features.y)
+        assert s.value == pytest.approx(result.value, abs=1e-9)
+        assert s.per_sample is not None
+        assert result.per_sample is not None
+        np.testing.assert_allclose(s.per_sample, result.per_sample, atol=1e-9)
+        assert s.n_dims == e.features.n_dims
+        assert s.details["n_params"] == e.n_params
+        assert s.details["images_per_second"] > 0
+        assert "lambda" in s.details
+    assert Ranking.from_json(ranking.to_json()).to_json() == ranking.to_json()
+
+
+def test_the_same_whatever_the_executor(photos, toy_zoo):
+    options = {**CPU, "metric": lambda x, y: x.std()}
+    serial = rank(photos, toy_zoo, **options)
+    assert len(set(serial.values())) == 4
+    with ThreadPoolExecutor(3) as pool:
+        threads = rank(photos, toy_zoo, map_fn=pool.map, **options)
+    assert list(threads) == list(serial)
+    assert dict(threads) == pytest.approx(dict(serial), abs=1e-9)
+
+
+def test_samples_are_seeded(photos, toy_zoo):
+    options = {**CPU, "metric": lambda x, y: x.mean(), "samples": 15}
+    runs = [rank(photos, toy_zoo / "vit", seed=seed, **options) for seed in (0, 0, 1)]
+    assert [r.info["n_samples"] for r in runs] == [15] * 3
+    assert runs[0]["vit"] == runs[1]["vit"] != runs[2]["vit"]
+
+
+def test_a_metric_of_ones_own(photos, toy_zoo):
+    def width(x, y):
+        return float(x.shape[1])
+
+    ranking = rank(photos, toy_zoo, metric=width, **CPU)
+    assert ranking.metric == "width"
+    assert ranking["resnet"] == 96
+    named = rank(photos, toy_zoo, metric=partial(sfda, variant="paper"), **CPU)
+    assert dict(named) == dict(rank(photos, toy_zoo, variant="paper", **CPU))
+
+
+def test_a_metric_that_fails_is_recorded(photos, toy_zoo):
+    def picky(x, y):
+        if x.shape[1] == 96:
+            raise ArithmeticError("not 96")
+        return MetricResult(float(x.shape[1]), None, {"odd": np.inf})
+
+    ranking = rank(photos, toy_zoo, metric=picky, **CPU)
+    assert ranking.failed == {"resnet": "ArithmeticError: not 96"}
+    assert list(ranking)[-1] == "resnet"
+    ranking.to_json()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"metric": "nonsense"}, "sfda.*nonsense"),
+        ({"variant": "nonsense"}, "`variant` must be one of official, paper"),
+        ({"metric": max, "variant": "paper"}, "`variant` belongs to the metric 'sfda'"),
+        ({"device": "nonsense"}, "`device`"),
+        ({"precision": "nonsense"}, "`precision`"),
+        ({"samples": 0}, "`n`|`samples`"),
+        ({"plugins": ["/no/such.py"]}, "could not be imported"),
+    ],
+)
+def test_arguments_refused_before_any_work(photos, toy_zoo, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rank(photos, toy_zoo, **{**CPU, **arguments})
+
+
+def test_bad_dataset_and_backbones(photos, toy_zoo):
+    with pytest.raises(DatasetError):
+        rank(photos.parent / "nothing", toy_zoo, **CPU)
+    with pytest.raises(BackboneError):
+        rank(photos, "resnet5O", **CPU)
+
+
+def test_unreadable_images_are_counted_and_named(photos, toy_zoo, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "spoilt")
+    (root / "bee" / "03.jpg").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"1 of 36 images could not be read.*03\.jpg"):
+        ranking = rank(root, toy_zoo, **CPU)
+    ((name, reason),) = ranking.info["unreadable"].items()
+    assert name.endswith("03.jpg")
+    assert reason
+    assert ranking.info["n_samples"] == 35
+    assert {s.n_samples for s in ranking.scores} == {35}
+    assert ranking.labels is not None
+    assert len(ranking.labels) == 35
+
+
+class StopAfterFirst(Silent):
+    def finish(self, score):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_hands_over_what_is_finished(photos, toy_zoo):
+    with pytest.raises(RankingInterruptedError) as caught:
+        rank(photos, toy_zoo, progress=StopAfterFirst(), **CPU)
+    ranking = caught.value.ranking
+    assert len(ranking) == 4
+    assert len(ranking.failed) == 3
+    assert set(ranking.failed.values()) == {"not finished: the run was interrupted"}
+    assert isinstance(caught.value, KeyboardInterrupt)
+
+
+def test_cache_is_used_by_default_and_can_be_turned_off(photos, toy_zoo, cache, tmp_path):
+    options = {"device": "cpu", "workers": 0}
+    assert not rank(photos, toy_zoo, **options).score("vit").details["cached"]
+    again = rank(photos, toy_zoo, **options).score("vit")
+    assert again.details["cached"]
+    assert again.details["note"] == "cached"
+    assert not rank(photos, toy_zoo, cache=False, **options).score("vit").details["cached"]
+    assert (
+        not rank(photos, toy_zoo, cache=tmp_path / "b", **options).score("vit").details["cached"]
+    )
+    assert (tmp_path / "b").is_dir()
+
+
+def test_all_backbones_fail(photos):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError("no")
+
+    broken = {"b": (Broken(), lambda image: torch.zeros(3, 4, 4))}
+    ranking = rank(photos, broken, **CPU)
+    assert ranking.failed == {"b": "RuntimeError: no"}
+    assert ranking.shortlist(1) == []
+
+
+def test_arrays_are_ranked_and_never_changed(toy_zoo):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (24, 20, 20, 3), np.uint8)
+    labels = np.array(["x", "y", "z"] * 8)
+    before = images.copy(), labels.copy()
+    ranking = rank((images, labels), toy_zoo, **CPU)
+    assert not ranking.failed
+    np.testing.assert_array_equal(images, before[0])
+    np.testing.assert_array_equal(labels, before[1])
+
+
+def test_score_is_independent_of_row_order_and_label_names():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(90, 7)), np.arange(90) % 3
+    order = rng.permutation(90)
+    names = np.array(["c", "a", "b"])
+    a = score(Features(x, y))
+    b = score(Features(x[order], names[y[order]]))
+    assert a.value == pytest.approx(b.value, abs=1e-9)
+    assert a.seconds > 0
+
+
+def test_the_demo_runs_as_in_the_readme():
+    ranking = rank("digits", samples=200, **CPU)
+    assert len(ranking) >= 6
+    assert not ranking.failed
+    assert all(name.startswith("demo:") for name in ranking)

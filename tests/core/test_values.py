@@ -1,0 +1,209 @@
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfda_tune import Backbone, Features, MetricResult, Ranking, Score
+from sfda_tune.values import encode_labels
+
+
+def ranking() -> Ranking:
+    per_sample = np.array([0.1, 1 / 3, math.pi])
+    return Ranking(
+        (
+            Score("low", 0.1, per_sample, 3, 64, {"lambda": 0.5, "n_params": 25_557_032}),
+            Score("broken", error="OSError: <no> weights"),
+            Score("tie b", 0.9, n_samples=3, n_dims=8, details={"images_per_second": 99.6}),
+            Score("tie a", 0.9, n_samples=3, n_dims=8),
+        ),
+        "sfda (official)",
+        np.array([0, 1, 0]),
+        {"dataset": "toys", "odd": np.float32(0.5), "inf": math.inf, "path": Path("x")},
+    )
+
+
+def test_ranking_is_a_mapping_best_first_ties_by_name_failures_last():
+    r = ranking()
+    assert list(r) == ["tie a", "tie b", "low", "broken"]
+    assert r["low"] == 0.1
+    assert math.isnan(r["broken"])
+    assert len(r) == 4
+    assert "low" in r
+    assert dict(r.items())["tie a"] == 0.9
+    assert r.failed == {"broken": "OSError: <no> weights"}
+    with pytest.raises(KeyError):
+        r["unknown"]
+
+
+def test_order_of_the_scores_does_not_matter():
+    r = ranking()
+    assert list(Ranking(r.scores[::-1])) == list(r)
+
+
+def test_shortlist_leaves_out_failures():
+    assert ranking().shortlist(2) == ["tie a", "tie b"]
+    assert ranking().shortlist(99) == ["tie a", "tie b", "low"]
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, "2"])
+def test_shortlist_refuses(k):
+    with pytest.raises(ValueError, match="`k` must be an integer ≥ 1"):
+        ranking().shortlist(k)
+
+
+def test_json_round_trip_is_exact_and_strict(tmp_path):
+    r = ranking()
+    path = tmp_path / "r.json"
+    text = r.to_json(path)
+    assert path.read_text() == text + "\n"
+    json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not strict JSON"))
+    for source in (text, path, str(path)):
+        again = Ranking.from_json(source)
+        assert again.to_json() == text
+        assert list(again) == list(r)
+        per_sample = again.score("low").per_sample
+        assert per_sample is not None
+        np.testing.assert_array_equal(per_sample, r.score("low").per_sample)  # to the last bit
+        assert again.labels is not None
+        assert again.labels.tolist() == [0, 1, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]  # no temporary file is left
+
+
+@pytest.mark.parametrize("text", ["{}", "{", '{"format": "other/1"}', '{"format": 1}'])
+def test_foreign_json_is_refused(text, tmp_path):
+    with pytest.raises(ValueError, match=r"written by Ranking\.to_json"):
+        Ranking.from_json(text)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json"):
+        Ranking.from_json(tmp_path / "x.json")
+
+
+def test_csv_has_one_line_per_backbone(tmp_path):
+    lines = ranking().to_csv(tmp_path / "r.csv").splitlines()
+    assert lines[0] == "rank,backbone,score,n_dims,n_params,images_per_second,note"
+    assert lines[1].startswith("1,tie a,0.9,8,")
+    assert lines[-1] == ",broken,,,,,OSError: <no> weights"
+    assert (tmp_path / "r.csv").read_text().splitlines() == lines
+
+
+def test_dataframe():
+    frame = ranking().to_dataframe()
+    assert frame["backbone"].tolist() == ["tie a", "tie b", "low", "broken"]
+    assert frame["score"].isna().tolist() == [False, False, False, True]
+
+
+def test_dataframe_without_pandas_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"sfda-tune\[data\]"):
+        ranking().to_dataframe()
+
+
+def test_repr_is_an_aligned_table():
+    text = repr(ranking())
+    assert "sfda (official)" in text
+    assert "1 failed" in text
+    assert "25.6M" in text
+    lines = text.splitlines()[1:]
+    assert len(lines) == 5
+
+
+def test_html_escapes_and_holds_every_backbone():
+    html = ranking()._repr_html_()
+    assert "&lt;no&gt; weights" in html
+    assert html.count("<tr>") == 5
+
+
+def test_two_scores_of_one_backbone_are_refused():
+    with pytest.raises(ValueError, match=r"repeats \['a'\]"):
+        Ranking((Score("a", 1), Score("a", 2)))
+
+
+def test_a_value_that_is_not_finite_is_a_failure_not_a_rank():
+    s = Score("a", math.inf)
+    assert s.error == "the metric's value is inf"
+    assert math.isnan(s.value)
+
+
+def test_everything_can_be_pickled():
+    f = Features(np.eye(2), ["a", "b"], backbone="toy")
+    again = pickle.loads(pickle.dumps((ranking(), f, MetricResult(1.0, np.ones(2), {"k": 1}))))
+    assert again[0].to_json() == ranking().to_json()
+    assert again[1].classes == ("a", "b")
+    assert not again[1].x.flags.writeable
+    assert again[2].details == {"k": 1}
+
+
+def test_values_are_read_only_and_inputs_stay_writable():
+    x, y = np.zeros((3, 2), np.float32), np.array([0, 1, 1])
+    f = Features(x, y)
+    with pytest.raises(ValueError, match="read-only"):
+        f.x[0] = 1
+    x[0] = 1
+    y[0] = 1
+    with pytest.raises(AttributeError):
+        f.x = x  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ranking().info["dataset"] = "other"  # type: ignore[index]
+    with pytest.raises(TypeError):
+        ranking().scores[0].details["a"] = 1  # type: ignore[index]
+
+
+def test_float32_is_not_copied():
+    x = np.zeros((3, 2), np.float32)
+    assert np.shares_memory(Features(x, [0, 1, 1]).x, x)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "classes", "message"),
+    [
+        (np.zeros(3), [0, 1, 1], (), r"`x` of 'net' must have shape \(n_samples, n_dims\)"),
+        (np.zeros((0, 2)), [], (), "both > 0"),
+        (np.zeros((3, 2)), [0, 1], (), "same number of rows but have 3 and 2"),
+        (np.array([[0, np.nan]] * 2), [0, 1], (), "2 of 2 rows hold NaN or infinity, first row 0"),
+        (np.array([["a"]] * 2), [0, 1], (), "real numbers"),
+        (np.zeros((2, 2)), [0, 5], ("a", "b"), r"must lie in 0 … 1 but spans 0 … 5"),
+        (np.zeros((2, 2)), ["a", "b"], ("a", "b"), "integer codes"),
+    ],
+)
+def test_features_refuse(x, y, classes, message):
+    with pytest.raises(ValueError, match=message):
+        Features(x, y, classes, "net")
+
+
+def test_labels_of_any_kind_are_encoded_independently_of_order():
+    labels = ["b", ("t", 1), 3, "b"]
+    codes, classes = encode_labels(labels)
+    assert [classes[c] for c in codes] == labels
+    assert encode_labels(labels[::-1])[1] == classes
+    assert encode_labels(np.array([7, 2, 7]))[1] == (2, 7)
+
+
+@pytest.mark.parametrize("labels", [[None, "a"], [0.0, math.nan], np.zeros((2, 2)), [[1], [2]], 5])
+def test_labels_refused(labels):
+    with pytest.raises(ValueError, match="`labels`"):
+        encode_labels(labels)
+
+
+def test_backbone_refuses():
+    with pytest.raises(ValueError, match="non-empty str"):
+        Backbone("")
+    with pytest.raises(ValueError, match="callable"):
+        Backbone("a", load=3)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    """`to_json` replaces the file as a whole: a reader never sees half of one."""
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    script = (
+        "import os, sfda_tune.values as v\n"
+        "os.replace = lambda *a: os._exit(9)\n"
+        f"v.write_text({str(path)!r}, 'new' * 1000)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    assert path.read_text() == "old"
