@@ -523,7 +523,7 @@ def _cached_file(name: str) -> str | None:
                 file = try_to_load_from_cache(repo, candidate, revision=revision or None)
                 if isinstance(file, str):
                     return file
-    if url:
+    if isinstance(url, str) and url:
         file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         if os.path.isfile(file):
             return file

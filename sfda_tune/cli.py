@@ -332,7 +332,7 @@ def _fail(message: str) -> NoReturn:
 def _spread(arguments: list[str]) -> list[str]:
     """Let ``--backbones a b c`` mean ``--backbones a --backbones b --backbones c``."""
     result: list[str] = []
-    option = None
+    option, fresh = None, False
     for k, argument in enumerate(arguments):
         if argument == "--":
             return [*result, *arguments[k:]]

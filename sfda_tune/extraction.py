@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -589,7 +589,7 @@ def extract(
     store: FeatureStore | None = None,
     map_fn: Map | None = None,
     progress: Any = None,
-) -> Iterator[Extraction]:
+) -> Generator[Extraction, None, None]:
     """Run every backbone over the data set; yield each one's features as soon as they are whole.
 
     Parameters

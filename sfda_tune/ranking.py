@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from inspect import signature
 from typing import Any
 
 from sfda_tune.backbones import resolve_backbones
 from sfda_tune.datasets import ImageDataset, open_dataset
 from sfda_tune.extraction import Extraction, Map, Settings, extract, resolve_device
 from sfda_tune.metrics import get_metric
+from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.store import FeatureStore
 from sfda_tune.values import Features, MetricResult, Ranking, Score
 
@@ -222,20 +224,20 @@ def rank(
 
 
 def _metric(metric: Metric, variant: str | None) -> tuple[str, Callable[[Any, Any], Any]]:
+    """Return a metric and what it is called in the ranking."""
     function = get_metric(metric)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", "score")
-    if variant is None:
-        return name, function
-    if metric != "sfda":
+    if function is sfda:
+        chosen = variant or signature(sfda).parameters["variant"].default
+        if chosen not in VARIANTS:
+            raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)} but is {variant!r}.")
+        return f"sfda ({chosen})", partial(sfda, variant=chosen)
+    if variant is not None:
         raise ValueError(
             f"`variant` belongs to the metric 'sfda' but `metric` is {name!r} and `variant` "
             f"{variant!r}; leave it out, or pass functools.partial(your_metric, …)."
         )
-    from sfda_tune.metrics.sfda import VARIANTS
-
-    if variant not in VARIANTS:
-        raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)} but is {variant!r}.")
-    return f"{name} ({variant})", partial(function, variant=variant)
+    return name, function
 
 
 def _score(extraction: Extraction, function: Callable[[Any, Any], Any]) -> Score:

@@ -46,7 +46,7 @@ import numpy as np
 from sfda_tune.metrics._fisher import Array, Discriminants, Samples, Scatter, load
 from sfda_tune.values import MetricResult
 
-__all__ = ["sfda"]
+__all__ = ["VARIANTS", "sfda"]
 
 A = 5.0  # a of eq. (3): the published code's; the paper says only a > 0
 FLOOR = 1e-10  # of λ, from the published code
@@ -248,6 +248,7 @@ _VARIANTS: dict[str, Callable[[Samples, float | None], Outcome]] = {
     "official": _official,
     "paper": _paper,
 }
+VARIANTS = tuple(_VARIANTS)
 
 
 def _score(x: Samples, variant: str, shrinkage: float | None) -> MetricResult:

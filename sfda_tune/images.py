@@ -1,0 +1,184 @@
+"""One item (path, encoded bytes, array, image) → upright 8-bit RGB, or `UnreadableImage`.
+
+====================================  ====================================================
+RGB, grey, 1-bit, palette, CMYK,      exactly Pillow's ``convert("RGB")``, like the loaders of
+YCbCr, HSV, LAB                       timm and torchvision
+alpha, palette with transparency      laid over white: `convert` would show the arbitrary
+                                      colours that lie below transparent pixels
+16-bit grey, 32-bit integers          v / 257 (0 … 65535 → 0 … 255): `convert` would clip
+floating point                        times 255 if all ≤ 1, as is if all ≤ 255, else v / 257
+EXIF orientation                      applied
+several frames                        the first
+====================================  ====================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import threading
+import warnings
+from contextlib import suppress
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+__all__ = ["UNREADABLE", "UnreadableImage", "decode", "digest", "explain", "to_rgb"]
+
+UNREADABLE = "unreadable"
+"""`ImageDataset.digest` of an image that cannot be read."""
+
+# Neither Pillow's list of formats, nor a file that Pillow opened but did not decode yet, nor
+# somebody's data set may be used by two threads at a time.
+_LOCK = threading.Lock()
+_QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `warnings.filters`
+
+
+class UnreadableImage(Exception):  # noqa: N818 - a fact about one image, which a sweep survives
+    """One image is missing, damaged, or no image.
+
+    Parameters
+    ----------
+    name : str
+        The image, as `ImageDataset.item_name` has it.
+    reason : str
+        What is wrong with it, on one line.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode into upright 8-bit RGB; the rules stand at the top of the module.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Left as it is; of several frames, the current one counts (the first of a file just opened).
+
+    Raises
+    ------
+    ValueError
+        If the range of deep pixels is unknown (negative, NaN, or above 65535).
+
+    Examples
+    --------
+    >>> deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    >>> np.asarray(to_rgb(deep))[0, :, 0]
+    array([  0, 100, 255], dtype=uint8)
+    """
+    _prepare_pillow()
+    image.load()
+    with suppress(Exception):  # damaged EXIF data do not make the pixels unreadable
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):  # I, I;16, I;16B, …
+        return Image.fromarray(deep_to_uint8(np.asarray(image))).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def deep_to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Scale 16-bit or floating-point pixels to 8 bit; the rules stand at the top of the module."""
+    low, high = pixels.min(), pixels.max()
+    if not 0 <= low <= high <= 65535:  # also false for NaN
+        raise ValueError(
+            f"pixels from {low} to {high}: known are integers 0 … 65535 and floating point "
+            "0 … 1, 0 … 255 or 0 … 65535; convert the image to 8 bit"
+        )
+    is_float = pixels.dtype.kind == "f"
+    full = 1 if is_float and high <= 1 else 255 if is_float and high <= 255 else 65535
+    return np.rint(pixels * (255 / full)).astype(np.uint8)
+
+
+def decode(item: Any) -> Image.Image:
+    """Item of an `ImageDataset` → RGB image; `explain` says why, if it raises."""
+    item = _resolve(item)
+    if isinstance(item, np.ndarray):
+        item = Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
+    if isinstance(item, Image.Image):
+        return to_rgb(item)
+    _prepare_pillow()
+    with _stream(item) as stream, Image.open(stream) as image:
+        return to_rgb(image)
+
+
+def digest(item: Any) -> str:
+    """Blake2b, in hexadecimal, of the encoded bytes, or of the pixels, shape and dtype."""
+    item = _resolve(item)
+    if isinstance(item, Image.Image):
+        item = np.asarray(to_rgb(item))
+    result = hashlib.blake2b(digest_size=20)
+    if isinstance(item, np.ndarray):
+        result.update(f"array {item.dtype.str} {item.shape}".encode())
+        result.update(np.ascontiguousarray(item).data)
+    else:
+        with _stream(item) as stream:
+            result.update(stream.read())
+    return result.hexdigest()
+
+
+def explain(error: Exception, item: Any) -> str:
+    """Why an item cannot be decoded, on one line."""
+    if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
+        with _stream(_resolve(item)) as stream:
+            head = stream.read(64)
+        if not head:
+            return "is empty (0 bytes)"
+        if head.startswith(b"version https://git-lfs"):
+            return "is a Git LFS pointer, not the image; run `git lfs pull`"
+        if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+            return "is HEIC, which Pillow cannot read; convert it to JPEG"
+        return "is not an image in a format that Pillow can read"
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if not isinstance(error, OSError | ValueError):
+        text = f"{type(error).__name__}: {text}"
+    return one_line(text)
+
+
+def _resolve(item: Any) -> Any:
+    """Return the path, bytes, uint8 array or loaded image behind an item."""
+    with _LOCK:
+        if callable(item):
+            item = item()
+        if isinstance(item, Image.Image):
+            _prepare_pillow(locked=True)
+            item = item.copy()  # decodes it, if nobody did so far
+    if item is None:
+        raise ValueError("there is no image in this row")
+    return item
+
+
+def _stream(item: Any) -> IO[bytes]:
+    return io.BytesIO(item) if isinstance(item, bytes) else open(item, "rb")
+
+
+def _prepare_pillow(locked: bool = False) -> None:
+    """Load all formats, and keep Pillow's warnings from being noise, or errors under ``-W error``.
+
+    A filter that stays, because `warnings.catch_warnings` restores *all* filters on exit: threads
+    that overlap would undo each other's work.
+    """
+    with suppress() if locked else _LOCK:
+        Image.init()
+        if not warnings.filters or warnings.filters[0] != _QUIET:
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def printable(text: str) -> str:
+    """`text` with line breaks, control characters and undecodable bytes escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """First line of `text`, printable and not too long."""
+    line = (str(text).strip().splitlines() or [""])[0]
+    return printable(line if len(line) <= limit else line[:limit] + " …")

@@ -1,0 +1,99 @@
+"""The core knows no host, and importing it is quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTS = ("optuna", "ray", "sfda_tune_optuna", "sfda_tune_ray", "sfda_tune_sklearn")
+
+GUARD = """
+import sys, importlib.abc, pkgutil
+class Guard(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hosts!r}:
+            raise SystemExit(f"{{name}} was imported")
+sys.meta_path.insert(0, Guard())
+import sfda_tune
+for module in pkgutil.walk_packages(sfda_tune.__path__, "sfda_tune."):
+    __import__(module.name)
+{more}
+"""
+
+
+def guard(more: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", GUARD.format(hosts=HOSTS, more=more)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_core_never_imports_a_host():
+    done = guard()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_guard_can_fail(host):
+    done = guard(f"import {host}")
+    assert done.returncode == 1
+    assert f"{host} was imported" in done.stderr
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_not_even_inside_a_function():
+    files = list((ROOT / "sfda_tune").rglob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        assert not _imported(ast.parse(file.read_text())) & set(HOSTS), file
+    assert _imported(ast.parse("def f():\n    import ray.tune")) == {"ray"}
+
+
+def test_ruff_bans_them_too(tmp_path):
+    """The lint rule fails on a lazy import in the core and allows it in an integration."""
+    config = ["--config", str(ROOT / "pyproject.toml"), "--select", "TID251", "--no-cache", "-"]
+    for place, code in (("sfda_tune/x.py", 1), ("integrations/sfda_tune_ray/x.py", 0)):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", "check", "--stdin-filename", place, *config],
+            input="def f():\n    import ray\n    return ray\n",
+            text=True, capture_output=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+        assert done.returncode == code, done.stdout
+
+
+def test_importing_loads_neither_torch_nor_timm_and_is_quick():
+    code = (
+        "import time; t = time.perf_counter(); import sfda_tune; s = time.perf_counter() - t\n"
+        "import sys; print(s, sorted({'torch', 'timm', 'scipy', 'sklearn'} & set(sys.modules)))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    assert all(run.stdout.split()[1:] == ["[]"] for run in runs)
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.3
+
+
+def test_every_public_name_is_there_and_typed():
+    import sfda_tune
+
+    for name in sfda_tune.__all__:
+        assert getattr(sfda_tune, name) is not None
+        assert name in dir(sfda_tune)
+    assert len(sfda_tune.__all__) <= 15
+    assert set(sfda_tune._HOME) == set(sfda_tune.__all__)
+    assert (ROOT / "sfda_tune" / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        sfda_tune.nonsense  # noqa: B018
