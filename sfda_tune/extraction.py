@@ -370,7 +370,8 @@ class _Unit:
 @dataclass(frozen=True, eq=False)
 class _Outcome:
     name: str
-    entries: dict[int, Entry]
+    entries: dict[int, Entry] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)  # of those the store holds now
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -391,9 +392,9 @@ class _Worker:
 
     def __call__(self, unit: _Unit) -> _Outcome:
         seconds = {"load": 0.0, "forward": 0.0, "decode": 0.0, "decode_work": 0.0}
-        entries: dict[int, Entry] = {}
+        outcome = _Outcome(unit.backbone.name, seconds=seconds)
         try:
-            self._run(unit, entries, seconds)
+            self._run(unit, outcome)
         except DatasetError:  # the data set's fault, not the backbone's: it ends the run
             raise
         except Exception as error:
@@ -401,12 +402,13 @@ class _Worker:
             text = " ".join(str(error).split())
             known = isinstance(error, (zoo.BackboneError, ValueError)) and text
             message = text if known else f"{type(error).__name__}: {text}"
-            return _Outcome(unit.backbone.name, {}, message, seconds)
-        return _Outcome(unit.backbone.name, entries, None, seconds)
+            return _Outcome(unit.backbone.name, error=message, seconds=seconds)
+        return outcome
 
-    def _run(self, unit: _Unit, entries: dict[int, Entry], seconds: dict[str, float]) -> None:
+    def _run(self, unit: _Unit, outcome: _Outcome) -> None:
         import torch
 
+        seconds = outcome.seconds
         started = time.perf_counter()
         device = torch.device(self.settings.device)
         module, preprocessing = zoo.load(unit.backbone)
@@ -455,8 +457,10 @@ class _Worker:
                     f"its features are not finite in {self.settings.precision}"
                     + ("" if self.settings.precision == "float32" else "; try float32")
                 )
-            entries[shard] = entry
-            self._keep(entry, images, weights, preprocessing)
+            outcome.entries[shard] = entry
+            key = make_key(images, weights, preprocessing.fingerprint(), self.settings.precision)
+            if self._keep(key, entry):
+                outcome.keys[shard] = key
 
     def _block(self, unit: _Unit, *, pin: bool) -> PixelBlock:
         with _BLOCKS_LOCK:
@@ -467,12 +471,9 @@ class _Worker:
                 )
             return _BLOCKS[unit.block]
 
-    def _keep(
-        self, entry: Entry, images: tuple[str, ...], weights: str, preprocessing: Preprocessing
-    ) -> None:
+    def _keep(self, key: str, entry: Entry) -> bool:
         if self.store is None:
-            return
-        key = make_key(images, weights, preprocessing.fingerprint(), self.settings.precision)
+            return False
         try:
             self.store.put(key, entry)
         except OSError as error:  # a full disk costs the cache, not the result
@@ -480,6 +481,8 @@ class _Worker:
                 f"features could not be kept in {self.store.root} ({error}); the run goes on",
                 stacklevel=2,
             )
+            return False
+        return True
 
 
 class _Forward:
@@ -576,7 +579,7 @@ class _Job:
 
     description: zoo.Description
     weights: str | None
-    entries: dict[int, Entry] = field(default_factory=dict)
+    entries: dict[int, Entry | str] = field(default_factory=dict)  # or its key in the store
     cached: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -642,15 +645,15 @@ def extract(
 
     images = dataset.digests() if store is not None else [""] * len(dataset)
     shards = [(s, min(s + SHARD, len(dataset))) for s in range(0, len(dataset), SHARD)]
-    for job in jobs.values():
+    missing: dict[str, list[int]] = {}
+    for name, job in jobs.items():
         _look_up(job, images, shards, store, settings)
-    missing = {name: _missing(job, shards) for name, job in jobs.items()}
+        missing[name] = _missing(job, shards)
+        if not missing[name]:
+            yield _finish(job, dataset, shards, settings, store)
     if progress is not None:
-        rows = sum(shards[s][1] - shards[s][0] for absent in missing.values() for s in absent)
+        rows = sum(_length(shards[s]) for absent in missing.values() for s in absent)
         progress.start(rows, sum(not absent for absent in missing.values()))
-    for name, absent in missing.items():
-        if not absent:
-            yield _finish(jobs[name], dataset, shards, settings)
 
     failed: set[str] = set()
     worker = _Worker(settings, store, progress.advance if progress and map_fn is None else None)
@@ -671,8 +674,9 @@ def extract(
                 failed.add(outcome.name)
                 yield replace(_blank(job), error=outcome.error, seconds=job.seconds)
             elif not _missing(job, shards):
-                yield _finish(job, dataset, shards, settings)
-                job.entries.clear()  # the features live on with whoever took them
+                yield _finish(job, dataset, shards, settings, store)
+            else:  # until its other blocks are done the features need no memory
+                job.entries.update(outcome.keys)
     finally:
         with _BLOCKS_LOCK:
             _BLOCKS.clear()
@@ -687,12 +691,17 @@ def _look_up(
 ) -> None:
     if store is None or job.weights is None:
         return
-    preprocessing = job.description.preprocessing.fingerprint()
+    preprocessing, precision = job.description.preprocessing.fingerprint(), settings.precision
     for shard, (start, stop) in enumerate(shards):
-        key = make_key(images[start:stop], job.weights, preprocessing, settings.precision)
+        key = make_key(images[start:stop], job.weights, preprocessing, precision)
         entry = store.get(key)
         if entry is not None:
             job.entries[shard] = entry
+    if _missing(job, shards):  # then they are read again when the others are there
+        job.entries = {
+            shard: make_key(images[slice(*shards[shard])], job.weights, preprocessing, precision)
+            for shard in job.entries
+        }
 
 
 def _missing(job: _Job, shards: list[tuple[int, int]]) -> list[int]:
@@ -772,10 +781,22 @@ def _blank(job: _Job) -> Extraction:
 
 
 def _finish(
-    job: _Job, dataset: ImageDataset, shards: list[tuple[int, int]], settings: Settings
+    job: _Job,
+    dataset: ImageDataset,
+    shards: list[tuple[int, int]],
+    settings: Settings,
+    store: FeatureStore | None,
 ) -> Extraction:
     """Join the shards of one backbone."""
-    entries = [job.entries[shard] for shard in range(len(shards))]
+    entries: list[Entry] = []
+    for shard in range(len(shards)):
+        entry = job.entries[shard]
+        if isinstance(entry, str):
+            entry = store.get(entry) if store is not None else None
+        if entry is None:
+            return replace(_blank(job), error="its cached features vanished meanwhile; run again")
+        entries.append(entry)
+    job.entries = {}  # the features live on with whoever takes them
     unreadable = {
         start + int(row): why
         for entry, (start, _) in zip(entries, shards, strict=True)

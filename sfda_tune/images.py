@@ -32,7 +32,7 @@ UNREADABLE = "unreadable"
 
 # Neither Pillow's list of formats, nor a file that Pillow opened but did not decode yet, nor
 # somebody's data set may be used by two threads at a time.
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `warnings.filters`
 
 
@@ -129,7 +129,8 @@ def digest(item: Any) -> str:
 def explain(error: Exception, item: Any) -> str:
     """Why an item cannot be decoded, on one line."""
     if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
-        with _stream(_resolve(item)) as stream:
+        head = b"?"
+        with suppress(Exception), _stream(_resolve(item)) as stream:
             head = stream.read(64)
         if not head:
             return "is empty (0 bytes)"
@@ -150,7 +151,7 @@ def _resolve(item: Any) -> Any:
         if callable(item):
             item = item()
         if isinstance(item, Image.Image):
-            _prepare_pillow(locked=True)
+            _prepare_pillow()
             item = item.copy()  # decodes it, if nobody did so far
     if item is None:
         raise ValueError("there is no image in this row")
@@ -161,13 +162,13 @@ def _stream(item: Any) -> IO[bytes]:
     return io.BytesIO(item) if isinstance(item, bytes) else open(item, "rb")
 
 
-def _prepare_pillow(locked: bool = False) -> None:
+def _prepare_pillow() -> None:
     """Load all formats, and keep Pillow's warnings from being noise, or errors under ``-W error``.
 
     A filter that stays, because `warnings.catch_warnings` restores *all* filters on exit: threads
     that overlap would undo each other's work.
     """
-    with suppress() if locked else _LOCK:
+    with _LOCK:
         Image.init()
         if not warnings.filters or warnings.filters[0] != _QUIET:
             warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -158,13 +158,13 @@ def rank(
     >>> len(ranking), ranking.info["n_samples"]
     (2, 100)
     """
-    label, function = _metric(metric, variant)
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
     settings = replace(settings, device=resolve_device(device))
     store = None
     if cache:
         store = FeatureStore() if cache is True else FeatureStore(cache)  # type: ignore[arg-type]
     candidates = resolve_backbones(backbones, plugins=plugins)
+    label, function = _metric(metric, variant)  # which a plug-in may have registered
     images = open_dataset(dataset, split=split)
     if samples is not None:
         images = images.sample(samples, seed=seed)
@@ -201,7 +201,7 @@ def rank(
             interrupted = True
             found.close()
     for backbone in candidates:
-        unfinished = Score(backbone.name, error="not finished: the run was interrupted")
+        unfinished = Score(backbone.name, error="not finished (interrupted)")
         scores.setdefault(backbone.name, unfinished)
     seconds["total"] = time.perf_counter() - started
     if unreadable:

@@ -123,13 +123,14 @@ def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, mon
         np.testing.assert_array_equal(workers[name], small[name])
 
 
-def test_threads_and_processes_give_the_same(dataset, zoo):
+def test_threads_and_processes_give_the_same(dataset, zoo, plugged_in):
     serial = features(run(dataset, zoo))
     with ThreadPoolExecutor(2) as threads:
         others = [features(run(dataset, zoo, map_fn=threads.map))]
     context = multiprocessing.get_context("spawn")
+    plugged = resolve_backbones(plugged_in[0], plugins=[str(plugged_in[1])])
     with ProcessPoolExecutor(1, mp_context=context) as processes:
-        others.append(features(run(dataset, zoo[:2], map_fn=processes.map)))
+        others.append(features(run(dataset, [*zoo[:2], *plugged], map_fn=processes.map)))
 
     def backwards(fn, items):
         return [fn(item) for item in reversed(list(items))]
@@ -137,7 +138,22 @@ def test_threads_and_processes_give_the_same(dataset, zoo):
     others.append(features(run(dataset, zoo, map_fn=backwards)))
     for other in others:
         for name, x in other.items():
-            np.testing.assert_allclose(x, serial[name], atol=1e-6)
+            np.testing.assert_allclose(x, serial[name.removeprefix("plugged ")], atol=1e-6)
+
+
+@pytest.fixture
+def plugged_in(toy_zoo, tmp_path):
+    """A checkpoint whose architecture only a plug-in file knows, and that file."""
+    plugin = tmp_path / "plugin_for_workers.py"
+    plugin.write_text(
+        "import timm.models.resnet as r\nfrom timm.models import register_model\n\n"
+        "@register_model\ndef known_to_the_plugin(pretrained=False, **kwargs):\n"
+        "    return r.test_resnet(pretrained=pretrained, **kwargs)\n"
+    )
+    folder = shutil.copytree(toy_zoo / "resnet", tmp_path / "plugged resnet")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("test_resnet", "known_to_the_plugin"))
+    return folder, plugin
 
 
 # The store --------------------------------------------------------------------------------------
@@ -221,6 +237,19 @@ def test_a_damaged_entry_is_computed_again(dataset, zoo, tmp_path):
     again = run(dataset, zoo[:2], store=store)
     assert [again[n].cached for n in ("convnext", "efficientnet")] == [False, True]
     np.testing.assert_array_equal(again["convnext"].features.x, first["convnext"].features.x)
+
+
+def test_between_blocks_features_wait_in_the_store(dataset, zoo, tmp_path, monkeypatch):
+    whole = features(run(dataset, zoo))
+    monkeypatch.setattr(extraction, "SHARD", 16)
+    monkeypatch.setattr(extraction, "PIXEL_BYTES", 1)
+    reads = []
+    get = FeatureStore.get
+    monkeypatch.setattr(FeatureStore, "get", lambda self, key: reads.append(key) or get(self, key))
+    results = run(dataset, zoo[:2], store=FeatureStore(tmp_path))
+    assert len(reads) == 2 * 3 + 2 * 2  # looked up at the start; two of three shards read again
+    for name, x in features(results).items():
+        np.testing.assert_allclose(x, whole[name], atol=2e-6)
 
 
 def test_a_full_disk_costs_the_cache_not_the_result(dataset, zoo, tmp_path, monkeypatch):

@@ -142,7 +142,7 @@ def test_ctrl_c_hands_over_what_is_finished(photos, toy_zoo):
     ranking = caught.value.ranking
     assert len(ranking) == 4
     assert len(ranking.failed) == 3
-    assert set(ranking.failed.values()) == {"not finished: the run was interrupted"}
+    assert set(ranking.failed.values()) == {"not finished (interrupted)"}
     assert isinstance(caught.value, KeyboardInterrupt)
 
 

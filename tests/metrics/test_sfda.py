@@ -219,6 +219,28 @@ def test_the_torch_backend_survives_a_singular_matrix():
     assert result.value == pytest.approx(expected.value, abs=1e-9)
 
 
+def test_a_tensor_that_says_it_is_on_cuda_stays_a_tensor(monkeypatch):
+    """The choice of backend, without the device."""
+    import torch
+
+    X, y = samples(0, 60, 6, 3)
+    X = np.round(8 * X)  # exact in every dtype below
+    expected = sfda(X, y)
+    monkeypatch.setattr(NumpyOps, "take", None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32):
+        tensor = torch.as_tensor(X).to(dtype)
+        result = sfda(tensor, torch.as_tensor(y))
+        assert result.value == pytest.approx(expected.value, abs=1e-12)
+        assert result.details["dtype"] == str(dtype)[6:]
+        assert torch.equal(tensor, torch.as_tensor(X).to(dtype))  # unchanged
+    assert 0 < sfda(torch.as_tensor(X > 0), y).value < 1
+    with pytest.raises(ValueError, match="1 of 60 rows hold NaN or Inf, the first is row 7"):
+        sfda(torch.where(torch.arange(60)[:, None] == 7, torch.nan, torch.as_tensor(X)), y)
+    with pytest.raises(ValueError, match="its dtype is torch.complex128"):
+        sfda(torch.as_tensor(X + 0j), y)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_cuda_tensor_is_scored_on_its_device(variant):

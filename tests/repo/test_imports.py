@@ -17,10 +17,10 @@ class Guard(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in {hosts!r}:
             raise SystemExit(f"{{name}} was imported")
 sys.meta_path.insert(0, Guard())
+{more}
 import sfda_tune
 for module in pkgutil.walk_packages(sfda_tune.__path__, "sfda_tune."):
     __import__(module.name)
-{more}
 """
 
 
