@@ -20,7 +20,7 @@ def main() -> None:
         print(f"skipped: there is no {options.zoo}")
         return
     models = options.zoo / "models"
-    command = [sys.executable, "-c", "from sfda_tune.cli import main; main()", "rank"]
+    command = [sys.executable, "-m", "sfda_tune", "rank"]
     command += [str(options.zoo / "datasets" / options.dataset)]
     command += ["--backbones", str(models / "cifar_*" if options.smoke else models)]
     command += ["--import", str(options.zoo / "zoo_models.py")]

@@ -1,20 +1,5 @@
 """Labelled images in whatever form the user has them: `open_dataset(spec)` → `ImageDataset`.
 
-==========================================  ==============================================
-`spec`                                      images and labels
-==========================================  ==============================================
-an `ImageDataset`                           itself
-``"digits"``                                scikit-learn's 1,797 handwritten digits
-``"photos/"``                               folder ``photos/<class>/**/*.jpg``, or
-                                            ``photos/{train,val,test}/<class>/**/*.jpg``
-``"photos.csv"`` (.tsv, .parquet)           table of paths and labels
-``"hf:NAME"``, ``"hf:NAME:CONFIG"``         Hugging Face data set, by name or local folder
-a `datasets.Dataset` or `DatasetDict`       its Image and its ClassLabel column
-a torchvision-style data set                ``len(d)``, ``d[i]`` → (image, label)
-``(images, labels)``                        arrays, or a list of arrays, images, paths, bytes;
-                                            also ``{"images": …, "labels": …}``
-==========================================  ==============================================
-
 `sfda_tune.images` says how an image of any kind becomes RGB. Importing this module needs numpy
 and Pillow only; whatever else a form needs is imported by it.
 """
@@ -100,8 +85,8 @@ class ImageDataset:
     name : str
         Shown in the ranking.
     items : sequence of length n
-        Per image a path, encoded bytes, a uint8 array ``(h, w)`` or ``(h, w, c)``, a
-        `PIL.Image.Image`, or a function without arguments that returns one of these.
+        Per image a path, encoded bytes, a uint8 array ``(h, w[, c])``, a `PIL.Image.Image`, or a
+        function without arguments that returns one of these.
     labels : ndarray of int64, shape (n,)
         Position of the class in `classes`; read-only.
     classes : tuple of str
@@ -114,8 +99,6 @@ class ImageDataset:
     --------
     >>> images = np.zeros((6, 4, 5, 3), np.uint8)
     >>> data = open_dataset((images, ["dog", "cat"] * 3))
-    >>> data
-    ImageDataset('arrays', 6 images, 2 classes)
     >>> data.classes, data.labels.tolist()
     (('cat', 'dog'), [1, 0, 1, 0, 1, 0])
     >>> data.load(0).size, data.item_name(0)
@@ -130,11 +113,8 @@ class ImageDataset:
 
     def __post_init__(self) -> None:
         labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
-        if (
-            labels.shape != (n,)
-            or labels.dtype.kind not in "iu"
-            or not np.all((labels >= 0) & (labels < n_classes))
-        ):
+        integers = labels.shape == (n,) and labels.dtype.kind in "iu"
+        if not integers or not np.all((labels >= 0) & (labels < n_classes)):
             raise DatasetError(
                 f"`labels` must be {n} integers in 0 … {n_classes - 1} (positions in `classes`), "
                 f"one per image, but is {one_line(repr(self.labels), 80)}; `open_dataset` encodes "
@@ -143,7 +123,6 @@ class ImageDataset:
         labels = labels.astype(np.int64)
         labels.flags.writeable = False
         object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "classes", tuple(self.classes))
         if self.origin is None:
             object.__setattr__(self, "origin", np.arange(n))
 
@@ -154,13 +133,7 @@ class ImageDataset:
         return len(self.items)
 
     def load(self, row: int) -> Image.Image:
-        """Decode one image: first frame, upright, RGB, 8 bit. Threads may share the data set.
-
-        Raises
-        ------
-        UnreadableImage
-            If it is missing, damaged, too large (Pillow's limit), or no image.
-        """
+        """Decode one image, by any thread; `UnreadableImage` if missing, damaged or too large."""
         item = self.items[row]
         try:
             return decode(item)
@@ -175,16 +148,14 @@ class ImageDataset:
         return f"row {self.origin[row]}"
 
     def digest(self, row: int) -> str:
-        """Fingerprint of the content of one image, as hexadecimal blake2b.
+        """Fingerprint of the bytes or pixels of one image, never of its path, label or position.
 
-        Of the file's or the encoded bytes, or of pixels, shape and dtype; never of path, label or
-        position. `UNREADABLE` where there is nothing to read (a damaged file has a fingerprint).
+        `UNREADABLE` where there is nothing to read (a damaged file has a fingerprint).
         """
         item = self.items[row]
         try:
             return digest(item)
-        except Exception as error:  # a foreign data set may raise anything
-            logger.debug("no digest of %s: %s", self.item_name(row), error)
+        except Exception:  # a foreign data set may raise anything
             return UNREADABLE
 
     def digests(self, rows: Iterable[int] | None = None, workers: int = 8) -> list[str]:
@@ -206,15 +177,10 @@ class ImageDataset:
         """Draw `n` images, stratified by class; they keep their order.
 
         Classes share the places in proportion to their size, but each gets min(2, its size)
-        places first (one, where `n` is too small for two). The same `seed` draws the same images,
-        and a smaller sample is part of every larger one, so features of it can be reused: places
-        are dealt by the Sainte-Laguë rule, because with largest remainders a class may *lose* a
-        place when `n` grows (Alabama paradox).
-
-        Raises
-        ------
-        DatasetError
-            If `n` is less than the number of classes.
+        places first (one, where `n` is too small for two). A smaller sample is part of every
+        larger one of the same `seed`, so features of it can be reused: places are dealt by the
+        Sainte-Laguë rule, because with largest remainders a class may *lose* a place when `n`
+        grows (Alabama paradox). `DatasetError` if `n` is less than the number of classes.
 
         Examples
         --------
@@ -256,19 +222,17 @@ def open_dataset(
     Parameters
     ----------
     spec : object
-        - ``"digits"``: scikit-learn's digits, 8×8, their grey levels 0 … 16 as round(255·v/16).
-        - Folder ``root/<class>/…`` (nested files count, hidden ones do not), or a folder whose
-          sub-folders are all called train, val, valid, validation or test, among them train.
+        - ``"digits"``: scikit-learn's 1,797 digits, 8×8, grey levels 0 … 16 as round(255·v/16).
+        - Folder ``root/<class>/**/*.jpg``, or ``root/{train,val,test}/<class>/**/*.jpg``; hidden
+          files do not count.
         - ``.csv``, ``.tsv`` (UTF-8, with a header, separated by comma, semicolon or tab) or
-          ``.parquet`` with paths, relative to the table, and labels; Parquet may also hold the
-          encoded images, as Hugging Face writes them.
+          ``.parquet`` with paths, relative to the table, or encoded images, and labels.
         - ``"hf:NAME"``, ``"hf:NAME:CONFIG"``, ``"hf:folder"``, or a Hugging Face `Dataset` or
           `DatasetDict`. Its format or transform is not applied.
-        - Torchvision-style data set: ``spec[i]`` → (image, label), the image a PIL image, a uint8
-          array or tensor, or floating point in [0, 1]; labels from `targets`, `labels` or
-          `_labels` and names from `classes`, if there are any. A transform that returns tensors is
-          not applied, because each backbone has its own; one that returns images is, and must be
-          deterministic. Of ImageFolder the files are read directly.
+        - Torchvision-style data set: ``spec[i]`` → (image, label); labels from `targets`, `labels`
+          or `_labels` and names from `classes`, if there are any. A transform that returns tensors
+          is not applied, because each backbone has its own; one that returns images is, and must
+          be deterministic. Of ImageFolder the files are read directly.
         - ``(images, labels)`` or ``{"images": …, "labels": …}``: images as array ``(n, h, w)`` or
           ``(n, h, w, c)`` with c = 1, 3, 4 (tensor: ``(n, c, h, w)``) of uint8, uint16, bool, or
           floating point in [0, 1]; or a list of such images, PIL images, paths, encoded bytes.
@@ -298,16 +262,12 @@ def open_dataset(
 
     Examples
     --------
-    >>> digits = open_dataset("digits", samples=500)
-    >>> digits
+    >>> open_dataset("digits", samples=500)
     ImageDataset('digits', 500 images, 10 classes)
-    >>> digits.load(0).mode, digits.load(0).size
-    ('RGB', (8, 8))
     """
     form, opener, usable = _form(spec, labels)
-    options = dict(
-        split=split, image_column=image_column, label_column=label_column, labels=labels
-    )
+    columns = {"image_column": image_column, "label_column": label_column}
+    options = {"split": split, **columns, "labels": labels}
     _refuse(form, **{name: value for name, value in options.items() if name not in usable})
     dataset = opener(spec, **{name: options[name] for name in usable})
     return dataset if samples is None else dataset.sample(samples, seed)
@@ -323,7 +283,7 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
     if isinstance(spec, str) and spec.startswith("hf:"):
         return "'hf:…'", _open_hub, ("split", *columns)
     if isinstance(spec, str | os.PathLike):
-        path = os.path.abspath(os.path.expanduser(os.fspath(spec)))
+        path = _absolute(spec)
         if os.path.isdir(path) and os.fspath(spec):  # "" is not the current folder
             return "a folder (the labels are the folder names)", _open_folder, ("split",)
         suffix = os.path.splitext(path)[1].lower()
@@ -339,7 +299,7 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         raise DatasetError(f"`spec` must be one of: {_FORMS}. {fact}.")
     if hasattr(spec, "cast_column"):
         return "a Hugging Face data set", _open_hf, ("split", *columns)
-    arrays = isinstance(spec, list | tuple | Mapping | np.ndarray) or _is_tensor(spec)
+    arrays = isinstance(spec, list | tuple | Mapping | np.ndarray) or hasattr(spec, "detach")
     if arrays or labels is not None:
         return "arrays", _open_arrays, ("labels",)
     foreign = isinstance(spec, bytes | bytearray | memoryview | range) or hasattr(spec, "iloc")
@@ -351,18 +311,22 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
     raise DatasetError(f"`spec` must be one of: {_FORMS}. It is a {type(spec).__name__}{more}.")
 
 
+def _absolute(path: Any) -> str:
+    return os.path.abspath(os.path.expanduser(os.fspath(path)))
+
+
 def _close_matches(path: str) -> str:
     """Suggest what may be meant, at the first part of the path that is wrong."""
     while not os.path.isdir(parent := os.path.dirname(path)) and parent != path:
         path = parent
-    near: list[str] = []
+    near = []
     with suppress(OSError):
         near = difflib.get_close_matches(os.path.basename(path), os.listdir(parent))
     found = " or ".join(repr(os.path.join(parent, name)) for name in near)
     return found and f"; perhaps {found}"
 
 
-# --------------------------------------------------------------------------- helpers
+# ---- helpers
 
 
 def _refuse(form: str, **options: Any) -> None:
@@ -418,7 +382,7 @@ def _class_name(label: Any) -> str:
 
 
 def _encode(
-    labels: Iterable[Any],
+    given: Iterable[Any],
     where: str,
     *,
     names: Sequence[Any] | None = None,
@@ -430,11 +394,11 @@ def _encode(
 
     `names` are the declared names of integer labels (ClassLabel, torchvision's `classes`).
     """
-    labels = [v.item() if getattr(v, "ndim", None) == 0 else v for v in cast("Any", labels)]
+    labels: list[Any] = [v.item() if getattr(v, "ndim", None) == 0 else v for v in given]
     if not labels:
         raise DatasetError(f"{where} must hold at least one image but is empty.")
     try:
-        distinct = set(labels)
+        distinct: set[Any] = set(labels)
     except TypeError:
         raise DatasetError(
             f"{where} must hold one label per image, a number or a name, but the first is "
@@ -472,27 +436,21 @@ def _encode(
 
 def _check_some_exist(items: Sequence[Any], base: str, what: str) -> None:
     """Turn a wrong base folder into one error, instead of a thousand unreadable images."""
-    if items and all(item is None for item in items):
+    if items and not any(
+        os.path.lexists(i) if isinstance(i, str) else i is not None for i in items
+    ):
         raise DatasetError(
-            f"{what} must hold paths or encoded images, but none of {len(items)} is."
-        )
-    if items and not any(not isinstance(item, str) or os.path.lexists(item) for item in items):
-        raise DatasetError(
-            f"{what} must name image files, but none of the {len(items)} exists, for instance "
-            f"{items[0]!r}; relative paths start at {base!r}."
+            f"{what} must hold encoded images or names of files, but none of the {len(items)} "
+            f"exists, for instance {items[0]!r}; relative paths start at {base!r}."
         )
 
 
-# --------------------------------------------------------------------------- arrays
-
-
-def _is_tensor(value: Any) -> bool:
-    return hasattr(value, "detach")
+# ---- arrays
 
 
 def _as_array(value: Any, ndim: int) -> Any:
     """Turn a tensor into an array, channels last; leave anything else as it is."""
-    if not _is_tensor(value):
+    if not hasattr(value, "detach"):
         return value
     value = value.detach().cpu()
     array = (value.float() if value.is_floating_point() else value).numpy()  # bfloat16 has none
@@ -502,17 +460,20 @@ def _as_array(value: Any, ndim: int) -> Any:
 
 def _pixels(array: np.ndarray, what: str) -> np.ndarray:
     """One image as uint8 array ``(h, w)`` or ``(h, w, c)``."""
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in _CHANNELS):
-        axes = " (channels last)" if array.ndim == 3 and array.shape[0] in _CHANNELS else ""
+    if (
+        array.size == 0
+        or array.ndim not in (2, 3)
+        or array.shape[2:] not in [(), (1,), (3,), (4,)]
+    ):
+        axes = array.ndim == 3 and array.shape[0] in _CHANNELS
         raise DatasetError(
-            f"{what} must have shape (h, w) or (h, w, c) with c = 1, 3 or 4{axes} but has "
-            f"{array.shape}; reshape it" + (" with np.moveaxis(image, 0, -1)." if axes else ".")
+            f"{what} must have shape (h, w) or (h, w, c) with c = 1, 3 or 4 but has "
+            f"{array.shape}; "
+            + ("channels come last: np.moveaxis(image, 0, -1)." if axes else "reshape it.")
         )
-    if array.size == 0:
-        raise DatasetError(f"{what} must have pixels but has shape {array.shape}.")
-    kind, low, high = array.dtype.kind, array.min(), array.max()
     if array.dtype == np.uint8:
         return array
+    kind, low, high = array.dtype.kind, array.min(), array.max()
     if kind == "b":
         return array * np.uint8(255)
     if array.dtype == np.uint16:
@@ -529,18 +490,16 @@ def _pixels(array: np.ndarray, what: str) -> np.ndarray:
     )
 
 
-def _listed(item: Any, what: str) -> Any:
-    """Turn an element of a list of images into an item."""
-    if isinstance(item, str | os.PathLike):
-        return os.path.abspath(os.path.expanduser(os.fspath(item)))
-    if isinstance(item, bytes | Image.Image):
-        return item
-    item = _as_array(item, 3)
-    if isinstance(item, np.ndarray):
-        return _pixels(item, what)
+def _item(value: Any, what: str) -> Any:
+    """Turn an image in memory into an item."""
+    if isinstance(value, bytes | Image.Image):
+        return value
+    value = _as_array(value, 3)
+    if isinstance(value, np.ndarray):
+        return _pixels(value, what)
     raise DatasetError(
         f"{what} must be an array, a tensor, a PIL image, a path or the bytes of an image file "
-        f"but is {type(item).__name__}."
+        f"but is {type(value).__name__}."
     )
 
 
@@ -552,7 +511,7 @@ def _open_arrays(images: Any, labels: Any = None, name: str = "arrays") -> Image
                 f"{_some(map(repr, images))}."
             )
         images, labels = images["images"], images["labels"]
-    elif labels is None and isinstance(images, tuple) and len(images) == 2:
+    if labels is None and isinstance(images, tuple) and len(images) == 2:
         images, labels = images
     if labels is None:
         raise DatasetError(
@@ -560,25 +519,21 @@ def _open_arrays(images: Any, labels: Any = None, name: str = "arrays") -> Image
             "open_dataset((images, labels)) or open_dataset(images, labels=labels)."
         )
     images = _as_array(images, 4)
-    if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
-        raise DatasetError(
-            "`images` must be an array (n, h, w), (n, h, w, c) or a list of arrays, PIL images or "
-            f"paths but is {type(images).__name__}."
-        )
-    if not isinstance(images, np.ndarray) or images.dtype.kind in "OSU":
-        items: Any = [_listed(item, f"`images[{n}]`") for n, item in enumerate(images)]
-        _check_some_exist(items, os.getcwd(), "`images`")
-    elif images.ndim not in (3, 4):
-        raise DatasetError(
-            f"`images` must have shape (n, h, w) or (n, h, w, c) but has {images.shape}; "
-            "reshape it."
-        )
+    for what, given in (("`images`", images), ("`labels`", labels)):
+        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+            kind = type(given).__name__
+            raise DatasetError(
+                f"{what} must be a sequence with one element per image but is {kind}."
+            )
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "OSU":
+        pixels = [_pixels(image, f"`images[{n}]`") for n, image in enumerate(images)]
+        items: Any = images if images.dtype == np.uint8 else np.array(pixels)
     else:
-        items = np.array([_pixels(image, f"`images`[{n}]") for n, image in enumerate(images)])
-    if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
-        raise DatasetError(
-            f"`labels` must be a sequence, one label per image, but is {type(labels).__name__}."
-        )
+        items = [
+            _absolute(x) if isinstance(x, str | os.PathLike) else _item(x, f"`images[{n}]`")
+            for n, x in enumerate(images)
+        ]
+        _check_some_exist(items, os.getcwd(), "`images`")
     tolist = getattr(labels, "tolist", None)  # arrays, tensors, pandas
     values: Any = tolist() if tolist else list(labels)
     if len(items) != len(values):
@@ -598,7 +553,7 @@ def _open_digits(spec: str) -> ImageDataset:
     return _open_arrays(images, digits.target, spec)
 
 
-# --------------------------------------------------------------------------- folders
+# ---- folders
 
 
 def _is_image(path: str) -> bool:
@@ -609,20 +564,24 @@ def _walk(folder: str, entered: Iterable[str] = ()) -> Iterator[tuple[str, list[
     """`os.walk` in natural order, without hidden ones; no folder twice, nor those `entered`."""
 
     def left_out(error: OSError) -> None:
-        text = f"{error.filename!r} is left out: {error.strerror}"
+        text = f"{str(error.filename)!r} is left out: {error.strerror}"
         warnings.warn(text, UserWarning, stacklevel=2)
 
     seen = {os.path.realpath(path) for path in entered}  # a link up would mix the classes
-    for parent, *kinds in os.walk(folder, followlinks=True, onerror=left_out):
-        for names in kinds:
-            names[:] = sorted(
-                (n for n in names if not n.startswith(".") and n not in _JUNK), key=_natural
-            )
-        if os.path.realpath(parent) in seen:
-            kinds[0].clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        yield parent, *kinds
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=left_out):
+        for names in folders, files:
+            shown = (n for n in names if not n.startswith(".") and n not in _JUNK)
+            names[:] = sorted(shown, key=_natural)
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            yield parent, folders, files
+
+
+def _list(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the sub-folders and files of a folder."""
+    return next(((folders, files) for _, folders, files in _walk(folder)), ([], []))
 
 
 def _pick_split(names: Sequence[str], split: str | None, where: str) -> list[str]:
@@ -641,10 +600,10 @@ def _pick_split(names: Sequence[str], split: str | None, where: str) -> list[str
     )
 
 
-def _open_folder(spec: str | os.PathLike[str], split: str | None) -> ImageDataset:
-    root = os.path.abspath(os.path.expanduser(os.fspath(spec)))
+def _open_folder(spec: Any, split: str | None) -> ImageDataset:
+    root = _absolute(spec)
     name, where = printable(os.path.basename(root) or root), f"Folder {root!r}"
-    _, folders, _ = next(_walk(root), (root, [], []))
+    folders, _ = _list(root)
     lower = {folder.lower() for folder in folders}
     tops = [root]
     if "train" in lower and lower <= {name for names in _SPLITS for name in names}:
@@ -662,17 +621,14 @@ def _open_folder(spec: str | os.PathLike[str], split: str | None) -> ImageDatase
     labels: list[str] = []
     empty: list[str] = []
     for top in tops:
-        _, folders, files = next(_walk(top), (top, [], []))
+        folders, files = _list(top)
         loose = sum(map(_is_image, files))
         if not folders:
-            saved = {"dataset_dict.json", "state.json"} & set(files)
             raise DatasetError(
                 f"Folder {top!r} must have one sub-folder per class, like "
                 f"{os.path.join(top, 'cat', '1.jpg')!r}, but has {loose} images "
                 "and no sub-folders; move the images into class folders, or pass a .csv table "
                 "with the columns path and label."
-                + " It is a saved Hugging Face data set: put 'hf:' before it."
-                * bool(saved)
             )
         if loose:
             text = f"{loose} images directly in {top!r} are left out: they are in no class folder."
@@ -693,37 +649,29 @@ def _open_folder(spec: str | os.PathLike[str], split: str | None) -> ImageDatase
         warnings.warn(f"{where}: {len(empty)} {text}.", UserWarning, stacklevel=2)
     hint = " Put the images of each class into a sub-folder of their own."
     inner = os.path.join(tops[0], labels[0])
-    if len(next(_walk(inner), (inner, [], []))[1]) > 1:
+    if len(_list(inner)[0]) > 1:
         hint = f" Its sub-folders look like classes: try {inner!r}."
     return ImageDataset(name, paths, *_encode(labels, where, hint=hint))
 
 
-# --------------------------------------------------------------------------- tables
+# ---- tables
 
 
 def _column(
-    columns: Sequence[str],
-    given: str | None,
-    defaults: Sequence[str],
-    argument: str,
-    where: str,
-    typed: Sequence[str] = (),
+    argument: str, given: str | None, columns: Iterable[str], where: str, typed: Sequence[str] = ()
 ) -> str:
     """Find a column by name, else as the only one of the right type, else by a usual name."""
-    if given is not None and given not in columns:
-        raise DatasetError(
-            f"`{argument}` must be a column of {where}, one of {_some(map(repr, columns), 20)}, "
-            f"but is {given!r}."
-        )
-    if given is not None or len(typed) == 1:
-        return typed[0] if given is None else given
-    lower = {column.lower(): column for column in reversed(typed or columns)}
-    for name in defaults:
-        if name in lower:
-            return lower[name]
+    usual = IMAGE_COLUMNS if argument == "image_column" else LABEL_COLUMNS
+    wanted = usual if given is None else (given,)
+    if given is None and len(typed) == 1:
+        return typed[0]
+    for name in wanted:
+        for column in (typed if given is None else ()) or columns:
+            if column == name or (given is None and column.lower() == name):
+                return column
     raise DatasetError(
-        f"{where} must have a column named {', '.join(defaults)}, but its columns are "
-        f"{_some(map(repr, columns), 20)}; set `{argument}`."
+        f"`{argument}` must be a column of {where}, one of {_some(map(repr, columns), 20)}, "
+        f"but is {given!r}; by default it is the first one called {', '.join(usual)}."
     )
 
 
@@ -737,61 +685,57 @@ def _cell(value: Any, base: str) -> str | bytes | None:
 
 
 def _table(
-    path: str, image: str, images: Sequence[Any], label: str, labels: Sequence[Any], **more: Any
+    path: str, image: str, images: Any, label: str, labels: Any, **more: Any
 ) -> ImageDataset:
     where, base = f"Table {path!r}", os.path.dirname(path)
     codes, classes = _encode(labels, f"{where}, column {label!r},", **more)
     items = [_cell(value, base) for value in images]
     _check_some_exist(items, base, f"{where}, column {image!r},")
-    return ImageDataset(
-        printable(os.path.splitext(os.path.basename(path))[0]), items, codes, classes
-    )
+    name = printable(os.path.splitext(os.path.basename(path))[0])
+    return ImageDataset(name, items, codes, classes)
 
 
-def _open_csv(
-    spec: str | os.PathLike[str], image_column: str | None, label_column: str | None
-) -> ImageDataset:
-    path = os.path.abspath(os.path.expanduser(os.fspath(spec)))
+def _open_csv(spec: Any, image_column: str | None, label_column: str | None) -> ImageDataset:
+    path = _absolute(spec)
     where = f"Table {path!r}"
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            head = next((line for line in file if line.strip()), "")
+            head = file.readline()
             delimiter = max(",;\t", key=head.count)
+            file.seek(0)
             # "path, label": blanks after the delimiter belong to the layout, not to the names
             spaced = f"{delimiter} " in head
-            file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=spaced, strict=True)
-            rows = [(reader.line_num, row) for row in reader if any(c.strip() for c in row)]
+            reader = csv.DictReader(
+                file, delimiter=delimiter, skipinitialspace=spaced, strict=True, restval=""
+            )
+            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            numbered = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{where} must be text in UTF-8 ({error.reason}); save it so."
         ) from None
     except csv.Error as error:
         raise DatasetError(f"{where} must be a valid CSV file: {error}.") from None
-    columns = [column.strip() for column in rows[0][1]] if rows else []
+    rows: dict[int, Any] = dict(numbered)
     note = f"{where} (its first line must name the columns)"
-    image = _column(columns, image_column, IMAGE_COLUMNS, "image_column", note)
-    label = _column(columns, label_column, LABEL_COLUMNS, "label_column", note)
-    lines = [line for line, _ in rows[1:]]
-    long = [line for line, row in rows[1:] if any(row[len(columns) :])]
+    image = _column("image_column", image_column, columns, note)
+    label = _column("label_column", label_column, columns, note)
+    long = [line for line, row in rows.items() if any(row.get(None, ()))]
     if long:
         raise DatasetError(
             f"{where} must have {len(columns)} fields per line, as its header has, but line "
             f"{_some(long)} has more; put names that hold {delimiter!r} between double quotes."
         )
-    cells = [dict(zip(columns, row + [""] * len(columns), strict=False)) for _, row in rows[1:]]
     # text, so a missing label is what pandas and numpy write for one; "None" may be a class
-    labels = [cell[label].strip() for cell in cells]
+    labels = [row[label].strip() for row in rows.values()]
     labels = [None if text in ("nan", "NaN", "<NA>") else text for text in labels]
-    images = [cell[image] for cell in cells]
-    return _table(path, image, images, label, labels, rows=lines, unit="line")
+    images = [row[image] for row in rows.values()]
+    return _table(path, image, images, label, labels, rows=list(rows), unit="line")
 
 
-def _open_parquet(
-    spec: str | os.PathLike[str], image_column: str | None, label_column: str | None
-) -> ImageDataset:
+def _open_parquet(spec: Any, image_column: str | None, label_column: str | None) -> ImageDataset:
     parquet = _need("pyarrow.parquet", "Reading .parquet")
-    path = os.path.abspath(os.path.expanduser(os.fspath(spec)))
+    path = _absolute(spec)
     where = f"Table {path!r}"
     try:
         file = parquet.ParquetFile(path)
@@ -799,8 +743,8 @@ def _open_parquet(
         raise DatasetError(f"{where} must be a Parquet file: {one_line(error)}") from None
     with file:
         columns = file.schema_arrow.names
-        image = _column(columns, image_column, IMAGE_COLUMNS, "image_column", where)
-        label = _column(columns, label_column, LABEL_COLUMNS, "label_column", where)
+        image = _column("image_column", image_column, columns, where)
+        label = _column("label_column", label_column, columns, where)
         names = None
         with suppress(KeyError, TypeError, ValueError):  # class names, if Hugging Face wrote it
             info = json.loads(file.schema_arrow.metadata[b"huggingface"])
@@ -810,22 +754,11 @@ def _open_parquet(
     return _table(path, image, images, label, labels, names=names)
 
 
-# --------------------------------------------------------------------------- torchvision
-
-
-def _map_image(image: Any, what: str) -> Any:
-    if isinstance(image, Image.Image):
-        return image
-    array = _as_array(image, 3)
-    if isinstance(array, np.ndarray):
-        return _pixels(array, what)
-    raise DatasetError(
-        f"{what} must be a PIL image, an array or a tensor but is {type(image).__name__}."
-    )
+# ---- torchvision
 
 
 def _map_item(dataset: Any, row: int) -> Any:
-    return _map_image(dataset[row][0], "the image")
+    return _item(dataset[row][0], "the image")
 
 
 def _bare(dataset: Any, rows: Sequence[int], name: str) -> Any:
@@ -838,62 +771,39 @@ def _bare(dataset: Any, rows: Sequence[int], name: str) -> Any:
     problem = None
     for row in rows:
         try:
-            pair = dataset[row]
+            image, _ = dataset[row]
         except Exception as error:  # perhaps this one image is damaged
             problem = f"raises {type(error).__name__}: {one_line(error)}"
             continue
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise DatasetError(
-                f"`spec[{row}]` must be a pair (image, label), but {name} returns "
-                f"{one_line(repr(pair), 80)}."
-            )
-        image, what = pair[0], f"`spec[{row}]`, an image of {name},"
-        transforms = [n for n in ("transform", "transforms") if getattr(dataset, n, None)]
-        if transforms and not isinstance(image, Image.Image):
-            with suppress(Exception):  # it may be needed: the images of the data set are no images
+        what = f"`spec[{row}]`, an image of {name},"
+        if getattr(dataset, "transform", None) and not isinstance(image, Image.Image):
+            with suppress(Exception):  # its images may be none without the transform
                 copied = copy.copy(dataset)
-                for attribute in transforms:
-                    setattr(copied, attribute, None)
-                image, dataset = _map_image(copied[row][0], what), copied
+                copied.transform = copied.transforms = None
+                image, dataset = _item(copied[row][0], what), copied
                 logger.info("%s: its transform is not applied", name)
-        _map_image(image, what)
+        _item(image, what)
         return dataset
     if problem:
         raise DatasetError(f"`spec[row]` must be a pair (image, label), but {name} {problem}")
     return dataset
 
 
-def _map_paths(dataset: Any) -> list[tuple[str, Any]] | None:
-    """(path, label) pairs of ImageFolder and its like."""
-    for name in ("samples", "_samples"):
-        with suppress(TypeError, ValueError, IndexError):
-            pairs = list(getattr(dataset, name, ()))
-            path, _ = pairs[0]
-            if len(pairs) == len(dataset) and _is_image(os.fspath(path)):
-                return pairs
-    return None
-
-
-def _map_labels(dataset: Any, rows: Sequence[int], name: str) -> dict[int, Any]:
-    """Labels by row: of an attribute, else by reading every image; rows that fail are left out."""
+def _map_labels(dataset: Any, name: str) -> Sequence[Any]:
+    """All labels: of an attribute, else by reading every image."""
     for attribute in ("targets", "labels", "_labels"):
-        labels = getattr(dataset, attribute, None)
+        labels: Any = getattr(dataset, attribute, None)
         labels = labels.tolist() if hasattr(labels, "tolist") else labels  # arrays and tensors
         if isinstance(labels, list | tuple) and len(labels) == len(dataset):
-            return {row: labels[row] for row in rows}
+            return labels
     logger.info("%s has no `targets`: every image is read once for its label", name)
-    read: dict[int, Any] = {}
-    for row in rows:
-        with suppress(Exception):
-            read[row] = dataset[row][1]
-    if failed := len(set(rows)) - len(read):
-        warnings.warn(
-            f"{name}: {failed} images are left out, because reading them fails and only reading "
-            "tells their labels; give the data set an attribute `targets` with all labels.",
-            UserWarning,
-            stacklevel=2,
-        )
-    return read
+    try:
+        return [dataset[row][1] for row in range(len(dataset))]
+    except Exception as error:
+        raise DatasetError(
+            f"{name} must have an attribute `targets` with all labels, because reading them image "
+            f"by image fails with {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _open_map(dataset: Any) -> ImageDataset:
@@ -903,27 +813,29 @@ def _open_map(dataset: Any) -> ImageDataset:
         rows = [int(dataset.indices[row]) for row in rows]
         dataset = dataset.dataset
     name = type(dataset).__name__
-    convert = getattr(dataset, "target_transform", None)
-    names = getattr(dataset, "classes", None) if convert is None else None
-    pairs = _map_paths(dataset)
-    if pairs:
-        labels = {row: pairs[row][1] for row in rows}
+    pairs: Any = getattr(dataset, "samples", None)  # of ImageFolder and its like
+    if (
+        isinstance(pairs, list)
+        and pairs
+        and isinstance(pairs[0], tuple)
+        and _is_image(str(pairs[0][0]))
+    ):
+        labels = [label for _, label in pairs]
         items: Any = [os.path.abspath(pairs[row][0]) for row in rows]
     else:
         bare = _bare(dataset, rows, name)
-        labels = _map_labels(bare, rows, name)
-        rows = [row for row in rows if row in labels]
+        labels = _map_labels(bare, name)
         items = [partial(_map_item, bare, row) for row in rows]
-    codes, classes = _encode(
-        [labels[row] if convert is None else convert(labels[row]) for row in rows],
-        f"The labels of {name}",
-        names=names if isinstance(names, list | tuple) else None,
-        rows=rows,
-    )
+    names: Any = getattr(dataset, "classes", None)
+    labels = [labels[row] for row in rows]
+    if convert := getattr(dataset, "target_transform", None):
+        names, labels = None, [convert(label) for label in labels]
+    names = names if isinstance(names, list | tuple) else None
+    codes, classes = _encode(labels, f"The labels of {name}", names=names, rows=rows)
     return ImageDataset(name, items, codes, classes, np.array(rows))
 
 
-# --------------------------------------------------------------------------- Hugging Face
+# ---- Hugging Face
 
 
 def _open_hub(
@@ -963,12 +875,12 @@ def _open_hf(
     split: str | None,
     image_column: str | None,
     label_column: str | None,
-    name: str | None = None,
+    name: str = "",
 ) -> ImageDataset:
     import datasets
 
-    first = next(iter(data.values()), None) if isinstance(data, Mapping) else data
-    name = name or getattr(getattr(first, "info", None), "dataset_name", None) or "dataset"
+    first: Any = next(iter(data.values())) if isinstance(data, Mapping) else data
+    name = name or first.info.dataset_name or "dataset"
     where = f"Data set {name!r}"
     if isinstance(first, datasets.IterableDataset):
         raise DatasetError(
@@ -977,8 +889,7 @@ def _open_hf(
         )
     if isinstance(data, Mapping):
         chosen = _pick_split(list(data), split, where)
-        if split is not None and chosen != ["train"]:
-            name = f"{name}/{split}"
+        name += "" if split is None or chosen == ["train"] else f"/{split}"
         data = datasets.concatenate_datasets([data[c] for c in chosen])
     else:
         _refuse(f"{where}, which is a single split", split=split)
@@ -986,16 +897,16 @@ def _open_hf(
     kind = {column: type(feature).__name__ for column, feature in features.items()}
     images = [column for column in kind if kind[column] == "Image"]
     classes = [column for column in kind if kind[column] == "ClassLabel"]
-    image = _column(list(kind), image_column, IMAGE_COLUMNS, "image_column", where, images)
-    label = _column(list(kind), label_column, LABEL_COLUMNS, "label_column", where, classes)
+    image = _column("image_column", image_column, kind, where, images)
+    label = _column("label_column", label_column, kind, where, classes)
     data = data.with_format(None)
+    names = getattr(features[label], "names", None)
     labels = data.select_columns([label])[:][label]
-    names = features[label].names if kind[label] == "ClassLabel" else None
     codes, class_names = _encode(labels, f"{where}, column {label!r},", names=names)
     rows = data.select_columns([image])
     if kind[image] == "Image":
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    elif getattr(features[image], "dtype", "").removeprefix("large_") not in ("string", "binary"):
+    elif not re.search("string|binary", str(features[image])):
         raise DatasetError(
             f"`image_column` must hold images, paths or bytes, but {image!r} of {where} is "
             f"{one_line(features[image], 80)}; cast it to datasets.Image()."

@@ -37,15 +37,7 @@ _QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `wa
 
 
 class UnreadableImage(Exception):  # noqa: N818 - a fact about one image, which a sweep survives
-    """One image is missing, damaged, or no image.
-
-    Parameters
-    ----------
-    name : str
-        The image, as `ImageDataset.item_name` has it.
-    reason : str
-        What is wrong with it, on one line.
-    """
+    """One image is missing, damaged, or no image: its `name`, and the `reason` on one line."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -58,18 +50,9 @@ class UnreadableImage(Exception):  # noqa: N818 - a fact about one image, which 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode into upright 8-bit RGB; the rules stand at the top of the module.
 
-    Parameters
-    ----------
-    image : PIL.Image.Image
-        Left as it is; of several frames, the current one counts (the first of a file just opened).
+    Of several frames, the current one counts (the first of a file just opened). `ValueError` if
+    the range of deep pixels is unknown (negative, NaN, or above 65535).
 
-    Raises
-    ------
-    ValueError
-        If the range of deep pixels is unknown (negative, NaN, or above 65535).
-
-    Examples
-    --------
     >>> deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
     >>> np.asarray(to_rgb(deep))[0, :, 0]
     array([  0, 100, 255], dtype=uint8)

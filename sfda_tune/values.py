@@ -91,19 +91,20 @@ def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
             )
         labels = labels.tolist()
     try:
-        labels = list(labels)
+        # Scalars of numpy and torch become Python's own: torch's are hashed by identity.
+        labels = [v.item() if getattr(v, "ndim", None) == 0 else v for v in labels]
         distinct = set(labels)
     except TypeError as error:
         raise ValueError(
             f"`labels` must be a sequence of hashable labels, one per row ({error})."
         ) from None
-    for label in distinct:
-        if label is None or label != label:
-            rows = [n for n, value in enumerate(labels) if value is None or value != value]
-            raise ValueError(
-                f"`labels` must not hold missing values but row {rows[0]} is {label!r} "
-                f"({len(rows)} such rows); drop those rows from the features too."
-            )
+    missing = {label for label in distinct if _is_missing(label)}
+    if missing:
+        rows = [n for n, label in enumerate(labels) if _is_missing(label)]
+        raise ValueError(
+            f"`labels` must not hold missing values but row {rows[0]} is {labels[rows[0]]!r} "
+            f"({len(rows)} such rows); drop those rows from the features too."
+        )
     try:
         classes = sorted(distinct)
     except TypeError:
@@ -111,6 +112,14 @@ def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
     index = {label: code for code, label in enumerate(classes)}
     codes = np.fromiter((index[label] for label in labels), dtype=np.int64, count=len(labels))
     return codes, tuple(classes)
+
+
+def _is_missing(label: Any) -> bool:
+    """Tell None, NaN and pandas' NA, which is neither equal nor unequal to itself."""
+    try:
+        return label is None or bool(label != label)
+    except (TypeError, ValueError):
+        return True
 
 
 @dataclass(frozen=True)

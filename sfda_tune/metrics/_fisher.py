@@ -416,7 +416,7 @@ def _solve_primal(x: Samples, L: Array, beta: float, rho: float) -> tuple[Inner,
 def _solve_dual(x: Samples, L: Array, beta: float, rho: float) -> tuple[Inner, Array]:
     a = x.ops.solve(L, x.Z @ x.M.T)  # ZS̃⁻¹Mᵀ, (N, C)
     for _, rows in x.of_each_class():
-        a[rows] -= a[rows].mean(0)  # exactly zero in theory; ρ⁻¹ × rounding error in practice
+        a[rows] -= a[rows].mean(0)  # the mean is zero in theory, rounding error/ρ in practice
     Q = beta * (a.T @ a)  # MS̃⁻¹Mᵀ, (C, C)
     for i in range(0, x.D, 1024):  # blocks of columns: no second (C, D) array
         columns = slice(i, i + 1024)

@@ -130,8 +130,8 @@ def sfda(
     Features whose deviations from the class means all sum to zero over the columns, such as class
     probabilities, give the published σ 0/0 up to rounding; the iteration then starts from a fixed
     vector instead of the row sums. Deviations below 1e-140 count as none. At N < D with λ near its
-    floor and two classes of the same mean, the posterior of one against the other is rounding
-    error, here as in the published code.
+    floor and classes of equal mean, ConfMix pulls these apart by rounding errors, which 1/λ
+    amplifies: the value is then known to a few percent only, also that of the published code.
 
     *Cost*: two symmetric rank-k updates and two Cholesky factorisations, 2ND² + ⅔D³ flops
     (2N²D + ⅔N³ if N < D), plus O(NDC); ``"paper"`` adds an eigenproblem of size C. *Memory*: one

@@ -12,7 +12,7 @@ import pytest
 from sfda_tune import Ranking, __version__
 from sfda_tune.cli import _spread
 
-COMMAND = [sys.executable, "-c", "from sfda_tune.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "sfda_tune"]
 
 
 @pytest.fixture

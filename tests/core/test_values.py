@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from sfda_tune import Backbone, Features, MetricResult, Ranking, Score
 from sfda_tune.values import encode_labels
@@ -181,9 +183,13 @@ def test_labels_of_any_kind_are_encoded_independently_of_order():
     assert [classes[c] for c in codes] == labels
     assert encode_labels(labels[::-1])[1] == classes
     assert encode_labels(np.array([7, 2, 7]))[1] == (2, 7)
+    assert encode_labels(list(torch.tensor([7, 2, 7])))[0].tolist() == [1, 0, 1]
+    assert encode_labels(torch.tensor([7, 2, 7]))[1] == (2, 7)
 
 
-@pytest.mark.parametrize("labels", [[None, "a"], [0.0, math.nan], np.zeros((2, 2)), [[1], [2]], 5])
+@pytest.mark.parametrize(
+    "labels", [[None, "a"], [0.0, math.nan], [pd.NA, "a"], np.zeros((2, 2)), [[1], [2]], 5]
+)
 def test_labels_refused(labels):
     with pytest.raises(ValueError, match="`labels`"):
         encode_labels(labels)
