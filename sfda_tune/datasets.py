@@ -95,14 +95,9 @@ class ImageDataset:
     origin : ndarray of int64, shape (n,), optional
         Row number of each image in what the user gave, for messages.
 
-    Examples
-    --------
-    >>> images = np.zeros((6, 4, 5, 3), np.uint8)
-    >>> data = open_dataset((images, ["dog", "cat"] * 3))
-    >>> data.classes, data.labels.tolist()
-    (('cat', 'dog'), [1, 0, 1, 0, 1, 0])
-    >>> data.load(0).size, data.item_name(0)
-    ((5, 4), 'row 0')
+    >>> data = open_dataset((np.zeros((6, 4, 5, 3), np.uint8), ["dog", "cat"] * 3))
+    >>> data.classes, data.labels.tolist(), data.load(0).size, data.item_name(0)
+    (('cat', 'dog'), [1, 0, 1, 0, 1, 0], (5, 4), 'row 0')
     """
 
     name: str
@@ -182,8 +177,6 @@ class ImageDataset:
         Sainte-Laguë rule, because with largest remainders a class may *lose* a place when `n`
         grows (Alabama paradox). `DatasetError` if `n` is less than the number of classes.
 
-        Examples
-        --------
         >>> data = open_dataset((np.zeros((100, 2, 2), np.uint8), [0] * 80 + [1] * 20))
         >>> np.bincount(data.sample(10).labels)
         array([8, 2])
@@ -250,10 +243,6 @@ def open_dataset(
     labels : sequence, optional
         Labels of the images, if `spec` is an array or list of images only.
 
-    Returns
-    -------
-    ImageDataset
-
     Raises
     ------
     DatasetError
@@ -289,10 +278,8 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         suffix = os.path.splitext(path)[1].lower()
         if not os.path.isfile(path):
             fact = f"{str(spec)!r} does not exist{_close_matches(path)}"
-        elif suffix in (".csv", ".tsv"):
-            return "a table", _open_csv, columns
-        elif suffix in (".parquet", ".pq"):
-            return "a table", _open_parquet, columns
+        elif suffix in (".csv", ".tsv", ".parquet", ".pq"):
+            return "a table", _open_table, columns
         else:
             archive = suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
             fact = f"It is the file {path!r}" + ("; unpack it first" if archive else "")
@@ -365,10 +352,8 @@ def _class_key(name: str) -> tuple[Any, ...]:
     return number is None, float(name) if number else 0.0, _natural(name)
 
 
-def _is_missing(label: Any) -> bool:
-    if isinstance(label, str):
-        return not label.strip()
-    return label is None or str(label) in ("nan", "<NA>", "NaT")  # the last two of pandas
+def _is_missing(label: Any) -> bool:  # as Python, numpy and pandas write it
+    return label is None or str(label).strip() in ("", "nan", "NaN", "<NA>", "NaT")
 
 
 def _class_name(label: Any) -> str:
@@ -378,7 +363,7 @@ def _class_name(label: Any) -> str:
         label = label.decode("utf-8", "backslashreplace")
     if isinstance(label, tuple):  # torchvision's ImageNet: all names of the class
         return ", ".join(map(_class_name, label))
-    return printable(str(label))
+    return printable(str(label).strip())
 
 
 def _encode(
@@ -410,11 +395,9 @@ def _encode(
         missing |= {label for label in known if label < 0}  # the mark of unlabelled rows
         declared = [_class_name(name) for name in names]
         count = Counter(declared)  # ImageNet has two classes called crane
-        text = {
-            v: declared[v] if count[declared[v]] == 1 else f"{declared[v]} ({v})"
-            for v in sorted(known - missing)
-        }
-        classes = tuple(text.values())
+        text = {v: declared[v] for v in sorted(known - missing)}
+        text = {v: f"{t} ({v})" if count[t] > 1 else t for v, t in text.items()}
+        classes: tuple[str, ...] = tuple(text.values())
     else:  # names already, or numbers that are not positions in `names`
         text = {label: _class_name(label) for label in known}
         classes = tuple(sorted(set(text.values()), key=_class_key))
@@ -428,7 +411,7 @@ def _encode(
     if len(classes) < 2:
         raise DatasetError(
             f"{where} must have at least 2 classes to rank backbones, but all {len(labels)} "
-            f"images are of class {classes[0]!r}.{hint}"
+            f"images are of class {', '.join(classes)!r}.{hint}"
         )
     code = {name: n for n, name in enumerate(classes)}
     return np.array([code[text[label]] for label in labels]), classes
@@ -436,9 +419,8 @@ def _encode(
 
 def _check_some_exist(items: Sequence[Any], base: str, what: str) -> None:
     """Turn a wrong base folder into one error, instead of a thousand unreadable images."""
-    if items and not any(
-        os.path.lexists(i) if isinstance(i, str) else i is not None for i in items
-    ):
+    exists = (os.path.lexists(i) if isinstance(i, str) else i is not None for i in items)
+    if items and not any(exists):
         raise DatasetError(
             f"{what} must hold encoded images or names of files, but none of the {len(items)} "
             f"exists, for instance {items[0]!r}; relative paths start at {base!r}."
@@ -460,11 +442,8 @@ def _as_array(value: Any, ndim: int) -> Any:
 
 def _pixels(array: np.ndarray, what: str) -> np.ndarray:
     """One image as uint8 array ``(h, w)`` or ``(h, w, c)``."""
-    if (
-        array.size == 0
-        or array.ndim not in (2, 3)
-        or array.shape[2:] not in [(), (1,), (3,), (4,)]
-    ):
+    shape_is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)
+    if array.size == 0 or not shape_is_known:
         axes = array.ndim == 3 and array.shape[0] in _CHANNELS
         raise DatasetError(
             f"{what} must have shape (h, w) or (h, w, c) with c = 1, 3 or 4 but has "
@@ -684,74 +663,63 @@ def _cell(value: Any, base: str) -> str | bytes | None:
     return value if isinstance(value, bytes) and value else None
 
 
-def _table(
-    path: str, image: str, images: Any, label: str, labels: Any, **more: Any
-) -> ImageDataset:
+def _open_table(spec: Any, image_column: str | None, label_column: str | None) -> ImageDataset:
+    path = _absolute(spec)
     where, base = f"Table {path!r}", os.path.dirname(path)
-    codes, classes = _encode(labels, f"{where}, column {label!r},", **more)
-    items = [_cell(value, base) for value in images]
+    read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
+    columns, cells, names, places = read(path, where)
+    note = where + " (its first line must name the columns)" * (read is _read_csv)
+    image = _column("image_column", image_column, columns, note)
+    label = _column("label_column", label_column, columns, note)
+    what = f"{where}, column {label!r},"
+    codes, classes = _encode(cells(label), what, names=names(label), **places)
+    items = [_cell(value, base) for value in cells(image)]
     _check_some_exist(items, base, f"{where}, column {image!r},")
     name = printable(os.path.splitext(os.path.basename(path))[0])
     return ImageDataset(name, items, codes, classes)
 
 
-def _open_csv(spec: Any, image_column: str | None, label_column: str | None) -> ImageDataset:
-    path = _absolute(spec)
-    where = f"Table {path!r}"
+def _read_csv(path: str, where: str) -> tuple[Any, ...]:
+    """Columns, a function that reads one, one for the class names, and the line numbers."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             head = file.readline()
             delimiter = max(",;\t", key=head.count)
-            file.seek(0)
             # "path, label": blanks after the delimiter belong to the layout, not to the names
-            spaced = f"{delimiter} " in head
-            reader = csv.DictReader(
-                file, delimiter=delimiter, skipinitialspace=spaced, strict=True, restval=""
-            )
+            layout = {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in head}
+            file.seek(0)
+            reader: Any = csv.DictReader(file, strict=True, restval="", **layout)
             columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            numbered = [(reader.line_num, row) for row in reader]
-    except UnicodeDecodeError as error:
-        raise DatasetError(
-            f"{where} must be text in UTF-8 ({error.reason}); save it so."
-        ) from None
-    except csv.Error as error:
-        raise DatasetError(f"{where} must be a valid CSV file: {error}.") from None
-    rows: dict[int, Any] = dict(numbered)
-    note = f"{where} (its first line must name the columns)"
-    image = _column("image_column", image_column, columns, note)
-    label = _column("label_column", label_column, columns, note)
-    long = [line for line, row in rows.items() if any(row.get(None, ()))]
-    if long:
+            lines, rows = [], []
+            for row in reader:
+                lines.append(reader.line_num)
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{where} must be a CSV file in UTF-8: {one_line(error)}.") from None
+    if long := [n for n, row in zip(lines, rows, strict=True) if any(row.get(None, ()))]:
         raise DatasetError(
             f"{where} must have {len(columns)} fields per line, as its header has, but line "
             f"{_some(long)} has more; put names that hold {delimiter!r} between double quotes."
         )
-    # text, so a missing label is what pandas and numpy write for one; "None" may be a class
-    labels = [row[label].strip() for row in rows.values()]
-    labels = [None if text in ("nan", "NaN", "<NA>") else text for text in labels]
-    images = [row[image] for row in rows.values()]
-    return _table(path, image, images, label, labels, rows=list(rows), unit="line")
+    places = {"rows": lines, "unit": "line"}
+    return columns, lambda name: [row[name] for row in rows], lambda name: None, places
 
 
-def _open_parquet(spec: Any, image_column: str | None, label_column: str | None) -> ImageDataset:
+def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
     parquet = _need("pyarrow.parquet", "Reading .parquet")
-    path = _absolute(spec)
-    where = f"Table {path!r}"
     try:
-        file = parquet.ParquetFile(path)
+        schema = parquet.read_schema(path)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise DatasetError(f"{where} must be a Parquet file: {one_line(error)}") from None
-    with file:
-        columns = file.schema_arrow.names
-        image = _column("image_column", image_column, columns, where)
-        label = _column("label_column", label_column, columns, where)
-        names = None
-        with suppress(KeyError, TypeError, ValueError):  # class names, if Hugging Face wrote it
-            info = json.loads(file.schema_arrow.metadata[b"huggingface"])
-            names = info["info"]["features"][label]["names"]
-        table = file.read(columns=[image, label])
-    images, labels = table.column(image).to_pylist(), table.column(label).to_pylist()
-    return _table(path, image, images, label, labels, names=names)
+
+    def cells(name: str) -> list[Any]:
+        return parquet.ParquetFile(path).read(columns=[name]).column(name).to_pylist()
+
+    def names(label: str) -> Any:  # if Hugging Face wrote the table
+        with suppress(KeyError, TypeError, ValueError):
+            return json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+
+    return schema.names, cells, names, {}
 
 
 # ---- torchvision

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/extraction_speed.py [--device cuda] [--samples 256] [--repeats 3]
 
-Both do the same work on the same images with the same batch size, number of workers and precision,
-in turn in one run; the ratio is what counts. Without ``../shared/zoo`` (or with ``--synthetic``) it
-draws photos and takes timm architectures with random weights.
+Both do the same work on the same images with the same batch size, number of workers and
+precision, in turn in one run; the ratio is what counts. Without ``../shared/zoo`` (or with
+``--synthetic``) it draws photos and takes timm architectures with random weights.
 """
 
 import argparse

@@ -9,12 +9,9 @@ import multiprocessing
 import os
 import pickle
 import re
-import struct
 import subprocess
 import sys
-import threading
 import warnings
-import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,7 +80,7 @@ def message(*args: Any, **kwargs: Any) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------ importing
+# ---- importing
 
 
 def test_import_needs_numpy_and_pillow_only():
@@ -96,7 +93,7 @@ def test_import_needs_numpy_and_pillow_only():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-# ------------------------------------------------------------------ decoding
+# ---- decoding
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
@@ -161,35 +158,11 @@ def test_transparent_palette_entries_are_white(tmp_path, transparency):
     assert pixels(path).tolist() == [[[*RED], [*WHITE]]]
 
 
-def test_transparent_colour_of_grey_and_rgb_png(tmp_path):
-    grey = write(tmp_path / "l.png", np.array([[5, 9]], np.uint8), transparency=5)
-    assert pixels(grey)[0, :, 0].tolist() == [255, 9]
-    rgb = write(tmp_path / "rgb.png", np.array([[RED, GREEN]], np.uint8), transparency=RED)
-    assert pixels(rgb).tolist() == [[[*WHITE], [*GREEN]]]
-
-
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     values = np.array([[0, 257, 1000, 51400, 65535]], np.uint16)
     path = write(tmp_path / f"x.{suffix}", values)
     assert pixels(path)[0, :, 0].tolist() == [0, 1, 4, 200, 255]
-
-
-def test_big_endian_and_32_bit_grey(tmp_path):
-    assert pixels(write(tmp_path / "b.tif", np.array([[0, 51400]], ">u2")))[0, 1, 0] == 200
-    assert pixels(write(tmp_path / "i.tif", np.array([[0, 51400]], np.int32)))[0, 1, 0] == 200
-
-
-def test_16_bit_rgb_png():
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    row = b"\0" + np.array([51400, 0, 65535], ">u2").tobytes()
-    head = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(row))
-    assert pixels(png + chunk(b"IEND", b"")).tolist() == [[[200, 0, 255]]]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +228,7 @@ def test_to_rgb_leaves_its_argument_alone():
     assert image.getexif()[0x0112] == 6
 
 
-# ------------------------------------------------------------------ what cannot be read
+# ---- what cannot be read
 
 
 def test_large_images_are_neither_noise_nor_a_crash(tmp_path, monkeypatch):
@@ -267,7 +240,7 @@ def test_large_images_are_neither_noise_nor_a_crash(tmp_path, monkeypatch):
         one(path).load(0)
 
 
-# ------------------------------------------------------------------ digests
+# ---- digests
 
 
 def test_digest_is_of_the_content_alone(tmp_path):
@@ -296,7 +269,7 @@ def test_digest_of_arrays_sees_pixels_and_shape():
     assert one(Image.fromarray(zeros)).digest(0) != one(Image.fromarray(changed)).digest(0)
 
 
-# ------------------------------------------------------------------ the value
+# ---- the value
 
 
 def test_value_is_frozen_and_its_labels_read_only():
@@ -333,7 +306,7 @@ def test_pickle_by_spawn(tmp_path):
             assert image.result().tobytes() == data.load(1).tobytes()
 
 
-# ------------------------------------------------------------------ sampling
+# ---- sampling
 
 SIZES = [1, 2, 3, 50, 144, 300]
 
@@ -373,7 +346,7 @@ def test_smaller_samples_are_part_of_larger_ones():
     assert data.sample(10**9) is data
 
 
-# ------------------------------------------------------------------ digits and ImageDataset
+# ---- digits and ImageDataset
 
 
 def test_digits():
@@ -397,7 +370,7 @@ def test_image_dataset_is_returned_as_it_is():
     )
 
 
-# ------------------------------------------------------------------ folders
+# ---- folders
 
 
 def test_folder_of_classes(tmp_path):
@@ -492,10 +465,10 @@ def test_links_are_followed_but_never_in_circles(tmp_path):
     assert UNREADABLE not in data.digests()
 
 
-# ------------------------------------------------------------------ paths in general
+# ---- paths in general
 
 
-# ------------------------------------------------------------------ tables
+# ---- tables
 
 
 def table(path: Path, rows: list[Any], delimiter: str = ",", encoding: str = "utf-8") -> Path:
@@ -583,7 +556,7 @@ def test_parquet_with_class_names_of_hugging_face(tmp_path):
     assert np.asarray(data.load(2))[0, 0, 0] == 2
 
 
-# ------------------------------------------------------------------ arrays and lists
+# ---- arrays and lists
 
 
 @pytest.mark.parametrize(
@@ -679,7 +652,7 @@ def test_tensors():
     assert hwc.load(0).size == (6, 5)
 
 
-# ------------------------------------------------------------------ labels
+# ---- labels
 
 
 def test_pandas_labels():
@@ -692,7 +665,7 @@ def test_pandas_labels():
         assert "1 of 3 are missing (row 1)" in message(noise(3, 2, 2), labels=["a", missing, "b"])
 
 
-# ------------------------------------------------------------------ torchvision
+# ---- torchvision
 
 
 class Cifar:
@@ -799,21 +772,6 @@ def test_class_names_that_repeat():
     assert open_dataset(source).classes == ("crane (0)", "crane (1)", "frog, toad")
 
 
-def test_map_data_set_is_used_by_one_thread_at_a_time():
-    inside = threading.Lock()
-
-    class Fragile(Cifar):
-        def __getitem__(self, row):
-            assert inside.acquire(blocking=False)
-            try:
-                return super().__getitem__(row)
-            finally:
-                inside.release()
-
-    data = open_dataset(Fragile())
-    assert UNREADABLE not in data.digests(list(range(6)) * 50)
-
-
 def test_torchvision_classes(tmp_path):
     from torchvision import datasets, transforms
 
@@ -850,7 +808,7 @@ def test_torch_subsets(tmp_path):
     assert data.classes == ("cat", "dog")
 
 
-# ------------------------------------------------------------------ Hugging Face
+# ---- Hugging Face
 
 
 @pytest.fixture
@@ -979,7 +937,7 @@ def test_hugging_face_errors_are_one_line(hf, tmp_path, monkeypatch):
     assert "'hf:' needs the package 'datasets': pip install 'sfda-tune[data]'" in message("hf:x")
 
 
-# ------------------------------------------------------------------ what cannot be read
+# ---- what cannot be read
 
 JPEG = encoded(Image.fromarray(noise(99, 99, 3)), "JPEG")
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n"
@@ -1191,8 +1149,8 @@ def test_csv_labels_that_are_missing(tmp_path, missing):
     ("content", "text"),
     [
         (b"a.png,x\nb,c.png,y\nd.png,x,\n", "2 fields per line, as its header has, but line 3"),
-        (b'"a.png,x\nb.png,y\n', "must be a valid CSV file: unexpected end of data"),
-        ("grün.png,x\n".encode("latin-1"), "must be text in UTF-8"),
+        (b'"a.png,x\nb.png,y\n', "must be a CSV file in UTF-8: unexpected end of data"),
+        ("grün.png,x\n".encode("latin-1"), "must be a CSV file in UTF-8: 'utf-8' codec"),
         (b"", "must hold at least one image"),
         (b"a.png,x\nb.png,y\n", "none of the 2 exists, for instance"),
     ],
@@ -1261,7 +1219,6 @@ def test_array_messages(images, text):
         (["a10", "a2", "a10"], ("a2", "a10")),
         (["x", 3, "x"], ("3", "x")),
         (["1", 2, 1], ("1", "2")),
-        (["nan", "inf", "nan"], ("inf", "nan")),
         ([-1, 1, -1], ("-1", "1")),
         (range(3), ("0", "1", "2")),
     ],
@@ -1317,7 +1274,7 @@ def test_map_data_set_messages(pairs, text):
     assert "1 of 6 are missing (row 2)" in message(source)
 
 
-# ------------------------------------------------------------------ real data sets
+# ---- real data sets
 
 
 @pytest.mark.zoo
