@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import threading
 import time
 import uuid
@@ -69,7 +70,7 @@ class Settings:
         Default: by input size and device. Halved for as long as the memory does not suffice.
     workers : int, optional
         Decoding processes; 0 decodes in this process. Default: one per core, at most 8; 0 for
-        images that are in memory already.
+        small images that are in memory already, and within the processes of a pool.
     max_unreadable : float, default 0.1
         Fraction of unreadable images above which the data set is refused.
 
@@ -299,8 +300,11 @@ def _decode(
     from torch.utils.data import DataLoader
 
     workers = settings.workers
-    if workers is None:
-        workers = 0 if _in_memory(dataset) else _cores()
+    if workers is None:  # a pool's processes share the cores already
+        pooled = multiprocessing.parent_process() is not None
+        workers = 0 if pooled or _in_memory(dataset) else _cores()
+    if multiprocessing.current_process().daemon:  # `multiprocessing.Pool`: may have no children
+        workers = 0
     workers = min(workers, -(-len(dataset) // DECODE_BATCH))
     decoder: Any = _Decoder(dataset, halves)
     loader = DataLoader(
@@ -347,7 +351,10 @@ def _cores() -> int:
         return min(psutil.cpu_count() or 1, 8)
 
 
-_BLOCKS: dict[Any, PixelBlock] = {}  # at most one: the block this process works on
+# Run → number and pixels of the block it works on, in this process. A run that ends elsewhere (the
+# process of a pool is not told) leaves its block behind, so the oldest of several is dropped.
+_BLOCKS: dict[str, tuple[int, PixelBlock]] = {}
+_BLOCKS_AT_MOST = 4
 _BLOCKS_LOCK = threading.Lock()
 
 
@@ -359,7 +366,8 @@ class _Unit:
     backbone: Backbone
     preprocessing: Preprocessing
     dataset: ImageDataset
-    block: str
+    run: str
+    block: int
     halves: tuple[Preprocessing, ...]
     shards: tuple[tuple[int, int, int], ...]  # index in the plan, start, stop
     images: tuple[tuple[str, ...], ...]  # content digests, for the key in the store
@@ -464,12 +472,15 @@ class _Worker:
 
     def _block(self, unit: _Unit, *, pin: bool) -> PixelBlock:
         with _BLOCKS_LOCK:
-            if unit.block not in _BLOCKS:
-                _BLOCKS.clear()
-                _BLOCKS[unit.block] = PixelBlock(
+            number, block = _BLOCKS.get(unit.run, (-1, None))
+            if block is None or number != unit.block:
+                block = PixelBlock(
                     unit.dataset, unit.halves, self.settings, unit.backbone.plugins, pin=pin
                 )
-            return _BLOCKS[unit.block]
+                _BLOCKS[unit.run] = unit.block, block
+                while len(_BLOCKS) > _BLOCKS_AT_MOST:
+                    del _BLOCKS[next(iter(_BLOCKS))]
+            return block
 
     def _keep(self, key: str, entry: Entry) -> bool:
         if self.store is None:
@@ -658,7 +669,8 @@ def extract(
     failed: set[str] = set()
     worker = _Worker(settings, store, progress.advance if progress and map_fn is None else None)
     most = settings.max_unreadable * len(dataset)
-    units = _plan(dataset, jobs, missing, shards, images, failed, most)
+    run = uuid.uuid4().hex
+    units = _plan(run, dataset, jobs, missing, shards, images, failed, most)
     try:
         for outcome in (map_fn or map)(worker, units):
             job = jobs[outcome.name]
@@ -679,7 +691,7 @@ def extract(
                 job.entries.update(outcome.keys)
     finally:
         with _BLOCKS_LOCK:
-            _BLOCKS.clear()
+            _BLOCKS.pop(run, None)
 
 
 def _look_up(
@@ -709,6 +721,7 @@ def _missing(job: _Job, shards: list[tuple[int, int]]) -> list[int]:
 
 
 def _plan(
+    run: str,
     dataset: ImageDataset,
     jobs: dict[str, _Job],
     missing: dict[str, list[int]],
@@ -718,7 +731,6 @@ def _plan(
     max_unreadable: float,
 ) -> Iterator[_Unit]:
     """Yield the units, block by block; lazily, so that a failed backbone is not tried again."""
-    run = uuid.uuid4().hex
     needed = sorted({shard for absent in missing.values() for shard in absent})
     per_block = _shards_per_block(
         {jobs[name].description.preprocessing for name, absent in missing.items() if absent}
@@ -743,7 +755,8 @@ def _plan(
                     job.description.backbone,
                     job.description.preprocessing,
                     part,
-                    f"{run} {first}",
+                    run,
+                    first,
                     tuple(halves.values()),
                     tuple(
                         (s, int(starts[s]), int(starts[s]) + _length(shards[s])) for s in absent

@@ -109,6 +109,18 @@ def test_every_image_is_decoded_once_for_all_backbones(dataset, zoo, map_fn, mon
     assert len(counting.count) == len(dataset)
 
 
+def test_runs_side_by_side_do_not_disturb_each_other(dataset, zoo):
+    alone = features(run(dataset, zoo[:2]))
+    counts = [Counting(dataset) for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda counting: features(run(counting, zoo[:2])), counts))
+    for result, counting in zip(results, counts, strict=True):
+        for name, x in result.items():
+            np.testing.assert_allclose(x, alone[name], atol=1e-6)
+        assert len(counting.count) == 36
+    assert not extraction._BLOCKS
+
+
 def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, monkeypatch):
     whole = features(run(dataset, zoo))
     monkeypatch.setattr(extraction, "SHARD", 8)
@@ -131,6 +143,9 @@ def test_threads_and_processes_give_the_same(dataset, zoo, plugged_in):
     plugged = resolve_backbones(plugged_in[0], plugins=[str(plugged_in[1])])
     with ProcessPoolExecutor(1, mp_context=context) as processes:
         others.append(features(run(dataset, [*zoo[:2], *plugged], map_fn=processes.map)))
+
+    with context.Pool(1) as pool:  # its processes are daemons
+        others.append(features(run(dataset, zoo[:1], Settings(device="cpu"), map_fn=pool.map)))
 
     def backwards(fn, items):
         return [fn(item) for item in reversed(list(items))]

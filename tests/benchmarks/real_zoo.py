@@ -1,0 +1,168 @@
+"""The truth on real input: fine-tune the zoo's backbones on its data sets, then judge the metrics.
+
+    python tests/benchmarks/real_zoo.py finetune [--device cuda] [--minutes 60]
+    python tests/benchmarks/real_zoo.py report
+
+``finetune`` fills ``real_zoo.json`` beside this file, one pair of backbone and data set after the
+other; it can be stopped at any time and goes on where it was. Recipe, the same for all: 500
+training images (stratified, seed 0), of which 100 choose the learning rate; all weights, SGD with
+Nesterov momentum .9, weight decay 1e-4, cosine schedule, batch 32, 6 epochs, horizontal flips and
+shifts by up to 1/8; the accuracy is that of the chosen learning rate on the data set's whole
+validation part.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch.nn.functional import cross_entropy
+
+from sfda_tune import open_dataset, resolve_backbones
+from sfda_tune.backbones import load
+from sfda_tune.values import write_text
+
+ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
+RESULTS = Path(__file__).with_name("real_zoo.json")
+DATASETS = ("trashnet", "clothing", "signdigits", "omniglot8")
+RECIPE = {
+    "train_images": 500, "chosen_on": 100, "learning_rates": [0.01, 0.05], "epochs": 6,
+    "batch_size": 32, "weight_decay": 1e-4, "seed": 0,
+}  # fmt: skip
+
+logger = logging.getLogger("real_zoo")
+
+
+def read_results() -> dict:
+    """Return ``{"recipe": …, "accuracies": {dataset: {backbone: {…}}}}``."""
+    if RESULTS.is_file():
+        results = json.loads(RESULTS.read_text())
+        if results["recipe"] == RECIPE:
+            return results
+        sys.exit(f"{RESULTS} was made with another recipe; move it away first")
+    return {"recipe": RECIPE, "accuracies": {}}
+
+
+def decode(dataset, preprocessing) -> torch.Tensor:
+    """Return the pixels of all images, uint8 (n, channels, height, width)."""
+    transform = preprocessing.build()
+    return torch.stack([transform(dataset.load(row)) for row in range(len(dataset))])
+
+
+def augment(batch: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Flip and shift each image of a normalised batch, the border repeated."""
+    size = batch.shape[-1]
+    pad = size // 8
+    padded = torch.nn.functional.pad(batch, (pad,) * 4, mode="replicate")
+    out = torch.empty_like(batch)
+    for k in range(len(batch)):
+        top, left = rng.integers(0, 2 * pad + 1, 2)
+        image = padded[k, :, top : top + size, left : left + size]
+        out[k] = image.flip(-1) if rng.random() < 0.5 else image
+    return out
+
+
+@torch.inference_mode()
+def predict(module, preprocessing, pixels, device) -> np.ndarray:
+    """Return the predicted class of each image."""
+    module.eval()
+    found = []
+    for chunk in pixels.split(64):
+        x = preprocessing.normalize(chunk.to(device)).contiguous(memory_format=torch.channels_last)
+        found.append(module(x).argmax(1).cpu())
+    return torch.cat(found).numpy()
+
+
+def finetune(backbone, pixels, labels, rows, n_classes, lr, device):
+    """Train all weights on `rows`; return the network and its preprocessing."""
+    torch.manual_seed(RECIPE["seed"])
+    rng = np.random.default_rng(RECIPE["seed"])
+    module, preprocessing = load(backbone)
+    module.requires_grad_(True)
+    module.reset_classifier(n_classes)
+    module.to(device, memory_format=torch.channels_last)
+    steps = -(-len(rows) // RECIPE["batch_size"]) * RECIPE["epochs"]
+    optimizer = torch.optim.SGD(
+        module.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=RECIPE["weight_decay"]
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    y = torch.tensor(labels)
+    module.train()
+    for _ in range(RECIPE["epochs"]):
+        for batch in np.array_split(rng.permutation(rows), steps // RECIPE["epochs"]):
+            x = augment(preprocessing.normalize(pixels[batch].to(device)), rng)
+            loss = cross_entropy(
+                module(x.contiguous(memory_format=torch.channels_last)), y[batch].to(device)
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return module, preprocessing
+
+
+def measure(backbone, name: str, device: str) -> dict:
+    """Fine-tune one backbone on one data set with every learning rate."""
+    started = time.perf_counter()
+    train = open_dataset(ZOO / "datasets" / name).sample(RECIPE["train_images"], seed=0)
+    test = open_dataset(ZOO / "datasets" / name, split="val")
+    _, preprocessing = load(backbone)
+    pixels, unseen = decode(train, preprocessing), decode(test, preprocessing)
+    rows, held_out = train_test_split(
+        np.arange(len(train)), test_size=RECIPE["chosen_on"], stratify=train.labels, random_state=0
+    )
+    runs = []
+    for lr in RECIPE["learning_rates"]:
+        module, half = finetune(
+            backbone, pixels, train.labels, rows, len(train.classes), lr, device
+        )
+        chosen = predict(module, half, pixels[held_out], device) == train.labels[held_out]
+        correct = predict(module, half, unseen, device) == test.labels
+        runs.append(
+            {"lr": lr, "held_out": float(chosen.mean()), "accuracy": float(correct.mean())}
+        )
+    best = max(runs, key=lambda run: run["held_out"])
+    return {"accuracy": best["accuracy"], "runs": runs, "seconds": time.perf_counter() - started}
+
+
+def fill(device: str, minutes: float) -> None:
+    """Measure every pair that is not there yet."""
+    results = read_results()
+    deadline = time.monotonic() + 60 * minutes
+    plugins = [str(ZOO / "zoo_models.py")]
+    backbones = resolve_backbones(str(ZOO / "models"), plugins=plugins)
+    for name in DATASETS:
+        found = results["accuracies"].setdefault(name, {})
+        for backbone in backbones:
+            if backbone.name in found:
+                continue
+            if time.monotonic() > deadline:
+                return
+            found[backbone.name] = measure(backbone, name, device)
+            write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+            accuracy, seconds = (found[backbone.name][key] for key in ("accuracy", "seconds"))
+            logger.info("%s × %s: %.3f in %.0f s", name, backbone.name, accuracy, seconds)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["finetune", "report"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(options.threads)
+    if options.what == "finetune":
+        fill(options.device, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
