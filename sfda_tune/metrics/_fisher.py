@@ -13,6 +13,10 @@ G           the smaller of ZᵀZ/N ("primal") and ZZᵀ/N ("dual", N < D)       
 S̃           (1−λ)S_W + ρI                                                               (D, D)
 A           (1−λ)G + ρI = LLᵀ; it is S̃ itself on the primal path                         (·, ·)
 δ           discriminants x_nᵀS̃⁻¹μ_k − ½μ_kᵀS̃⁻¹μ_k + log q_k                            (N, C)
+H           average within classes: H_nm = 1/n_c if n and m are of class c, else 0       (N, N)
+h           z_nᵀS̃⁻¹z_n, the leverages                                                    (N,)
+ā           (1−λ)n_c/(N(n_c−1)): without sample n, S̃ is N/(N−1)·[S̃ − ā z_n z_nᵀ]         (N,)
+p'(c|x_n)   posterior of sample n from the fit without it                                (N, C)
 ==========  ==========================================================================  ==========
 
 Every score needs S̃⁻¹ only between samples and class means. One symmetric rank-k update and one
@@ -27,7 +31,17 @@ r_k = μ_k − (1−λ)/N·Zᵀa_k
 This form is stationary in a, so that an error in a enters squared. The textbook difference
 [μ_j·μ_k − …]/ρ was rejected: it loses log₁₀(1/λ) digits.
 
-Memory: Z, one G, and blocks of rows that together stay below 2·D² (2·N²) numbers, plus 2·C·D.
+The leave-one-out posterior divides by 1 − āh. For N < D this is of the order of λ, and the
+difference would have lost all digits at λ = 1e-8. The dual path has it as a product instead: Z
+sums to zero within classes, hence HZ = 0, A and H commute, and with A' = A + tr(S_W)·H
+
+    1 − ā_n h_n = n_c/(n_c−1)·ρ·( [A'⁻¹]_nn − 1/(n_c(ρ + tr S_W)) ),   h_n = N·[GA'⁻¹]_nn.
+
+A' replaces the C eigenvalues of A that are ρ by tr(S_W) and is well conditioned where Z has rank
+N − C. A'⁻¹Z = A⁻¹Z, so that everything above remains true of it.
+
+Memory: Z, one G, and blocks of rows that together stay below 2·D² (2·N²) numbers, plus 2·C·D;
+for the leave-one-out posterior 2·C² more, and on the dual path (and for several λ) a second G.
 """
 
 from __future__ import annotations
@@ -45,12 +59,13 @@ from sfda_tune.values import encode_labels
 
 Array: TypeAlias = Any  # an ndarray, or a torch tensor on the device of the features
 
-dsymv, dsyrk = get_blas_funcs(("symv", "syrk"), dtype=np.float64)
-dpotrf, dpotrs = get_lapack_funcs(("potrf", "potrs"), dtype=np.float64)
+dsymv, dsyrk, dtrsm = get_blas_funcs(("symv", "syrk", "trsm"), dtype=np.float64)
+dpotrf, dpotri, dpotrs = get_lapack_funcs(("potrf", "potri", "potrs"), dtype=np.float64)
 
 EPS = float(np.finfo(np.float64).eps)
 LARGEST = 1e75  # of |feature|: fourth powers stay finite in float64
 JITTER = 1e-10  # × tr S_W/D: the ridge of the published λ floor, known to be enough
+GUARD = 1e-8  # 1 − āh below it is rounding error on the primal path
 
 
 # --- two backends, one vocabulary -------------------------------------------------------------
@@ -68,7 +83,7 @@ class NumpyOps:
         return array
 
     def copy(self, array: Array) -> Array:
-        return array.copy()
+        return array.copy(order="K")
 
     def exp(self, array: Array) -> Array:
         return np.exp(array)
@@ -93,9 +108,17 @@ class NumpyOps:
     def symv(self, G: Array, v: Array) -> Array:
         return dsymv(1.0, G, v, lower=1)
 
-    def cholesky(self, G: Array, scale: float, ridge: float) -> Array | None:
-        """Factor of scale·G + ridge·I in the memory of G; None if numerically singular."""
-        G *= scale
+    def norms(self, Z: Array, axis: int) -> Array:
+        """Euclidean norms of the rows (axis 1) or columns (axis 0)."""
+        return np.sqrt(np.einsum("ij,ij->i" if axis else "ij,ij->j", Z, Z))
+
+    def squares(self, G: Array) -> float:
+        """‖G‖² of a Gram matrix."""
+        flat = G.ravel(order="K")  # a view; the triangle above is zero
+        return 2 * float(flat @ flat) - float((G.diagonal() ** 2).sum())
+
+    def cholesky(self, G: Array, ridge: float) -> Array | None:
+        """Factor of G + ridge·I in the memory of G; None if numerically singular."""
         diagonal = np.einsum("ii->i", G)  # a writable view
         diagonal += ridge
         before = diagonal.copy()
@@ -104,6 +127,18 @@ class NumpyOps:
 
     def solve(self, L: Array, B: Array) -> Array:
         return dpotrs(L, B, lower=1)[0]
+
+    def inverse_squares(self, L: Array, rows: Array) -> Array:
+        """‖L⁻¹z‖² of each row z."""
+        V = dtrsm(1.0, L, rows.T, lower=1).T
+        return np.einsum("ij,ij->i", V, V)
+
+    def inverse_diagonals(self, L: Array, G: Array) -> tuple[Array, Array]:
+        """Diagonals of A⁻¹ and of GA⁻¹ for A = LLᵀ; overwrites L."""
+        inverse = dpotri(L, lower=1, overwrite_c=1)[0]
+        diagonal = inverse.diagonal().copy()
+        inverse *= G  # zero above the diagonal, as G is
+        return diagonal, inverse.sum(0) + inverse.sum(1) - inverse.diagonal()
 
     def log_softmax(self, rows: Array) -> Array:
         """Over the columns; may overwrite `rows`."""
@@ -148,14 +183,28 @@ class TorchOps:
     def symv(self, G: Array, v: Array) -> Array:
         return G @ v
 
-    def cholesky(self, G: Array, scale: float, ridge: float) -> Array | None:
-        diagonal = G.mul_(scale).diagonal()
+    def norms(self, Z: Array, axis: int) -> Array:
+        return self.torch.linalg.vector_norm(Z, dim=axis)
+
+    def squares(self, G: Array) -> float:
+        return float(self.torch.linalg.vector_norm(G)) ** 2
+
+    def cholesky(self, G: Array, ridge: float) -> Array | None:
+        diagonal = G.diagonal()
         diagonal += ridge
         L, info = self.torch.linalg.cholesky_ex(G)
         return None if int(info) or _singular(L.diagonal(), diagonal) else L
 
     def solve(self, L: Array, B: Array) -> Array:
         return self.torch.cholesky_solve(B, L)
+
+    def inverse_squares(self, L: Array, rows: Array) -> Array:
+        V = self.torch.linalg.solve_triangular(L, rows.T, upper=False)
+        return self.norms(V, 0) ** 2
+
+    def inverse_diagonals(self, L: Array, G: Array) -> tuple[Array, Array]:
+        inverse = self.torch.cholesky_inverse(L)
+        return inverse.diagonal().clone(), inverse.mul_(G).sum(0)
 
     def log_softmax(self, rows: Array) -> Array:
         return self.torch.log_softmax(rows, 1)
@@ -298,6 +347,39 @@ class Samples:
         self.M -= copy(self.M[0])
         self.M -= self.ops.asarray(self.q) @ self.M
 
+    def blocks(self) -> Iterator[slice]:
+        """Slices of rows, small beside a D × D (N × N) matrix."""
+        budget = min(max(min(self.N, self.D) ** 2 // 2, 2**14), 2**20)
+        step = max(1, budget // max(self.C, self.D))
+        yield from (slice(i, min(i + step, self.N)) for i in range(0, self.N, step))
+
+    def normalize(self, how: str) -> None:
+        """Scale the features by statistics of all samples: "none", "l2" or "standardize".
+
+        Each of them begins with a power of two, which is exact and spares the squares underflow.
+        "l2" divides each row (less the overall mean) by its norm, and leaves rows at the mean at
+        zero; "standardize" divides each column by its standard deviation, constant ones by none.
+        """
+        ops, Z, M = self.ops, self.Z, self.M
+        largest = max(float(part) for A in (Z, M) for part in (A.max(), -A.min()))
+        if largest > 0:
+            factor = 2.0 ** min(-math.frexp(largest)[1], 1000)
+            Z *= factor
+            M *= factor
+        if how == "l2":
+            for c, rows in self.of_each_class():
+                Z_c = Z[rows]
+                Z_c += M[c]
+            norms = ops.to_numpy(ops.norms(Z, 1))
+            # Below: the mean itself, but for rounding errors.
+            Z *= ops.asarray(_inverse(norms, 1e-12 * norms.max()))[:, None]
+            self._split()
+        elif how == "standardize":
+            variances = ops.norms(Z, 0) ** 2 / self.N + ops.asarray(self.q) @ M**2
+            scale = ops.asarray(_inverse(np.sqrt(ops.to_numpy(variances)), 0.0))
+            Z *= scale
+            M *= scale
+
     def mix(self, p: Array) -> None:
         """Replace x_n by p_n·x_n + (1 − p_n)·(unweighted mean of the other class means)."""
         total = self.M.sum(0)
@@ -314,6 +396,11 @@ class Samples:
         out = np.empty(values.shape)
         out[self.order] = self.ops.to_numpy(values)
         return out
+
+
+def _inverse(values: np.ndarray, zero: float) -> np.ndarray:
+    """1/values, or 0 where they are at most `zero`."""
+    return np.divide(1.0, values, out=np.zeros_like(values), where=values > zero)
 
 
 def _start(n: int) -> np.ndarray:
@@ -377,76 +464,166 @@ class Scatter:
         operator = LinearOperator((n, n), matvec=matvec, dtype=np.float64)  # type: ignore[call-arg]
         return float(eigsh(operator, k=1, which="LA", v0=_start(n), return_eigenvectors=False)[0])
 
+    def ledoit_wolf(self) -> float:
+        """λ of Ledoit and Wolf (2004) for Z, the mean taken as known; 0 if there is one column.
+
+        λ = min(b², d²)/d² with m = tr S_W/D, d² = ‖S_W‖²/D − m² and
+        b² = (mean_n ‖z_n‖⁴ − ‖S_W‖²)/(ND).
+        """
+        x, trace = self.samples, self.trace
+        if x.D == 1 or trace == 0:
+            return 0.0
+        fourth = float(((x.ops.norms(x.Z, 1) ** 2 / trace) ** 2).mean())  # in units of tr S_W
+        square = x.ops.squares(self.G) / trace**2
+        b2 = max(fourth - square, 0.0) / (x.N * x.D)
+        d2 = max(square / x.D - 1 / x.D**2, EPS / x.D**2)
+        return min(b2 / d2, 1.0)
+
+    def oas(self) -> float:
+        """λ of Chen, Wiesel, Eldar and Hero (2010) for Z, as scikit-learn; 0 for one column."""
+        x, trace = self.samples, self.trace
+        if x.D == 1 or trace == 0:
+            return 0.0
+        square = x.ops.squares(self.G) / trace**2
+        d2 = max(square - 1 / x.D, EPS / x.D)
+        return min((square + 1) / ((x.N + 1) * d2), 1.0)
+
     def discriminants(self, shrinkage: float, ridge: float) -> Discriminants:
-        """δ for S̃ = (1−λ)S_W + ρI; overwrites G, so call it last.
+        """δ for S̃ = (1−λ)S_W + ρI; overwrites G, so call it last."""
+        L, rho = self._factor(shrinkage, ridge)
+        return Discriminants(self.samples, self._solve(L, shrinkage, rho), jitter=rho - ridge)
+
+    def leave_one_out(self, shrinkage: float, *, keep: bool = False) -> LeaveOneOut:
+        """Fit S̃ = (1−λ)S_W + λ(tr S_W/D)I; overwrites G unless told to `keep` it."""
+        x = self.samples
+        ridge = shrinkage * self.trace / x.D
+        # A floor, so that the quotients by 1 − āh stay finite for any λ.
+        least = JITTER * self.trace / x.D
+        L, rho = self._factor(shrinkage, max(ridge, least), keep=keep or self.dual, lift=self.dual)
+        solution = self._solve(L, shrinkage, rho)
+        n = np.repeat(x.counts, x.counts).astype(np.float64)
+        several = n > 1
+        a_bar = np.where(several, (1 - shrinkage) / x.N * n / np.maximum(n - 1, 1), 0.0)
+        if self.dual:
+            inverse, h = map(x.ops.to_numpy, x.ops.inverse_diagonals(L, self.G))
+            h = x.N * h
+            rest = rho * (inverse - 1 / (n * (rho + self.trace))) * n / np.maximum(n - 1, 1)
+            rest = np.where(several, rest, 1.0)
+        else:
+            h = np.empty(x.N)
+            for rows in x.blocks():
+                h[rows] = x.ops.to_numpy(x.ops.inverse_squares(L, x.Z[rows]))
+            rest = 1 - a_bar * h
+        # S̃ − ρI − ā z zᵀ is positive semidefinite, which bounds 1 − āh from below.
+        bound = rho / (rho + a_bar * x.ops.to_numpy(x.ops.norms(x.Z, 1)) ** 2)
+        doubtful = rest <= (bound / 2 if self.dual else GUARD)
+        rest = np.where(doubtful, np.maximum(rest, bound), rest)
+        return LeaveOneOut(
+            x, solution, h, a_bar, rest, jitter=rho - ridge, n_guarded=int(doubtful.sum())
+        )
+
+    def _factor(
+        self, shrinkage: float, ridge: float, *, keep: bool = False, lift: bool = False
+    ) -> tuple[Array, float]:
+        """L of A, or of A' with `lift`, and the ρ it took; in the memory of G unless `keep`.
 
         ρ is raised where the formula leaves S̃ numerically singular: to 1e-8 of the mean
         between-class variance if there is no scatter beside it (small enough for certainty, large
         enough for the priors to decide between equal means), else to 1e-40 of it, to 1e-280 for
         constant features; and by 1e-10, 1e-8, … of the mean within-class variance after a failed
-        factorisation. The sum of what was added is `Discriminants.jitter`.
+        factorisation. The sum of what was added is reported as jitter.
         """
         x = self.samples
         between = float(x.ops.asarray(x.q) @ (x.M**2).sum(1))  # tr S_B
         least = 1e-8 if self.trace <= 1e-30 * between else 1e-40
         rho = max(ridge, least * between / x.D, 1e-280)
         step = max(JITTER * self.trace / x.D, 1e-280)
-        while (L := x.ops.cholesky(self.G, 1 - shrinkage, rho)) is None:
+        while True:
+            A = x.ops.copy(self.G) if keep else self.G
+            A *= 1 - shrinkage
+            if lift:
+                for c, rows in x.of_each_class():
+                    A[rows, rows] += self.trace / int(x.counts[c])
+            if (L := x.ops.cholesky(A, rho)) is not None:
+                break
             rho += step
             step *= 100
-            self._gram()
-        del self.G
-        solve = _solve_dual if self.dual else _solve_primal
-        inner, squares = solve(x, L, (1 - shrinkage) / x.N, rho)
-        return Discriminants(x, inner, squares, jitter=rho - ridge)
+            if not keep:
+                self._gram()
+        if not keep:
+            del self.G
+        return L, rho
+
+    def _solve(self, L: Array, shrinkage: float, rho: float) -> Solution:
+        x = self.samples
+        return Dual(x, L, (1 - shrinkage) / x.N, rho) if self.dual else Primal(x, L)
 
 
-Inner: TypeAlias = Callable[[slice | None], Array]  # rows → XS̃⁻¹Mᵀ, (n_rows, C); None → MS̃⁻¹Mᵀ
+class Primal:
+    """S̃⁻¹ between samples and class means, from the factor of S̃."""
+
+    def __init__(self, x: Samples, L: Array) -> None:
+        self.x = x
+        self.W = x.ops.solve(L, x.M.T)  # S̃⁻¹Mᵀ, (D, C)
+
+    def samples(self, rows: slice) -> Array:
+        """XS̃⁻¹Mᵀ, (n_rows, C)."""
+        return (self.x.Z[rows] + self.x.M[self.x.y[rows]]) @ self.W
+
+    def deviations(self, rows: slice) -> Array:
+        """ZS̃⁻¹Mᵀ, (n_rows, C)."""
+        return self.x.Z[rows] @ self.W
+
+    def means(self) -> Array:
+        """MS̃⁻¹Mᵀ, (C, C)."""
+        return self.x.M @ self.W
+
+    def squares(self) -> Array:
+        """Diagonal of `means`."""
+        return (self.x.M * self.W.T).sum(1)
 
 
-def _solve_primal(x: Samples, L: Array, beta: float, rho: float) -> tuple[Inner, Array]:
-    W = x.ops.solve(L, x.M.T)  # S̃⁻¹Mᵀ, (D, C)
+class Dual:
+    """The same from the factor of A or A'."""
 
-    def inner(rows: slice | None) -> Array:
-        return (x.M if rows is None else x.Z[rows] + x.M[x.y[rows]]) @ W
+    def __init__(self, x: Samples, L: Array, beta: float, rho: float) -> None:
+        a = x.ops.solve(L, x.Z @ x.M.T)  # ZS̃⁻¹Mᵀ, (N, C)
+        for _, rows in x.of_each_class():
+            a[rows] -= a[rows].mean(0)  # the mean is zero in theory, rounding error/ρ in practice
+        Q = beta * (a.T @ a)  # MS̃⁻¹Mᵀ, (C, C)
+        for i in range(0, x.D, 1024):  # blocks of columns: no second (C, D) array
+            columns = slice(i, i + 1024)
+            r = x.M[:, columns] - beta * (a.T @ x.Z[:, columns])
+            Q += r @ r.T / rho
+        self.x, self.a, self.Q = x, a, Q
 
-    return inner, (x.M * W.T).sum(1)
+    def samples(self, rows: slice) -> Array:
+        return self.a[rows] + self.Q[self.x.y[rows]]
+
+    def deviations(self, rows: slice) -> Array:
+        return self.a[rows]
+
+    def means(self) -> Array:
+        return self.Q
+
+    def squares(self) -> Array:
+        return self.Q.diagonal()
 
 
-def _solve_dual(x: Samples, L: Array, beta: float, rho: float) -> tuple[Inner, Array]:
-    a = x.ops.solve(L, x.Z @ x.M.T)  # ZS̃⁻¹Mᵀ, (N, C)
-    for _, rows in x.of_each_class():
-        a[rows] -= a[rows].mean(0)  # the mean is zero in theory, rounding error/ρ in practice
-    Q = beta * (a.T @ a)  # MS̃⁻¹Mᵀ, (C, C)
-    for i in range(0, x.D, 1024):  # blocks of columns: no second (C, D) array
-        columns = slice(i, i + 1024)
-        r = x.M[:, columns] - beta * (a.T @ x.Z[:, columns])
-        Q += r @ r.T / rho
-
-    def inner(rows: slice | None) -> Array:
-        return Q if rows is None else a[rows] + Q[x.y[rows]]
-
-    return inner, Q.diagonal()
+Solution: TypeAlias = Primal | Dual
 
 
 class Discriminants:
     """δ_k(x_n) = x_nᵀS̃⁻¹μ_k − ½μ_kᵀS̃⁻¹μ_k + log q_k, computed in blocks of rows."""
 
-    def __init__(self, samples: Samples, inner: Inner, squares: Array, jitter: float) -> None:
-        self.samples, self.inner, self.jitter = samples, inner, jitter
-        self.offset = samples.ops.asarray(np.log(samples.q)) - 0.5 * squares
-
-    def blocks(self) -> Iterator[slice]:
-        """Slices of rows, small beside a D × D (N × N) matrix."""
-        x = self.samples
-        budget = min(max(min(x.N, x.D) ** 2 // 2, 2**14), 2**20)
-        step = max(1, budget // max(x.C, x.D))
-        yield from (slice(i, min(i + step, x.N)) for i in range(0, x.N, step))
+    def __init__(self, samples: Samples, solution: Solution, jitter: float) -> None:
+        self.samples, self.solution, self.jitter = samples, solution, jitter
+        self.offset = samples.ops.asarray(np.log(samples.q)) - 0.5 * solution.squares()
 
     def log_posterior(self) -> Iterator[tuple[slice, Array]]:
         """Rows and their log p(c|x), the log-softmax of δ over all classes."""
-        for rows in self.blocks():
-            delta = self.inner(rows)
+        for rows in self.samples.blocks():
+            delta = self.solution.samples(rows)
             delta += self.offset
             yield rows, self.samples.ops.log_softmax(delta)
 
@@ -466,15 +643,84 @@ class Discriminants:
         """
         x, ops = self.samples, self.samples.ops
         root_q = np.sqrt(x.q)
-        v, E = eigh(root_q[:, None] * ops.to_numpy(self.inner(None)) * root_q)
+        v, E = eigh(root_q[:, None] * ops.to_numpy(self.solution.means()) * root_q)
         kept = min(x.D, x.C - 1)
         v, E = v[-kept:], E[:, -kept:]
         present = v > max(10 * x.C * EPS * v[-1], 0)
         T = root_q[:, None] * E * np.where(present, np.where(present, v, 1) ** -0.5, 0)
         out = ops.zeros(x.N, kept)
-        for rows in self.blocks():
-            out[rows] = self.inner(rows) @ ops.asarray(T)
+        for rows in x.blocks():
+            out[rows] = self.solution.samples(rows) @ ops.asarray(T)
         return Samples(ops, out, x.counts, x.order)
+
+
+class LeaveOneOut:
+    """p'(c|x_n), the posterior of each sample from the fit without it, in blocks of rows.
+
+    Without sample n of class c, μ_c is μ_c − z/(n_c−1), S̃ is N/(N−1)·[S̃ − ā z zᵀ] (the ridge is
+    held at ρN/(N−1)) and the priors are (n_k − [k = c])/(N−1). By the formula of Sherman and
+    Morrison, with d_k = (x−μ_k)ᵀS̃⁻¹(x−μ_k) and g_k = zᵀS̃⁻¹(x−μ_k), the squared distances become
+
+        k ≠ c:  (N−1)/N · (d_k + ā g_k²/(1−āh)),     k = c:  (n_c/(n_c−1))²·(N−1)/N · h/(1−āh).
+
+    A class of one sample vanishes with it: p' of this sample's own class is 0.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        solution: Solution,
+        h: np.ndarray,
+        a_bar: np.ndarray,
+        rest: np.ndarray,  # 1 − āh
+        *,
+        jitter: float,
+        n_guarded: int,
+    ) -> None:
+        self.samples, self.solution = samples, solution
+        self.jitter, self.n_guarded = jitter, n_guarded
+        ops, N = samples.ops, samples.N
+        n = np.repeat(samples.counts, samples.counts).astype(np.float64)
+        others = np.maximum(n - 1, 1)
+        own = np.where(n > 1, np.log(others), -np.inf)
+        own -= 0.5 * (N - 1) / N * (n / others) ** 2 * h / rest
+        self.own, self.h, self.gain = map(ops.asarray, (own, h, a_bar / rest))
+        self.log_counts = ops.asarray(np.log(samples.counts))
+        Q = solution.means()
+        squares = ops.copy(Q.diagonal())
+        self.between = -2 * Q  # squared distances of the class means, (C, C)
+        self.between += squares
+        self.between += squares[:, None]
+
+    def log_posterior(self) -> Iterator[tuple[slice, Array]]:
+        """Rows and their log p'(c|x)."""
+        x = self.samples
+        for rows in x.blocks():
+            y, h = x.y[rows], self.h[rows, None]
+            e = self.solution.deviations(rows)
+            e = x.ops.pick(e, y)[:, None] - e  # g_k − h
+            delta = (e + h) ** 2
+            delta *= self.gain[rows, None]
+            e *= 2
+            delta += e
+            delta += h
+            delta += self.between[y]
+            delta *= -0.5 * (x.N - 1) / x.N
+            delta += self.log_counts  # the N − 1 of the priors cancels
+            delta[x.ops.asarray(np.arange(len(y))), y] = self.own[rows]
+            yield rows, x.ops.log_softmax(delta)
+
+
+def loo_log_posterior(x: Samples, shrinkage: float) -> np.ndarray:
+    """All log p'(c|x_n), (N, C): rows in the caller's order, columns in that of the classes.
+
+    −inf where the class has no other sample. `x` is taken as it is, call `x.normalize` before.
+    """
+    out = x.ops.zeros(x.N, x.C)
+    with np.errstate(under="ignore"):
+        for rows, log_p in Scatter(x).leave_one_out(shrinkage).log_posterior():
+            out[rows] = log_p
+    return x.unsorted(out)
 
 
 def posterior(x: Samples, shrinkage: float) -> np.ndarray:

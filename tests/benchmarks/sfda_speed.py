@@ -5,12 +5,14 @@
 eigen     both stages by scipy.linalg.eigh(S_B, S̃), S_W summed class by class, as published
 lean      the same with S_W from one product, the fastest form that still solves eigenproblems
 floor     two dsyrk and two dpotrf of the same shapes, nothing else
+loo       variant="loo", also with challenge=True and with shrinkage="loo" (8 values of λ)
 memory    tracemalloc peak over one float64 copy of the features + 3·min(N, D)² numbers
 
 Candidates take turns and the best of K counts: on a shared machine only that is comparable. With
 one thread the clock is that of the processor, so that neighbours who take it away do not count;
 with two it is the clock on the wall. The targets, at N = 5000, D = 2048, C = 100: eigen/sfda ≥ 8,
-sfda/floor ≤ 2, memory ≤ 1; at N = 500, D = 2048: primal/dual ≥ 5.
+sfda/floor ≤ 2, loo/sfda ≤ 2.5 (also with the challenge), memory ≤ 1; at N = 500, D = 2048:
+primal/dual ≥ 5.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from threadpoolctl import threadpool_limits
 
 from sfda_tune.metrics import sfda
 from sfda_tune.metrics._fisher import load
-from sfda_tune.metrics.sfda import _score
+from sfda_tune.metrics.sfda import VARIANTS, _score
 
 (dsyrk,) = get_blas_funcs(("syrk",), dtype=np.float64)
 (dpotrf,) = get_lapack_funcs(("potrf",), dtype=np.float64)
@@ -107,12 +109,12 @@ def best_of(repeats: int, threads: int, **candidates: Callable[[], Any]) -> dict
     return best
 
 
-def memory_ratio(X: np.ndarray, y: np.ndarray) -> float:
+def memory_ratio(X: np.ndarray, y: np.ndarray, **options: Any) -> float:
     """Peak of numpy's allocations over the bound of the docstring."""
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    sfda(X, y)
+    sfda(X, y, **options)
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     return peak / 8 / (X.size + 3 * min(X.shape) ** 2)
@@ -126,6 +128,8 @@ def on_cpu(N: int, D: int, C: int, repeats: int) -> None:
     off, off32 = abs(value - by_eigenvectors(X, y, lean=False)), abs(value - sfda(X32, y).value)
     print(f"\nN={N} D={D} C={C}: value {value:.12f}, |value - eigen| {off:.1e},")
     print(f"  |value - value of float32 input| {off32:.1e}, memory {memory_ratio(X, y):.2f}")
+    loo, memory = sfda(X, y, variant="loo"), memory_ratio(X, y, variant="loo")
+    print(f"  loo: value {loo.value:.12f}, memory {memory:.2f}")
     for threads in (1, 2):
         s = best_of(
             repeats,
@@ -134,6 +138,9 @@ def on_cpu(N: int, D: int, C: int, repeats: int) -> None:
             sfda=lambda: sfda(X, y),
             float32=lambda: sfda(X32, y),
             paper=lambda: sfda(X, y, variant="paper"),
+            loo=lambda: sfda(X, y, variant="loo"),
+            challenge=lambda: sfda(X, y, variant="loo", challenge=True),
+            grid=lambda: sfda(X, y, variant="loo", shrinkage="loo"),
             lean=lambda: by_eigenvectors(X, y, lean=True),
             eigen=lambda: by_eigenvectors(X, y, lean=False),
         )
@@ -144,6 +151,9 @@ def on_cpu(N: int, D: int, C: int, repeats: int) -> None:
             "lean/sfda": s["lean"] / s["sfda"],
             "sfda/floor": s["sfda"] / s["floor"],
             "float32/float64": s["float32"] / s["sfda"],
+            "loo/sfda": s["loo"] / s["sfda"],
+            "with challenge": s["challenge"] / s["sfda"],
+            "with 8 λ": s["grid"] / s["sfda"],
         }
         print("   ", "   ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
 
@@ -162,11 +172,12 @@ def wide(N: int, D: int, C: int, repeats: int) -> None:
             dual=lambda: on_path(X, y, dual=True),
             primal=lambda: on_path(X, y, dual=False),
             floor=lambda: floor(X),
+            loo=lambda: sfda(X, y, variant="loo"),
         )
         times = ", ".join(f"{name} {seconds:.4f}" for name, seconds in s.items())
         print(f"  {threads} thread(s): {times} s")
         print(f"    primal/dual {s['primal'] / s['dual']:.2f}", end="   ")
-        print(f"dual/floor {s['dual'] / s['floor']:.2f}")
+        print(f"dual/floor {s['dual'] / s['floor']:.2f}   loo/dual {s['loo'] / s['dual']:.2f}")
 
 
 def on_device(device: str, shapes: list[tuple[int, int, int]], repeats: int) -> None:
@@ -178,7 +189,7 @@ def on_device(device: str, shapes: list[tuple[int, int, int]], repeats: int) -> 
         for dtype in (torch.float64, torch.float32):
             tensor = torch.as_tensor(X, dtype=dtype).to(device)
             host = tensor.cpu().numpy()
-            for variant in ("official", "paper"):
+            for variant in VARIANTS:
                 there, here = sfda(tensor, y, variant=variant), sfda(host, y, variant=variant)
                 s = best_of(
                     repeats,
