@@ -32,14 +32,16 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sfda_tune import demo
+from sfda_tune.hub import cache_only_if_unreachable
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.values import Backbone
 
@@ -117,7 +119,7 @@ def load_plugin(source: str | os.PathLike[str]) -> ModuleType:
                     )
                 else:
                     module = _run_file(path.resolve())
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise BackboneError(
                 f"the plug-in {name!r} could not be imported ({type(error).__name__}: {error}); "
                 "pass a Python file or the name of an importable module."
@@ -131,19 +133,17 @@ def _modules_with_file() -> list[Any]:
 
 
 def _run_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"sfda_tune_plugin_{path.stem}"  # a file called json.py must not become `json`
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path.name} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    known = sys.modules.get(path.stem)
     sys.path.insert(0, str(path.parent))  # as `python path/to/file.py` would
-    sys.modules[path.stem] = module  # timm's registry looks the module up by its name
+    sys.modules[name] = module  # timm's registry looks the module up by its name
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[path.stem]
-        if known is not None:
-            sys.modules[path.stem] = known
+        del sys.modules[name]
         raise
     finally:
         sys.path.remove(str(path.parent))
@@ -179,7 +179,7 @@ def resolve_backbones(specs: Any, *, plugins: Iterable[str] = ()) -> list[Backbo
     plugins = tuple(os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in plugins)
     for plugin in plugins:
         load_plugin(plugin)
-    if isinstance(specs, (str, os.PathLike, Backbone, Mapping)):
+    if isinstance(specs, (str, os.PathLike, Backbone, Mapping)) or not isinstance(specs, Iterable):
         specs = [specs]
     found: list[Backbone] = []
     problems: list[str] = []
@@ -227,6 +227,8 @@ def _with_unique_names(backbones: list[Backbone]) -> list[Backbone]:
 
 def _expand(spec: str) -> list[tuple[str, str]]:
     """Expand one text to pairs of name and what timm opens."""
+    if spec in ("demo", "demo:"):
+        raise BackboneError(f"{spec!r} must be 'demo:*' or 'demo:NAME'")
     if spec.startswith("demo:"):
         names = fnmatch.filter(demo.names(), spec[len("demo:") :])
         if not names:
@@ -257,16 +259,34 @@ def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
     folders = sorted(globbing.glob(path)) if globbing.has_magic(path) else [path]
     folders = [Path(os.path.abspath(folder)) for folder in folders if os.path.isdir(folder)]
     if not folders:
-        raise BackboneError(f"{spec!r} names no folder; pass a folder that holds a config.json")
+        hub = f", or hf-hub:{spec} for one on the hub" if spec.count("/") == 1 else ""
+        raise BackboneError(
+            f"{spec!r} names no folder; pass a folder that holds a config.json{hub}"
+        )
     found = []
     for folder in folders:
         inside = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
         found += [f for f in inside if (f / "config.json").is_file()]
+        bare = [f for f in inside if f not in found and any(map(_is_weights, _files_in(f)))]
+        if bare:
+            warnings.warn(
+                "left out, for want of a config.json beside the weights: "
+                + ", ".join(f.name for f in bare),
+                stacklevel=2,
+            )
     if not found:
         raise BackboneError(
             f"{spec!r} holds no timm checkpoint: neither it nor a folder in it has a config.json"
         )
     return [(folder.name, f"local-dir:{folder}") for folder in found]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in WEIGHT_FILES and file.is_file()
 
 
 def _expand_timm(spec: str) -> list[tuple[str, str]]:
@@ -290,7 +310,7 @@ def _expand_timm(spec: str) -> list[tuple[str, str]]:
             f"timm has no pretrained weights for {spec!r}; pass a checkpoint as local-dir:PATH"
         )
     known = timm.list_models() + timm.list_models(pretrained=True)
-    close = difflib.get_close_matches(spec, known, n=3)
+    close = difflib.get_close_matches(spec.lower(), known, n=3)
     hint = f"did you mean {', '.join(close)}?" if close else "see `sfda-tune backbones '*'`"
     raise BackboneError(
         f"timm knows no model {spec!r}, and there is no such folder; {hint} "
@@ -378,10 +398,12 @@ def _create(backbone: Backbone, *, pretrained: bool) -> Any:
     for plugin in backbone.plugins:
         load_plugin(plugin)
     try:
-        with _hub(timm_name(backbone.spec)):
+        name = timm_name(backbone.spec)
+        local = name.startswith("local-dir:")
+        with nullcontext() if local else cache_only_if_unreachable():
             # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
             # error; with num_classes=0 it would silently leave what is missing at random.
-            module: Any = timm.create_model(timm_name(backbone.spec), pretrained=pretrained)
+            module: Any = timm.create_model(name, pretrained=pretrained)
     except Exception as error:
         raise BackboneError(_explain(backbone, error)) from error
     module.reset_classifier(0)
@@ -411,7 +433,10 @@ def _explain(backbone: Backbone, error: Exception) -> str:
         )
     if "Unknown model" in text:
         return f"{text}: register the architecture with --import FILE (`plugins=` in Python)"
-    return f"{type(error).__name__}: {text}"
+    text = text if len(text) <= 300 else f"{text[:300]} …"  # a list of all missing keys
+    where = f"; check {timm_name(backbone.spec).partition(':')[2]}"
+    local = timm_name(backbone.spec).startswith("local-dir:")
+    return f"{type(error).__name__}: {text}" + (where if local else "")
 
 
 def _preprocessing(module: Any) -> Preprocessing:
@@ -432,45 +457,6 @@ def _width(module: Any) -> int | None:
     return None
 
 
-# The hub ----------------------------------------------------------------------------------------
-_HUB_LOCK = threading.RLock()
-
-
-@contextmanager
-def _hub(name: str) -> Iterator[None]:
-    """Answer from the local cache at once where the hub is out of reach.
-
-    Left to itself the hub's client retries for 20 seconds per file before it looks into its cache.
-    """
-    if name.startswith("local-dir:") or _reachable():
-        yield
-        return
-    from huggingface_hub import constants
-
-    with _HUB_LOCK:
-        before = constants.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = True
-        try:
-            yield
-        finally:
-            constants.HF_HUB_OFFLINE = before
-
-
-@functools.lru_cache(maxsize=1)
-def _reachable() -> bool:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:
-        logger.info("the hub cannot be reached (%s); using the local cache only", error)
-        return False
-    return True
-
-
 # What the features depend on --------------------------------------------------------------------
 def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
     """Return a digest of a backbone's weights, architecture and plug-ins.
@@ -487,7 +473,7 @@ def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
         weights = _module_digest(module)
     elif name.startswith("local-dir:"):
         folder = Path(name.partition(":")[2])
-        files = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_FILES]
+        files = sorted(filter(_is_weights, _files_in(folder)))
         weights = "".join(f"{f.name} {_file_digest(f)} " for f in [folder / "config.json", *files])
     else:
         file = _cached_file(name)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sfda_tune import __version__
-from sfda_tune.values import format_count
+from sfda_tune.values import HEADINGS, format_count
 
 if TYPE_CHECKING:
     from sfda_tune.values import Ranking
@@ -26,11 +26,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_app = typer.Typer(help="Look at the kept features, or delete them.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
+UsageError: Any = typer.BadParameter.__bases__[0]  # click's; recent typers bring their own click
 output = Console()  # results, on standard output
 messages = Console(stderr=True)  # everything else
 
@@ -71,12 +72,12 @@ def rank(
             metavar="SPEC...",
             help="timm names or globs (`resnet50.a1_in1k`, `'convnext_*.fb_in22k*'`), "
             "`hf-hub:owner/name`, a checkpoint folder or a folder of these, `demo:*`. Several "
-            "may follow, also separated by commas.  [default: demo:*]",
+            "may follow, also separated by commas; DATASET stands before.  [default: demo:*]",
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="Score to rank by.")] = "sfda",
     variant: Annotated[
-        str | None, typer.Option(help="Variant of the metric `sfda`: official, paper.")
+        str | None, typer.Option(help="Variant of the metric `sfda`: official, paper or loo.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Use a stratified sample of so many images.")
@@ -84,6 +85,12 @@ def rank(
     seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
     split: Annotated[
         str | None, typer.Option(help="train, val, test or all.  [default: train]")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the paths in a table.  [default: path, …]")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels.  [default: label, class, …]")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
@@ -126,15 +133,18 @@ def rank(
     import sfda_tune
 
     interrupted = False
+    specs = ["demo:*"] if backbones is None else _split_commas(backbones)
     try:
         ranking = sfda_tune.rank(
             dataset,
-            _split_commas(backbones) or "demo:*",
+            specs,
             metric=metric,
             variant=variant,
             samples=samples,
             seed=seed,
             split=split,
+            image_column=image_column,
+            label_column=label_column,
             device=device,
             precision=precision,
             batch_size=batch_size,
@@ -146,9 +156,13 @@ def rank(
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True
+    except sfda_tune.BackboneError as error:
+        if dataset == "digits" and len(specs) > 1 and os.path.exists(specs[-1]):
+            _fail(f"{error}; if {specs[-1]!r} is the data set: it stands before --backbones.")
+        raise
+    _show(ranking)
     if out is not None:
         _write(ranking, out)
-    _show(ranking)
     if interrupted:
         messages.print("Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
@@ -173,32 +187,51 @@ def _check_out(out: Path) -> None:
 
 
 def _write(ranking: Ranking, out: Path) -> None:
-    if out.suffix.lower() == ".csv":
-        ranking.to_csv(out)
-    else:
-        ranking.to_json(out)
+    try:
+        if out.suffix.lower() == ".csv":
+            ranking.to_csv(out)
+        else:
+            ranking.to_json(out)
+    except OSError as error:
+        _fail(f"{str(out)!r} could not be written ({error.strerror or error}).")
 
 
 def _split_commas(specs: list[str] | None) -> list[str]:
     """Split at commas, except in the names of existing folders."""
     parts: list[str] = []
     for spec in specs or []:
-        parts += [spec] if os.path.exists(spec) else [p for p in spec.split(",") if p]
+        parts += [spec] if os.path.exists(spec) else [p.strip() for p in spec.split(",")]
     return parts
 
 
 def _show(ranking: Ranking) -> None:
+    from sfda_tune.confidence import diagnose
+
     info = ranking.info
     title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
     table = Table(title=f"{title}; {ranking.metric}", title_justify="left")
-    for name in ("rank", "backbone", "score", "width", "params", "images/s", "note"):
-        if name in ("backbone", "note"):  # these are folded where the terminal is narrow
-            table.add_column(name, overflow="fold")
+    shown = _columns([len(name) for name in ranking])
+    for name in shown:
+        if name == "backbone":  # folded where the terminal is narrow
+            table.add_column(name, overflow="fold", min_width=12)
         else:
-            table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+            left = name == "note"
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for cells in ranking.cells():
-        table.add_row(*map(_escape, cells))
+        row: dict[str, str] = dict(zip(HEADINGS, cells, strict=True))
+        row["note"] = "see below" if row["backbone"] in ranking.failed else row["note"]
+        table.add_row(*(_escape(row[name]) for name in shown))
     _print(table)
+    for name, error in ranking.failed.items():
+        output.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
+    for diagnostic in diagnose(ranking):
+        if diagnostic.kind not in ("failed", "unreadable"):  # said already
+            messages.print(
+                f"{diagnostic.severity}: {diagnostic.message}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     seconds = info["seconds"]
     messages.print(
         f"{seconds['total']:.1f} s in all on {info['device']}: "
@@ -217,6 +250,16 @@ def _print(table: Table) -> None:
     else:
         wide = Console(width=10_000)
         Console(width=wide.measure(table).maximum).print(table)
+
+
+def _columns(names: list[int]) -> list[str]:
+    """Leave out the less important columns where the terminal is too narrow for all."""
+    shown: list[str] = list(HEADINGS)
+    room = 10_000 if not output.is_terminal else output.width
+    for name in ("images/s", "params", "width"):
+        if max(names, default=0) + 8 * len(shown) > room:
+            shown.remove(name)
+    return shown
 
 
 def _escape(text: str) -> str:
@@ -324,9 +367,14 @@ def _app(
 
 
 def _fail(message: str) -> NoReturn:
-    messages.print("[bold red]error:[/]", end=" ")
-    messages.print(message, markup=False, highlight=False, soft_wrap=True)
+    _print_error(message)
     raise typer.Exit(1)
+
+
+def _print_error(message: str) -> None:
+    messages.print("[bold red]error:[/]", end=" ")
+    text = " ".join(message.split())  # one line, whatever a plug-in or a library says
+    messages.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _spread(arguments: list[str]) -> list[str]:
@@ -367,22 +415,21 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _on_terminate)  # `kill` keeps what is finished, as Ctrl-C does
     try:
-        app(_spread(arguments), prog_name="sfda-tune")
-    except KeyboardInterrupt:
+        code = app(_spread(arguments), prog_name="sfda-tune", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code or 0)
+    except UsageError as error:
+        _print_error(f"{error.format_message()} (see `sfda-tune --help`)")
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
         messages.print("Interrupted.")
         sys.exit(130)
     except BrokenPipeError:  # `sfda-tune … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(0)
     except Exception as error:
         if debug:
             raise
         text = str(error) if isinstance(error, (ValueError, OSError)) else ""
-        messages.print("[bold red]error:[/]", end=" ")
-        messages.print(
-            text or f"{type(error).__name__}: {error} (--debug shows the traceback)",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        _print_error(text or f"{type(error).__name__}: {error} (--debug shows the traceback)")
         sys.exit(1)

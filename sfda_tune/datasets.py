@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -28,6 +28,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from sfda_tune.hub import cache_only_if_unreachable
 from sfda_tune.images import (
     UNREADABLE,
     UnreadableImage,
@@ -91,7 +92,7 @@ class ImageDataset:
         Position of the class in `classes`; read-only.
     classes : tuple of str
         Class names; numbers in numerical, other names in natural order (``a2`` before ``a10``),
-        so that nothing depends on the file system or on the order of the rows.
+        so that they depend neither on the file system nor on the order of the rows.
     origin : ndarray of int64, shape (n,), optional
         Row number of each image in what the user gave, for messages.
 
@@ -173,7 +174,8 @@ class ImageDataset:
 
         Classes share the places in proportion to their size, but each gets min(2, its size)
         places first (one, where `n` is too small for two). A smaller sample is part of every
-        larger one of the same `seed`, so features of it can be reused: places are dealt by the
+        larger one of the same `seed`; which images these are depends on the order of the rows and
+        of the classes. Places are dealt by the
         Sainte-Laguë rule, because with largest remainders a class may *lose* a place when `n`
         grows (Alabama paradox). `DatasetError` if `n` is less than the number of classes.
 
@@ -283,7 +285,7 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         else:
             archive = suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
             fact = f"It is the file {path!r}" + ("; unpack it first" if archive else "")
-        raise DatasetError(f"`spec` must be one of: {_FORMS}. {fact}.")
+        raise DatasetError(f"{fact}. A data set is one of: {_FORMS}.")
     if hasattr(spec, "cast_column"):
         return "a Hugging Face data set", _open_hf, ("split", *columns)
     arrays = isinstance(spec, list | tuple | Mapping | np.ndarray) or hasattr(spec, "detach")
@@ -295,7 +297,7 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
     more = "; pass its `.dataset`" if hasattr(spec, "dataset") else ""  # of a DataLoader
     if hasattr(spec, "iloc"):
         more = "; pass (table['path'].tolist(), table['label'])"
-    raise DatasetError(f"`spec` must be one of: {_FORMS}. It is a {type(spec).__name__}{more}.")
+    raise DatasetError(f"It is a {type(spec).__name__}{more}. A data set is one of: {_FORMS}.")
 
 
 def _absolute(path: Any) -> str:
@@ -821,11 +823,12 @@ def _open_hub(
     try:
         if any(os.path.exists(os.path.join(local, file)) for file in saved):
             data = datasets.load_from_disk(local)
-        elif split and re.search(r"[\[+]", split):  # "train[:10%]"
-            data = datasets.load_dataset(name, config or None, split=split)
-            shown, split = f"{shown}/{split}", None
         else:
-            data = datasets.load_dataset(name, config or None)
+            part = split if split and re.search(r"[\[+]", split) else None  # "train[:10%]"
+            with nullcontext() if exists else cache_only_if_unreachable():
+                data = datasets.load_dataset(name, config or None, split=part)
+            if part:
+                shown, split = f"{shown}/{part}", None
     except Exception as error:  # of network, file system, data set script, …
         raise DatasetError(
             f"`spec` 'hf:{printable(text)}' cannot be loaded: {type(error).__name__}: "

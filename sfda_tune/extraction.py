@@ -225,7 +225,6 @@ class PixelBlock:
         self.keys = [half.key for half in halves]
         self.filled = 0
         self.unreadable: dict[int, str] = {}
-        self.wait = self.work = 0.0
         self._pin = pin
         self._pixels: dict[Any, Any] = {}
         self._faults: dict[Any, str] = {}
@@ -233,17 +232,21 @@ class PixelBlock:
         self._batches: Iterator[Any] | None = None
         self._start = lambda: _decode(dataset, halves, settings, plugins)
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Decode up to `stop` and return the readable rows in [start, stop)."""
+    def rows(self, start: int, stop: int, seconds: dict[str, float]) -> np.ndarray:
+        """Decode up to `stop` and return the readable rows in [start, stop).
+
+        What the caller waited is added to ``seconds["decode"]``, and the work of the decoding that
+        it brought about to ``seconds["decode_work"]``.
+        """
+        started = time.perf_counter()
         with self._lock:
-            started = time.perf_counter()
             if self._batches is None:
                 self._batches = self._start()
             while self.filled < stop:
-                self._take(next(self._batches))
+                seconds["decode_work"] += self._take(next(self._batches))
             if self.filled == self.n:
                 self._batches = iter(())  # lets the workers go
-            self.wait += time.perf_counter() - started
+        seconds["decode"] += time.perf_counter() - started
         return np.array([r for r in range(start, stop) if r not in self.unreadable], np.int64)
 
     def pixels(self, key: Any, rows: np.ndarray) -> torch.Tensor:
@@ -263,7 +266,7 @@ class PixelBlock:
             return pixels[rows[0] : rows[-1] + 1]
         return pixels[torch.from_numpy(rows)]
 
-    def _take(self, batch: tuple[Any, ...]) -> None:
+    def _take(self, batch: tuple[Any, ...]) -> float:
         import torch
 
         stacks, problems, work = batch
@@ -288,7 +291,7 @@ class PixelBlock:
                 continue
             self._pixels[key][good] = stack
         self.filled += len(problems)
-        self.work += work
+        return work
 
 
 def _decode(
@@ -307,22 +310,27 @@ def _decode(
         workers = 0
     workers = min(workers, -(-len(dataset) // DECODE_BATCH))
     decoder: Any = _Decoder(dataset, halves)
-    loader = DataLoader(
-        decoder,
-        batch_size=DECODE_BATCH,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_Plugins(tuple(plugins)) if workers else None,
-    )
+    options: dict[str, Any] = {"batch_size": DECODE_BATCH, "collate_fn": _collate}
+    started = False
     try:
-        yield from loader
+        init = _Plugins(tuple(plugins)) if workers else None
+        for batch in DataLoader(decoder, num_workers=workers, worker_init_fn=init, **options):
+            started = True
+            yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DatasetError(
-            f"a decoding process died ({' '.join(str(error).split())}); an image may crash the "
-            "decoder, or memory is short: try `workers=0` (--workers 0) to see which"
-        ) from error
+        if started or multiprocessing.get_start_method() == "fork":
+            raise DatasetError(
+                f"a decoding process died ({' '.join(str(error).split())}); an image may crash "
+                "the decoder, or memory is short: try `workers=0` (--workers 0) to see which"
+            ) from error
+        warnings.warn(
+            "the decoding processes could not start, so this process decodes; a script needs its "
+            "`if __name__ == '__main__':` where processes are spawned (macOS, Windows)",
+            stacklevel=2,
+        )
+        yield from DataLoader(decoder, **options)
 
 
 @dataclass(frozen=True)
@@ -427,13 +435,12 @@ class _Worker:
         block = self._block(unit, pin=device.type == "cuda")
         forward = _Forward(module, preprocessing, device, self.settings)
         for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
-            waited, worked = block.wait, block.work
-            started = time.perf_counter()
+            waited, started = seconds["decode"], time.perf_counter()
             parts, good = [], []
             position = start
             while position < stop:
                 end = min(position + forward.batch_size, stop)
-                rows = block.rows(position, end)
+                rows = block.rows(position, end, seconds)
                 if len(block.unreadable) > unit.max_unreadable:
                     raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
                 if len(rows):
@@ -443,11 +450,8 @@ class _Worker:
                     self.advance(unit.backbone.name, end - position)
                 position = end
             x = _to_numpy(parts)
-            elapsed = time.perf_counter() - started
-            decode = block.wait - waited
-            seconds["decode"] += decode
-            seconds["decode_work"] += block.work - worked
-            seconds["forward"] += elapsed - decode
+            forward_seconds = time.perf_counter() - started - (seconds["decode"] - waited)
+            seconds["forward"] += forward_seconds
             rows = np.concatenate(good) if good else np.empty(0, np.int64)
             entry = Entry(
                 x,
@@ -456,7 +460,7 @@ class _Worker:
                 {
                     "backbone": unit.backbone.name,
                     "n_params": n_params,
-                    "forward_seconds": elapsed - decode,
+                    "forward_seconds": forward_seconds,
                     "device": self.settings.device,
                 },
             )
@@ -639,6 +643,11 @@ def extract(
     ...     print(e.backbone.name, e.features.n_samples)
     demo:resnet_noise 40
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "a process that is being started runs the script again that started it; put the "
+            "script's own work below `if __name__ == '__main__':`"
+        )
     settings = settings or Settings()
     settings = replace(settings, device=resolve_device(settings.device))
     jobs: dict[str, _Job] = {}

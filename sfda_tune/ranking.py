@@ -99,6 +99,8 @@ def rank(
     samples: int | None = None,
     seed: int = 0,
     split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     device: str = "auto",
     precision: str = "float32",
     batch_size: int | None = None,
@@ -127,6 +129,8 @@ def rank(
         Of that sample; nothing else is random.
     split : str, optional
         Which part of a data set that comes in parts; default: the training part.
+    image_column, label_column : str, optional
+        Of a table or a Hugging Face data set, where they have unusual names.
     device, precision, batch_size, workers, max_unreadable
         See `sfda_tune.extraction.Settings`.
     cache : bool or path, default True
@@ -165,7 +169,9 @@ def rank(
         store = FeatureStore() if cache is True else FeatureStore(cache)  # type: ignore[arg-type]
     candidates = resolve_backbones(backbones, plugins=plugins)
     label, function = _metric(metric, variant)  # which a plug-in may have registered
-    images = open_dataset(dataset, split=split)
+    images = open_dataset(
+        dataset, split=split, image_column=image_column, label_column=label_column
+    )
     if samples is not None:
         images = images.sample(samples, seed=seed)
 

@@ -1,4 +1,4 @@
-"""Features kept on disk, so that no forward pass is ever repeated.
+"""Features kept on disk, so that the same images never pass through a backbone again.
 
 One entry holds the features of one backbone on one *shard*, a run of at most `SHARD` images. Its
 key is a digest of everything the features depend on: the content of the images, the weights, the
@@ -157,7 +157,8 @@ class FeatureStore:
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
         for path in sorted(self.root.glob(f"features/??/{pattern}")):
             with contextlib.suppress(FileNotFoundError):  # another process clears it
-                yield path, path.stat()
+                if path.is_file():
+                    yield path, path.stat()
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Return number of entries, images and bytes for each backbone name."""

@@ -335,7 +335,7 @@ _COLUMNS: tuple[str, ...] = (
     "images_per_second",
     "note",
 )
-_HEADINGS = ("rank", "backbone", "score", "width", "params", "images/s", "note")
+HEADINGS: tuple[str, ...] = ("rank", "backbone", "score", "width", "params", "images/s", "note")
 
 
 @dataclass(frozen=True, eq=False)
@@ -546,7 +546,7 @@ class Ranking(_Value, Mapping[str, float]):
         ]
 
     def __repr__(self) -> str:
-        rows = [_HEADINGS, *self.cells()]
+        rows = [HEADINGS, *self.cells()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         left = {1, 6}  # names and notes; numbers are aligned to the right
         lines = [
@@ -559,7 +559,7 @@ class Ranking(_Value, Mapping[str, float]):
         return "\n".join([f"Ranking by {self.metric or 'score'} ({self._summary()})", *lines])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(h)}</th>" for h in _HEADINGS)
+        head = "".join(f"<th>{escape(h)}</th>" for h in HEADINGS)
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.cells()

@@ -14,6 +14,7 @@ from timm.data.transforms_factory import create_transform
 
 from sfda_tune import Backbone, backbones, demo
 from sfda_tune.backbones import BackboneError, describe, fingerprint, load, resolve_backbones
+from sfda_tune.hub import reachable
 
 
 def specs(*given, **kwargs):
@@ -75,6 +76,10 @@ def test_demo():
         ("local-dir:/no/such/place", "names no folder"),
         ("./no/such/place", "names no folder"),
         (3, "no str, Backbone or mapping"),
+        (None, "no str, Backbone or mapping"),
+        ("demo", r"must be 'demo:\*'"),
+        ("RESNET18", "did you mean resnet18"),
+        ("timm/resnet18.a1_in1k", r"or hf-hub:timm/resnet18\.a1_in1k"),
         ({"mine": 3}, "'mine' must be a torch.nn.Module"),
         ({"mine": torch.nn.Linear(1, 1)}, r"'mine' is no timm model.*pass \(module, transform\)"),
     ],
@@ -87,6 +92,30 @@ def test_refused(spec, message):
 def test_all_bad_specs_are_named_at_once():
     with pytest.raises(BackboneError, match=r"resnet5O.*; .*hf-hub:nothing"):
         resolve_backbones(["resnet5O", "resnet18", "hf-hub:nothing"])
+
+
+def test_weights_without_a_config_are_named(toy_zoo, tmp_path):
+    shutil.copytree(toy_zoo / "vit", tmp_path / "vit")
+    shutil.copytree(toy_zoo / "resnet", tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    with pytest.warns(UserWarning, match=r"want of a config\.json beside the weights: bare"):
+        assert list(specs(tmp_path)) == ["vit"]
+
+
+@pytest.mark.parametrize("config", ["[]", "{", "{}"])
+def test_a_broken_config_names_the_folder(toy_zoo, tmp_path, config):
+    shutil.copytree(toy_zoo / "vit", tmp_path / "vit")
+    (tmp_path / "vit" / "config.json").write_text(config)
+    with pytest.raises(BackboneError, match=f"check {tmp_path / 'vit'}"):
+        describe(resolve_backbones(tmp_path / "vit")[0])
+
+
+def test_a_plugin_may_be_called_like_a_library(tmp_path):
+    import json
+
+    (tmp_path / "json.py").write_text("x = 1")
+    assert backbones.load_plugin(tmp_path / "json.py").x == 1
+    assert sys.modules["json"] is json
 
 
 def test_nothing_is_refused(tmp_path):
@@ -191,7 +220,12 @@ def test_plugin_registers_architectures_and_runs_once(toy_zoo, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "FileNotFoundError"), ("1/0", "ZeroDivisionError"), ("def", "SyntaxError")],
+    [
+        (None, "FileNotFoundError"),
+        ("1/0", "ZeroDivisionError"),
+        ("def", "SyntaxError"),
+        ("raise SystemExit(3)", "SystemExit"),
+    ],
 )
 def test_bad_plugins(tmp_path, text, message):
     plugin = tmp_path / "bad_plugin.py"
@@ -199,7 +233,7 @@ def test_bad_plugins(tmp_path, text, message):
         plugin.write_text(text)
     with pytest.raises(BackboneError, match=f"could not be imported.*{message}"):
         backbones.load_plugin(plugin)
-    assert "bad_plugin" not in sys.modules
+    assert not [name for name in sys.modules if "bad_plugin" in name]
     with pytest.raises(BackboneError, match="no_such_module_at_all"):
         backbones.load_plugin("no_such_module_at_all")
 
@@ -274,9 +308,9 @@ def hub(tmp_path, monkeypatch):
     root.mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    backbones._reachable.cache_clear()
+    reachable.cache_clear()
     yield root
-    backbones._reachable.cache_clear()
+    reachable.cache_clear()
 
 
 def test_weights_in_the_hub_cache_need_no_network(hub, tmp_path, make_checkpoint):

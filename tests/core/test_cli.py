@@ -1,11 +1,16 @@
 import json
 import os
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+from fcntl import ioctl
 from pathlib import Path
+from termios import TIOCSWINSZ
 
 import pytest
 
@@ -92,10 +97,12 @@ def test_a_failed_backbone_is_shown_last_with_its_error(cli, photos, toy_zoo, tm
     [
         (["no/such/folder"], "no/such/folder"),
         (["digits", "-b", "resnet5O"], "did you mean"),
+        (["digits", "-b", ""], "timm knows no model ''"),
+        (["-b", "demo:*", "."], "it stands before --backbones"),
         (["digits", "--out", "r.txt"], "--out must end in .json or .csv"),
         (["digits", "--out", "no/such/r.json"], "there is no folder"),
         (["digits", "--metric", "nonsense"], "nonsense"),
-        (["digits", "--variant", "nonsense"], "official, paper"),
+        (["digits", "--variant", "nonsense"], "official, paper, loo"),
         (["digits", "--device", "nonsense"], "`device`"),
         (["digits", "--precision", "int8"], "`precision`"),
         (["digits", "--samples", "3"], "3"),
@@ -115,10 +122,82 @@ def test_debug_shows_the_traceback(cli):
 
 
 def test_usage_errors(cli):
-    assert "No such option" in cli("rank", "--nonsense", code=2)
+    for arguments, message in (
+        (["rank", "--nonsense"], "No such option"),
+        (["rank", "--samples", "many"], "'many' is not"),
+        (["nonsense"], "No such command"),
+    ):
+        error = cli(*arguments, code=2)
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
     assert f"sfda-tune {__version__}" in cli("--version")
     assert "rank" in cli("--help")
-    assert "--backbones" in cli("rank", "--help")
+    assert "--backbones" in cli("rank", "-h")
+    assert "'convnext_*.fb_in22k*'" in cli("rank", "--help")
+
+
+def test_a_ranking_that_cannot_be_written_is_still_shown(cli, toy_zoo, photos, tmp_path):
+    (tmp_path / "r.json").mkdir()
+    assert "cannot be written" in cli("rank", "--out", tmp_path / "r.json", code=1)
+    code = (
+        "import sys, sfda_tune.values as v\n"
+        "def full(*a): raise OSError(28, 'No space left on device')\n"
+        "v.write_text = full\n"
+        "from sfda_tune.cli import main; main()"
+    )
+    arguments = ["rank", photos, "-b", toy_zoo / "vit", *RANK, "--out", tmp_path / "x.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "vit" in done.stdout
+    assert "x.json' could not be written (No space left on device)" in done.stderr
+
+
+def test_saturated_scores_are_remarked_upon(cli, photos, toy_zoo, clean_environment):
+    done = subprocess.run(
+        [*COMMAND, "rank", str(photos), "-b", str(toy_zoo), *RANK],
+        capture_output=True, text=True, check=True, env=clean_environment,
+    )  # fmt: skip
+    assert "warning: " in done.stderr
+    assert "tie" in done.stderr
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_a_narrow_terminal_keeps_names_and_scores(photos, toy_zoo, clean_environment, columns):
+    clean_environment.pop("COLUMNS")
+    ours, theirs = pty.openpty()
+    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, "rank", str(photos), "-b", str(toy_zoo), *RANK],
+        stdout=theirs, stderr=subprocess.DEVNULL, env=clean_environment,
+    )  # fmt: skip
+    process.wait(timeout=120)
+    os.close(theirs)
+    text = os.read(ours, 100_000).decode()
+    for name in ("convnext", "efficientnet", "resnet", "vit"):
+        assert name in text
+    assert len(re.findall(r"\b[01]\.\d{4}\b", text)) == 4
+    assert ("images/s" in text) is (columns == 100)
+
+
+def test_a_script_without_main_guard_works_where_processes_are_spawned(
+    photos, toy_zoo, tmp_path, clean_environment
+):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, sfda_tune\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        f"r = sfda_tune.rank({str(photos)!r}, {str(toy_zoo / 'vit')!r}, device='cpu', workers=1)\n"
+        "print('ranked', len(r), len(r.failed))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True, text=True, check=False, env=clean_environment,
+    )  # fmt: skip
+    assert done.stdout == "ranked 1 0\n", done.stderr
+    assert "if __name__ == '__main__'" in done.stderr
 
 
 def test_help_is_quick(cli):

@@ -7,7 +7,15 @@ import sys
 
 import pytest
 
-from sfda_tune.metrics import METRICS, get_metric, register_metric, sfda
+import sfda_tune.metrics
+from sfda_tune.metrics import (
+    METRICS,
+    MetricInfo,
+    describe_metrics,
+    get_metric,
+    register_metric,
+    sfda,
+)
 
 HEAVY = {"torch", "timm", "optuna", "ray", "sklearn"}
 
@@ -50,7 +58,7 @@ def test_a_callable_is_its_own_metric():
 @pytest.mark.parametrize("metric", ["sdfa", "", None, 3, ["sfda"]])
 def test_an_unknown_metric_lists_the_names(metric):
     register_metric(lambda features, labels: 0.0, name="zero")
-    with pytest.raises(ValueError, match=r"`metric` must be one of 'sfda', 'zero' or .* but is"):
+    with pytest.raises(ValueError, match=r"`metric` must be one of .*'sfda', .*'zero' or .* but"):
         get_metric(metric)
 
 
@@ -75,6 +83,38 @@ def test_only_named_functions_are_registered():
         register_metric("sfda")  # type: ignore[type-var]
     with pytest.raises(ValueError, match="`name` must be a non-empty str but is ''"):
         register_metric(sfda, name="")
+
+
+def test_every_metric_says_where_it_comes_from_and_when_it_misleads():
+    rows = describe_metrics()
+    assert [row.name for row in rows] == sorted(METRICS)
+    assert MetricInfo._fields == ("name", "needs", "cost", "source", "misleads")
+    for row in rows:
+        assert row.cost
+        assert row.source
+        assert row.misleads
+        assert set(row.needs) <= {"features", "logits", "hub", "prior"}
+        documentation = METRICS[row.name].__doc__ or ""
+        assert "Examples" in documentation
+        if row.needs != ("prior",):
+            assert "**When it is wrong.**" in documentation
+            assert row.name in sfda_tune.metrics.__all__
+
+
+def test_metadata_of_an_own_metric():
+    @register_metric(needs=("features", "hub"), cost="ND", source="here", misleads="always")
+    def own(features, labels):
+        return 0.0
+
+    register_metric(own, name="bare")
+    rows = {row.name: row for row in describe_metrics()}
+    assert rows["own"] == ("own", ("features", "hub"), "ND", "here", "always")
+    assert rows["bare"] == ("bare", ("features",), "", "", "")
+    METRICS["smuggled"] = own
+    assert MetricInfo("smuggled") in describe_metrics()
+    for needs in ("weights", (), ("features", "time")):
+        with pytest.raises(ValueError, match="`needs` must be one or more of 'features', "):
+            register_metric(own, name="third", needs=needs)
 
 
 def test_importing_the_metrics_stays_light():

@@ -1,0 +1,223 @@
+"""Priors: scores of a backbone that are known before it has seen a single target image.
+
+They belong into every comparison: on the benchmarks in use, ImageNet accuracy ranks backbones as
+well as most metrics that look at the target data.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sfda_tune.values import Ranking
+
+__all__ = ["imagenet", "imagenet_prior", "params", "params_prior"]
+
+
+def imagenet(features: Any, labels: Any) -> NoReturn:
+    """Refuse: ImageNet accuracy cannot be computed from features.
+
+    See `imagenet_prior`, which looks it up by name.
+
+    Parameters
+    ----------
+    features, labels : ignored
+
+    Raises
+    ------
+    ValueError
+        Always.
+
+    References
+    ----------
+    S. Kornblith, J. Shlens, Q. Le: Do Better ImageNet Models Transfer Better? CVPR 2019,
+    https://arxiv.org/abs/1805.08974
+
+    Examples
+    --------
+    >>> from sfda_tune.metrics import get_metric
+    >>> get_metric("imagenet")([[0.0], [1.0]], [0, 1])
+    Traceback (most recent call last):
+    ValueError: 'imagenet' needs a prior: it is looked up by the name of the backbone, ...
+    """
+    _refuse("imagenet", "imagenet_prior(names, path=...)")
+
+
+def params(features: Any, labels: Any) -> NoReturn:
+    """Refuse: the number of parameters cannot be computed from features.
+
+    See `params_prior`.
+
+    Parameters
+    ----------
+    features, labels : ignored
+
+    Raises
+    ------
+    ValueError
+        Always.
+
+    Examples
+    --------
+    >>> from sfda_tune.metrics import get_metric
+    >>> get_metric("params")([[0.0], [1.0]], [0, 1])
+    Traceback (most recent call last):
+    ValueError: 'params' needs a prior: it is looked up by the name of the backbone, ...
+    """
+    _refuse("params", "params_prior(ranking)")
+
+
+def _refuse(name: str, call: str) -> NoReturn:
+    raise ValueError(
+        f"{name!r} needs a prior: it is looked up by the name of the backbone, not computed from "
+        f"features and labels; call `{call}` and put it beside other scores with `combine`."
+    )
+
+
+def imagenet_prior(
+    names: Iterable[str], *, path: str | Path | None = None, img_size: int | None = None
+) -> dict[str, float]:
+    r"""Look up the published ImageNet-1k accuracy of timm's models.
+
+    **When it is wrong.** It does not know the target data: the order is the same for all of them.
+    On medical images it says little (mean τ_w .38 on three sets), on natural ones it is hard to
+    beat (.74). Models pretrained without labels have none.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of backbones, such as ``"resnet50.a1_in1k"``, with or without ``"hf-hub:timm/"``; a
+        `Ranking` is one. A name without tag stands for timm's default weights.
+    path : str or Path, optional
+        ``results-imagenet.csv`` from timm's repository (folder ``results``), or any CSV file with
+        columns ``model`` and ``top1``. The timm package itself does not hold it.
+    img_size : int, optional
+        Of several image sizes this one; the smallest by default.
+
+    Returns
+    -------
+    dict of str to float
+        Name to top-1 accuracy in percent; NaN for those that the file does not know.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it lacks a column.
+
+    References
+    ----------
+    https://github.com/huggingface/pytorch-image-models/tree/main/results (Apache-2.0)
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> from sfda_tune.metrics import imagenet_prior
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "results.csv"
+    >>> _ = path.write_text("model,img_size,top1\nresnet50.a1_in1k,288,81.2\n")
+    >>> imagenet_prior(["resnet50.a1_in1k", "hf-hub:timm/resnet50.a1_in1k", "mine"], path=path)
+    {'resnet50.a1_in1k': 81.2, 'hf-hub:timm/resnet50.a1_in1k': 81.2, 'mine': nan}
+    """
+    return _look_up(names, "top1", path, img_size)
+
+
+def params_prior(names: Iterable[str], *, path: str | Path | None = None) -> dict[str, float]:
+    """Look up the number of parameters: more is better, says this prior.
+
+    **When it is wrong.** Across families of networks, which differ in what they make of their
+    parameters (mean τ_w .578 on the supervised benchmark, whose models are of one age).
+
+    Parameters
+    ----------
+    names : Ranking or iterable of str
+        A `Ranking` knows the sizes of its backbones, as counted when they were loaded.
+    path : str or Path, optional
+        For names that are no `Ranking`: a CSV file with columns ``model`` and ``param_count`` (in
+        millions), such as those of `imagenet_prior`.
+
+    Returns
+    -------
+    dict of str to float
+        Name to number of parameters in millions; NaN where unknown.
+
+    Raises
+    ------
+    ValueError
+        If `names` is no `Ranking` and there is no such file, or it lacks a column.
+
+    Examples
+    --------
+    >>> from sfda_tune.metrics import params_prior
+    >>> from sfda_tune.values import Ranking, Score
+    >>> params_prior(Ranking([Score("a", 0.2, details={"n_params": 25_000_000})]))
+    {'a': 25.0}
+    """
+    if isinstance(names, Ranking) and path is None:
+        counts = {score.backbone: score.details.get("n_params") for score in names.scores}
+        return {name: n / 1e6 if n else math.nan for name, n in counts.items()}
+    return _look_up(names, "param_count", path, None)
+
+
+def _look_up(
+    names: Iterable[str], column: str, path: str | Path | None, img_size: int | None
+) -> dict[str, float]:
+    if isinstance(names, str):
+        raise ValueError(f"`names` must be several names but is {names!r}; pass [{names!r}].")
+    table = _read(_file(path), column, img_size)
+    return {name: table.get(_known(name, table), math.nan) for name in names}
+
+
+def _file(path: str | Path | None) -> Path:
+    if path is None:
+        path = _shipped()
+    if path is None or not Path(path).is_file():
+        raise ValueError(
+            f"`path` must be a CSV file with published results but is {str(path)!r}; take "
+            "results/results-imagenet.csv from https://github.com/huggingface/"
+            "pytorch-image-models, the timm package does not hold it."
+        )
+    return Path(path)
+
+
+def _shipped() -> Path | None:
+    """Find the file within an installed timm without importing it; wheels up to 1.0 lack it."""
+    for folder in sys.path:
+        file = Path(folder, "timm", "results", "results-imagenet.csv")
+        if file.is_file():
+            return file
+    return None
+
+
+def _read(file: Path, column: str, img_size: int | None) -> dict[str, float]:
+    """Model to value; of several image sizes the one asked for, else the smallest."""
+    table: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines)
+        missing = {"model", column} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(
+                f"`path` must have columns 'model' and {column!r} but {file} has "
+                f"{reader.fieldnames}."
+            )
+        for row in reader:
+            name, size = row["model"], float(row.get("img_size") or 0)
+            if img_size is not None and size != img_size:
+                continue
+            if name not in table or size < sizes[name]:
+                table[name], sizes[name] = float(row[column].replace(",", "")), size
+    return table
+
+
+def _known(name: str, table: dict[str, float]) -> str:
+    """Return the name under which the table may know a backbone."""
+    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    if bare in table or "." in bare:
+        return bare
+    import timm
+
+    config = timm.get_pretrained_cfg(bare, allow_unregistered=True)
+    return f"{bare}.{config.tag}" if config is not None and config.tag else bare
