@@ -50,7 +50,7 @@ CacheDir = Annotated[
     typer.Option(
         "--cache",
         metavar="DIR",
-        help="Folder of the kept features.  [default: ~/.cache/sfda_tune, or $SFDA_TUNE_CACHE]",
+        help="Folder of the kept features. Default: ~/.cache/sfda_tune, or $SFDA_TUNE_CACHE.",
     ),
 ]
 
@@ -72,7 +72,7 @@ def rank(
             metavar="SPEC...",
             help="timm names or globs (`resnet50.a1_in1k`, `'convnext_*.fb_in22k*'`), "
             "`hf-hub:owner/name`, a checkpoint folder or a folder of these, `demo:*`. Several "
-            "may follow, also separated by commas; DATASET stands before.  [default: demo:*]",
+            "may follow, also separated by commas; DATASET stands before. Default: demo:*.",
         ),
     ] = None,
     metric: Annotated[str, typer.Option(help="Score to rank by.")] = "sfda",
@@ -84,23 +84,23 @@ def rank(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
     split: Annotated[
-        str | None, typer.Option(help="train, val, test or all.  [default: train]")
+        str | None, typer.Option(help="train, val, test or all. Default: train.")
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Column of the paths in a table.  [default: path, …]")
+        str | None, typer.Option(help="Column of the paths in a table. Default: path, ….")
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column of the labels.  [default: label, class, …]")
+        str | None, typer.Option(help="Column of the labels. Default: label, class, ….")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16 or float16 (autocast).")
     ] = "float32",
     batch_size: Annotated[
-        int | None, typer.Option(help="Images per forward pass.  [default: automatic]")
+        int | None, typer.Option(help="Images per forward pass. Default: automatic.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Decoding processes.  [default: one per core, at most 8]")
+        int | None, typer.Option(help="Decoding processes. Default: one per core, at most 8.")
     ] = None,
     max_unreadable: Annotated[
         float, typer.Option(help="Fraction of unreadable images that is tolerated.")
@@ -117,14 +117,15 @@ def rank(
 ) -> None:
     """Rank BACKBONES on the labelled images of DATASET.
 
-    Every backbone runs once over the images; nothing is trained. Interrupt with Ctrl-C at any
-    time: what is finished is shown and written, and the next run goes on from there.
+    Every backbone runs once over the images; nothing is trained.
+    Interrupt with Ctrl-C at any time: what is finished is shown and
+    written, and the same command goes on from there.
 
     For example:
 
       sfda-tune rank
 
-      sfda-tune rank photos/ --backbones resnet50 'convnext_*.fb_in22k*' --samples 2000 -o r.json
+      sfda-tune rank photos/ -b resnet50 'convnext_*.fb_in22k*' -o r.json
     """
     if out is not None:
         _check_out(out)
@@ -167,7 +168,7 @@ def rank(
         messages.print("Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
     if len(ranking.failed) == len(ranking):
-        _fail("no backbone could be ranked; each one's error is in the table.")
+        _fail("no backbone could be ranked; each one's error stands below the table.")
 
 
 def _bar() -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from sfda_tune.backbones import resolve_backbones
 from sfda_tune.datasets import ImageDataset, open_dataset
 from sfda_tune.extraction import Extraction, Map, Settings, extract, resolve_device
-from sfda_tune.metrics import get_metric
+from sfda_tune.metrics import describe_metrics, get_metric
 from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.store import FeatureStore
 from sfda_tune.values import Features, MetricResult, Ranking, Score
@@ -233,6 +233,13 @@ def _metric(metric: Metric, variant: str | None) -> tuple[str, Callable[[Any, An
     """Return a metric and what it is called in the ranking."""
     function = get_metric(metric)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", "score")
+    infos = {info.name: info.needs for info in describe_metrics()}
+    if "features" not in infos.get(name, ("features",)):
+        usable = ", ".join(key for key, needs in infos.items() if "features" in needs)
+        raise ValueError(
+            f"`metric` {name!r} needs {' and '.join(infos[name])}, which `rank` does not have; "
+            f"choose one of {usable}, or call it yourself: sfda_tune.metrics.{name}."
+        )
     if function is sfda:
         chosen = variant or signature(sfda).parameters["variant"].default
         if chosen not in VARIANTS:

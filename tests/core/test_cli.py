@@ -124,7 +124,7 @@ def test_debug_shows_the_traceback(cli):
 def test_usage_errors(cli):
     for arguments, message in (
         (["rank", "--nonsense"], "No such option"),
-        (["rank", "--samples", "many"], "'many' is not"),
+        (["rank", "--samples", "many"], "Invalid value for '--samples'"),
         (["nonsense"], "No such command"),
     ):
         error = cli(*arguments, code=2)

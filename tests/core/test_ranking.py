@@ -97,8 +97,9 @@ def test_a_metric_that_fails_is_recorded(photos, toy_zoo):
     ("arguments", "message"),
     [
         ({"metric": "nonsense"}, "sfda.*nonsense"),
-        ({"variant": "nonsense"}, "`variant` must be one of official, paper"),
+        ({"variant": "nonsense"}, "`variant` must be one of official, paper, loo"),
         ({"metric": max, "variant": "paper"}, "`variant` belongs to the metric 'sfda'"),
+        ({"metric": "leep"}, "'leep' needs logits, which `rank` does not have; choose one of"),
         ({"device": "nonsense"}, "`device`"),
         ({"precision": "nonsense"}, "`precision`"),
         ({"samples": 0}, "`n`|`samples`"),
