@@ -1,9 +1,8 @@
-"""The truth on real input: fine-tune the zoo's backbones on its data sets, then judge the metrics.
+"""The truth on real input: fine-tune the zoo's backbones on its data sets.
 
-    python tests/benchmarks/real_zoo.py finetune [--device cuda] [--minutes 60]
-    python tests/benchmarks/real_zoo.py report
+    python tests/benchmarks/real_zoo.py [--device cuda] [--minutes 60]
 
-``finetune`` fills ``real_zoo.json`` beside this file, one pair of backbone and data set after the
+It fills ``real_zoo.json`` beside this file, one pair of backbone and data set after the
 other; it can be stopped at any time and goes on where it was. Recipe, the same for all: 500
 training images (stratified, seed 0), of which 100 choose the learning rate; all weights, SGD with
 Nesterov momentum .9, weight decay 1e-4, cosine schedule, batch 32, 6 epochs, horizontal flips and
@@ -152,7 +151,6 @@ def fill(device: str, minutes: float) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["finetune", "report"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--threads", type=int, default=1)
@@ -160,8 +158,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     torch.set_num_threads(options.threads)
-    if options.what == "finetune":
-        fill(options.device, options.minutes)
+    fill(options.device, options.minutes)
 
 
 if __name__ == "__main__":
