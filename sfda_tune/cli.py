@@ -312,6 +312,37 @@ def list_backbones(
         raise typer.Exit(1)
 
 
+@app.command("evaluate")
+def evaluate_scores(
+    scores: Annotated[
+        Path, typer.Argument(help="A ranking (.json, .csv) or {backbone: score}, as JSON or CSV.")
+    ],
+    truth: Annotated[
+        Path,
+        typer.Argument(help="Accuracies after fine-tuning: {backbone: accuracy}, JSON or CSV."),
+    ],
+    column: Annotated[
+        str | None, typer.Option(help="Column of the accuracies in a CSV of several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the permutations.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Tell how good SCORES were, given the TRUTH.
+
+    Both may also hold several data sets: {dataset: {backbone: number}}.
+    """
+    from collections.abc import Mapping
+
+    from sfda_tune.evaluation import evaluate, evaluate_many
+    from sfda_tune.tables import read_scores, read_truth
+
+    known = read_truth(truth, column=column)
+    nested = any(isinstance(value, Mapping) for value in known.values())
+    judge: Any = evaluate_many if nested else evaluate
+    result = judge(read_scores(scores), known, seed=seed)
+    output.print(repr(result), markup=False, highlight=False, soft_wrap=True)
+
+
 @cache_app.command("show")
 def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
     """Show where the features are kept and what they take."""

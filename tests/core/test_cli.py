@@ -234,6 +234,22 @@ def test_unreadable_images_are_named_in_a_warning(
     assert "35 images" in done.stdout
 
 
+def test_evaluate(cli, tmp_path):
+    scores, truth = tmp_path / "scores.json", tmp_path / "truth.csv"
+    scores.write_text('{"a": 0.9, "b": 0.5, "c": 0.1, "d": 0.2}')
+    truth.write_text("backbone,accuracy\na,0.8\nb,0.7\nc,0.5\nd,0.6\n")
+    out = cli("evaluate", scores, truth)
+    assert re.search(r"weighted_tau\s+1\.0", out)
+    assert re.search(r"regret_at_1\s+0\.0", out)
+    truth.write_text('{"x": {"a": 1, "b": 2, "c": 3, "d": 4}}')
+    both = tmp_path / "both.json"
+    both.write_text(
+        '{"x": {"a": 1, "b": 2, "c": 3, "d": 4}, "y": {"a": 4, "b": 3, "c": 2, "d": 1}}'
+    )
+    assert "x" in cli("evaluate", both, both)
+    assert "no/such.json" in cli("evaluate", "no/such.json", both, code=1)
+
+
 SLOW_PLUGIN = """
 import time
 import timm.models.resnet as r
