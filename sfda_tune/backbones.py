@@ -113,12 +113,7 @@ def load_plugin(source: str | os.PathLike[str]) -> ModuleType:
             else:
                 if not path.is_file():
                     raise FileNotFoundError(f"no file {str(path)!r}")
-                if key in (str(Path(m.__file__).resolve()) for m in _modules_with_file()):
-                    module = next(
-                        m for m in _modules_with_file() if str(Path(m.__file__).resolve()) == key
-                    )
-                else:
-                    module = _run_file(path.resolve())
+                module = _imported_from(key) or _run_file(path.resolve())
         except (Exception, SystemExit) as error:
             raise BackboneError(
                 f"the plug-in {name!r} could not be imported ({type(error).__name__}: {error}); "
@@ -128,8 +123,13 @@ def load_plugin(source: str | os.PathLike[str]) -> ModuleType:
         return module
 
 
-def _modules_with_file() -> list[Any]:
-    return [m for m in list(sys.modules.values()) if getattr(m, "__file__", None)]
+def _imported_from(file: str) -> ModuleType | None:
+    """Return the module that the user's program imported from this file already."""
+    for module in list(sys.modules.values()):
+        origin = getattr(module, "__file__", None)
+        if origin and str(Path(origin).resolve()) == file:
+            return module
+    return None
 
 
 def _run_file(path: Path) -> ModuleType:

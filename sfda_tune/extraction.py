@@ -249,6 +249,12 @@ class PixelBlock:
         seconds["decode"] += time.perf_counter() - started
         return np.array([r for r in range(start, stop) if r not in self.unreadable], np.int64)
 
+    def reasons(self, start: int, stop: int) -> dict[str, str]:
+        """Return position from `start` → reason, for the unreadable rows in [start, stop)."""
+        with self._lock:  # another thread may be adding some
+            found = sorted(self.unreadable.items())
+        return {str(row - start): why for row, why in found if start <= row < stop}
+
     def pixels(self, key: Any, rows: np.ndarray) -> torch.Tensor:
         """Return the inputs of readable rows, (len(rows), channels, height, width).
 
@@ -415,10 +421,7 @@ class _Worker:
             raise
         except Exception as error:
             logger.debug("%s failed", unit.backbone.name, exc_info=True)
-            text = " ".join(str(error).split())
-            known = isinstance(error, (zoo.BackboneError, ValueError)) and text
-            message = text if known else f"{type(error).__name__}: {text}"
-            return _Outcome(unit.backbone.name, error=message, seconds=seconds)
+            return _Outcome(unit.backbone.name, error=_one_line(error), seconds=seconds)
         return outcome
 
     def _run(self, unit: _Unit, outcome: _Outcome) -> None:
@@ -456,7 +459,7 @@ class _Worker:
             entry = Entry(
                 x,
                 rows,
-                {str(r - start): why for r, why in block.unreadable.items() if start <= r < stop},
+                block.reasons(start, stop),
                 {
                     "backbone": unit.backbone.name,
                     "n_params": n_params,
@@ -470,7 +473,8 @@ class _Worker:
                     + ("" if self.settings.precision == "float32" else "; try float32")
                 )
             outcome.entries[shard] = entry
-            key = make_key(images, weights, preprocessing.fingerprint(), self.settings.precision)
+            half = unit.preprocessing.fingerprint()
+            key = make_key(images, weights, half, self.settings.precision)
             if self._keep(key, entry):
                 outcome.keys[shard] = key
 
@@ -579,6 +583,12 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _one_line(error: Exception) -> str:
+    """Say what went wrong; our own errors (`ValueError`) need no name of their kind."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
 def _too_many(unreadable: dict[int, str], dataset: ImageDataset, limit: float) -> DatasetError:
     row, reason = next(iter(unreadable.items()))
     return DatasetError(
@@ -658,10 +668,7 @@ def extract(
             jobs[backbone.name] = _Job(description, zoo.fingerprint(backbone))
         except Exception as error:
             logger.debug("%s cannot be described", backbone.name, exc_info=True)
-            text = (
-                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            )
-            yield Extraction(backbone, None, np.empty(0, np.int64), " ".join(text.split()))
+            yield Extraction(backbone, None, np.empty(0, np.int64), _one_line(error))
 
     images = dataset.digests() if store is not None else [""] * len(dataset)
     shards = [(s, min(s + SHARD, len(dataset))) for s in range(0, len(dataset), SHARD)]
@@ -712,17 +719,12 @@ def _look_up(
 ) -> None:
     if store is None or job.weights is None:
         return
-    preprocessing, precision = job.description.preprocessing.fingerprint(), settings.precision
-    for shard, (start, stop) in enumerate(shards):
-        key = make_key(images[start:stop], job.weights, preprocessing, precision)
-        entry = store.get(key)
-        if entry is not None:
-            job.entries[shard] = entry
+    half = job.description.preprocessing.fingerprint()
+    keys = [make_key(images[a:b], job.weights, half, settings.precision) for a, b in shards]
+    found = {shard: store.get(key) for shard, key in enumerate(keys)}
+    job.entries = {shard: entry for shard, entry in found.items() if entry is not None}
     if _missing(job, shards):  # then they are read again when the others are there
-        job.entries = {
-            shard: make_key(images[slice(*shards[shard])], job.weights, preprocessing, precision)
-            for shard in job.entries
-        }
+        job.entries = {shard: keys[shard] for shard in job.entries}
 
 
 def _missing(job: _Job, shards: list[tuple[int, int]]) -> list[int]:

@@ -106,7 +106,7 @@ class Preprocessing:
     @cached_property
     def key(self) -> Geometry | str:
         """Backbones with equal keys share the decoded images."""
-        return self.geometry if self.geometry is not None else self.fingerprint()
+        return self.geometry if self.geometry is not None else self._probe()
 
     @property
     def input_size(self) -> tuple[int, int, int] | None:
@@ -132,13 +132,11 @@ class Preprocessing:
         return batch.float().div_(255).sub_(mean).div_(std)  # the operations of torchvision
 
     def fingerprint(self) -> str:
-        """Return a text that differs for preprocessings which give different inputs.
+        """Return a text that differs for preprocessings which give different inputs."""
+        return repr((self.geometry, self.mean, self.std)) if self.geometry else str(self.key)
 
-        A transform of the user's own has no name to go by: it is known by what it does to two
-        fixed images.
-        """
-        if self.geometry is not None:
-            return repr((self.geometry, self.mean, self.std))
+    def _probe(self) -> str:
+        """Know a transform of the user's own, which has no name, by what it does to two images."""
         from PIL import Image
 
         assert self.transform is not None

@@ -17,7 +17,7 @@ import base64
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from html import escape
@@ -630,8 +630,3 @@ def _unpack(text: str | None, dtype: str) -> np.ndarray | None:
     if text is None:
         return None
     return np.frombuffer(base64.b64decode(text, validate=True), dtype=dtype)
-
-
-def unique(names: Iterable[str]) -> Sequence[str]:
-    """Return the names without repetitions, in their first order."""
-    return list(dict.fromkeys(names))
