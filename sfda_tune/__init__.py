@@ -10,6 +10,7 @@
 `open_dataset`      folders, tables, arrays, torchvision and Hugging Face data sets
 `resolve_backbones` timm names and globs, hub and local checkpoints, networks of your own
 `extract`           the features themselves
+`select_ensemble`   which backbones to fine-tune together
 `Backbone` `Features` `MetricResult` `Score` `Ranking`  the values that travel between them
 ==================  =============================================================================
 
@@ -24,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sfda_tune.backbones import BackboneError, resolve_backbones
     from sfda_tune.datasets import DatasetError, ImageDataset, open_dataset
+    from sfda_tune.ensembles import select_ensemble
     from sfda_tune.extraction import extract
-    from sfda_tune.ranking import RankingInterruptedError, rank, score
+    from sfda_tune.ranking import RankingInterruptedError, rank
+    from sfda_tune.scoring import score
     from sfda_tune.values import Backbone, Features, MetricResult, Ranking, Score
 
 __version__ = "0.1.0"
@@ -44,7 +47,8 @@ _HOME = {
     "open_dataset": "datasets",
     "rank": "ranking",
     "resolve_backbones": "backbones",
-    "score": "ranking",
+    "score": "scoring",
+    "select_ensemble": "ensembles",
 }
 
 __all__ = [
@@ -62,6 +66,7 @@ __all__ = [
     "rank",
     "resolve_backbones",
     "score",
+    "select_ensemble",
 ]
 
 

@@ -75,7 +75,13 @@ def rank(
             "may follow, also separated by commas; DATASET stands before. Default: demo:*.",
         ),
     ] = None,
-    metric: Annotated[str, typer.Option(help="Score to rank by.")] = "sfda",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="Score to rank by, or several, whose ranks are averaged: `sfda+imagenet`, "
+            "`2*sfda+knn`. `imagenet` (published accuracy) and `params` look at no image."
+        ),
+    ] = "sfda",
     variant: Annotated[
         str | None, typer.Option(help="Variant of the metric `sfda`: official, paper or loo.")
     ] = None,
@@ -83,6 +89,18 @@ def rank(
         int | None, typer.Option(help="Use a stratified sample of so many images.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race",
+            help="Show few images to all, more only to those that may still be in the top.",
+        ),
+    ] = False,
+    top: Annotated[int, typer.Option(metavar="K", help="The top that a race is to find.")] = 5,
+    ensemble: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Also choose K backbones to fine-tune together."),
+    ] = None,
     split: Annotated[
         str | None, typer.Option(help="train, val, test or all. Default: train.")
     ] = None,
@@ -154,6 +172,9 @@ def rank(
             cache=False if no_cache else cache or True,
             plugins=imports or (),
             progress=False if quiet else _bar(),
+            race=race,
+            top=top,
+            ensemble=ensemble,
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True
@@ -211,7 +232,8 @@ def _show(ranking: Ranking) -> None:
     info = ranking.info
     title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
     table = Table(title=f"{title}; {ranking.metric}", title_justify="left")
-    shown = _columns([len(name) for name in ranking])
+    sure = _confidence(ranking)
+    shown = _columns([len(name) for name in ranking], [*HEADINGS[:3], *_SURE[: 2 * bool(sure)]])
     for name in shown:
         if name == "backbone":  # folded where the terminal is narrow
             table.add_column(name, overflow="fold", min_width=12)
@@ -220,11 +242,14 @@ def _show(ranking: Ranking) -> None:
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for cells in ranking.cells():
         row: dict[str, str] = dict(zip(HEADINGS, cells, strict=True))
+        row |= sure.get(row["backbone"], dict.fromkeys(_SURE, ""))
         row["note"] = "see below" if row["backbone"] in ranking.failed else row["note"]
         table.add_row(*(_escape(row[name]) for name in shown))
     _print(table)
     for name, error in ranking.failed.items():
         output.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
+    for line in _findings(ranking):
+        output.print(line, markup=False, highlight=False, soft_wrap=True)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
             messages.print(
@@ -244,6 +269,55 @@ def _show(ranking: Ranking) -> None:
     )
 
 
+_SURE = ("90% ranks", "P(best)")
+
+
+def _confidence(ranking: Ranking) -> dict[str, dict[str, str]]:
+    """Return the cells of the columns `_SURE`, by backbone; none where they cannot be known."""
+    from sfda_tune.confidence import confidence
+
+    try:
+        c = confidence(ranking)
+    except ValueError:  # the metric is no mean over images, or nothing was scored
+        return {}
+    return {
+        str(name): {
+            "90% ranks": f"{first}" if first == last else f"{first}–{last}",
+            "P(best)": f"{best:.2f}",
+        }
+        for name, (first, last), best in zip(
+            c.names, c.rank_interval, c.best.values(), strict=True
+        )
+    }
+
+
+def _findings(ranking: Ranking) -> list[str]:
+    """Say what follows from the ranking: the shortlist, the race, the ensemble."""
+    from sfda_tune.confidence import confidence, shortlist
+
+    lines = []
+    try:
+        c = confidence(ranking)
+    except ValueError:  # the metric is no mean over images, or nothing was scored
+        pass
+    else:
+        names = [str(name) for name in shortlist(c)]
+        if len(names) > 1:
+            lines.append(f"Best by this score, with probability .95, one of: {', '.join(names)}")
+        groups = [", ".join(map(str, group)) for group in c.groups if len(group) > 1]
+        if groups:
+            lines.append(f"Not told apart by these images: {'; '.join(groups)}")
+    if race := ranking.info.get("race"):
+        saved = 1 - race["forward_passes"] / race["full_run"]
+        lines.append(
+            f"Race for the top {race['top']}: {race['forward_passes']} forward passes instead of "
+            f"{race['full_run']}, {saved:.0%} saved"
+        )
+    if ensemble := ranking.info.get("ensemble"):
+        lines.append(f"To fine-tune together: {', '.join(ensemble['backbones'])}")
+    return lines
+
+
 def _print(table: Table) -> None:
     """Print a table; a file or a pipe has no width, so there nothing is folded or cut."""
     if output.is_terminal:
@@ -253,12 +327,12 @@ def _print(table: Table) -> None:
         Console(width=wide.measure(table).maximum).print(table)
 
 
-def _columns(names: list[int]) -> list[str]:
+def _columns(names: list[int], first: list[str]) -> list[str]:
     """Leave out the less important columns where the terminal is too narrow for all."""
-    shown: list[str] = list(HEADINGS)
+    shown = [*first, *HEADINGS[3:]]
     room = 10_000 if not output.is_terminal else output.width
-    for name in ("images/s", "params", "width"):
-        if max(names, default=0) + 8 * len(shown) > room:
+    for name in ("images/s", "params", "width", *_SURE):
+        if name in shown and max(names, default=0) + 9 * len(shown) > room:
             shown.remove(name)
     return shown
 

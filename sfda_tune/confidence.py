@@ -324,7 +324,8 @@ def confidence(
     Parameters
     ----------
     ranking : Ranking
-        Its scores must have `per_sample`; failed backbones are left out. If the values are means
+        Its scores must have `per_sample`; backbones that failed or left a race are left out. If
+        the values are means
         over the images that are not alone in their class, as those of ``sfda`` with
         ``variant="loo"``, the others are left out too.
     n_resamples, seed, k, level
@@ -348,7 +349,7 @@ def confidence(
     >>> confidence(Ranking(scores, labels=np.arange(60) % 3)).best
     {'b': 1.0, 'a': 0.0}
     """
-    scores = [s for s in ranking.scores if s.error is None]
+    scores = [s for s in ranking.scores if s.error is None and "race" not in s.details]
     if not scores:
         raise ValueError(
             f"`ranking` must have a backbone that could be scored but all {len(ranking)} failed; "

@@ -185,8 +185,10 @@ class ImageDataset:
         """
         if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
             raise DatasetError(f"`samples` must be a positive int but is {n!r}.")
-        if n >= len(self):
-            return self
+        return self if n >= len(self) else self.subset(self.sample_rows(int(n), seed))
+
+    def sample_rows(self, n: int, seed: int = 0) -> np.ndarray:
+        """Return the rows that `sample` draws, sorted."""
         classes, code, counts = np.unique(self.labels, return_inverse=True, return_counts=True)
         if n < len(classes):
             raise DatasetError(
@@ -199,7 +201,7 @@ class ImageDataset:
             rank[rng.permutation(members)] = np.arange(len(members))
         # one image of each class, then a second, then by Sainte-Laguë; ties to the first class
         order = np.lexsort((code, (rank + 0.5) / counts[code], np.minimum(rank, 2)))
-        return self.subset(np.sort(order[:n]))
+        return np.sort(order[:n])
 
 
 def open_dataset(

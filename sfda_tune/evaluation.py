@@ -5,7 +5,6 @@
 `pearson` `spearman` `fidelity`           agreement of values, of ranks, of differences
 `relative_at_k` `regret_at_k` `hit_at_k`  its cost when followed; does it find the best model
 `permutation_p_value` `leave_models_out`  better than a random order? does it hang on few models?
-`rank_average`                            several metrics combined
 `static_order` `static_order_null`        better than one fixed order for all data sets?
 `evaluate` `evaluate_many`                all of it, for one data set and for several
 ========================================  =======================================================
@@ -229,28 +228,7 @@ def leave_models_out(
     return LeaveOut(*values[ends].tolist(), *without)
 
 
-# Combinations and baselines --------------------------------------------------------------------
-def rank_average(*scores: Mapping[str, float], weights: Any = None) -> dict[str, float]:
-    """Combine scores of the same models: the (weighted) mean of their ranks, 1 (worst) to n.
-
-    Ties are averaged. Models that not *all* scores rate are NaN. A prior, such as ImageNet
-    accuracy or −parameters, can be one of the scores.
-
-    >>> rank_average({"a": 0.1, "b": 0.7, "c": 0.9}, {"a": -5, "b": -3, "c": -4})
-    {'a': 1.0, 'b': 2.5, 'c': 2.5}
-    """
-    w = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=float)
-    if w.shape != (len(scores),) or not np.all(w > 0):
-        raise ValueError(f"`weights` must be {len(scores)} positive numbers but is {weights!r}.")
-    tables = [numbers("`scores`", one) for one in scores]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    X = np.array([[table.get(name, NAN) for name in names] for table in tables])
-    rated = np.isfinite(X).all(0)
-    mean = np.full(len(names), NAN)
-    mean[rated] = np.round(w @ rankdata(X[:, rated], axis=1) / w.sum(), DIGITS)
-    return dict(zip(names, mean.tolist(), strict=True))
-
-
+# Baselines -------------------------------------------------------------------------------------
 def static_order(truths: Truths) -> dict[str, dict[str, float]]:
     """Score each model by its mean rank on the *other* data sets: the baseline to beat.
 

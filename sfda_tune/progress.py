@@ -55,8 +55,11 @@ class Bar(Silent):
         """Show the bar, unless everything is cached."""
         if n_cached:
             self.rich.console.print(f"{n_cached} backbones need no forward pass (cached features)")
-        if n_images:
+        if n_images and self._task is None:
             self._task = self.rich.add_task("extracting", total=n_images)
+        elif n_images:  # the next stage of a race
+            total = (self.rich.tasks[0].total or 0) + n_images
+            self.rich.update(self._task, total=total)
 
     def advance(self, backbone: str, n_images: int) -> None:
         """Move the bar on and name the backbone at work."""

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
-from inspect import signature
 from typing import Any
+
+import numpy as np
 
 from sfda_tune.backbones import resolve_backbones
 from sfda_tune.datasets import ImageDataset, open_dataset
+from sfda_tune.ensembles import select_ensemble
 from sfda_tune.extraction import Extraction, Map, Settings, extract, resolve_device
-from sfda_tune.metrics import describe_metrics, get_metric
-from sfda_tune.metrics.sfda import VARIANTS, sfda
+from sfda_tune.racing import Course, Race, make_stages, run
+from sfda_tune.scoring import Metric, Scorer
 from sfda_tune.store import FeatureStore
-from sfda_tune.values import Features, MetricResult, Ranking, Score
+from sfda_tune.values import Backbone, Ranking, Score
 
-__all__ = ["RankingInterruptedError", "rank", "score"]
-
-logger = logging.getLogger(__name__)
-
-Metric = str | Callable[[Any, Any], Any]
+__all__ = ["RankingInterruptedError", "rank"]
 
 
 class RankingInterruptedError(KeyboardInterrupt):
@@ -37,57 +33,6 @@ class RankingInterruptedError(KeyboardInterrupt):
     def __init__(self, ranking: Ranking) -> None:
         super().__init__(f"interrupted with {len(ranking) - len(ranking.failed)} backbones ranked")
         self.ranking = ranking
-
-
-def score(features: Features, metric: Metric = "sfda", *, variant: str | None = None) -> Score:
-    """Score the features of one backbone.
-
-    Parameters
-    ----------
-    features : Features
-    metric : str or callable, default "sfda"
-        A name in `sfda_tune.metrics.METRICS`, or any ``f(x, y)`` that returns a float or a
-        `MetricResult`, higher being better.
-    variant : str, optional
-        Of the metric ``sfda``.
-
-    Returns
-    -------
-    Score
-        A metric that fails gives a score with its error.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> rng = np.random.default_rng(0)
-    >>> y = np.arange(60) % 3
-    >>> apart = Features(rng.normal(size=(60, 4)) + 3 * y[:, None], y, backbone="apart")
-    >>> mixed = Features(rng.normal(size=(60, 4)), y, backbone="mixed")
-    >>> score(apart).value > score(mixed).value
-    True
-    """
-    _, function = _metric(metric, variant)
-    started = time.perf_counter()
-    try:
-        result = function(features.x, features.y)
-        if not isinstance(result, MetricResult):
-            result = MetricResult(float(result))
-    except Exception as error:
-        logger.debug("%s could not be scored", features.backbone, exc_info=True)
-        text = " ".join(str(error).split())
-        result, problem = MetricResult(0.0), f"{type(error).__name__}: {text}"
-    else:
-        problem = None
-    return Score(
-        features.backbone,
-        result.value,
-        result.per_sample,
-        features.n_samples,
-        features.n_dims,
-        result.details,
-        time.perf_counter() - started,
-        problem,
-    )
 
 
 def rank(
@@ -110,6 +55,9 @@ def rank(
     plugins: Iterable[str] = (),
     map_fn: Map | None = None,
     progress: Any = False,
+    race: bool = False,
+    top: int = 5,
+    ensemble: int | None = None,
 ) -> Ranking:
     """Rank backbones by how well their frozen features suit a labelled image data set.
 
@@ -122,7 +70,8 @@ def rank(
     backbones : str, Backbone, mapping, or an iterable of these, default "demo:*"
         See `sfda_tune.backbones`.
     metric, variant
-        See `score`.
+        See `score`; or several names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the weighted
+        mean of their ranks over the backbones. ``imagenet`` and ``params`` are priors.
     samples : int, optional
         Use a stratified sample of so many images.
     seed : int, default 0
@@ -143,11 +92,22 @@ def rank(
         ``ThreadPoolExecutor(4).map``; the ranking is the same.
     progress : bool or object, default False
         Whether to show a progress bar; or an object that takes its part (see `extract`).
+    race : bool, default False
+        Show few images to all backbones and more only to those that still have a chance to be in
+        the `top`, see `sfda_tune.racing`: the same top as without, with probability .95. The
+        features are cached stage by stage, apart from those of a full run.
+    top : int, default 5
+        How many backbones a race is to find.
+    ensemble : int, optional
+        Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
+        ``info["ensemble"]`` has them. All features are then held in memory.
 
     Returns
     -------
     Ranking
-        Best first; failed backbones last, each with its error.
+        Best first; failed backbones last, each with its error. A backbone that left a race has
+        its score on the images it saw, plus the median gain of those that finished, at most the
+        lowest of theirs; ``info["race"]`` has the stages and the forward passes saved.
 
     Raises
     ------
@@ -168,7 +128,17 @@ def rank(
     if cache:
         store = FeatureStore() if cache is True else FeatureStore(cache)  # type: ignore[arg-type]
     candidates = resolve_backbones(backbones, plugins=plugins)
-    label, function = _metric(metric, variant)  # which a plug-in may have registered
+    scorer = Scorer(metric, variant)  # after the plug-ins, which may have registered it
+    if race and scorer.combined:
+        raise ValueError(
+            f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
+            "leave race out, or take 'sfda'."
+        )
+    if ensemble is not None and not 1 <= ensemble <= len(candidates):
+        raise ValueError(
+            f"`ensemble` must be an integer from 1 to {len(candidates)}, the number of backbones, "
+            f"but is {ensemble!r}."
+        )
     images = open_dataset(
         dataset, split=split, image_column=image_column, label_column=label_column
     )
@@ -178,89 +148,198 @@ def rank(
     from sfda_tune.progress import as_progress
 
     started = time.perf_counter()
-    scores: dict[str, Score] = {}
-    seconds = {"load": 0.0, "decode": 0.0, "decode_work": 0.0, "forward": 0.0, "score": 0.0}
-    unreadable: dict[int, str] = {}
-    rows: Any = None
-    interrupted = False
+    run = _Run(images, candidates, settings, store, map_fn, scorer)
+    course, interrupted = None, False
     with as_progress(progress) as bar:
-        found = extract(images, candidates, settings, store=store, map_fn=map_fn, progress=bar)
         try:
-            for extraction in found:
-                for part, spent in extraction.seconds.items():
-                    seconds[part] += spent
-                unreadable |= extraction.unreadable
-                begun = time.perf_counter()
-                result = _score(extraction, function)
-                seconds["score"] += time.perf_counter() - begun
-                if extraction.features is not None:
-                    rows = extraction.rows if rows is None else rows
-                    if not _same(rows, extraction.rows):
-                        result = replace(
-                            result,
-                            error="its images are not those of the other backbones; run "
-                            "`sfda-tune cache clear` and rank again",
-                        )
-                scores[result.backbone] = result
-                bar.finish(result)
+            if race:
+                course = run.race(Race(top, seed=seed), bar)
+            else:
+                run.measure(candidates, None, bar, None if ensemble is None else run.seen)
         except KeyboardInterrupt:
             interrupted = True
-            found.close()
+            run.scores = run.finished()
     for backbone in candidates:
         unfinished = Score(backbone.name, error="not finished (interrupted)")
-        scores.setdefault(backbone.name, unfinished)
-    seconds["total"] = time.perf_counter() - started
-    if unreadable:
-        names = [images.item_name(row) for row in sorted(unreadable)]
+        run.scores.setdefault(backbone.name, unfinished)
+    run.seconds["total"] = time.perf_counter() - started
+    if run.unreadable:
+        names = [images.item_name(row) for row in sorted(run.unreadable)]
         warnings.warn(
             f"{len(names)} of {len(images)} images could not be read and were left out: "
             + ", ".join(names[:5])
             + (", …" if len(names) > 5 else ""),
             stacklevel=2,
         )
+    info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
+    if course is not None:
+        info["race"] = _report(course, top)
+    if ensemble is not None and not interrupted:
+        info["ensemble"] = run.ensemble(ensemble)
     ranking = Ranking(
-        tuple(scores.values()),
-        label,
-        None if rows is None else images.labels[rows],
-        _info(images, settings, seed, samples, seconds, unreadable, rows),
+        tuple(scorer.combine(list(run.scores.values()))),
+        scorer.label,
+        None if run.rows is None else images.labels[run.rows],
+        info,
     )
     if interrupted:
         raise RankingInterruptedError(ranking)
     return ranking
 
 
-def _metric(metric: Metric, variant: str | None) -> tuple[str, Callable[[Any, Any], Any]]:
-    """Return a metric and what it is called in the ranking."""
-    function = get_metric(metric)
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "score")
-    infos = {info.name: info.needs for info in describe_metrics()}
-    if "features" not in infos.get(name, ("features",)):
-        usable = ", ".join(key for key, needs in infos.items() if "features" in needs)
-        raise ValueError(
-            f"`metric` {name!r} needs {' and '.join(infos[name])}, which `rank` does not have; "
-            f"choose one of {usable}, or call it yourself: sfda_tune.metrics.{name}."
+class _Run:
+    """One ranking under way: what was scored so far, and what it took."""
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        candidates: list[Backbone],
+        settings: Settings,
+        store: FeatureStore | None,
+        map_fn: Map | None,
+        scorer: Scorer,
+    ) -> None:
+        self.images, self.candidates, self.settings = images, candidates, settings
+        self.store, self.map_fn, self.scorer = store, map_fn, scorer
+        self.scores: dict[str, Score] = {}
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("load", "decode", "decode_work", "forward", "score"), 0.0
         )
-    if function is sfda:
-        chosen = variant or signature(sfda).parameters["variant"].default
-        if chosen not in VARIANTS:
-            raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)} but is {variant!r}.")
-        return f"sfda ({chosen})", partial(sfda, variant=chosen)
-    if variant is not None:
-        raise ValueError(
-            f"`variant` belongs to the metric 'sfda' but `metric` is {name!r} and `variant` "
-            f"{variant!r}; leave it out, or pass functools.partial(your_metric, …)."
+        self.unreadable: dict[int, str] = {}
+        self.rows: Any = None  # of the data set, behind the latest scores
+        self.seen: dict[str, Extraction] = {}  # what a race or an ensemble needs again
+
+    def measure(
+        self,
+        candidates: list[Backbone],
+        rows: np.ndarray | None,
+        bar: Any,
+        seen: dict[str, Extraction] | None = None,
+    ) -> None:
+        """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
+        images = self.images if rows is None else self.images.subset(rows)
+        found = extract(
+            images,
+            candidates,
+            self.settings,
+            store=self.store,
+            map_fn=self.map_fn,
+            progress=bar,
         )
-    return name, function
+        self.rows = None
+        try:
+            for extraction in found:
+                for part, spent in extraction.seconds.items():
+                    self.seconds[part] += spent
+                if rows is not None:
+                    extraction = _renumber(extraction, rows)
+                self.unreadable |= extraction.unreadable
+                name = extraction.backbone.name
+                if seen is not None:
+                    extraction = seen[name] = _join(seen.get(name), extraction)
+                begun = time.perf_counter()
+                result = _score(extraction, self.scorer)
+                self.seconds["score"] += time.perf_counter() - begun
+                if extraction.features is not None:
+                    self.rows = extraction.rows if self.rows is None else self.rows
+                    if not _same(self.rows, extraction.rows):
+                        result = replace(
+                            result,
+                            error="its images are not those of the other backbones; run "
+                            "`sfda-tune cache clear` and rank again",
+                        )
+                self.scores[name] = result
+                bar.finish(result)
+        finally:
+            found.close()
+
+    def race(self, terms: Race, bar: Any) -> Course:
+        """Score all candidates on few images, and ever fewer of them on more."""
+        by_name = {backbone.name: backbone for backbone in self.candidates}
+        past = dict.fromkeys(by_name, np.empty(0, np.int64))
+
+        def measure(names: list[str], rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+            for n in {len(past[name]) for name in names}:  # one, unless somebody comes back
+                group = [name for name in names if len(past[name]) == n]
+                new = np.setdiff1d(rows, past[group[0]])
+                self.measure([by_name[name] for name in group], new, bar, self.seen)
+                past.update(dict.fromkeys(group, rows))
+            good = {name: self.scores[name].per_sample for name in names}
+            good = {name: p for name, p in good.items() if self.scores[name].error is None}
+            if any(p is None for p in good.values()):
+                raise ValueError(
+                    f"`race` needs a metric that is a mean over images but `metric` is "
+                    f"{self.scorer.label!r}; leave race out, or take 'sfda'."
+                )
+            return self.rows, good
+
+        stages = make_stages(self.images, terms.seed)
+        course = run(list(by_name), stages, self.images.labels, measure, terms)
+        final = [
+            s.value for n, s in self.scores.items() if n not in course.dropped and s.error is None
+        ]
+        for name, out in course.dropped.items():
+            value = min([out["value"] + out["gain"], *final])
+            note = f"left the race after {out['images']} images"
+            old = self.scores[name]
+            details = {**old.details, "race": out, "note": note}
+            self.scores[name] = replace(old, value=value, per_sample=None, details=details)
+        return course
+
+    def finished(self) -> dict[str, Score]:
+        """Return the scores on all images: an interrupted race has others, too."""
+        n = len(self.images) - len(self.unreadable)
+        return {name: s for name, s in self.scores.items() if s.error or s.n_samples == n}
+
+    def ensemble(self, k: int) -> dict[str, Any]:
+        """Choose `k` of the backbones that were scored on all images."""
+        names = [
+            name for name, s in self.scores.items() if s.error is None and "race" not in s.details
+        ]
+        hub = {name: self.seen[name].features for name in names}
+        if not hub:
+            return {}
+        chosen = select_ensemble(hub, None, min(k, len(hub)))
+        return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
 
 
-def _score(extraction: Extraction, function: Callable[[Any, Any], Any]) -> Score:
+def _report(course: Course, top: int) -> dict[str, Any]:
+    return {
+        "top": top,
+        "stages": list(course.stages),
+        "forward_passes": course.n_forward,
+        "full_run": course.n_full,
+    }
+
+
+def _renumber(extraction: Extraction, rows: np.ndarray) -> Extraction:
+    """Name the rows of an extraction from a part of the data set as the whole does."""
+    unreadable = {int(rows[row]): why for row, why in extraction.unreadable.items()}
+    return replace(extraction, rows=rows[extraction.rows], unreadable=unreadable)
+
+
+def _join(old: Extraction | None, new: Extraction) -> Extraction:
+    """Put the features of two parts of the data set into the order of its rows."""
+    if old is None or old.features is None or new.features is None:
+        return new
+    rows = np.concatenate([old.rows, new.rows])
+    order = np.argsort(rows)
+    x = np.concatenate([old.features.x, new.features.x])[order]
+    y = np.concatenate([old.features.y, new.features.y])[order]
+    features = replace(new.features, x=x, y=y)
+    return replace(
+        new, features=features, rows=rows[order], unreadable=old.unreadable | new.unreadable
+    )
+
+
+def _score(extraction: Extraction, scorer: Scorer) -> Score:
     """Score an extraction and add to the score's details what the extraction measured."""
     name = extraction.backbone.name
     spent = sum(extraction.seconds.get(part, 0.0) for part in ("load", "decode", "forward"))
     if extraction.features is None:
         result = Score(name, error=extraction.error or "failed", seconds=spent)
     else:
-        result = score(extraction.features, function)
+        result = scorer.score(extraction.features)
         result = replace(result, seconds=result.seconds + spent)
     measured = {
         "spec": extraction.backbone.spec,

@@ -409,8 +409,31 @@ class Ranking(_Value, Mapping[str, float]):
         """The backbones that could not be scored, each with its error."""
         return {s.backbone: s.error for s in self.scores if s.error is not None}
 
-    def shortlist(self, k: int) -> list[str]:
-        """Return the names of the `k` best backbones (fewer if fewer could be scored)."""
+    def shortlist(self, k: int | None = None, *, probability: float | None = None) -> list[str]:
+        """Return the best backbones: the first `k`, or as many as the images make necessary.
+
+        Parameters
+        ----------
+        k : int, optional
+            So many (fewer if fewer could be scored).
+        probability : float in (0, 1], optional
+            The smallest set that holds the best one with this probability, by resampling the
+            images (`sfda_tune.confidence`); the metric must be a mean over images.
+
+        Raises
+        ------
+        ValueError
+            If not exactly one of the two is given, or it is out of range.
+        """
+        if (k is None) == (probability is None):
+            raise ValueError(
+                f"`k` or `probability` must be given, and one only, but they are {k!r} and "
+                f"{probability!r}; shortlist(5), or shortlist(probability=0.95)."
+            )
+        if probability is not None:
+            from sfda_tune.confidence import confidence, shortlist
+
+            return [str(name) for name in shortlist(confidence(self), probability)]
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"`k` must be an integer ≥ 1 but is {k!r}.")
         return [s.backbone for s in self.scores if s.error is None][: int(k)]

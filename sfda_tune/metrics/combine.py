@@ -94,13 +94,13 @@ def combine(
 
 
 def _ranks(s: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Weighted mean of the ranks, scaled at the end: equal sums of ranks stay exact ties."""
+    """Weighted mean of the ranks, rounded so that what is equal on paper stays a tie."""
     from scipy.stats import rankdata
 
     n = s.shape[1]
     if n == 1:
         return np.full(1, 0.5)
-    return (w @ rankdata(s, axis=1) - w.sum()) / (w.sum() * (n - 1))
+    return np.round((w @ rankdata(s, axis=1) - w.sum()) / (w.sum() * (n - 1)), 12)
 
 
 def _min_max(s: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sfda_tune.values import Ranking
 
-__all__ = ["imagenet", "imagenet_prior", "params", "params_prior"]
+__all__ = ["PRIORS", "imagenet", "imagenet_prior", "params", "params_prior"]
 
 
 def imagenet(features: Any, labels: Any) -> NoReturn:
@@ -93,8 +92,9 @@ def imagenet_prior(
         Names of backbones, such as ``"resnet50.a1_in1k"``, with or without ``"hf-hub:timm/"``; a
         `Ranking` is one. A name without tag stands for timm's default weights.
     path : str or Path, optional
-        ``results-imagenet.csv`` from timm's repository (folder ``results``), or any CSV file with
-        columns ``model`` and ``top1``. The timm package itself does not hold it.
+        Any CSV file with columns ``model`` and ``top1``, for instance a newer
+        ``results-imagenet.csv`` from timm's repository. Default: the one that ships with this
+        package, of 1,556 models and sizes.
     img_size : int, optional
         Of several image sizes this one; the smallest by default.
 
@@ -110,7 +110,8 @@ def imagenet_prior(
 
     References
     ----------
-    https://github.com/huggingface/pytorch-image-models/tree/main/results (Apache-2.0)
+    The file that ships, ``imagenet.csv``, holds four columns of ``results/results-imagenet.csv``,
+    https://github.com/huggingface/pytorch-image-models at aa4b5850 (R. Wightman, Apache-2.0).
 
     Examples
     --------
@@ -136,7 +137,7 @@ def params_prior(names: Iterable[str], *, path: str | Path | None = None) -> dic
         A `Ranking` knows the sizes of its backbones, as counted when they were loaded.
     path : str or Path, optional
         For names that are no `Ranking`: a CSV file with columns ``model`` and ``param_count`` (in
-        millions), such as those of `imagenet_prior`.
+        millions); default: as for `imagenet_prior`.
 
     Returns
     -------
@@ -146,7 +147,7 @@ def params_prior(names: Iterable[str], *, path: str | Path | None = None) -> dic
     Raises
     ------
     ValueError
-        If `names` is no `Ranking` and there is no such file, or it lacks a column.
+        If there is no such file, or it lacks a column.
 
     Examples
     --------
@@ -171,24 +172,13 @@ def _look_up(
 
 
 def _file(path: str | Path | None) -> Path:
-    if path is None:
-        path = _shipped()
-    if path is None or not Path(path).is_file():
+    file = Path(__file__).with_name("imagenet.csv") if path is None else Path(path)
+    if not file.is_file():
         raise ValueError(
-            f"`path` must be a CSV file with published results but is {str(path)!r}; take "
-            "results/results-imagenet.csv from https://github.com/huggingface/"
-            "pytorch-image-models, the timm package does not hold it."
+            f"`path` must be a CSV file with published results but is {str(path)!r}; leave it out "
+            "for the table that ships with sfda_tune."
         )
-    return Path(path)
-
-
-def _shipped() -> Path | None:
-    """Find the file within an installed timm without importing it; wheels up to 1.0 lack it."""
-    for folder in sys.path:
-        file = Path(folder, "timm", "results", "results-imagenet.csv")
-        if file.is_file():
-            return file
-    return None
+    return file
 
 
 def _read(file: Path, column: str, img_size: int | None) -> dict[str, float]:
@@ -221,3 +211,9 @@ def _known(name: str, table: dict[str, float]) -> str:
 
     config = timm.get_pretrained_cfg(bare, allow_unregistered=True)
     return f"{bare}.{config.tag}" if config is not None and config.tag else bare
+
+
+PRIORS: dict[str, Callable[[Ranking], dict[str, float]]] = {
+    "imagenet": imagenet_prior,
+    "params": params_prior,
+}

@@ -19,7 +19,6 @@ from sfda_tune.evaluation import (
     leave_models_out,
     pearson,
     permutation_p_value,
-    rank_average,
     regret_at_k,
     relative_at_k,
     spearman,
@@ -218,9 +217,6 @@ def test_wrong_options():
         evaluate([1, 2], [1, 2], k=(1, 0))
     with pytest.raises(ValueError, match=r"`n` must be an integer .* but is 0"):
         permutation_p_value([1, 2], [1, 2], n=0)
-    for weights in ([1, 2], [-1], [NAN]):
-        with pytest.raises(ValueError, match="`weights` must be 1 positive numbers but is"):
-            rank_average({"a": 1, "b": 2}, weights=weights)
 
 
 # Permutations ----------------------------------------------------------------------------------
@@ -269,19 +265,7 @@ def test_leave_models_out_of_nothing_is_undefined():
     assert leave_models_out([1, 1, 2], [1, 2, 3]).low == 1
 
 
-# Combinations and baselines ---------------------------------------------------------------------
-def test_rank_average():
-    one, two = {"a": 0.1, "b": 0.2, "c": 0.9}, {"c": -1, "a": -1, "b": -9}
-    assert rank_average(one) == {"a": 1, "b": 2, "c": 3}
-    assert rank_average(one, two) == {"a": 1.75, "b": 1.5, "c": 2.75}
-    assert rank_average(one, two, weights=[3, 1]) == {"a": 1.375, "b": 1.75, "c": 2.875}
-    combined = rank_average({"a": 1, "b": NAN, "c": 3}, {"a": 2, "b": 9, "c": 1, "d": 5})
-    assert combined == pytest.approx({"a": 1.5, "b": NAN, "c": 1.5, "d": NAN}, nan_ok=True)
-    # Weights must not round apart what is equal on paper.
-    two_ways = {"a": 1, "b": 2}, {"a": 2, "b": 1}, {"a": 1, "b": 1}
-    assert len(set(rank_average(*two_ways, weights=[0.1] * 3).values())) == 1
-
-
+# Baselines --------------------------------------------------------------------------------------
 def test_static_order_does_not_see_its_own_data_set():
     truths = {"x": {"a": 1, "b": 2, "c": 3}, "y": {"a": 9, "b": 9, "c": 1}, "z": {"a": 1, "b": 5}}
     order = static_order(truths)

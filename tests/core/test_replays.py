@@ -14,13 +14,13 @@ from sfda_tune.evaluation import (
     evaluate_many,
     hit_at_k,
     leave_models_out,
-    rank_average,
     regret_at_k,
     spearman,
     static_order,
     static_order_null,
     weighted_tau,
 )
+from sfda_tune.metrics import combine
 from sfda_tune.tables import read_scores, read_truth
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -185,7 +185,7 @@ def tmlr():
         ("sfda", "logme"),
     ):
         scores["+".join(metrics)] = {
-            name: rank_average(*(scores[metric][name] for metric in metrics)) for name in truth
+            name: combine(*(scores[metric][name] for metric in metrics)) for name in truth
         }
     return scores, truth
 

@@ -1,0 +1,213 @@
+"""Racing: few images for all backbones, more images only for those that may still win.
+
+==========  ==========================================================================  ==========
+Symbol      Meaning                                                                     Shape
+==========  ==========================================================================  ==========
+N, m        all images; images seen so far, m = N/16, N/8, N/4, N/2, N
+n, k        backbones in the race; size of the top that is wanted
+s_i(m)      score of backbone i on the first m images                                   (n,)
+ŝ_ri        score of backbone i in bootstrap resample r of its m images                 (R, n)
+g_i         s_i(m) − s_i(m/2), what the last doubling has brought                       (n,)
+τ           standard deviation of g_i over the backbones
+z_ri        standard normal                                                             (R, n)
+==========  ==========================================================================  ==========
+
+The images are put into one stratified order, so that every stage holds the one before. After each
+stage but the first the final score of a backbone is simulated as
+
+    f_ri = ŝ_ri + τ √(log₂(N/m)) · z_ri,     P_i = (1/R) #{r : f_ri among the k best of f_r}
+
+and those with P_i < (1 − p)/2 leave. The bootstrap alone is not enough: with further images the
+metric is fitted anew, and wide or well-trained backbones gain more by it than others. How unequal
+the gains of the last doubling were is measured, and every doubling ahead adds its square.
+Extrapolating each backbone's own gain instead errs far more often: the gains are mostly noise.
+
+MEASURED
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sfda_tune.confidence import bootstrap
+
+if TYPE_CHECKING:
+    from sfda_tune.datasets import ImageDataset
+
+__all__ = ["Course", "Race", "chances", "make_stages", "run"]
+
+FIRST = 16  # the first stage is 1/16 of the images,
+PER_CLASS = 3  # or so many images for each class
+
+
+@dataclass(frozen=True)
+class Race:
+    """The terms of a race.
+
+    Parameters
+    ----------
+    top : int, default 5
+        How many of the best backbones the race is to find; the others are ranked roughly.
+    probability : float in (0, 1), default 0.95
+        With which these are those of the full run.
+    seed : int, default 0
+        Of the order of the images and of the resamples.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, the rule and the value.
+    """
+
+    top: int = 5
+    probability: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1:
+            raise ValueError(f"`top` must be an integer ≥ 1 but is {self.top!r}.")
+        if not 0 < self.probability < 1:
+            raise ValueError(f"`probability` must lie in (0, 1) but is {self.probability!r}.")
+
+    @property
+    def threshold(self) -> float:
+        """A backbone with a smaller chance to be in the top leaves."""
+        return (1 - self.probability) / 2
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a race went.
+
+    Parameters
+    ----------
+    stages : tuple of dict
+        ``images``, ``backbones`` that saw them, ``dropped`` after them.
+    dropped : dict of str to dict
+        Who left: ``images`` seen, ``p_top``, ``value`` on these images, and ``gain``, the median
+        of what the backbones that finished have won since.
+    n_forward, n_full : int
+        Images × backbones of this race, and of the full run.
+    """
+
+    stages: tuple[dict[str, Any], ...]
+    dropped: dict[str, dict[str, Any]]
+    n_forward: int
+    n_full: int
+
+
+def make_stages(images: ImageDataset, seed: int = 0) -> list[np.ndarray]:
+    """Return the rows of each stage, sorted; each holds the one before, the last holds all."""
+    N, C = len(images), len(images.classes)
+    m = max(-(-N // FIRST), PER_CLASS * C)
+    stages = []
+    while m < N:
+        stages.append(images.sample_rows(m, seed=seed))
+        m *= 2
+    return [*stages, np.arange(N)]
+
+
+def run(
+    names: Sequence[str],
+    stages: Sequence[np.ndarray],
+    labels: np.ndarray,
+    measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray]]],
+    race: Race,
+) -> Course:
+    """Race `names` over `stages`.
+
+    Parameters
+    ----------
+    names : sequence of str
+    stages : sequence of arrays of int
+        See `make_stages`.
+    labels : array of int, shape (n_samples,)
+    measure : callable
+        ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read
+        and, for each backbone that could be scored, their contributions.
+    race : Race
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> terms = dict(zip("abcd", rng.normal(size=(4, 800)) + [[1.0], [0.9], [0.1], [0.0]]))
+    >>> stages = [np.arange(m) for m in (50, 100, 200, 400, 800)]
+    >>> course = run(
+    ...     "abcd", stages, np.arange(800) % 4,
+    ...     lambda names, rows: (rows, {name: terms[name][rows] for name in names}), Race(top=2),
+    ... )
+    >>> sorted(course.dropped), course.n_forward / course.n_full
+    (['c', 'd'], 0.5625)
+    """
+    N, active, n_forward = len(labels), list(names), 0
+    seen = dict.fromkeys(active, 0)
+    values: list[dict[str, float]] = []
+    log: list[dict[str, Any]] = []
+    dropped: dict[str, dict[str, Any]] = {}
+    for rows in stages:
+        if len(active) <= race.top and len(rows) < N:
+            continue  # nobody can leave any more: on to all images
+        terms: dict[str, np.ndarray] = {}
+        readable = rows
+        while active:
+            n_forward += sum(len(rows) - seen[name] for name in active)
+            seen |= dict.fromkeys(active, len(rows))
+            readable, new = measure(active, rows)
+            terms |= new
+            # Where somebody failed, the best of those that left take the places.
+            free = race.top - len(terms)
+            active = sorted(dropped, key=lambda name: -dropped[name]["p_top"])[: max(free, 0)]
+            for name in active:
+                del dropped[name]
+        values.append({name: float(np.mean(term)) for name, term in terms.items()})
+        out: dict[str, float] = {}
+        if len(values) > 1 and len(rows) < N and len(terms) > race.top:
+            gains = {name: v - values[-2].get(name, v) for name, v in values[-1].items()}
+            chance = chances(terms, gains, labels[readable], N, race)
+            out = {name: p for name, p in chance.items() if p < race.threshold}
+        for name, p in out.items():
+            stay = {"images": len(rows), "p_top": p, "value": values[-1][name]}
+            dropped[name] = {**stay, "stage": len(log)}
+        log.append({"images": len(rows), "backbones": len(terms), "dropped": sorted(out)})
+        active = [name for name in terms if name not in out]
+    for left in dropped.values():
+        then = values[left.pop("stage")]
+        gains = [values[-1][name] - then[name] for name in active if name in then]
+        left["gain"] = float(np.median(gains or [0.0]))
+    return Course(tuple(log), dropped, n_forward, len(names) * N)
+
+
+def chances(
+    per_sample: Mapping[str, np.ndarray],
+    gains: Mapping[str, float],
+    labels: np.ndarray,
+    n_samples: int,
+    race: Race,
+) -> dict[str, float]:
+    """P(in the final top), from the scores so far; see the module for the formula.
+
+    Parameters
+    ----------
+    per_sample : mapping of str to array, shape (m,)
+    gains : mapping of str to float
+        What the last doubling of the images has added to each score.
+    labels : array of int, shape (m,)
+    n_samples : int
+        All images, N.
+    race : Race
+
+    Returns
+    -------
+    dict of str to float
+    """
+    c = bootstrap({name: per_sample[name] for name in gains}, labels, seed=race.seed)
+    tau = float(np.std([gains[str(name)] for name in c.names], ddof=1))
+    z = np.random.default_rng([race.seed, len(labels)]).standard_normal(c.resamples.shape)
+    final = c.resamples + tau * math.sqrt(math.log2(n_samples / len(labels))) * z
+    kth_best = np.partition(final, -race.top, axis=1)[:, -race.top, None]
+    return dict(zip(map(str, c.names), (final >= kth_best).mean(axis=0).tolist(), strict=True))

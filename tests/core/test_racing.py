@@ -1,0 +1,171 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from sfda_tune import RankingInterruptedError, open_dataset, rank
+from sfda_tune.progress import Silent
+from sfda_tune.racing import Race, chances, make_stages, run
+
+CPU = {"device": "cpu", "workers": 0, "cache": False}
+
+
+def simulate(n=12, N=640, seed=0, spread=1.0):
+    """Per-image terms of n backbones whose true scores are `spread` apart, on a decaying curve."""
+    rng = np.random.default_rng(seed)
+    truth = spread * np.sort(rng.normal(size=n))[::-1]
+    hardness = rng.normal(size=N)
+    return truth, truth[:, None] + hardness + rng.normal(size=(n, N))
+
+
+def race_on(terms, labels, **options):
+    stages = make_stages(open_dataset((np.zeros((len(labels), 2, 2), np.uint8), labels.tolist())))
+    names = [str(i) for i in range(len(terms))]
+    asked = []
+
+    def measure(active, rows):
+        asked.append((list(active), rows))
+        return rows, {name: terms[int(name)][rows] for name in active}
+
+    return run(names, stages, labels, measure, Race(**options)), asked
+
+
+def test_stages_are_nested_stratified_and_double():
+    labels = [0] * 600 + [1] * 200
+    stages = make_stages(open_dataset((np.zeros((800, 2, 2), np.uint8), labels)), seed=3)
+    assert [len(rows) for rows in stages] == [50, 100, 200, 400, 800]
+    for few, more in pairwise(stages):
+        assert set(few) < set(more)
+    for rows in stages:
+        assert np.isclose((rows < 600).mean(), 0.75, atol=0.02)
+        assert (np.diff(rows) > 0).all()
+
+
+def test_the_top_is_that_of_the_full_run():
+    labels = np.arange(640) % 4
+    wrong, used = 0, []
+    for seed in range(20):
+        _, terms = simulate(seed=seed)
+        course, _ = race_on(terms, labels, top=3, seed=seed)
+        best = np.argsort(-terms.mean(axis=1))[:3].astype(str)
+        wrong += bool(set(best) & set(course.dropped))
+        used.append(course.n_forward / course.n_full)
+    assert wrong <= 2  # .05 of 20, with room for chance
+    assert np.mean(used) < 0.6
+
+
+def test_backbones_that_are_alike_all_stay():
+    rng = np.random.default_rng(0)
+    terms = rng.normal(size=(6, 640)) * 0.5 + rng.normal(size=640)
+    course, asked = race_on(terms, np.arange(640) % 4, top=3)
+    assert len(course.dropped) <= 1
+    assert [len(rows) for _, rows in asked] == [40, 80, 160, 320, 640]
+
+
+def test_whoever_left_sees_no_further_image():
+    _, terms = simulate(spread=3.0)
+    course, asked = race_on(terms, np.arange(640) % 4, top=2)
+    assert len(course.dropped) >= 8
+    for name, out in course.dropped.items():
+        assert max(len(rows) for active, rows in asked if name in active) == out["images"]
+        assert out["p_top"] < 0.025
+    forward = seen = 0
+    for active, rows in asked:
+        forward += len(active) * (len(rows) - seen)
+        seen = len(rows)
+    assert forward == course.n_forward
+    assert course.n_full == 12 * 640
+
+
+def test_unequal_gains_make_the_race_careful():
+    _, terms = simulate(n=4, N=160, spread=0.5)
+    labels, names = np.arange(160) % 4, "abcd"
+    per_sample = dict(zip(names, terms, strict=True))
+    sure = chances(per_sample, dict.fromkeys(names, 0.1), labels, 1600, Race(top=1))
+    gains = dict(zip(names, (0.0, 1.0, -1.0, 0.5), strict=True))
+    unsure = chances(per_sample, gains, labels, 1600, Race(top=1))
+    assert max(sure.values()) > max(unsure.values())
+    assert min(sure.values()) < min(unsure.values())
+    assert sum(unsure.values()) == pytest.approx(1)
+
+
+def test_where_a_favourite_fails_those_that_left_come_back():
+    rng = np.random.default_rng(0)
+    terms = {name: rng.normal(size=320) + i for i, name in enumerate("abcd")}
+
+    def measure(active, rows):
+        good = [name for name in active if not (name == "d" and len(rows) > 40)]
+        return rows, {name: terms[name][rows] for name in good}
+
+    stages = [np.arange(m) for m in (20, 40, 80, 160, 320)]
+    course = run("abcd", stages, np.arange(320) % 4, measure, Race(top=1))
+    assert course.stages[1]["dropped"] == ["a", "b", "c"]
+    assert set(course.dropped) == {"a", "b"}
+    assert course.stages[-1] == {"images": 320, "backbones": 1, "dropped": []}
+    assert course.n_forward == 2 * 320 + 2 * 40
+
+
+@pytest.mark.parametrize("arguments", [{"top": 0}, {"top": True}, {"probability": 1.0}])
+def test_bad_terms(arguments):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must"):
+        Race(**arguments)
+
+
+# Through the public door -------------------------------------------------------------------------
+def test_rank_races_and_survivors_have_the_scores_of_the_full_run():
+    options = {**CPU, "variant": "loo", "samples": 900}
+    full = rank("digits", "demo:*", **options)
+    raced = rank("digits", "demo:*", race=True, top=2, **options)
+    assert raced.shortlist(2) == full.shortlist(2)
+    report = raced.info["race"]
+    assert report["forward_passes"] < 0.7 * report["full_run"]
+    left = {s.backbone for s in raced.scores if "race" in s.details}
+    assert left == {name for stage in report["stages"] for name in stage["dropped"]} != set()
+    assert list(raced.values()) == sorted(raced.values(), reverse=True)
+    for s in raced.scores:
+        if s.backbone in left:
+            assert s.details["note"].startswith("left the race after")
+            assert s.n_samples < 900
+        else:
+            assert s.n_samples == 900
+            assert s.value == pytest.approx(full[s.backbone], abs=1e-6)
+    assert len(raced.shortlist(probability=0.95)) >= 1
+    assert type(raced).from_json(raced.to_json()).to_json() == raced.to_json()
+
+
+def test_a_race_skips_what_it_cannot_read_and_what_fails(photos, toy_zoo, tmp_path):
+    import shutil
+
+    shutil.copytree(photos, tmp_path / "photos")
+    next((tmp_path / "photos" / "ant").iterdir()).write_bytes(b"no image")
+    shutil.copytree(toy_zoo, tmp_path / "zoo")
+    (tmp_path / "zoo" / "vit" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.warns(UserWarning, match="1 of 36 images could not be read"):
+        ranking = rank(tmp_path / "photos", tmp_path / "zoo", race=True, top=1, **CPU)
+    assert set(ranking.failed) == {"vit"}
+    assert ranking.score(ranking.shortlist(1)[0]).n_samples == 35
+
+
+def test_an_interrupted_race_goes_on(photos, toy_zoo, tmp_path):
+    class Impatient(Silent):
+        def __init__(self):
+            self.finished = 0
+
+        def finish(self, score):
+            self.finished += 1
+            if self.finished == 6:
+                raise KeyboardInterrupt
+
+    options = {**CPU, "cache": tmp_path, "race": True, "top": 1, "samples": 36}
+    with pytest.raises(RankingInterruptedError) as stop:
+        rank(photos, toy_zoo, progress=Impatient(), **options)
+    assert set(stop.value.ranking.failed) == {"vit", "resnet", "convnext", "efficientnet"}
+    ranking = rank(photos, toy_zoo, **options)
+    assert not ranking.failed
+    assert dict(ranking) == dict(rank(photos, toy_zoo, **{**options, "cache": False}))
+
+
+def test_metrics_that_cannot_race(photos, toy_zoo):
+    for metric in ("sfda + params", "ncti", "logme"):
+        with pytest.raises(ValueError, match="`race` needs a metric that is a mean over images"):
+            rank(photos, toy_zoo, race=True, metric=metric, **CPU)
