@@ -1,6 +1,7 @@
 """The truth on real input: fine-tune the zoo's backbones on its data sets.
 
     python tests/benchmarks/real_zoo.py [--device cuda] [--minutes 60]
+    python tests/benchmarks/real_zoo.py --report [--cache DIR]
 
 It fills ``real_zoo.json`` beside this file, one pair of backbone and data set after the
 other; it can be stopped at any time and goes on where it was. Recipe, the same for all: 500
@@ -8,12 +9,20 @@ training images (stratified, seed 0), of which 100 choose the learning rate; all
 Nesterov momentum .9, weight decay 1e-4, cosine schedule, batch 32, 6 epochs, horizontal flips and
 shifts by up to 1/8; the accuracy is that of the chosen learning rate on the data set's whole
 validation part.
+
+``--report`` scores the frozen features of the same 500 images with every metric and prints, for
+each, the mean over the data sets of weighted τ, of regret@1 (accuracy lost by taking its first)
+and of hit@3 (whether the truly best is among its first three). ``imagenet`` is the published
+accuracy, the median of them where there is none; ``random`` is the mean of 1,000 orders.
 """
 
 import argparse
+import csv
+import functools
 import json
 import logging
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,8 +31,13 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.nn.functional import cross_entropy
 
-from sfda_tune import open_dataset, resolve_backbones
+from sfda_tune import extract, open_dataset, resolve_backbones
 from sfda_tune.backbones import describe, load
+from sfda_tune.evaluation import hit_at_k, regret_at_k, weighted_tau
+from sfda_tune.extraction import Settings
+from sfda_tune.metrics import combine, combine_hub, describe_metrics, get_metric, sfda
+from sfda_tune.metrics.sfda import VARIANTS
+from sfda_tune.store import FeatureStore
 from sfda_tune.values import write_text
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
@@ -158,17 +172,95 @@ def fill(device: str, minutes: float) -> None:
         logger.info("%s × %s: %.3f in %.0f s", name, backbone.name, accuracy, seconds)
 
 
+def columns(cache: str | None) -> dict[str, dict[str, dict[str, float]]]:
+    """Return {metric: {data set: {backbone: score}}} on the images of the recipe."""
+    with (ZOO / "models.csv").open(newline="") as lines:
+        known = {
+            row["name"]: float(row["top1_published"].rstrip("*"))
+            for row in csv.DictReader(lines)
+            if row["pretrained_on"] == "ImageNet-1k"
+        }
+    usable = [i.name for i in describe_metrics() if "features" in i.needs and i.name != "sfda"]
+    sfdas = {
+        f"sfda {variant}": functools.partial(sfda, variant=variant) for variant in VARIANTS
+    } | {
+        "sfda loo, λ by loo": functools.partial(sfda, variant="loo", shrinkage="loo"),
+        "sfda loo, challenge": functools.partial(sfda, variant="loo", challenge=True),
+    }
+    functions = sfdas | {name: get_metric(name) for name in usable}
+    table: dict = {name: {} for name in [*functions, "imagenet", "params", "width"]}
+    store = FeatureStore(cache or tempfile.mkdtemp())
+    backbones = resolve_backbones(str(ZOO / "models"), plugins=[str(ZOO / "zoo_models.py")])
+    for name, truth in read_results()["accuracies"].items():
+        images = open_dataset(ZOO / "datasets" / name).sample(RECIPE["train_images"], seed=0)
+        measured = [b for b in backbones if b.name in truth]
+        found = list(extract(images, measured, Settings(device="cpu"), store=store))
+        for metric, function in functions.items():
+            results = {
+                e.backbone.name: function(e.features.x, e.features.y)
+                for e in found
+            }  # fmt: skip
+            if any("hub_parts" in getattr(r, "details", ()) for r in results.values()):
+                table[metric][name] = combine_hub(results)
+            else:
+                table[metric][name] = {b: float(r) for b, r in results.items()}
+        median = float(np.median(list(known.values())))
+        table["imagenet"][name] = {b.name: known.get(b.name, median) for b in measured}
+        table["params"][name] = {e.backbone.name: float(e.n_params) for e in found}
+        table["width"][name] = {e.backbone.name: float(e.features.n_dims) for e in found}
+        for pair in (("sfda loo", "imagenet"), ("sfda loo", "knn"), ("sfda loo", "linear_probe")):
+            both = combine(*(table[metric][name] for metric in pair))
+            table.setdefault(" + ".join(pair), {})[name] = both
+    return table
+
+
+def _figures(scores: dict[str, float], truth: dict[str, float]) -> tuple[float, float, float]:
+    return (
+        weighted_tau(scores, truth),
+        regret_at_k(scores, truth, 1),
+        hit_at_k(scores, truth, 3, of="best"),
+    )
+
+
+def report(cache: str | None) -> None:
+    """Print how good every metric was."""
+    accuracies = read_results()["accuracies"]
+    truths = {d: {b: v["accuracy"] for b, v in found.items()} for d, found in accuracies.items()}
+    truths = {d: truth for d, truth in truths.items() if len(truth) >= 8}
+    rows = []
+    for metric, scores in columns(cache).items():
+        figures = [_figures(scores[d], truth) for d, truth in truths.items()]
+        rows.append((metric, *np.mean(figures, axis=0), *(tau for tau, *_ in figures)))
+    rng = np.random.default_rng(0)
+    orders = [
+        [_figures(dict(zip(t, rng.permutation(len(t)), strict=True)), t) for t in truths.values()]
+        for _ in range(1000)
+    ]
+    rows.append(("random", *np.mean(orders, axis=(0, 1)), *np.mean(orders, axis=0)[:, 0]))
+    sizes = ", ".join(f"{d} ({len(t)})" for d, t in truths.items())
+    print(f"Backbones fine-tuned: {sizes}\n")
+    print("| metric | τ_w | regret@1 | hit@3 | " + " | ".join(truths) + " |")
+    print("|---|" + "---|" * (3 + len(truths)))
+    for metric, *figures in sorted(rows, key=lambda row: -row[1]):
+        print(f"| {metric} | " + " | ".join(f"{x:.3f}" for x in figures) + " |")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--cache", help="where the features for the report are kept")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     torch.set_num_threads(options.threads)
-    fill(options.device, options.minutes)
+    if options.report:
+        report(options.cache)
+    else:
+        fill(options.device, options.minutes)
 
 
 if __name__ == "__main__":

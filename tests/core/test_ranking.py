@@ -27,7 +27,7 @@ def test_rank_is_extract_and_score(photos, toy_zoo):
     ranking = rank(photos, toy_zoo, **CPU)
     assert sorted(ranking) == ["convnext", "efficientnet", "resnet", "vit"]
     assert list(ranking.values()) == sorted(ranking.values(), reverse=True)
-    assert ranking.metric == "sfda (official)"
+    assert ranking.metric == "sfda (loo)"
     assert ranking.labels is not None
     assert ranking.labels.tolist() == [0] * 12 + [1] * 12 + [2] * 12
     info = ranking.info

@@ -24,8 +24,10 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"sfda_tune", f"sfda_tune-{wheel.name.split('-')[1]}.dist-info"}
-    assert "sfda_tune/py.typed" in names
+    info = f"sfda_tune-{wheel.name.split('-')[1]}.dist-info"
+    assert tops == {"sfda_tune", "sfda_tune_optuna", info}
+    assert {"sfda_tune/py.typed", "sfda_tune_optuna/py.typed"} <= set(names)
+    assert "sfda_tune/metrics/imagenet.csv" in names
     assert sum(n.endswith("model.safetensors") for n in names) == 8
     assert "sfda_tune/demo/accuracies.json" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)

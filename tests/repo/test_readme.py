@@ -20,7 +20,8 @@ def test_ci_runs_exactly_the_readme_s_test_command():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line and not line.startswith("#")]
     assert commands[:2] == ["set -eu", 'cd "$(dirname "$0")/.."']
-    assert "\n".join(commands[2:]) == _block("Set-up and tests")
+    assert commands[2] == ".ci/install"
+    assert "\n".join(commands[3:]) == _block("Set-up and tests")
 
 
 def test_both_set_up_commands_are_one_line():
