@@ -407,7 +407,11 @@ def _best_leave_one_out(x: Samples, shrinkage: float | str) -> _Fit:
 
 
 def _loo(
-    x: Samples, shrinkage: float | str | None, *, challenge: bool = False, normalize: str = "standardize"
+    x: Samples,
+    shrinkage: float | str | None,
+    *,
+    challenge: bool = False,
+    normalize: str = "standardize",
 ) -> Outcome:
     if x.counts.max() == 1:
         raise ValueError(

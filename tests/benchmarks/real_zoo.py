@@ -8,7 +8,9 @@ other; it can be stopped at any time and goes on where it was. Recipe, the same 
 training images (stratified, seed 0), of which 100 choose the learning rate; all weights, SGD with
 Nesterov momentum .9, weight decay 1e-4, cosine schedule, batch 32, 6 epochs, horizontal flips and
 shifts by up to 1/8; the accuracy is that of the chosen learning rate on the data set's whole
-validation part.
+validation part. Learning rate 0 leaves the network as it is: logistic regression on its
+standardised features. Six epochs from a random head cost some networks more than they gain, and
+whoever sees that keeps them frozen.
 
 ``--report`` scores the frozen features of the same 500 images with every metric and prints, for
 each, the mean over the data sets of weighted τ, of regret@1 (accuracy lost by taking its first)
@@ -28,7 +30,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import cross_entropy
 
 from sfda_tune import extract, open_dataset, resolve_backbones
@@ -44,7 +49,7 @@ ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 RESULTS = Path(__file__).with_name("real_zoo.json")
 DATASETS = ("trashnet", "clothing", "signdigits", "omniglot8")
 RECIPE = {
-    "train_images": 500, "chosen_on": 100, "learning_rates": [0.003, 0.01, 0.05], "epochs": 6,
+    "train_images": 500, "chosen_on": 100, "learning_rates": [0, 0.003, 0.01, 0.05], "epochs": 6,
     "batch_size": 32, "weight_decay": 1e-4, "seed": 0,
 }  # fmt: skip
 
@@ -81,14 +86,31 @@ def augment(batch: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def predict(module, preprocessing, pixels, device) -> np.ndarray:
-    """Return the predicted class of each image."""
+def forward(module, preprocessing, pixels, device) -> np.ndarray:
+    """Return the network's output for each image."""
     module.eval()
     found = []
     for chunk in pixels.split(64):
         x = preprocessing.normalize(chunk.to(device)).contiguous(memory_format=torch.channels_last)
-        found.append(module(x).argmax(1).cpu())
+        found.append(module(x).cpu())
     return torch.cat(found).numpy()
+
+
+def predict(module, preprocessing, pixels, device) -> np.ndarray:
+    """Return the predicted class of each image."""
+    return forward(module, preprocessing, pixels, device).argmax(1)
+
+
+def probe(backbone, pixels, labels, device):
+    """Return a classifier of pixels: logistic regression on the frozen features."""
+    module, preprocessing = load(backbone)
+    module.to(device, memory_format=torch.channels_last)
+    features = functools.partial(forward, module, preprocessing, device=device)
+    x = features(pixels)
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    strengths = {"logisticregression__C": [c / x.shape[1] for c in (0.1, 1, 10, 100)]}
+    head = GridSearchCV(head, strengths, cv=3).fit(x, labels)
+    return lambda other: head.predict(features(other))
 
 
 def finetune(backbone, pixels, labels, rows, n_classes, lr, device):
@@ -130,11 +152,15 @@ def measure(backbone, name: str, device: str, runs: list[dict]) -> dict:
         np.arange(len(train)), test_size=RECIPE["chosen_on"], stratify=train.labels, random_state=0
     )
     for lr in sorted(set(RECIPE["learning_rates"]) - {run["lr"] for run in runs}):
-        module, half = finetune(
-            backbone, pixels, train.labels, rows, len(train.classes), lr, device
-        )
-        chosen = predict(module, half, pixels[held_out], device) == train.labels[held_out]
-        correct = predict(module, half, unseen, device) == test.labels
+        if lr == 0:
+            classify = probe(backbone, pixels[rows], train.labels[rows], device)
+        else:
+            module, half = finetune(
+                backbone, pixels, train.labels, rows, len(train.classes), lr, device
+            )
+            classify = functools.partial(predict, module, half, device=device)
+        chosen = classify(pixels[held_out]) == train.labels[held_out]
+        correct = classify(unseen) == test.labels
         runs = [
             *runs,
             {"lr": lr, "held_out": float(chosen.mean()), "accuracy": float(correct.mean())},
@@ -191,7 +217,7 @@ def columns(cache: str | None) -> dict[str, dict[str, dict[str, float]]]:
     table: dict = {name: {} for name in [*functions, "imagenet", "params", "width"]}
     store = FeatureStore(cache or tempfile.mkdtemp())
     backbones = resolve_backbones(str(ZOO / "models"), plugins=[str(ZOO / "zoo_models.py")])
-    for name, truth in read_results()["accuracies"].items():
+    for name, truth in read_truths(RECIPE["learning_rates"]).items():
         images = open_dataset(ZOO / "datasets" / name).sample(RECIPE["train_images"], seed=0)
         measured = [b for b in backbones if b.name in truth]
         found = list(extract(images, measured, Settings(device="cpu"), store=store))
@@ -208,7 +234,7 @@ def columns(cache: str | None) -> dict[str, dict[str, dict[str, float]]]:
         table["imagenet"][name] = {b.name: known.get(b.name, median) for b in measured}
         table["params"][name] = {e.backbone.name: float(e.n_params) for e in found}
         table["width"][name] = {e.backbone.name: float(e.features.n_dims) for e in found}
-        for pair in (("sfda loo", "imagenet"), ("sfda loo", "knn"), ("sfda loo", "linear_probe")):
+        for pair in (("sfda loo", "imagenet"), ("sfda loo", "params"), ("sfda loo", "knn")):
             both = combine(*(table[metric][name] for metric in pair))
             table.setdefault(" + ".join(pair), {})[name] = both
     return table
@@ -224,11 +250,37 @@ def _figures(scores: dict[str, float], truth: dict[str, float]) -> tuple[float, 
 
 def report(cache: str | None) -> None:
     """Print how good every metric was."""
-    accuracies = read_results()["accuracies"]
-    truths = {d: {b: v["accuracy"] for b, v in found.items()} for d, found in accuracies.items()}
-    truths = {d: truth for d, truth in truths.items() if len(truth) >= 8}
+    scored = columns(cache)
+    for what, rates in (
+        ("the best of all, frozen or fine-tuned", RECIPE["learning_rates"]),
+        ("fine-tuned, all weights", RECIPE["learning_rates"][1:]),
+        ("frozen, a linear head", [0]),
+    ):
+        print(f"\n### Truth: {what}\n")
+        print_table(scored, read_truths(rates))
+
+
+def read_truths(rates) -> dict[str, dict[str, float]]:
+    """Return {data set: {backbone: accuracy}}, the learning rate chosen among `rates`."""
+    truths = {}
+    for name, found in read_results()["accuracies"].items():
+        complete = {
+            backbone: [run for run in entry["runs"] if run["lr"] in rates]
+            for backbone, entry in found.items()
+            if len(entry["runs"]) == len(RECIPE["learning_rates"])
+        }
+        if len(complete) >= 8:
+            truths[name] = {
+                backbone: max(runs, key=lambda run: run["held_out"])["accuracy"]
+                for backbone, runs in complete.items()
+            }
+    return truths
+
+
+def print_table(scored, truths) -> None:
+    """Print a row for each metric, best first."""
     rows = []
-    for metric, scores in columns(cache).items():
+    for metric, scores in scored.items():
         figures = [_figures(scores[d], truth) for d, truth in truths.items()]
         rows.append((metric, *np.mean(figures, axis=0), *(tau for tau, *_ in figures)))
     rng = np.random.default_rng(0)

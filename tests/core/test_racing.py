@@ -68,7 +68,7 @@ def test_whoever_left_sees_no_further_image():
     assert len(course.dropped) >= 8
     for name, out in course.dropped.items():
         assert max(len(rows) for active, rows in asked if name in active) == out["images"]
-        assert out["p_top"] < 0.025
+        assert out["p_top"] < 0.0125
     forward = seen = 0
     for active, rows in asked:
         forward += len(active) * (len(rows) - seen)

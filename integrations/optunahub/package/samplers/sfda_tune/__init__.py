@@ -1,0 +1,4 @@
+from sfda_tune_optuna import SFDASampler
+
+
+__all__ = ["SFDASampler"]

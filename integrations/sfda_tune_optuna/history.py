@@ -1,0 +1,139 @@
+"""The trials of a study as the evidence that `sfda_tune.policy` decides upon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from optuna.distributions import CategoricalDistribution
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import rankdata
+
+from sfda_tune.policy import Observation
+from sfda_tune_optuna._compat import is_feasible
+
+GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone
+ASKED = "sfda:asked"  # system attribute: begun under an `SFDASampler`
+TOLD = "sfda:told"  # system attribute: failed, and its own worker said so
+
+
+def name_arm(choice: Any) -> str:
+    """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
+    return choice if isinstance(choice, str) else repr(choice)
+
+
+def read_arm(trial: FrozenTrial, param_name: str) -> str | None:
+    """Return the backbone that a trial has or, if enqueued with one, will have."""
+    params = trial.params  # of a retried trial, too
+    if param_name not in params:
+        params = trial.system_attrs.get("fixed_params", {})
+    return name_arm(params[param_name]) if param_name in params else None
+
+
+def find_choices(trials: Sequence[FrozenTrial], param_name: str) -> tuple[Any, ...] | None:
+    """Return the choices that the parameter last had; None if it was never suggested.
+
+    Optuna forbids other choices later, so these are what the next trial will be offered.
+    """
+    for trial in reversed(trials):
+        distribution = trial.distributions.get(param_name)
+        if distribution is not None:
+            is_choice = isinstance(distribution, CategoricalDistribution)
+            return distribution.choices if is_choice else ()
+    return None
+
+
+def observe(
+    study: Study,
+    trials: Iterable[FrozenTrial],
+    param_name: str,
+    *,
+    weights: Sequence[float] | None = None,
+    leave_out: int = -1,
+) -> list[Observation]:
+    """Translate trials to observations, higher values being better.
+
+    Parameters
+    ----------
+    study : Study
+        Only its directions are used.
+    trials : iterable of FrozenTrial
+    param_name : str
+        The parameter that holds the backbone.
+    weights : sequence of float, optional
+        Of the objectives, if there are several: the value is the weighted mean of the ranks.
+        Default: only the first objective counts.
+    leave_out : int, default -1
+        Number of the trial that is being sampled.
+
+    Returns
+    -------
+    list of Observation
+        None for a trial that was stopped for its backbone alone, whose worker was killed, or
+        that failed after it had reported values.
+    """
+    directions = study.directions
+    signs = [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in directions]
+    known = [
+        (arm, trial)
+        for trial in trials
+        if trial.number != leave_out and (arm := read_arm(trial, param_name)) is not None
+    ]
+    complete = [trial for _, trial in known if trial.state == TrialState.COMPLETE]
+    utilities = dict(
+        zip([t.number for t in complete], _rate(complete, signs, weights), strict=True)
+    )
+    longest = max((_seconds(t) or 0.0 for t in complete), default=math.inf)
+    last_step = max((t.last_step or 0 for t in complete), default=0)
+    history = []
+    for arm, trial in known:
+        settings = {name: value for name, value in trial.params.items() if name != param_name}
+        about = {"cost": _seconds(trial), "feasible": is_feasible(trial), "settings": settings}
+        if trial.state == TrialState.COMPLETE:
+            history.append(Observation(arm, "complete", utilities[trial.number], **about))
+        elif trial.state == TrialState.PRUNED:
+            if GATED not in trial.user_attrs:
+                value, step = None, None
+                if len(signs) == 1 and trial.value is not None and math.isfinite(trial.value):
+                    value = signs[0] * trial.value
+                if trial.last_step is not None and last_step:  # else nobody knows the budget
+                    step = min(1.0, (trial.last_step + 1) / (last_step + 1))
+                history.append(Observation(arm, "pruned", value, step=step, **about))
+        elif trial.state == TrialState.FAIL:
+            # One that began here but whose worker never said that it failed: it was killed. One
+            # that has reported values does fit into memory: Ctrl-C, or a setting that diverged.
+            told = ASKED not in trial.system_attrs or TOLD in trial.system_attrs
+            if told and not trial.intermediate_values:
+                history.append(Observation(arm, "failed", **about))
+        elif trial.state == TrialState.RUNNING and not _is_lost(trial, longest):
+            history.append(Observation(arm, "running", settings=settings))
+    return history
+
+
+def _rate(
+    trials: Sequence[FrozenTrial], signs: Sequence[float], weights: Sequence[float] | None
+) -> list[float]:
+    """Return one finite number per complete trial, higher is better."""
+    if len(signs) == 1 or weights is None or not trials:
+        values = [signs[0] * trial.values[0] for trial in trials]
+        finite = [value for value in values if math.isfinite(value)] or [0.0]
+        return [min(max(value, min(finite)), max(finite)) for value in values]
+    ranks = [rankdata([sign * t.values[j] for t in trials]) for j, sign in enumerate(signs)]
+    return [
+        float(sum(w * r[i] for w, r in zip(weights, ranks, strict=True))) / len(trials)
+        for i in range(len(trials))
+    ]
+
+
+def _seconds(trial: FrozenTrial) -> float | None:
+    return None if trial.duration is None else trial.duration.total_seconds()
+
+
+def _is_lost(trial: FrozenTrial, longest: float) -> bool:
+    """Tell whether a running trial's worker is surely gone, where no heartbeat would tell."""
+    if trial.datetime_start is None:
+        return False
+    return (datetime.now() - trial.datetime_start).total_seconds() > max(60.0, 5 * longest)

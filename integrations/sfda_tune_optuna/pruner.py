@@ -1,0 +1,136 @@
+"""The pruner: a trial of a backbone that did not survive stops before its first epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner, NopPruner
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from sfda_tune import policy as decisions
+from sfda_tune_optuna._compat import flag_trial
+from sfda_tune_optuna.history import GATED, name_arm
+
+__all__ = ["SFDAPruner", "find_survivors", "gate"]
+
+
+class SFDAPruner(BasePruner):
+    """Stop trials of non-survivors before they cost anything; else ask another pruner.
+
+    It acts at the first ``trial.should_prune()`` after the backbone was suggested, also before any
+    ``report``. With `SFDASampler` it is a safety net (enqueued trials, several hosts); with any
+    other sampler it is what keeps the study to the survivors.
+
+    Parameters
+    ----------
+    survivors_or_ranking : Ranking, mapping of str to float, or collection of str
+        The survivors themselves, or scores of which the best `keep` survive.
+    keep : int, optional
+        How many survive. Required with scores, not allowed with names.
+    base_pruner : BasePruner, optional
+        Decides about the survivors. Default: never prunes.
+    param_name : str, default "backbone"
+        The categorical parameter that holds the backbone.
+
+    Examples
+    --------
+    >>> import optuna
+    >>> pruner = SFDAPruner({"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, keep=2)
+    >>> study = optuna.create_study(pruner=pruner)
+    >>> study.enqueue_trial({"backbone": "alexnet"})
+    >>> trial = study.ask()
+    >>> trial.suggest_categorical("backbone", ["alexnet", "resnet", "vit"])
+    'alexnet'
+    >>> trial.should_prune()
+    True
+    """
+
+    def __init__(
+        self,
+        survivors_or_ranking: Mapping[Any, float] | Collection[Any],
+        *,
+        keep: int | None = None,
+        base_pruner: BasePruner | None = None,
+        param_name: str = "backbone",
+    ) -> None:
+        if base_pruner is not None and not isinstance(base_pruner, BasePruner):
+            raise TypeError(
+                f"`base_pruner` must be a pruner of Optuna or None but is {base_pruner!r}; "
+                "pass an instance, for instance HyperbandPruner()."
+            )
+        self._survivors = find_survivors(survivors_or_ranking, keep)
+        self._base = NopPruner() if base_pruner is None else base_pruner
+        self._param_name = param_name
+
+    @property
+    def survivors(self) -> frozenset[str]:
+        """The backbones whose trials may run."""
+        return self._survivors
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Tell whether the trial is to stop."""
+        backbone = trial.params.get(self._param_name)
+        if backbone is None or name_arm(backbone) in self._survivors:
+            return self._base.prune(study, trial)
+        # The base is not asked: it would count the trial in its rungs.
+        if GATED not in trial.user_attrs:
+            flag_trial(study, trial, GATED, True)
+        return True
+
+
+def gate(
+    trial: Any,
+    survivors_or_ranking: Mapping[Any, float] | Collection[Any],
+    *,
+    keep: int | None = None,
+    param_name: str = "backbone",
+) -> None:
+    """Raise `optuna.TrialPruned` if the trial's backbone is no survivor.
+
+    For multi-objective studies, in which Optuna allows no ``should_prune``.
+
+    Examples
+    --------
+    >>> import optuna
+    >>> study = optuna.create_study(directions=["maximize", "minimize"])
+    >>> study.enqueue_trial({"backbone": "alexnet"})
+    >>> def objective(trial):
+    ...     name = trial.suggest_categorical("backbone", ["alexnet", "vit"])
+    ...     gate(trial, ["vit"])
+    ...     return 0.9, 12.0
+    >>> study.optimize(objective, n_trials=1)
+    >>> study.trials[0].state.name
+    'PRUNED'
+    """
+    survivors = find_survivors(survivors_or_ranking, keep)
+    backbone = trial.params.get(param_name)
+    if backbone is not None and name_arm(backbone) not in survivors:
+        if not isinstance(trial, (optuna.trial.FrozenTrial, optuna.trial.FixedTrial)):
+            trial.set_user_attr(GATED, True)
+        raise optuna.TrialPruned(f"backbone {backbone!r} is not among the survivors")
+
+
+def find_survivors(
+    survivors_or_ranking: Mapping[Any, float] | Collection[Any], keep: int | None = None
+) -> frozenset[str]:
+    """Return the names of the survivors: those given, or the best `keep` of the scores."""
+    given = survivors_or_ranking
+    if isinstance(given, str) or not isinstance(given, Collection) or not given:
+        raise ValueError(
+            "`survivors_or_ranking` must be scores or a non-empty collection of names but is "
+            f"{given!r}."
+        )
+    if not isinstance(given, Mapping):
+        if keep is not None:
+            raise ValueError(
+                f"`keep` must be None when the survivors are named but is {keep!r}; pass the "
+                "ranking instead of the names."
+            )
+        return frozenset(name_arm(name) for name in given)
+    if keep is None:
+        raise ValueError("`keep` must say how many of the scored backbones survive but is None.")
+    scores = {name_arm(name): float(value) for name, value in given.items()}
+    return frozenset(decisions.survivors(scores, keep))

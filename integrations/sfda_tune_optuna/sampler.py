@@ -1,0 +1,451 @@
+"""The sampler: the backbone by `sfda_tune.policy`, everything else by any sampler of Optuna."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from sfda_tune import policy as decisions
+from sfda_tune.policy import Calibration
+from sfda_tune_optuna import _compat, store
+from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, name_arm, observe, read_arm
+
+__all__ = ["SFDASampler"]
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
+_MAX_DRAWS = 1000  # trials in flight that are remembered; asked and never told ones leak
+_ARM, _BASE, _WEIGHTS = 1, 2, 3  # what a random stream is for
+
+
+class _Draw(NamedTuple):
+    """What a trial in flight was given."""
+
+    arm: str | None  # None: the base sampler proposes the backbone, too
+    base: BaseSampler | None  # its own copy; None after unpickling
+
+
+class SFDASampler(BaseSampler):
+    """Choose the backbone by its score and by the trials so far; leave the rest to any sampler.
+
+    The first choices follow the scores; then every trial says how much the scores are worth here
+    (`calibration`), down to nothing. A fixed share of the trials is left to the base sampler
+    altogether (`sfda_tune.policy.leaves_to_base`), so that useless scores cost little.
+
+    Parameters
+    ----------
+    scores : Ranking or mapping of str to float
+        Higher is better. Backbones without a score are tried like average ones.
+    param_name : str, default "backbone"
+        The categorical parameter that holds the backbone.
+    base_sampler : BaseSampler, optional
+        Draws all other parameters. Default: ``TPESampler()``.
+    policy : {"calibrated", "prior", "greedy"}, default "calibrated"
+        See `sfda_tune.policy.choose`. Only "calibrated" leaves trials to the base sampler.
+    prior_strength : float, default 1.0
+        How many trials the scores weigh before the first trial; 0 ignores them.
+    survivors : int or collection of str, optional
+        Mask: only the best so many, or the named ones, are tried.
+    exploration : float in [0, 1], default 0.05
+        How often a trial steps outside `survivors`; 0 makes the mask strict.
+    conditional : bool, default True
+        Whether the other parameters are drawn from the trials of the same backbone; each backbone
+        may then have parameters of its own, even with GP or CMA-ES. NSGA-II/III, Grid and
+        BruteForce always see all trials.
+    costs : mapping of str to float, optional
+        Cost of a trial of each backbone; default: the durations of its trials.
+    cost_exponent : float, default 0.0
+        How much costs count; 0 is not at all.
+    seed : int, optional
+        Governs the choice and the base sampler's copies. Workers may share one seed: draws depend
+        on the trial's number.
+
+    Examples
+    --------
+    >>> import optuna
+    >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+    >>> accuracy = {"vit": 0.9, "resnet": 0.8, "alexnet": 0.5}
+    >>> def objective(trial):
+    ...     name = trial.suggest_categorical("backbone", sorted(accuracy))
+    ...     lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+    ...     return accuracy[name] - abs(lr - 1e-3)
+    >>> sampler = SFDASampler({"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, seed=0)
+    >>> study = optuna.create_study(direction="maximize", sampler=sampler)
+    >>> study.optimize(objective, n_trials=12)
+    >>> study.best_params["backbone"]
+    'vit'
+    >>> sampler.calibration(study).slope > 0
+    True
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[Any, float],
+        *,
+        param_name: str = "backbone",
+        base_sampler: BaseSampler | None = None,
+        policy: str = "calibrated",
+        prior_strength: float = 1.0,
+        survivors: int | Collection[str] | None = None,
+        exploration: float = 0.05,
+        conditional: bool = True,
+        costs: Mapping[str, float] | None = None,
+        cost_exponent: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        _check("scores", scores, "a Ranking or a mapping", isinstance(scores, Mapping))
+        for name, value in scores.items():
+            _check(f"scores[{name!r}]", value, "a number", isinstance(value, Real))
+        is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
+        _check("base_sampler", base_sampler, "a sampler (not a class) or None", is_sampler)
+        known = ", ".join(decisions.POLICIES)
+        _check("policy", policy, f"one of {known}", policy in decisions.POLICIES)
+        strong = isinstance(prior_strength, Real) and 0 <= prior_strength < math.inf
+        _check("prior_strength", prior_strength, "a number ≥ 0", strong)
+        share = isinstance(exploration, Real) and 0 <= exploration <= 1
+        _check("exploration", exploration, "in [0, 1]", share)
+        names = isinstance(survivors, Collection) and not isinstance(survivors, str)
+        masked = survivors is None or (survivors if names else _is_integer(survivors, 1))
+        _check("survivors", survivors, "an integer ≥ 1, names or None", masked)
+        _check("seed", seed, "an integer ≥ 0 or None", seed is None or _is_integer(seed, 0))
+
+        self._ranking = scores
+        self._scores = {name_arm(name): float(value) for name, value in scores.items()}
+        self._errors = store.estimate_errors(scores)
+        self._param_name = param_name
+        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
+        self._survivors: int | tuple[str, ...] | None = None
+        if isinstance(survivors, Collection):
+            self._survivors = tuple(sorted(name_arm(name) for name in survivors))
+        elif survivors is not None:
+            self._survivors = int(survivors)
+        self._conditional = bool(conditional)
+        self._options: dict[str, Any] = {
+            "policy": policy,
+            "prior_strength": float(prior_strength),
+            "exploration": float(exploration),
+            "costs": None if costs is None else {name_arm(k): float(costs[k]) for k in costs},
+            "cost_exponent": float(cost_exponent),
+        }
+        self._seed = None if seed is None else int(seed)
+        self._entropy = secrets.randbits(63) if self._seed is None else self._seed
+        self._draws: OrderedDict[tuple[int, int], _Draw] = OrderedDict()
+        self._known: set[str] = set()  # studies whose saved ranking was compared
+        self._has_warned = False
+        self._lock = threading.RLock()  # n_jobs > 1: threads share one sampler
+
+    @classmethod
+    def from_study(
+        cls, study: Study, *, base_sampler: BaseSampler | None = None, **changes: Any
+    ) -> SFDASampler:
+        """Make the sampler again from the ranking and the settings that are saved in a study.
+
+        Optuna does not save samplers: ``load_study`` gives a plain `TPESampler`.
+
+        Parameters
+        ----------
+        study : Study
+        base_sampler : BaseSampler, optional
+            To be given again, if it was not a `TPESampler`.
+        **changes
+            Settings that replace the saved ones.
+
+        Examples
+        --------
+        >>> storage = optuna.storages.InMemoryStorage()
+        >>> sampler = SFDASampler({"vit": 2.0, "resnet": 1.0}, survivors=1, seed=3)
+        >>> study = optuna.create_study(storage=storage, sampler=sampler)
+        >>> trial = study.ask()
+        >>> again = optuna.load_study(study_name=study.study_name, storage=storage)
+        >>> again.sampler = SFDASampler.from_study(again)
+        >>> again.sampler.settings == sampler.settings
+        True
+        """
+        settings = (store.load_record(study) or {}).get("settings", {})
+        ranking = store.load_ranking(study)
+        was = settings.pop("base_sampler", None)
+        if base_sampler is None and was not in (None, "TPESampler"):
+            warnings.warn(
+                f"The study was sampled with {was}, which cannot be saved; TPESampler is used "
+                f"instead. Pass `base_sampler={was}(...)`.",
+                store.SFDAWarning,
+                stacklevel=2,
+            )
+        return cls(ranking, base_sampler=base_sampler, **{**settings, **changes})
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments as JSON values: what is saved in the study."""
+        mask = self._survivors
+        return {
+            "param_name": self._param_name,
+            "base_sampler": type(self._base).__name__,
+            "survivors": list(mask) if isinstance(mask, tuple) else mask,
+            "conditional": self._conditional,
+            "seed": self._seed,
+            **self._options,
+        }
+
+    def calibration(self, study: Study) -> Calibration:
+        """Compare the scores with the trials of a study, by its first objective.
+
+        Returns
+        -------
+        Calibration
+            Slope between standardised scores and values (≤ 0 if the scores mislead), Kendall's
+            tau, a table per backbone, and a warning if the scores run against the trials.
+        """
+        history = observe(study, _compat.read_trials(study), self._param_name)
+        strength = self._options["prior_strength"]
+        return decisions.calibrate(self._scores, history, prior_strength=strength)
+
+    # What Optuna calls, in this order -------------------------------------------------------
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Save the ranking at the study's first trial; tell the base sampler."""
+        self._save_or_compare(study)
+        _compat.mark_trial(study, trial, ASKED, True)
+        with self._lock:
+            self._draws.pop(_compat.find_trial_id(study, trial), None)  # of another storage
+            self._base.before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """Choose the backbone, whatever is suggested first; return the base sampler's space."""
+        arm, base = self._draw(study, trial)
+        space = base.infer_relative_search_space(self._view(study, arm), trial)
+        if arm is None:
+            return space
+        return {name: dist for name, dist in space.items() if name != self._param_name}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Let the base sampler draw from the trials of the chosen backbone."""
+        arm, base = self._draw(study, trial)
+        return base.sample_relative(self._view(study, arm), trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Hand out the backbone; let the base sampler draw everything else."""
+        arm, base = self._draw(study, trial)
+        if param_name == self._param_name and arm is not None:
+            if isinstance(param_distribution, CategoricalDistribution):
+                return self._hand_out(study, trial, param_distribution.choices, _Draw(arm, base))
+            arm = None  # a number of the same name
+        view = self._view(study, arm)
+        return base.sample_independent(view, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Tell the base sampler; forget the draw; say once if the scores mislead."""
+        if state == TrialState.FAIL:  # a killed worker cannot say so: its trial is no evidence
+            _compat.mark_trial(study, trial, TOLD, True)
+        with self._lock:
+            self._base.after_trial(study, trial, state, values)
+            self._draws.pop(_compat.find_trial_id(study, trial), None)
+        if not self._has_warned and trial.number % 10 == 9:
+            warning = self.calibration(study).warning
+            if warning is not None:
+                self._has_warned = True
+                _logger.warning(warning)
+
+    def reseed_rng(self) -> None:
+        """Reseed the base sampler; our own draws depend on the trial's number alone."""
+        with self._lock:
+            self._base.reseed_rng()
+
+    # Decisions ------------------------------------------------------------------------------
+    def _draw(self, study: Study, trial: FrozenTrial) -> tuple[str | None, BaseSampler]:
+        """Return the trial's backbone, None if left to the base, and its copy of the base."""
+        key = _compat.find_trial_id(study, trial)
+        with self._lock:
+            draw = self._draws.get(key)
+        trials = None
+        real = read_arm(trial, self._param_name)  # enqueued, retried or already suggested
+        if draw is None or (draw.arm is not None and real not in (None, draw.arm)):
+            trials = _compat.read_trials(study)
+            draw = _Draw(self._choose(study, trial, trials) if real is None else real, None)
+        if draw.base is None:
+            trials = _compat.read_trials(study) if trials is None else trials
+            draw = draw._replace(base=self._fork(trial, trials, draw.arm))
+            self._remember(key, draw)
+        assert draw.base is not None
+        return draw.arm, draw.base
+
+    def _choose(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        trials: Sequence[FrozenTrial],
+        choices: Sequence[Any] | None = None,
+    ) -> str | None:
+        must = choices is not None  # the objective asks for one of them now
+        if choices is None:
+            choices = find_choices(trials, self._param_name)
+        names = list(self._scores) if choices is None else [name_arm(c) for c in choices]
+        if not names:
+            return None
+        weights = self._weigh(study, trial)
+        history = observe(study, trials, self._param_name, weights=weights, leave_out=trial.number)
+        if not must and self._leaves(trial.number, history):
+            return None
+        return decisions.choose(
+            self._scores,
+            history,
+            candidates=names,
+            seed=self._entropy,
+            number=trial.number,
+            survivors=self._mask(names, must),
+            errors=self._errors,
+            **self._options,
+        )
+
+    def _leaves(self, number: int, history: Sequence[decisions.Observation]) -> bool:
+        if self._options["policy"] != "calibrated" or self._survivors is not None:
+            return False  # the user's word: follow the scores, or stay inside
+        if isinstance(self._base, optuna.samplers.GridSampler):
+            return False  # its grid need not have the backbone
+        return decisions.leaves_to_base(
+            number, seed=self._entropy, history=history, scores=self._scores
+        )
+
+    def _mask(self, names: Sequence[str], must: bool) -> Collection[str] | None:
+        if isinstance(self._survivors, int):
+            known = {n: s for n, s in self._scores.items() if n in names and math.isfinite(s)}
+            return decisions.survivors(known, self._survivors) if known else None
+        if self._survivors is not None and must:
+            missing = sorted(set(self._survivors) - set(names))
+            if missing:
+                raise ValueError(
+                    f"`survivors` must be choices of {self._param_name!r} but {missing} are not; "
+                    f"the choices are {sorted(names)[:5]}{' …' if len(names) > 5 else ''}."
+                )
+        return self._survivors
+
+    def _weigh(self, study: Study, trial: FrozenTrial) -> list[float] | None:
+        """Return random weights of the objectives, so that all of a front is looked for."""
+        if len(study.directions) == 1:
+            return None
+        rng = np.random.default_rng([self._entropy, _WEIGHTS, trial.number])
+        return rng.dirichlet(np.ones(len(study.directions))).tolist()
+
+    def _hand_out(
+        self, study: Study, trial: FrozenTrial, choices: Sequence[Any], draw: _Draw
+    ) -> Any:
+        by_name = {name_arm(choice): choice for choice in choices}
+        self._mask(list(by_name), must=True)
+        if draw.arm not in by_name:  # chosen before the choices were known: the first trials
+            arm = self._choose(study, trial, _compat.read_trials(study), choices)
+            draw = draw._replace(arm=arm)
+            self._remember(_compat.find_trial_id(study, trial), draw)
+        return by_name[str(draw.arm)]
+
+    # What the base sampler gets -------------------------------------------------------------
+    def _view(self, study: Study, arm: str | None) -> Any:
+        """Return the study as the base sampler is to see it: without gated or foreign trials."""
+        if isinstance(self._base, _compat.POOLED):
+            return study
+        if not self._conditional:
+            arm = None
+        name = self._param_name
+
+        def keep(trial: FrozenTrial) -> bool:
+            if GATED in trial.user_attrs:
+                return False
+            if arm is None:
+                return True
+            # Finished trials without the parameter belong to every backbone.
+            has = read_arm(trial, name)
+            return has == arm or (has is None and trial.state.is_finished())
+
+        return _compat.View(study, keep)
+
+    def _fork(
+        self, trial: FrozenTrial, trials: Sequence[FrozenTrial], arm: str | None
+    ) -> BaseSampler:
+        """Copy the base sampler for one trial.
+
+        The random numbers of a backbone's n-th trial are the same for all backbones, so that they
+        start with equal parameters and differ by themselves alone (a paired design).
+        """
+        n_drawn = len(trial.params.keys() - {self._param_name})  # if begun elsewhere: go on
+        key = [self._entropy, _BASE, trial.number, n_drawn, 0]
+        if arm is not None:
+            own = [
+                t
+                for t in trials
+                if t.number != trial.number and read_arm(t, self._param_name) in (None, arm)
+            ]
+            n_done = sum(t.state.is_finished() for t in own)
+            is_alone = all(t.state != TrialState.RUNNING for t in own)  # else two are the n-th
+            key = [self._entropy, _ARM, n_done, n_drawn, 0 if is_alone else trial.number + 1]
+        with self._lock:
+            return _compat.fork_sampler(self._base, key)
+
+    def _remember(self, key: tuple[int, int], draw: _Draw) -> None:
+        with self._lock:
+            self._draws[key] = draw
+            self._draws.move_to_end(key)
+            if len(self._draws) > _MAX_DRAWS:
+                self._draws.popitem(last=False)
+
+    def _save_or_compare(self, study: Study) -> None:
+        """Save the ranking, or warn once if the study holds another one."""
+        with self._lock:
+            if study.study_name in self._known or not self._scores:
+                return
+            self._known.add(study.study_name)
+        if store.load_record(study) is None:
+            store.save_ranking(study, self._ranking, settings=self.settings)
+        elif (difference := store.compare_rankings(study, self._ranking)) is not None:
+            warnings.warn(
+                f"Study {study.study_name!r} holds another ranking; this one {difference}. It is "
+                "used from now on but not saved: `SFDASampler.from_study(study)` takes the saved "
+                "one, `save_ranking(study, ranking)` replaces it.",
+                store.SFDAWarning,
+                stacklevel=2,
+            )
+
+    # Copies ---------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock and the base's copies, which are made again."""
+        with self._lock:
+            draws = OrderedDict((key, d._replace(base=None)) for key, d in self._draws.items())
+            return {k: v for k, v in vars(self).items() if k != "_lock"} | {"_draws": draws}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make a lock of its own."""
+        vars(self).update(state)
+        self._lock = threading.RLock()
+
+
+def _check(name: str, value: Any, rule: str, holds: Any) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

@@ -1,0 +1,535 @@
+"""Which backbone next: pure decisions that the adapters of all hosts share.
+
+`choose` names the backbone of the next trial, `leaves_to_base` says which trials are the host's
+own, `calibrate` tells what the scores have proved to be worth, `survivors` cuts a ranking.
+
+==========  =================================================================================
+Symbol      Meaning
+==========  =================================================================================
+z_k, δ_k    standardised rank of the score of backbone k (mean 0, sd 1), its standard error
+n_k, t_k    trials of k with a value (a pruned one counts in part); all trials of k
+b_k         best value of k, in standard deviations of all values; m backbones have one
+u_k         what backbone k can reach; y* = max b_k is what has been reached
+s, τ²       slope, and what it leaves unexplained: u_k ~ N(a + s z_k, τ² + s² δ_k²)
+ν           spread of the values within one backbone, which other parameters cause
+==========  =================================================================================
+
+**Model.** The best of n values lies about ν/n below what can be reached: b_k + ν/n_k is u_k with
+noise of variance ν²/n_k. This is a Bayesian regression on z, with weights w_k ∝ 1/(τ₀² + ν²/n_k)::
+
+    s  = (ℓ s₀ + Σ w z̃ b̃) / (ℓ + Σ w z̃²)        z̃, b̃ centred; the slope is shrunk towards s₀ > 0
+    ω² = (κ ω₀² + Σ w (b̃ − s z̃)² + ℓ (s − s₀)²) / (κ + m),    τ² = ω² − mean w ν²/n
+    u_k ~ N(b̄ + s (z_k − z̄),  τ² + s² δ_k² + ω²/m + (z_k − z̄)² ω² / (ℓ + Σ w z̃²))
+
+and for a backbone with values the product of N(b̄ + s (z_k − z̄), τ² + s² δ_k²) and its evidence.
+
+**Choice.** The largest E[(u_k − y*)₊] · 2/((t_k + 1)(t_k + 2)) · P(k does not fail) / cost_k^α.
+The second factor is how records become rarer and smaller while one goes on drawing from one
+(uniform) distribution. So good scores are followed almost in order; if values contradict them, s
+goes to 0 or below, and the order is given up or reversed. Running trials count in t_k alone, so
+trials asked for together differ.
+
+**Guarantee.** From trial 8 on every eighth trial is left to the host's own sampler, and every
+second one while the trials do not support the scores (s ≤ 0): see `leaves_to_base`.
+
+There is no state and no clock: random numbers come from ``default_rng([seed, number])``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import ndtr
+from scipy.stats import kendalltau, rankdata
+
+__all__ = [
+    "POLICIES",
+    "Calibration",
+    "Observation",
+    "calibrate",
+    "choose",
+    "leaves_to_base",
+    "survivors",
+]
+
+POLICIES = ("calibrated", "prior", "greedy")
+STATES = ("complete", "pruned", "failed", "running")
+
+# Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
+SLOPE, SLOPE_TRIALS = 0.8, 2.0  # s₀ and ℓ, its weight in backbones
+REST, REST_TRIALS = 1 - SLOPE**2, 2.0  # ω₀² and κ
+WITHIN, WITHIN_TRIALS = 0.6, 2.0  # ν₀² / ω₀² and its weight
+RIDGE = 0.5  # of the effects of settings, values having variance 1
+RUNS, FAILS = 0.1, 0.02  # Beta prior: a backbone runs or does not, so one failure says much
+FREE, EVERY, DOUBT = 8, 8, 2  # `leaves_to_base`
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One trial, as evidence.
+
+    Parameters
+    ----------
+    backbone : str
+    state : {"complete", "pruned", "failed", "running"}
+        Failed: it gave no value and hardly would another time (out of memory). So does a complete
+        trial whose value is missing or not finite.
+    value : float, optional
+        Higher is better. Of a pruned trial the last one reported: a lower bound of the final one.
+    cost : float, optional
+        Seconds.
+    step : float, optional
+        Part of the full budget, in (0, 1], at which a pruned value was seen; else taken as ½.
+    feasible : bool, default True
+        An infeasible trial counts as if its value were the worst of all.
+    settings : mapping of str to object, optional
+        The other parameters. If given, values are compared as if all trials had had the best
+        settings; and where nothing else varies, a second trial of a backbone is worthless.
+    """
+
+    backbone: str
+    state: str
+    value: float | None = None
+    cost: float | None = None
+    step: float | None = None
+    feasible: bool = True
+    settings: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check("state", self.state, f"one of {', '.join(STATES)}", self.state in STATES)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the scores have proved to be worth.
+
+    Parameters
+    ----------
+    slope : float
+        s: deviations of value per standard deviation of score; ≤ 0 if the scores mislead.
+    slope_interval : tuple of float
+        90 %.
+    kendall_tau : float
+        Between z and b_k of the backbones with a value; NaN if undefined.
+    n_backbones, n_trials : int
+        With a value.
+    table : tuple of dict
+        ``backbone, score, z, n_trials, best, mean, sd``, by name: the best value (None if there
+        is none), and what the backbone is expected to reach.
+    scale : float
+        One deviation of value.
+    warning : str or None
+    """
+
+    slope: float
+    slope_interval: tuple[float, float]
+    kendall_tau: float
+    n_backbones: int
+    n_trials: int
+    table: tuple[dict[str, Any], ...]
+    scale: float = 1.0
+    warning: str | None = None
+
+    def __str__(self) -> str:
+        low, high = self.slope_interval
+        width = max([8, *(len(row["backbone"]) for row in self.table)])
+        lines = [
+            f"slope {self.slope:.2f} [{low:.2f}, {high:.2f}], Kendall's tau "
+            f"{self.kendall_tau:.2f}; {self.n_trials} trials of {self.n_backbones} backbones",
+            f"{'backbone':<{width}}      score  trials       best  expected",
+        ]
+        for row in sorted(self.table, key=lambda row: -row["mean"]):
+            best = "–" if row["best"] is None else f"{row['best']:.4g}"
+            lines.append(
+                f"{row['backbone']:<{width}}  {row['score']:>9.4g}  {row['n_trials']:>6}  "
+                f"{best:>9}  {row['mean']:.4g} ± {row['sd']:.2g}"
+            )
+        return "\n".join(lines + ([f"warning: {self.warning}"] if self.warning else []))
+
+
+def choose(
+    scores: Mapping[str, float],
+    history: Iterable[Observation] = (),
+    *,
+    candidates: Sequence[str] | None = None,
+    seed: int = 0,
+    number: int = 0,
+    policy: str = "calibrated",
+    prior_strength: float = 1.0,
+    survivors: Collection[str] | None = None,
+    exploration: float = 0.05,
+    costs: Mapping[str, float] | None = None,
+    cost_exponent: float = 0.0,
+    errors: Mapping[str, float] | None = None,
+) -> str:
+    """Return the backbone of the next trial.
+
+    Parameters
+    ----------
+    scores : mapping of str to float
+        Higher is better; only the order counts. Unknown or not finite: z = 0, the average.
+    history : iterable of Observation
+        In any order.
+    candidates : sequence of str, optional
+        What may be chosen; default: all scored ones.
+    seed, number : int ≥ 0
+        Of the study and of the trial. "calibrated" and "greedy" need chance only for ties and
+        for `exploration`.
+    policy : {"calibrated", "prior", "greedy"}
+        "calibrated": see the module. "prior": whatever the values, a draw with
+        P(k) ∝ exp(4 z_k) · 2/((t_k + 1)(t_k + 2)). "greedy": the highest mean of u_k.
+    prior_strength : float ≥ 0, default 1.0
+        Multiplies ℓ; 0 ignores the scores.
+    survivors : collection of str, optional
+        Only these; but a share `exploration` of the trials takes one of the others.
+    costs : mapping of str to float, optional
+        Default: the mean cost of the backbone's trials. Unknown: the median of the known.
+    cost_exponent : float ≥ 0, default 0.0
+        α; 1 is improvement per second.
+    errors : mapping of str to float, optional
+        Standard errors of the scores.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, or there is no candidate or no survivor among them.
+
+    Examples
+    --------
+    >>> scores = {"vit": 3.0, "resnet": 2.0, "alexnet": 1.0}
+    >>> choose(scores)
+    'vit'
+    >>> choose(scores, [Observation("vit", "failed")])
+    'resnet'
+    """
+    _check("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
+    _check("exploration", exploration, "in [0, 1]", 0 <= exploration <= 1)
+    _check("cost_exponent", cost_exponent, "a number ≥ 0", 0 <= cost_exponent < math.inf)
+    names = sorted(set(scores if candidates is None else candidates))
+    _check("candidates", names, "the host's choices, at least one", names)
+    fit = _fit(names, scores, history, prior_strength, errors)
+    rng = np.random.default_rng([seed, number])
+    is_outside = rng.random() < exploration
+    noise = rng.gumbel(size=len(names))
+
+    if policy == "greedy":
+        gain = np.log(fit.mean - fit.mean.min() + 1e-9)
+    else:
+        gain = _log_improvement(fit) if policy == "calibrated" else 4 * fit.z + noise
+        gain = gain - np.log((fit.tried + 1) * (fit.tried + 2) / 2)
+    gain = gain + np.log(fit.success)
+    if cost_exponent:
+        cost = np.array([(costs or {}).get(n, c) for n, c in zip(names, fit.cost, strict=True)])
+        known = np.isfinite(cost)
+        _check("costs", costs, "numbers > 0", (cost[known] > 0).all())
+        cost[~known] = np.median(cost[known]) if known.any() else 1.0
+        gain = gain - cost_exponent * np.log(cost)
+    if survivors is not None:
+        stays = np.array([name in survivors for name in names])
+        _check("survivors", sorted(survivors), f"some of the candidates {names}", stays.any())
+        gain[stays == (is_outside and not stays.all())] = -np.inf
+    best = np.flatnonzero(gain >= gain.max() - 1e-12)
+    return names[int(best[noise[best].argmax()])]  # a tie is broken at random
+
+
+def calibrate(
+    scores: Mapping[str, float], history: Iterable[Observation], *, prior_strength: float = 1.0
+) -> Calibration:
+    """Compare the scores with the values of the trials.
+
+    Examples
+    --------
+    >>> scores = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 5.0}
+    >>> falls = [Observation(name, "complete", -score) for name, score in scores.items()]
+    >>> print(calibrate(scores, falls).warning)
+    the scores run against the values of 5 backbones (Kendall's tau -1.00); use other scores
+    """
+    names = sorted(scores)
+    fit = _fit(names, scores, history, prior_strength)
+    has = fit.valued > 0
+    z, b, m = fit.z[has], fit.level[has], int(has.sum())
+    tau = float(kendalltau(z, b).statistic) if m > 1 and np.ptp(z) and np.ptp(b) else math.nan
+    warning = (
+        f"the scores run against the values of {m} backbones (Kendall's tau {tau:.2f}); "
+        "use other scores"
+    )
+    table = tuple(
+        {
+            "backbone": name,
+            "score": float(scores[name]),
+            "z": float(fit.z[k]),
+            "n_trials": int(fit.valued[k]),
+            "best": float(fit.best[k]) if has[k] else None,
+            "mean": float(fit.mean[k] * fit.scale),
+            "sd": float(fit.sd[k] * fit.scale),
+        }
+        for k, name in enumerate(names)
+    )
+    interval = (fit.slope - 1.645 * fit.slope_sd, fit.slope + 1.645 * fit.slope_sd)
+    misleads = m >= 5 and tau < 0
+    trials = int(fit.valued.sum())
+    return Calibration(
+        fit.slope, interval, tau, m, trials, table, fit.scale, warning if misleads else None
+    )
+
+
+def survivors(
+    scores_or_ranking: Mapping[str, float],
+    keep: int | Collection[str] | None = None,
+    *,
+    probability: float | None = None,
+) -> tuple[str, ...]:
+    """Return who may go on, best first; equal scores by name, without a finite score last.
+
+    Parameters
+    ----------
+    scores_or_ranking : mapping of str to float
+    keep : int or collection of str, optional
+        How many of those with a finite score, or which. Default: all with a finite score.
+    probability : float, optional
+        Instead of `keep`: as few as hold the best backbone with this probability; needs a
+        `Ranking` (see `sfda_tune.confidence.shortlist`).
+
+    Raises
+    ------
+    ValueError
+        If `keep` is not positive or names unknown backbones, or `probability` cannot be used.
+
+    Examples
+    --------
+    >>> survivors({"a": 0.1, "b": 0.9, "c": 0.5}, 2)
+    ('b', 'c')
+    """
+    scores = scores_or_ranking
+    if probability is not None:
+        find = getattr(scores, "shortlist", None)
+        _check(
+            "probability", probability, "given with a Ranking, without `keep`", find and not keep
+        )
+        return tuple(find(probability=probability))  # type: ignore[misc]
+    known = sorted(n for n in scores if math.isfinite(scores[n]))
+    order = sorted(known, key=lambda name: -scores[name])
+    if isinstance(keep, Collection):
+        names = set(keep) if not isinstance(keep, str) else set()
+        _check("keep", keep, "names of scored backbones", names and names <= set(scores))
+        return tuple(n for n in [*order, *sorted(set(scores) - set(known))] if n in names)
+    if keep is not None:
+        _check("keep", keep, "an integer ≥ 1, or names", keep >= 1 and int(keep) == keep)
+    return tuple(order[:keep])
+
+
+def leaves_to_base(
+    number: int,
+    *,
+    seed: int,
+    history: Iterable[Observation] = (),
+    scores: Mapping[str, float] | None = None,
+    share: float | None = None,
+) -> bool:
+    """Tell whether the host's own sampler chooses the backbone of this trial.
+
+    From trial 8 on every eighth, and every second while s ≤ 0. Of N trials at least (N − 15)/8
+    are thus the host's, and (N − 9)/2 if the trials never supported the scores: what its sampler
+    finds in T trials of its own is found in at most 8 T + 15, or 2 T + 9, whatever the scores.
+
+    Parameters
+    ----------
+    number, seed : int ≥ 0
+        Of the trial and of the study; the seed shifts the count.
+    history, scores
+        As of `choose`; without them s > 0 is taken for granted.
+    share : float in [0, 1], optional
+        Another share, fixed, from the first trial on.
+
+    Examples
+    --------
+    >>> [n for n in range(30) if leaves_to_base(n, seed=0)]
+    [8, 16, 24]
+    """
+    if share is not None:
+        _check("share", share, "in [0, 1]", 0 <= share <= 1)
+        return math.floor((number + 1) * share) > math.floor(number * share)
+    if number < FREE or (number + seed) % DOUBT:
+        return False
+    if (number + seed) % EVERY == 0 or not scores:
+        return (number + seed) % EVERY == 0
+    return _fit(sorted(scores), scores, history, 1.0).slope <= 0
+
+
+# The model --------------------------------------------------------------------------------------
+class _Fit(NamedTuple):
+    """What is known of each candidate, values in units of `scale` (but `best`)."""
+
+    z: np.ndarray
+    tried: np.ndarray  # t_k
+    valued: np.ndarray  # trials with a value
+    success: np.ndarray
+    cost: np.ndarray  # NaN if unknown
+    best: np.ndarray
+    level: np.ndarray  # b_k
+    mean: np.ndarray  # of u_k
+    sd: np.ndarray
+    top: float
+    slope: float
+    slope_sd: float
+    scale: float
+
+
+def _fit(
+    candidates: Sequence[str],
+    scores: Mapping[str, float],
+    history: Iterable[Observation],
+    prior_strength: float,
+    errors: Mapping[str, float] | None = None,
+) -> _Fit:
+    """Fit the model of the module's docstring, in its notation."""
+    _check("prior_strength", prior_strength, "a number ≥ 0", 0 <= prior_strength < math.inf)
+    # In one order always, so that even the rounding of sums does not depend on the caller's.
+    trials = sorted(history, key=lambda o: (o.backbone, o.state, repr(o.value), repr(o.settings)))
+    names = [*candidates, *sorted({o.backbone for o in trials} - set(candidates))]
+    index, K = {name: k for k, name in enumerate(names)}, len(names)
+    z, dz = _standardise(names, scores, errors or {})
+    if prior_strength == 0:
+        z, dz = np.zeros(K), np.zeros(K)
+    tried, valued, failed, seconds, paid, n = np.zeros((6, K))
+    seen: list[Observation] = []
+    for o in trials:
+        k, has_value = index[o.backbone], o.value is not None and math.isfinite(o.value)
+        tried[k] += 1
+        failed[k] += o.state == "failed" or (o.state == "complete" and not has_value)
+        if o.state in ("complete", "pruned") and has_value:
+            seen.append(o)
+            valued[k] += 1
+            part = o.step if o.step is not None and 0 < o.step <= 1 else 0.5
+            n[k] += 1.0 if o.state == "complete" else part
+        if o.cost is not None and o.state == "complete":
+            seconds[k], paid[k] = seconds[k] + o.cost, paid[k] + 1
+    arm = np.array([index[o.backbone] for o in seen], dtype=int)
+    raw, y, is_alone = _comparable(seen, arm)
+    best, level = np.full((2, K), -np.inf)
+    np.maximum.at(best, arm, raw)
+
+    # Scale, b_k and ν². Alone: no other parameter varies.
+    full = np.array([o.state == "complete" for o in seen], dtype=bool)
+    scale = float(y.std(ddof=1)) if len(y) > 1 else 0.0
+    scale = scale if scale > 0 else 1.0
+    np.maximum.at(level, arm, y / scale)
+    size = np.bincount(arm[full], minlength=K)
+    centre = np.bincount(arm[full], y[full], K) / np.maximum(size, 1)
+    squares = float(np.square(y - centre[arm])[full].sum()) / scale**2
+    within = (1e-4 if is_alone else WITHIN) * REST
+    nu2 = (WITHIN_TRIALS * within + squares) / (WITHIN_TRIALS + full.sum() - (size > 0).sum())
+
+    has = n > 0
+    m, n = int(has.sum()), n[has]
+    b = level[has] + math.sqrt(nu2) / n
+    w = 1 / (REST - within + nu2 / n)
+    w = w / w.max(initial=1e-9)
+    total = w.sum() if m else 1.0
+    z_mean, b_mean = w @ z[has] / total, w @ b / total
+    zc, bc = z[has] - z_mean, b - b_mean
+    pull = SLOPE_TRIALS * prior_strength
+    precision = pull + w @ zc**2 or 1.0
+    s = (pull * SLOPE + w @ (zc * bc)) / precision
+    rest = w @ (bc - s * zc) ** 2 + pull * (s - SLOPE) ** 2
+    omega2 = (REST_TRIALS * REST + rest) / (REST_TRIALS + m)
+    tau2 = max(omega2 - (w * nu2 / n).sum() / max(m, 1), 0.1 * omega2)
+    own = tau2 + s**2 * dz**2
+    mean = b_mean + s * (z - z_mean)
+    var = own + omega2 / max(m, 1) + (z - z_mean) ** 2 * omega2 / precision
+    var[has] = 1 / (1 / own[has] + n / nu2)
+    mean[has] = var[has] * (mean[has] / own[has] + b * n / nu2)
+
+    success = (valued + RUNS) / (valued + failed + RUNS + FAILS)
+    cost = np.where(paid > 0, seconds / np.maximum(paid, 1), math.nan)
+    arrays = (z, tried, valued, success, cost, best, level, mean, np.sqrt(var))
+    top = level.max() if m else mean.max()
+    ours = [v[: len(candidates)] for v in arrays]
+    return _Fit(*ours, float(top), float(s), math.sqrt(omega2 / precision), scale)
+
+
+def _standardise(
+    names: Sequence[str], scores: Mapping[str, float], errors: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return z_k and δ_k: the ranks, and by how many a score moves with its error."""
+    value = np.array([float(scores.get(name, math.nan)) for name in names])
+    error = np.array([float(errors.get(name, 0.0)) for name in names])
+    z, dz = np.zeros((2, len(names)))
+    at = np.flatnonzero(np.isfinite(value))
+    v, e = value[at], np.where(np.isfinite(error[at]), error[at], 0.0)
+    ranks, order = rankdata(v), np.sort(v)
+    if np.ptp(ranks) if len(at) else False:
+        up = order.searchsorted(v + e, "right") - order.searchsorted(v, "right")
+        down = order.searchsorted(v) - order.searchsorted(v - e)
+        z[at] = (ranks - ranks.mean()) / ranks.std()
+        dz[at] = (up + down) / 2 / ranks.std()
+    return z, dz
+
+
+def _comparable(
+    seen: Sequence[Observation], arm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return values as they are, values as if with the best settings, and if these never vary.
+
+    Ridge regression on the settings; of each backbone's mean the part 1 − √(λ/(λ + n_k)) is
+    subtracted first (λ the ridge), as for random effects. A diverged trial is moved up to three
+    times the distance from the best to the median, lest it hide all other differences.
+    """
+    raw = np.array([o.value for o in seen], dtype=float)
+    if not len(raw):
+        return raw, raw, False
+    y = np.where([o.feasible for o in seen], raw, raw.min())
+    middle = np.median(y)
+    if y.max() > middle:
+        y = np.maximum(y, middle - 3 * (y.max() - middle))
+    settings = [o.settings for o in seen if o.settings is not None]
+    if len(settings) < len(seen):
+        return raw, y, False
+    X = _encode(settings)
+    full = np.array([o.state == "complete" for o in seen])
+    if not (X.size and np.ptp(X, axis=0).any()):
+        return raw, y, len(y) > 1 or not settings[0]
+    spread = y[full].std() if full.sum() > 3 else 0.0
+    if spread > 0:
+        k, n = arm[full], np.bincount(arm[full])
+        A = np.column_stack([X[full], y[full] / spread])
+        A = A - A.mean(axis=0)
+        part = (1 - np.sqrt(RIDGE / (RIDGE + n))) / np.maximum(n, 1)
+        A_ = A - np.column_stack([(part * np.bincount(k, column))[k] for column in A.T])
+        X_, y_ = A_[:, :-1], A_[:, -1]
+        effect = A[:, :-1] @ np.linalg.solve(X_.T @ X_ + RIDGE * np.eye(X_.shape[1]), X_.T @ y_)
+        y[full] += spread * (effect.max() - effect)
+    return raw, y, False
+
+
+def _encode(settings: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return rank and rank² for numbers of more than 4 values, else a column per value."""
+    columns = []
+    for name in sorted({name for chosen in settings for name in chosen}):
+        values = [chosen.get(name) for chosen in settings]
+        kinds = sorted({repr(v) for v in values if v is not None})
+        if len(kinds) > 4 and all(v is None or isinstance(v, (int, float)) for v in values):
+            x = np.array([math.nan if v is None else float(v) for v in values])
+            t = 2 * rankdata(x, nan_policy="omit") / len(x) - 1  # so logarithms need no care
+            columns += [np.nan_to_num(t), np.nan_to_num(t**2)]
+        else:
+            columns += [np.array([repr(v) == kind for v in values], float) for kind in kinds[:20]]
+    return np.column_stack(columns) if columns else np.zeros((len(settings), 0))
+
+
+def _log_improvement(fit: _Fit) -> np.ndarray:
+    """Return log E[(u − y*)₊] = log σ + log(φ(d) + d Φ(d)), d = (μ − y*)/σ, for any d."""
+    d = (fit.mean - fit.top) / fit.sd
+    near = np.maximum(d, -8.0)
+    exact = np.log(np.exp(-(near**2) / 2) / math.sqrt(2 * math.pi) + near * ndtr(near))
+    tail = -(d**2) / 2 - math.log(math.sqrt(2 * math.pi)) - 2 * np.log(np.maximum(-d, 1))
+    return np.log(fit.sd) + np.where(d > -8, exact, tail)
+
+
+def _check(name: str, value: Any, rule: str, holds: Any) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule} but is {value!r}.")

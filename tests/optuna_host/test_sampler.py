@@ -1,0 +1,673 @@
+"""S1–S29 of the design page: the sampler between Optuna and `sfda_tune.policy`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.pruners import HyperbandPruner, NopPruner, PatientPruner, SuccessiveHalvingPruner
+from optuna.samplers import (
+    BruteForceSampler,
+    CmaEsSampler,
+    GPSampler,
+    GridSampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.trial import TrialState
+from optuna_lab import NAMES, VALUES, Log, make_trial, objective, pairs, spy_on
+from scipy.stats import binomtest
+from sfda_tune_optuna import SFDASampler, SFDAWarning, load_ranking, save_ranking
+from sfda_tune_optuna.history import observe
+
+from sfda_tune import policy as decisions
+from sfda_tune.values import Ranking, Score
+
+# Of GP, QMC, BruteForce, …: theirs. S29 sees to it that the default paths raise none.
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+RANDOM = {"base_sampler": RandomSampler(seed=0), "seed": 0}
+
+
+def make_study(sampler=None, **options):
+    return optuna.create_study(
+        **{"direction": "maximize"} | options, sampler=sampler or SFDASampler(VALUES, seed=0)
+    )
+
+
+@pytest.fixture
+def never_left(monkeypatch):
+    """No trial is left to the base sampler, so that every backbone is the policy's."""
+    monkeypatch.setattr(decisions, "leaves_to_base", lambda *args, **kwargs: False)
+
+
+# Which backbone, and for whom the rest is drawn --------------------------------------------------
+def test_s1_the_order_of_suggestions_does_not_matter():
+    def lr_first(trial):
+        lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+        return VALUES[trial.suggest_categorical("backbone", NAMES)] - abs(lr - 1e-3)
+
+    found = []
+    for order in (objective, lr_first):
+        base = TPESampler(n_startup_trials=3, multivariate=True)
+        study = make_study(SFDASampler(VALUES, base_sampler=base, seed=4))
+        study.optimize(order, n_trials=25)
+        found.append(pairs(study))
+    assert found[0] == found[1]
+    assert len({name for name, _ in found[0]}) > 1
+
+
+def test_s2_an_enqueued_backbone_gets_parameters_of_its_own_trials():
+    log = Log()
+    base = spy_on(TPESampler, log, multivariate=True)
+    study = make_study(SFDASampler(VALUES, base_sampler=base, seed=0))
+    study.add_trials([make_trial(name) for name in "aabbbc"])
+    for name in "bcf":
+        study.enqueue_trial({"backbone": name})
+    study.optimize(objective, n_trials=3)
+    assert [t.params["backbone"] for t in study.trials[6:]] == ["b", "c", "f"]
+    assert log == [(6, {2, 3, 4}, {"lr"}), (7, {5}, {"lr"}), (8, set(), set())]
+
+
+def test_s3_an_unknown_enqueued_backbone_fails_its_own_trial_only():
+    study = make_study()
+    study.enqueue_trial({"backbone": "nonsense"})
+    with pytest.raises(ValueError, match="nonsense"):
+        study.optimize(objective, n_trials=1)
+    study.optimize(objective, n_trials=2)
+    assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert not study.sampler._draws
+
+
+def test_s4_a_retried_trial_keeps_its_backbone():
+    log = Log()
+    study = make_study(SFDASampler(VALUES, base_sampler=spy_on(RandomSampler, log), seed=0))
+    study.add_trials([make_trial("e"), make_trial("a")])
+    study.add_trial(
+        optuna.create_trial(
+            state=TrialState.WAITING,
+            params={"backbone": "e"},  # as `RetryHeartbeatStaleTrialCallback` leaves it
+            distributions={"backbone": CategoricalDistribution(NAMES)},
+            system_attrs={"failed_trial": 0, "retry_history": [0]},
+        )
+    )
+    trial = study.ask()
+    trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+    assert trial.suggest_categorical("backbone", NAMES) == "e"
+    assert log[0][:2] == (2, {0})
+
+
+def test_s5_the_base_is_not_asked_when_nothing_is_open():
+    log = Log()
+    study = make_study(SFDASampler(VALUES, base_sampler=spy_on(RandomSampler, log), seed=0))
+    study.enqueue_trial({"backbone": "c", "lr": 1e-3})
+    study.optimize(objective, n_trials=1)
+    study.optimize(lambda trial: len(trial.suggest_categorical("one", ["x"])), n_trials=1)
+    assert log == []
+    assert not study.sampler._draws
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {"a": 1.0},
+        {"x": 2.0, "y": 1.0},
+        dict.fromkeys(NAMES, 0.5),
+        {**VALUES, "a": float("nan"), "b": float("inf")},
+        {name: np.float32(-value) for name, value in VALUES.items()},
+        {**VALUES, "extra": 5.0},
+        {},
+        Ranking([Score("a", 0.4), Score("b", error="OSError: no weights")]),
+    ],
+    ids=["missing", "unknown", "tied", "nan-inf", "float32", "extra", "empty", "ranking"],
+)
+@pytest.mark.parametrize("policy", decisions.POLICIES)
+def test_s6_odd_scores_are_defined(scores, policy):
+    study = make_study(SFDASampler(scores, policy=policy, seed=0))
+    study.optimize(objective, n_trials=12)
+    assert all(t.state == TrialState.COMPLETE for t in study.trials)
+    assert {t.params["backbone"] for t in study.trials} <= set(NAMES)
+    study.sampler.calibration(study)
+
+
+@pytest.mark.parametrize("choices", [(True, False), (0, 1, 2), (None, "x", 2.5)])
+def test_s7_choices_need_not_be_texts(choices):
+    scores = {0: 0.1, "1": 0.9, 2: 0.5, "True": 0.3, "x": 1.0}
+    study = make_study(SFDASampler(scores, seed=0))
+    study.optimize(lambda t: float(t.suggest_categorical("backbone", choices) == choices[0]), 10)
+    assert {type(t.params["backbone"]) for t in study.trials} <= {type(c) for c in choices}
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_s8_a_number_of_the_same_name_is_left_to_the_base(conditional):
+    study = make_study(SFDASampler({"0.5": 1.0, "a": 2.0}, conditional=conditional, seed=0))
+    study.optimize(lambda t: t.suggest_float("backbone", 0, 1) + t.suggest_int("n", 1, 3), 15)
+    assert len({t.params["backbone"] for t in study.trials}) == 15
+
+
+def tree(trial):
+    value = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+    name = trial.suggest_categorical("backbone", ["a", "b"])
+    value += trial.suggest_float(f"{name}_drop", 0.0, 1.0)
+    if name == "b" and trial.suggest_categorical("b_pool", ["avg", "max"]) == "max":
+        value += trial.suggest_int("b_max_size", 2, 9)
+    return value
+
+
+@pytest.mark.parametrize("base", [TPESampler, CmaEsSampler, GPSampler])
+def test_s9_s10_each_backbone_has_its_own_space(base):
+    log = Log()
+    options = {"n_startup_trials": 1, "warn_independent_sampling": False}
+    if base is TPESampler:
+        options = {"n_startup_trials": 1, "multivariate": True}
+    study = make_study(SFDASampler(VALUES, base_sampler=spy_on(base, log, **options), seed=0))
+    n = 100 if base is not GPSampler else 12  # backbones take turns
+    for i in range(n):
+        study.enqueue_trial({"backbone": "ab"[i % 2], "b_pool": "avg"})
+    study.optimize(tree, n_trials=n)
+    spaces = {"a": {"lr", "a_drop"}, "b": {"lr", "b_drop", "b_pool"}}
+    if base is CmaEsSampler:  # knows no categories
+        spaces["b"] -= {"b_pool"}
+    for number, _, space in log[2:]:
+        assert space == spaces["ab"[number % 2]]
+
+
+@pytest.mark.parametrize("base", [RandomSampler, TPESampler])
+def test_s11_backbones_start_with_equal_parameters(base):
+    def first_parameters(seed):
+        study = make_study(SFDASampler(VALUES, base_sampler=base(), seed=seed))
+        for name in NAMES * 2:
+            study.enqueue_trial({"backbone": name})
+        study.optimize(objective, n_trials=12)
+        return [lr for _, lr in pairs(study)]
+
+    one, other = first_parameters(1), first_parameters(2)
+    for lrs in (one[:6], one[6:], other[:6]):
+        assert len(set(lrs)) == 1
+    assert len({one[0], one[6], other[0]}) == 3
+
+
+def test_s12_threads():
+    study = make_study(SFDASampler(VALUES, base_sampler=TPESampler(n_startup_trials=5), seed=0))
+    study.optimize(objective, n_trials=200, n_jobs=8)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 200
+    assert len(set(pairs(study))) == 200
+    assert not study.sampler._draws
+
+
+def test_s13_a_resumed_study_goes_on_as_if_never_stopped(tmp_path):
+    def run(name, *stops):
+        storage = f"sqlite:///{tmp_path / name}.db"
+        for stop in stops:
+            sampler = SFDASampler(VALUES, base_sampler=TPESampler(n_startup_trials=4), seed=3)
+            study = make_study(sampler, study_name="s", storage=storage, load_if_exists=True)
+            study.optimize(objective, n_trials=stop)
+        return pairs(study)
+
+    assert run("whole", 24) == run("pieces", 7, 1, 16)
+
+
+@pytest.mark.parametrize("policy", decisions.POLICIES)
+@pytest.mark.parametrize(
+    "make_pruner",
+    [
+        lambda: HyperbandPruner(1, 9),
+        HyperbandPruner,
+        lambda: PatientPruner(NopPruner(), 1),
+        SuccessiveHalvingPruner,
+    ],
+)
+def test_s14_pruners_and_the_restricted_study_of_hyperband(policy, make_pruner):
+    def train(trial):
+        value = objective(trial)
+        for step in range(9):
+            trial.report(value * (step + 1) / 9, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    study = make_study(SFDASampler(VALUES, policy=policy, seed=0), pruner=make_pruner())
+    study.optimize(train, n_trials=15)
+    assert {t.state.name for t in study.trials} <= {"COMPLETE", "PRUNED"}
+    assert dict(load_ranking(study)) == VALUES
+    assert not study.sampler._draws
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_s16_a_copy_goes_on_with_the_same_trial(copied):
+    study = make_study(SFDASampler(VALUES, base_sampler=TPESampler(n_startup_trials=2), seed=5))
+    study.sampler = copied(study.sampler)
+    study.optimize(objective, n_trials=12)
+    expected = []
+    for change in (lambda s: s, copied):
+        again = make_study(copied(study.sampler))
+        again.add_trials(study.trials)
+        trial = again.ask()
+        trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+        again.add_trials([make_trial("f", value=9.0) for _ in range(20)])  # meanwhile
+        again.sampler = change(again.sampler)
+        trial.suggest_categorical("backbone", NAMES)
+        expected.append(trial.params)
+    assert expected[0] == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(RandomSampler, {}), *((base, {"n_startup_trials": 0}) for base in (TPESampler, GPSampler))],
+)
+def test_s17_trials_without_the_parameter_belong_to_all(base, options):
+    study = make_study(SFDASampler(VALUES, base_sampler=base(**options), seed=0))
+    study.add_trials([make_trial(None, lr=lr) for lr in (1e-2, 1e-3, 1e-4)])
+    study.optimize(objective, n_trials=5)
+    study.optimize(lambda t: t.suggest_float("lr", 1e-5, 1e-1, log=True), n_trials=3)
+    assert all(t.state == TrialState.COMPLETE for t in study.trials)
+
+
+# Several objectives, constraints, failures -------------------------------------------------------
+@pytest.mark.parametrize("n", [2, 3])
+def test_s18_several_objectives(n, never_left):
+    seconds = dict(zip(NAMES, (9, 5, 7, 6, 1, 8), strict=True))
+
+    def two(trial):
+        return (objective(trial), seconds[trial.params["backbone"]], 1.0)[:n]
+
+    directions = ["maximize", "minimize", "minimize"][:n]
+    study = optuna.create_study(directions=directions, sampler=SFDASampler(VALUES, seed=1))
+    study.optimize(two, n_trials=40)
+    front = {t.params["backbone"] for t in study.best_trials}
+    counts = [t.params["backbone"] for t in study.trials]
+    assert {"a", "e"} <= front  # the most accurate, and the fastest
+    assert counts.count("e") > counts.count("f")  # which is worse at both
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["maximize", "minimize"]])
+def test_s18_a_history_of_pruned_trials_alone(directions):
+    study = optuna.create_study(directions=directions, sampler=SFDASampler(VALUES, seed=1))
+
+    def prune(trial):
+        objective(trial)
+        raise optuna.TrialPruned
+
+    study.optimize(prune, n_trials=15)
+    assert {t.state for t in study.trials} == {TrialState.PRUNED}
+
+
+def infeasible_best(set_constraint):
+    def run(trial):
+        value = objective(trial)
+        set_constraint(trial, 1.0 if trial.params["backbone"] == "a" else -1.0)
+        return value
+
+    return run
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_s19_an_infeasible_best_backbone_is_left(legacy):
+    if legacy:
+        base = TPESampler(seed=0, constraints_func=lambda t: t.user_attrs["c"])
+        run = infeasible_best(lambda trial, c: trial.set_user_attr("c", (c,)))
+    elif hasattr(optuna.Trial, "set_constraint"):
+        base = TPESampler(seed=0)
+        run = infeasible_best(lambda trial, c: trial.set_constraint("memory", c))
+    else:
+        pytest.skip("Trial.set_constraint is new in optuna 5")
+    study = make_study(SFDASampler(VALUES, base_sampler=base, seed=0))
+    study.optimize(run, n_trials=40)
+    late = [name for name, _ in pairs(study)][20:]
+    assert late.count("a") < late.count("b")
+
+
+def test_s20_a_backbone_that_always_fails_is_left():
+    """TPE takes no notice of failures, and proposes what it knows least."""
+
+    def run(trial):
+        value = objective(trial)
+        if trial.params["backbone"] == "a":
+            raise MemoryError("out of memory")
+        return value
+
+    failures = []
+    for make_sampler in (lambda seed: SFDASampler(VALUES, seed=seed), TPESampler):
+        studies = [make_study(make_sampler(seed=seed)) for seed in range(5)]
+        for study in studies:
+            study.optimize(run, n_trials=40, catch=(MemoryError,))
+        failures.append(sum(name == "a" for study in studies for name, _ in pairs(study)))
+    assert 5 <= failures[0] <= 0.6 * failures[1]
+
+
+def test_a_trial_that_failed_after_it_had_reported_says_nothing_of_its_backbone():
+    """Ctrl-C, or a learning rate that diverged: not a backbone that does not fit into memory."""
+
+    def run(trial):
+        objective(trial)
+        if trial.number % 2:
+            trial.report(0.5, step=0)
+        raise KeyboardInterrupt if trial.number % 2 else MemoryError
+
+    study = make_study(SFDASampler(VALUES, seed=0))
+    for _ in range(4):
+        with contextlib.suppress(KeyboardInterrupt, MemoryError):
+            study.optimize(run, n_trials=1)
+    assert [o.state for o in observe(study, study.trials, "backbone")] == ["failed"] * 2
+
+
+# The mask, the proxy, costs ----------------------------------------------------------------------
+@pytest.mark.parametrize("survivors", [2, ("a", "b"), {"b", "a"}])
+def test_s21_a_strict_mask_never_leaves(survivors):
+    study = make_study(SFDASampler(VALUES, survivors=survivors, exploration=0.0, **RANDOM))
+    study.optimize(objective, n_trials=40)
+    assert {name for name, _ in pairs(study)[1:]} == {"a", "b"}
+
+
+def test_s21_exploration_is_how_often_a_trial_steps_outside():
+    sampler = SFDASampler(VALUES, survivors=2, exploration=0.2, **RANDOM)
+    study = make_study(sampler)
+    study.add_trials([make_trial(name, VALUES[name]) for name in NAMES])
+    for _ in range(300):
+        study.ask().suggest_categorical("backbone", NAMES)
+    outside = sum(t.params["backbone"] not in "ab" for t in study.trials[6:])
+    assert binomtest(outside, 300, 0.2).pvalue > 1e-3
+
+
+def test_s21_survivors_must_be_choices():
+    study = make_study(SFDASampler(VALUES, survivors=["a", "typo"], seed=0))
+    with pytest.raises(ValueError, match=r"`survivors` must be choices .* \['typo'\] are not"):
+        study.optimize(objective, n_trials=1)
+
+
+def test_s22_scores_that_mislead_are_seen_and_said(monkeypatch):
+    said = []
+    monkeypatch.setattr("sfda_tune_optuna.sampler._logger.warning", said.append)
+    study = make_study(SFDASampler({name: -value for name, value in VALUES.items()}, seed=0))
+    study.optimize(objective, n_trials=40)
+    calibration = study.sampler.calibration(study)
+    assert calibration.slope < 0
+    assert calibration.kendall_tau < 0
+    assert calibration.warning
+    assert [text.partition("(")[0] for text in said] == [calibration.warning.partition("(")[0]]
+
+
+def regret(make_sampler, seeds=range(20)):
+    """Mean distance to the best of a fixed table of 16 backbones × 3 learning rates."""
+    rng = np.random.default_rng(8)
+    accuracy = np.sort(rng.normal(0.7, 0.05, 16))[::-1, None] - [[0.0, 0.02, 0.06]]
+    names = [f"n{i:02d}" for i in range(16)]
+    lost = []
+    for seed in seeds:
+        study = make_study(make_sampler(names, accuracy[:, 0], seed))
+        study.optimize(
+            lambda t: float(
+                accuracy[
+                    names.index(t.suggest_categorical("backbone", names)),
+                    t.suggest_categorical("lr", [0, 1, 2]),
+                ]
+            ),
+            n_trials=20,
+        )
+        lost.append(accuracy.max() - study.best_value)
+    return float(np.mean(lost))
+
+
+def test_s22_good_scores_beat_tpe_and_bad_ones_cost_little():
+    def with_proxy(correlation):
+        def make(names, truth, seed):
+            z = (truth - truth.mean()) / truth.std()
+            noise = np.random.default_rng(seed).normal(size=len(z))
+            proxy = correlation * z + (1 - correlation**2) ** 0.5 * noise
+            return SFDASampler(dict(zip(names, proxy, strict=True)), seed=seed)
+
+        return make
+
+    tpe = regret(lambda names, truth, seed: TPESampler(seed=seed))
+    assert regret(with_proxy(0.9)) < tpe
+    assert regret(with_proxy(-0.9)) <= 1.25 * tpe  # the benchmark measures the rest
+
+
+def test_s23_a_batch_of_asks_is_diverse(never_left):
+    study = make_study()
+    trials = [study.ask() for _ in range(16)]
+    assert len({trial.suggest_categorical("backbone", NAMES) for trial in trials}) >= 3
+
+
+def test_s24_costs_count_when_asked_to(never_left):
+    def share(exponent):
+        sampler = SFDASampler(
+            dict.fromkeys(NAMES, 1.0),
+            costs={name: 100.0 if name in "abc" else 1.0 for name in NAMES},
+            cost_exponent=exponent,
+            **RANDOM,
+        )
+        study = make_study(sampler)
+        study.optimize(lambda t: 0.5 if t.suggest_categorical("backbone", NAMES) else 0, 60)
+        return sum(t.params["backbone"] in "def" for t in study.trials) / 60
+
+    assert share(1.0) > 0.8
+    assert 0.3 < share(0.0) < 0.7
+
+
+# The base sampler --------------------------------------------------------------------------------
+def test_s25_hooks_reach_the_base_once():
+    calls = []
+
+    class Counting(RandomSampler):
+        def before_trial(self, study, trial):
+            calls.append(("before", study, trial.number))
+
+        def after_trial(self, study, trial, state, values):
+            calls.append(("after", study, trial.number, state, values))
+
+        def reseed_rng(self):
+            calls.append(("reseed",))
+
+    study = make_study(SFDASampler(VALUES, base_sampler=Counting(seed=0), seed=0))
+    study.optimize(lambda trial: len(trial.suggest_categorical("backbone", NAMES)), n_trials=2)
+    study.sampler.reseed_rng()
+    done = TrialState.COMPLETE
+    assert calls == [
+        ("before", study, 0), ("after", study, 0, done, [1.0]),
+        ("before", study, 1), ("after", study, 1, done, [1.0]), ("reseed",),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make_base",
+    [
+        lambda: NSGAIISampler(population_size=4, seed=0),
+        lambda: GridSampler({"n": [0, 1, 2]}),
+        BruteForceSampler,
+    ],
+)
+def test_s26_samplers_with_state_in_the_study_see_all_of_it(make_base):
+    sampler = SFDASampler(VALUES, base_sampler=make_base(), seed=0)
+    study = make_study(sampler)
+    assert sampler._view(study, "a") is study
+    study.optimize(
+        lambda t: VALUES[t.suggest_categorical("backbone", NAMES)] + t.suggest_int("n", 0, 2), 15
+    )
+    assert len(study.trials) >= (15 if isinstance(sampler._base, NSGAIISampler) else 3)
+    assert all(t.state == TrialState.COMPLETE for t in study.trials)
+
+
+def test_the_base_draws_its_share_jointly(monkeypatch):
+    """A trial that is left to the base sampler: backbone and rest from the whole study."""
+    log = Log()
+    base = spy_on(TPESampler, log, n_startup_trials=2, multivariate=True)
+    study = make_study(SFDASampler(VALUES, base_sampler=base, seed=0))
+    study.add_trials([make_trial(name, VALUES[name]) for name in NAMES])
+    monkeypatch.setattr(decisions, "leaves_to_base", lambda number, **_: number == 7)
+    study.optimize(objective, n_trials=3)
+    assert log[1] == (7, set(range(7)), {"backbone", "lr"})
+    assert log[0][2] <= {"lr"}
+    assert log[2][2] <= {"lr"}
+
+
+@pytest.mark.parametrize("policy", decisions.POLICIES)
+@pytest.mark.parametrize("survivors", [None, 3])
+def test_only_the_unmasked_calibrated_policy_leaves_trials(policy, survivors, monkeypatch):
+    monkeypatch.setattr(decisions, "leaves_to_base", lambda *args, **kwargs: True)
+    sampler = SFDASampler(VALUES, policy=policy, survivors=survivors, seed=0)
+    assert sampler._leaves(0, []) == (policy == "calibrated" and survivors is None)
+
+
+def test_every_generator_of_a_custom_sampler_is_keyed():
+    class Custom(RandomSampler):
+        def __init__(self):
+            super().__init__(seed=0)
+            self.inner = {"rng": [np.random.default_rng(0), np.random.RandomState(0)]}
+
+        def sample_independent(self, study, trial, name, distribution):
+            new, old = self.inner["rng"]
+            return float(new.random() + old.random()) / 2
+
+    def run(seed):
+        study = make_study(SFDASampler({"a": 1.0}, base_sampler=Custom(), seed=seed))
+        study.optimize(lambda t: t.suggest_float("x", 0, 1), n_trials=8)
+        return [t.params["x"] for t in study.trials]
+
+    assert len(set(run(0))) == 8
+    assert run(0) == run(0) != run(1)
+
+
+# What is kept, said and refused ------------------------------------------------------------------
+def test_s27_nothing_of_numpy_gets_out(tmp_path):
+    scores = {name: np.float32(value) for name, value in VALUES.items()}
+    study = make_study(
+        SFDASampler(scores, survivors=np.int64(4), seed=np.int64(3)),
+        storage=f"sqlite:///{tmp_path}/s.db",
+    )
+    study.optimize(objective, n_trials=14)
+    calibration = study.sampler.calibration(study)
+    everything = [study.user_attrs, study.sampler.settings, vars(calibration)]
+    everything += [[t.params, t.user_attrs, t.system_attrs] for t in study.trials]
+
+    def walk(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
+            return all(map(walk, value))
+        return type(value) in (str, int, float, bool, type(None))
+
+    assert walk(everything)
+    json.dumps(everything[:2], allow_nan=False)
+
+
+def test_s28_a_loaded_study_gets_its_sampler_back(tmp_path):
+    storage = f"sqlite:///{tmp_path}/s.db"
+    sampler = SFDASampler(VALUES, survivors=("a", "b"), exploration=0.1, prior_strength=2, seed=3)
+    study = make_study(sampler, study_name="s", storage=storage)
+    study.optimize(objective, n_trials=5)
+    loaded = optuna.load_study(study_name="s", storage=storage)
+    assert isinstance(loaded.sampler, TPESampler)
+    loaded.sampler = SFDASampler.from_study(loaded)
+    assert loaded.sampler.settings == sampler.settings
+    assert SFDASampler.from_study(loaded, seed=9, survivors=None).settings["seed"] == 9
+    loaded.optimize(objective, n_trials=5)
+    study.optimize(objective, n_trials=0)
+    assert len(loaded.trials) == 10
+
+
+def test_s28_another_base_is_asked_for_and_no_ranking_is_an_error():
+    study = make_study(SFDASampler(VALUES, base_sampler=RandomSampler(), seed=0))
+    study.optimize(objective, n_trials=1)
+    with pytest.warns(SFDAWarning, match=r"Pass `base_sampler=RandomSampler\(\.\.\.\)`"):
+        SFDASampler.from_study(study)
+    SFDASampler.from_study(study, base_sampler=RandomSampler())
+    with pytest.raises(ValueError, match="must hold a ranking but has none"):
+        SFDASampler.from_study(optuna.create_study())
+
+
+def test_s29_default_paths_warn_of_nothing():
+    code = """
+import optuna, sfda_tune_optuna as s
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+scores = {"a": 1.0, "b": 2.0, "c": 3.0}
+study = optuna.create_study(sampler=s.SFDASampler(scores), pruner=s.SFDAPruner(
+    scores, keep=2, base_pruner=optuna.pruners.HyperbandPruner()))
+s.enqueue_top_k(study, scores, 2)
+def objective(trial):
+    name = s.suggest_backbone(trial, scores)
+    trial.report(scores[name], 0)
+    if trial.should_prune():
+        raise optuna.TrialPruned
+    return scores[name] + trial.suggest_float("lr", 0, 1)
+study.optimize(objective, n_trials=25, callbacks=[s.CalibrationCallback()])
+s.SFDASampler.from_study(study)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_ranking_warns_once_and_says_what_differs():
+    study = make_study()
+    study.optimize(objective, n_trials=2)
+    study.sampler = SFDASampler({**VALUES, "b": 0.1, "g": 0.2}, seed=0)
+    with pytest.warns(SFDAWarning, match="adds g; scores differently b") as caught:
+        study.optimize(objective, n_trials=3)
+    assert len(caught) == 1
+    assert dict(load_ranking(study)) == VALUES
+    save_ranking(study, {**VALUES, "b": 0.1, "g": 0.2})
+    study.sampler = SFDASampler({**VALUES, "b": 0.1, "g": 0.2}, seed=0)
+    study.optimize(objective, n_trials=1)  # no warning now
+
+
+def test_one_sampler_may_serve_two_studies():
+    sampler = SFDASampler(VALUES, seed=0)
+    one, two = make_study(sampler), make_study(sampler)
+    trial = one.ask()
+    trial.suggest_float("lr", 0, 1)  # remembered, never told
+    two.enqueue_trial({"backbone": "f"})
+    two.optimize(objective, n_trials=5)
+    assert dict(load_ranking(two)) == VALUES
+    assert two.trials[0].params["backbone"] == "f"
+
+
+def test_asked_and_never_told_trials_are_forgotten(monkeypatch):
+    monkeypatch.setattr("sfda_tune_optuna.sampler._MAX_DRAWS", 5)
+    study = make_study()
+    for _ in range(9):
+        study.ask({"backbone": CategoricalDistribution(NAMES), "lr": FloatDistribution(0, 1)})
+    assert len(study.sampler._draws) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scores": [1, 2]}, r"`scores` must be a Ranking or a mapping but is \[1, 2\]"),
+        ({"scores": {"a": "high"}}, r"`scores\['a'\]` must be a number but is 'high'"),
+        (
+            {"base_sampler": TPESampler},
+            r"`base_sampler` must be a sampler \(not a class\) or None",
+        ),
+        ({"policy": "thompson"}, "`policy` must be one of calibrated, prior, greedy but is"),
+        ({"prior_strength": -1}, "`prior_strength` must be a number ≥ 0 but is -1"),
+        ({"exploration": 1.5}, r"`exploration` must be in \[0, 1\] but is 1.5"),
+        ({"survivors": "a"}, "`survivors` must be an integer ≥ 1, names or None but is 'a'"),
+        ({"survivors": 0}, "`survivors` must be an integer ≥ 1"),
+        ({"survivors": []}, "`survivors` must be an integer ≥ 1"),
+        ({"seed": -1}, "`seed` must be an integer ≥ 0 or None but is -1"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SFDASampler(**{"scores": VALUES, **options})
+
+
+def test_without_a_seed_two_samplers_differ_and_str_is_the_class():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, two = SFDASampler(VALUES), SFDASampler(VALUES)
+    assert one._entropy != two._entropy
+    assert str(one) == "SFDASampler"
