@@ -211,6 +211,8 @@ def columns(cache: str | None) -> dict[str, dict[str, dict[str, float]]]:
         f"sfda {variant}": functools.partial(sfda, variant=variant) for variant in VARIANTS
     } | {
         "sfda loo, λ by loo": functools.partial(sfda, variant="loo", shrinkage="loo"),
+        "sfda loo, raw": functools.partial(sfda, variant="loo", normalize="none"),
+        "sfda loo, l2": functools.partial(sfda, variant="loo", normalize="l2"),
         "sfda loo, challenge": functools.partial(sfda, variant="loo", challenge=True),
     }
     functions = sfdas | {name: get_metric(name) for name in usable}
