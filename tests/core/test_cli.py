@@ -157,7 +157,7 @@ def test_a_ranking_that_cannot_be_written_is_still_shown(cli, toy_zoo, photos, t
 
 def test_saturated_scores_are_remarked_upon(cli, photos, toy_zoo, clean_environment):
     done = subprocess.run(
-        [*COMMAND, "rank", str(photos), "-b", str(toy_zoo), *RANK],
+        [*COMMAND, "rank", str(photos), "-b", str(toy_zoo), "--variant", "official", *RANK],
         capture_output=True, text=True, check=True, env=clean_environment,
     )  # fmt: skip
     assert "warning: " in done.stderr

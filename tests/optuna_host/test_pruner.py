@@ -206,7 +206,7 @@ def test_p12_gated_trials_do_not_reach_the_base_sampler():
 
 
 DISTRIBUTED = """
-import sys
+import os, sys
 import optuna, torch.distributed as dist
 from optuna_integration import TorchDistributedTrial
 from sfda_tune_optuna import SFDAPruner, gate
@@ -225,8 +225,9 @@ for _ in range(2):
         gate(trial, ["a"])
     except optuna.TrialPruned:
         gated.append("raised")
-print(gated, trial.user_attrs)
-dist.destroy_process_group()
+print(gated, trial.user_attrs, flush=True)
+dist.barrier()
+os._exit(0)  # gloo's own teardown aborts now and then, when the other rank is gone first
 """
 
 
