@@ -7,15 +7,15 @@ own, `calibrate` tells what the scores have proved to be worth, `survivors` cuts
 Symbol      Meaning
 ==========  =================================================================================
 z_k, δ_k    standardised rank of the score of backbone k (mean 0, sd 1), its standard error
-n_k, t_k    trials of k with a value (a pruned one counts in part); all trials of k
+n_k, t_k    trials of k with a value, weighted; all trials of k
 b_k         best value of k, in standard deviations of all values; m backbones have one
 u_k         what backbone k can reach; y* = max b_k is what has been reached
 s, τ²       slope, and what it leaves unexplained: u_k ~ N(a + s z_k, τ² + s² δ_k²)
 ν           spread of the values within one backbone, which other parameters cause
 ==========  =================================================================================
 
-**Model.** The best of n values lies about ν/n below what can be reached: b_k + ν/n_k is u_k with
-noise of variance ν²/n_k. This is a Bayesian regression on z, with weights w_k ∝ 1/(τ₀² + ν²/n_k)::
+**Model.** The best of n values lies about ν/n below what can be reached: b_k + ν/max(n_k, 1) is
+u_k with noise of variance ν²/n_k. A Bayesian regression on z, with weights w ∝ 1/(τ₀² + ν²/n)::
 
     s  = (ℓ s₀ + Σ w z̃ b̃) / (ℓ + Σ w z̃²)        z̃, b̃ centred; the slope is shrunk towards s₀ > 0
     ω² = (κ ω₀² + Σ w (b̃ − s z̃)² + ℓ (s − s₀)²) / (κ + m),    τ² = ω² − mean w ν²/n
@@ -46,21 +46,13 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import kendalltau, rankdata
 
-__all__ = [
-    "POLICIES",
-    "Calibration",
-    "Observation",
-    "calibrate",
-    "choose",
-    "leaves_to_base",
-    "survivors",
-]
+__all__ = ["Calibration", "Observation", "calibrate", "choose", "leaves_to_base", "survivors"]
 
 POLICIES = ("calibrated", "prior", "greedy")
 STATES = ("complete", "pruned", "failed", "running")
 
 # Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
-SLOPE, SLOPE_TRIALS = 0.8, 2.0  # s₀ and ℓ, its weight in backbones
+SLOPE, SLOPE_TRIALS = 0.8, 1.5  # s₀ and ℓ, its weight in backbones
 REST, REST_TRIALS = 1 - SLOPE**2, 2.0  # ω₀² and κ
 WITHIN, WITHIN_TRIALS = 0.6, 2.0  # ν₀² / ω₀² and its weight
 RIDGE = 0.5  # of the effects of settings, values having variance 1
@@ -109,10 +101,8 @@ class Calibration:
 
     Parameters
     ----------
-    slope : float
-        s: deviations of value per standard deviation of score; ≤ 0 if the scores mislead.
-    slope_interval : tuple of float
-        90 %.
+    slope, slope_interval : float, tuple of float
+        s, in `scale` per standard deviation of score, and 90 %; ≤ 0 if the scores mislead.
     kendall_tau : float
         Between z and b_k of the backbones with a value; NaN if undefined.
     n_backbones, n_trials : int
@@ -121,7 +111,7 @@ class Calibration:
         ``backbone, score, z, n_trials, best, mean, sd``, by name: the best value (None if there
         is none), and what the backbone is expected to reach.
     scale : float
-        One deviation of value.
+        One standard deviation of the values.
     warning : str or None
     """
 
@@ -177,8 +167,7 @@ def choose(
     candidates : sequence of str, optional
         What may be chosen; default: all scored ones.
     seed, number : int ≥ 0
-        Of the study and of the trial. "calibrated" and "greedy" need chance only for ties and
-        for `exploration`.
+        Of the study and of the trial. Chance breaks ties and decides on `exploration`.
     policy : {"calibrated", "prior", "greedy"}
         "calibrated": see the module. "prior": whatever the values, a draw with
         P(k) ∝ exp(4 z_k) · 2/((t_k + 1)(t_k + 2)). "greedy": the highest mean of u_k.
@@ -201,10 +190,8 @@ def choose(
     Examples
     --------
     >>> scores = {"vit": 3.0, "resnet": 2.0, "alexnet": 1.0}
-    >>> choose(scores)
-    'vit'
-    >>> choose(scores, [Observation("vit", "failed")])
-    'resnet'
+    >>> choose(scores), choose(scores, [Observation("vit", "failed")])
+    ('vit', 'resnet')
     """
     _check("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
     _check("exploration", exploration, "in [0, 1]", 0 <= exploration <= 1)
@@ -213,8 +200,7 @@ def choose(
     _check("candidates", names, "the host's choices, at least one", names)
     fit = _fit(names, scores, history, prior_strength, errors)
     rng = np.random.default_rng([seed, number])
-    is_outside = rng.random() < exploration
-    noise = rng.gumbel(size=len(names))
+    is_outside, noise = rng.random() < exploration, rng.gumbel(size=len(names))
 
     if policy == "greedy":
         gain = np.log(fit.mean - fit.mean.min() + 1e-9)
@@ -233,7 +219,7 @@ def choose(
         _check("survivors", sorted(survivors), f"some of the candidates {names}", stays.any())
         gain[stays == (is_outside and not stays.all())] = -np.inf
     best = np.flatnonzero(gain >= gain.max() - 1e-12)
-    return names[int(best[noise[best].argmax()])]  # a tie is broken at random
+    return names[int(best[noise[best].argmax()])]
 
 
 def calibrate(
@@ -252,29 +238,29 @@ def calibrate(
     fit = _fit(names, scores, history, prior_strength)
     has = fit.valued > 0
     z, b, m = fit.z[has], fit.level[has], int(has.sum())
-    tau = float(kendalltau(z, b).statistic) if m > 1 and np.ptp(z) and np.ptp(b) else math.nan
+    test: Any = kendalltau(z, b) if m > 1 and np.ptp(z) and np.ptp(b) else None
+    tau = math.nan if test is None else float(test.statistic)
     warning = (
         f"the scores run against the values of {m} backbones (Kendall's tau {tau:.2f}); "
         "use other scores"
     )
-    table = tuple(
+    known = zip(fit.z, fit.valued, fit.best, fit.mean * fit.scale, fit.sd * fit.scale, strict=True)
+    table = [
         {
             "backbone": name,
             "score": float(scores[name]),
-            "z": float(fit.z[k]),
-            "n_trials": int(fit.valued[k]),
-            "best": float(fit.best[k]) if has[k] else None,
-            "mean": float(fit.mean[k] * fit.scale),
-            "sd": float(fit.sd[k] * fit.scale),
+            "z": float(z),
+            "n_trials": int(n),
+            "best": float(best) if n else None,
+            "mean": float(mean),
+            "sd": float(sd),
         }
-        for k, name in enumerate(names)
-    )
+        for name, (z, n, best, mean, sd) in zip(names, known, strict=True)
+    ]
     interval = (fit.slope - 1.645 * fit.slope_sd, fit.slope + 1.645 * fit.slope_sd)
-    misleads = m >= 5 and tau < 0
-    trials = int(fit.valued.sum())
-    return Calibration(
-        fit.slope, interval, tau, m, trials, table, fit.scale, warning if misleads else None
-    )
+    n_trials, misleads = int(fit.valued.sum()), m >= 5 and tau < 0
+    about = (m, n_trials, tuple(table), fit.scale, warning if misleads else None)
+    return Calibration(fit.slope, interval, tau, *about)
 
 
 def survivors(
@@ -307,16 +293,14 @@ def survivors(
     scores = scores_or_ranking
     if probability is not None:
         find = getattr(scores, "shortlist", None)
-        _check(
-            "probability", probability, "given with a Ranking, without `keep`", find and not keep
-        )
+        usable = find is not None and keep is None
+        _check("probability", probability, "given with a Ranking and without `keep`", usable)
         return tuple(find(probability=probability))  # type: ignore[misc]
-    known = sorted(n for n in scores if math.isfinite(scores[n]))
-    order = sorted(known, key=lambda name: -scores[name])
+    order = sorted((n for n in scores if math.isfinite(scores[n])), key=lambda n: (-scores[n], n))
     if isinstance(keep, Collection):
-        names = set(keep) if not isinstance(keep, str) else set()
+        names = set() if isinstance(keep, str) else set(keep)
         _check("keep", keep, "names of scored backbones", names and names <= set(scores))
-        return tuple(n for n in [*order, *sorted(set(scores) - set(known))] if n in names)
+        return tuple(n for n in [*order, *sorted(set(scores) - set(order))] if n in names)
     if keep is not None:
         _check("keep", keep, "an integer ≥ 1, or names", keep >= 1 and int(keep) == keep)
     return tuple(order[:keep])
@@ -353,16 +337,17 @@ def leaves_to_base(
     if share is not None:
         _check("share", share, "in [0, 1]", 0 <= share <= 1)
         return math.floor((number + 1) * share) > math.floor(number * share)
-    if number < FREE or (number + seed) % DOUBT:
+    place = number + seed
+    if number < FREE or place % DOUBT:
         return False
-    if (number + seed) % EVERY == 0 or not scores:
-        return (number + seed) % EVERY == 0
+    if place % EVERY == 0 or not scores:
+        return place % EVERY == 0
     return _fit(sorted(scores), scores, history, 1.0).slope <= 0
 
 
 # The model --------------------------------------------------------------------------------------
 class _Fit(NamedTuple):
-    """What is known of each candidate, values in units of `scale` (but `best`)."""
+    """What is known of each candidate; `level`, `mean`, `sd` and `top` in units of `scale`."""
 
     z: np.ndarray
     tried: np.ndarray  # t_k
@@ -394,8 +379,8 @@ def _fit(
     index, K = {name: k for k, name in enumerate(names)}, len(names)
     z, dz = _standardise(names, scores, errors or {})
     if prior_strength == 0:
-        z, dz = np.zeros(K), np.zeros(K)
-    tried, valued, failed, seconds, paid, n = np.zeros((6, K))
+        z, dz = np.zeros((2, K))
+    tried, failed, seconds, paid = np.zeros((4, K))
     seen: list[Observation] = []
     for o in trials:
         k, has_value = index[o.backbone], o.value is not None and math.isfinite(o.value)
@@ -403,22 +388,22 @@ def _fit(
         failed[k] += o.state == "failed" or (o.state == "complete" and not has_value)
         if o.state in ("complete", "pruned") and has_value:
             seen.append(o)
-            valued[k] += 1
-            part = o.step if o.step is not None and 0 < o.step <= 1 else 0.5
-            n[k] += 1.0 if o.state == "complete" else part
         if o.cost is not None and o.state == "complete":
             seconds[k], paid[k] = seconds[k] + o.cost, paid[k] + 1
     arm = np.array([index[o.backbone] for o in seen], dtype=int)
-    raw, y, is_alone = _comparable(seen, arm)
-    best, level = np.full((2, K), -np.inf)
-    np.maximum.at(best, arm, raw)
-
-    # Scale, b_k and ν². Alone: no other parameter varies.
+    raw = np.array([o.value for o in seen], dtype=float)
     full = np.array([o.state == "complete" for o in seen], dtype=bool)
+    y, weight, is_alone = _comparable(seen, raw, arm, full)
+    valued, n = np.bincount(arm, None, K), np.bincount(arm, weight, K)
+    tried = tried - np.bincount(arm[full], 1 - weight[full], K)
+
+    # The scale, b_k and ν²
     scale = float(y.std(ddof=1)) if len(y) > 1 else 0.0
     scale = scale if scale > 0 else 1.0
+    best, level = np.full((2, K), -np.inf)
+    np.maximum.at(best, arm, raw)
     np.maximum.at(level, arm, y / scale)
-    size = np.bincount(arm[full], minlength=K)
+    size = np.bincount(arm[full], None, K)
     centre = np.bincount(arm[full], y[full], K) / np.maximum(size, 1)
     squares = float(np.square(y - centre[arm])[full].sum()) / scale**2
     within = (1e-4 if is_alone else WITHIN) * REST
@@ -426,7 +411,7 @@ def _fit(
 
     has = n > 0
     m, n = int(has.sum()), n[has]
-    b = level[has] + math.sqrt(nu2) / n
+    b = level[has] + math.sqrt(nu2) / np.maximum(n, 1)
     w = 1 / (REST - within + nu2 / n)
     w = w / w.max(initial=1e-9)
     total = w.sum() if m else 1.0
@@ -446,10 +431,10 @@ def _fit(
 
     success = (valued + RUNS) / (valued + failed + RUNS + FAILS)
     cost = np.where(paid > 0, seconds / np.maximum(paid, 1), math.nan)
-    arrays = (z, tried, valued, success, cost, best, level, mean, np.sqrt(var))
-    top = level.max() if m else mean.max()
-    ours = [v[: len(candidates)] for v in arrays]
-    return _Fit(*ours, float(top), float(s), math.sqrt(omega2 / precision), scale)
+    top = float(np.max(level if m else mean, initial=-math.inf))
+    sd, s_sd, c = np.sqrt(var), math.sqrt(omega2 / precision), slice(len(candidates))
+    counts = (z[c], tried[c], valued[c], success[c], cost[c])
+    return _Fit(*counts, best[c], level[c], mean[c], sd[c], top, float(s), s_sd, scale)
 
 
 def _standardise(
@@ -457,12 +442,12 @@ def _standardise(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return z_k and δ_k: the ranks, and by how many a score moves with its error."""
     value = np.array([float(scores.get(name, math.nan)) for name in names])
-    error = np.array([float(errors.get(name, 0.0)) for name in names])
+    error = np.nan_to_num([float(errors.get(name, 0.0)) for name in names], posinf=0.0)
     z, dz = np.zeros((2, len(names)))
-    at = np.flatnonzero(np.isfinite(value))
-    v, e = value[at], np.where(np.isfinite(error[at]), error[at], 0.0)
-    ranks, order = rankdata(v), np.sort(v)
-    if np.ptp(ranks) if len(at) else False:
+    at = np.isfinite(value)
+    v, e = value[at], error[at]
+    if len(set(v)) > 1:
+        ranks, order = rankdata(v), np.sort(v)
         up = order.searchsorted(v + e, "right") - order.searchsorted(v, "right")
         down = order.searchsorted(v) - order.searchsorted(v - e)
         z[at] = (ranks - ranks.mean()) / ranks.std()
@@ -471,28 +456,29 @@ def _standardise(
 
 
 def _comparable(
-    seen: Sequence[Observation], arm: np.ndarray
+    seen: Sequence[Observation], raw: np.ndarray, arm: np.ndarray, full: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return values as they are, values as if with the best settings, and if these never vary.
+    """Return values as if with the best settings, their weights, and if settings never vary.
 
     Ridge regression on the settings; of each backbone's mean the part 1 − √(λ/(λ + n_k)) is
-    subtracted first (λ the ridge), as for random effects. A diverged trial is moved up to three
-    times the distance from the best to the median, lest it hide all other differences.
+    subtracted first (λ the ridge), as for random effects. A value that is moved by x standard
+    deviations counts 1/(1 + x²). Before, diverged values are moved up to three times the distance
+    from the best to the median, lest they hide all other differences.
     """
-    raw = np.array([o.value for o in seen], dtype=float)
-    if not len(raw):
-        return raw, raw, False
+    steps = [o.step if o.step is not None and 0 < o.step <= 1 else 0.5 for o in seen]
+    weight = np.where(full, 1.0, np.array(steps, dtype=float))
+    if not seen:
+        return raw, weight, False
     y = np.where([o.feasible for o in seen], raw, raw.min())
     middle = np.median(y)
     if y.max() > middle:
         y = np.maximum(y, middle - 3 * (y.max() - middle))
     settings = [o.settings for o in seen if o.settings is not None]
     if len(settings) < len(seen):
-        return raw, y, False
+        return y, weight, False
     X = _encode(settings)
-    full = np.array([o.state == "complete" for o in seen])
     if not (X.size and np.ptp(X, axis=0).any()):
-        return raw, y, len(y) > 1 or not settings[0]
+        return y, weight, len(y) > 1 or not settings[0]
     spread = y[full].std() if full.sum() > 3 else 0.0
     if spread > 0:
         k, n = arm[full], np.bincount(arm[full])
@@ -503,7 +489,8 @@ def _comparable(
         X_, y_ = A_[:, :-1], A_[:, -1]
         effect = A[:, :-1] @ np.linalg.solve(X_.T @ X_ + RIDGE * np.eye(X_.shape[1]), X_.T @ y_)
         y[full] += spread * (effect.max() - effect)
-    return raw, y, False
+        weight[full] = 1 / (1 + (effect.max() - effect) ** 2)
+    return y, weight, False
 
 
 def _encode(settings: Sequence[Mapping[str, Any]]) -> np.ndarray:
