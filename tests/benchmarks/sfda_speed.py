@@ -18,6 +18,7 @@ primal/dual ≥ 5.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -29,12 +30,15 @@ from scipy.linalg import eigh, get_blas_funcs, get_lapack_funcs
 from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
-from sfda_tune.metrics import sfda
+import sfda_tune.metrics
 from sfda_tune.metrics._fisher import load
 from sfda_tune.metrics.sfda import VARIANTS, _score
 
 (dsyrk,) = get_blas_funcs(("syrk",), dtype=np.float64)
 (dpotrf,) = get_lapack_funcs(("potrf",), dtype=np.float64)
+
+
+sfda = functools.partial(sfda_tune.metrics.sfda, variant="official")
 
 
 def gaussian_classes(N: int, D: int, C: int) -> tuple[np.ndarray, np.ndarray]:
