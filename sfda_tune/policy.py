@@ -237,26 +237,18 @@ def calibrate(
     names = sorted(scores)
     fit = _fit(names, scores, history, prior_strength)
     has = fit.valued > 0
-    z, b, m = fit.z[has], fit.level[has], int(has.sum())
-    test: Any = kendalltau(z, b) if m > 1 and np.ptp(z) and np.ptp(b) else None
+    x, y, m = fit.z[has], fit.level[has], int(has.sum())
+    test: Any = kendalltau(x, y) if m > 1 and np.ptp(x) and np.ptp(y) else None
     tau = math.nan if test is None else float(test.statistic)
     warning = (
         f"the scores run against the values of {m} backbones (Kendall's tau {tau:.2f}); "
         "use other scores"
     )
-    known = zip(fit.z, fit.valued, fit.best, fit.mean * fit.scale, fit.sd * fit.scale, strict=True)
-    table = [
-        {
-            "backbone": name,
-            "score": float(scores[name]),
-            "z": float(z),
-            "n_trials": int(n),
-            "best": float(best) if n else None,
-            "mean": float(mean),
-            "sd": float(sd),
-        }
-        for name, (z, n, best, mean, sd) in zip(names, known, strict=True)
-    ]
+    columns = (fit.z, fit.valued, fit.best, fit.mean * fit.scale, fit.sd * fit.scale)
+    table: list[dict[str, Any]] = []
+    for name, z, n, best, mean, sd in zip(names, *(c.tolist() for c in columns), strict=True):
+        row = {"backbone": name, "score": float(scores[name]), "z": z, "n_trials": int(n)}
+        table.append(row | {"best": best if n else None, "mean": mean, "sd": sd})
     interval = (fit.slope - 1.645 * fit.slope_sd, fit.slope + 1.645 * fit.slope_sd)
     n_trials, misleads = int(fit.valued.sum()), m >= 5 and tau < 0
     about = (m, n_trials, tuple(table), fit.scale, warning if misleads else None)
