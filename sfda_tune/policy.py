@@ -1,7 +1,8 @@
 """Which backbone next: pure decisions that the adapters of all hosts share.
 
 `choose` names the backbone of the next trial, `leaves_to_base` says which trials are the host's
-own, `calibrate` tells what the scores have proved to be worth, `survivors` cuts a ranking.
+own, `find_barred` what no trial is to try for now, `calibrate` tells what the scores have proved to
+be worth, `survivors` cuts a ranking.
 
 ==========  =================================================================================
 Symbol      Meaning
@@ -38,6 +39,7 @@ There is no state and no clock: random numbers come from ``default_rng([seed, nu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,7 +48,10 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import kendalltau, rankdata
 
-__all__ = ["Calibration", "Observation", "calibrate", "choose", "leaves_to_base", "survivors"]
+__all__ = [
+    "Calibration", "Observation", "calibrate", "choose", "find_barred", "leaves_to_base",
+    "survivors",
+]  # fmt: skip
 
 POLICIES = ("calibrated", "prior", "greedy")
 STATES = ("complete", "pruned", "failed", "running")
@@ -198,6 +203,8 @@ def choose(
     _check("cost_exponent", cost_exponent, "a number ≥ 0", 0 <= cost_exponent < math.inf)
     names = sorted(set(scores if candidates is None else candidates))
     _check("candidates", names, "the host's choices, at least one", names)
+    history = list(history)
+    barred = find_barred(history, number)
     fit = _fit(names, scores, history, prior_strength, errors)
     rng = np.random.default_rng([seed, number])
     is_outside, noise = rng.random() < exploration, rng.gumbel(size=len(names))
@@ -207,7 +214,7 @@ def choose(
     else:
         gain = _log_improvement(fit) if policy == "calibrated" else 4 * fit.z + noise
         gain = gain - np.log((fit.tried + 1) * (fit.tried + 2) / 2)
-    gain = gain + np.log(fit.success)
+    gain = gain + np.log(fit.success) - 1e6 * np.isin(names, list(barred))
     if cost_exponent:
         cost = np.array([(costs or {}).get(n, c) for n, c in zip(names, fit.cost, strict=True)])
         known = np.isfinite(cost)
@@ -335,6 +342,24 @@ def leaves_to_base(
     if place % EVERY == 0 or not scores:
         return place % EVERY == 0
     return _fit(sorted(scores), scores, history, 1.0).slope <= 0
+
+
+def find_barred(history: Iterable[Observation], number: int) -> frozenset[str]:
+    """Return the backbones that trial `number` is not to try, whoever proposes them.
+
+    One that never gave a value and failed f times comes back from trial 4ᶠ on: out of memory it
+    would fail again, but a smaller batch may suit it.
+
+    Examples
+    --------
+    >>> history = [Observation("vit", "failed"), Observation("vit", "failed")]
+    >>> find_barred(history, 15), find_barred(history, 16)
+    (frozenset({'vit'}), frozenset())
+    """
+    ended = [o for o in history if o.state != "running"]
+    fails = Counter(o.backbone for o in ended if o.state == "failed")
+    runs = {o.backbone for o in ended if o.state != "failed"}
+    return frozenset(b for b, f in fails.items() if b not in runs and number < 4**f)
 
 
 # The model --------------------------------------------------------------------------------------

@@ -235,7 +235,11 @@ class SFDASampler(BaseSampler):
     ) -> dict[str, Any]:
         """Let the base sampler draw from the trials of the chosen backbone."""
         arm, base = self._draw(study, trial)
-        return base.sample_relative(self._view(study, arm), trial, search_space)
+        params = base.sample_relative(self._view(study, arm), trial, search_space)
+        if arm is None and self._param_name in params:  # the base sampler's own choice
+            choice, dist = params[self._param_name], search_space[self._param_name]
+            params[self._param_name] = self._replace_barred(study, trial, choice, dist)
+        return params
 
     def sample_independent(
         self,
@@ -251,7 +255,10 @@ class SFDASampler(BaseSampler):
                 return self._hand_out(study, trial, param_distribution.choices, _Draw(arm, base))
             arm = None  # a number of the same name
         view = self._view(study, arm)
-        return base.sample_independent(view, trial, param_name, param_distribution)
+        value = base.sample_independent(view, trial, param_name, param_distribution)
+        if param_name == self._param_name:
+            value = self._replace_barred(study, trial, value, param_distribution)
+        return value
 
     def after_trial(
         self,
@@ -362,6 +369,19 @@ class SFDASampler(BaseSampler):
             draw = draw._replace(arm=arm)
             self._remember(_compat.find_trial_id(study, trial), draw)
         return by_name[str(draw.arm)]
+
+    def _replace_barred(
+        self, study: Study, trial: FrozenTrial, choice: Any, distribution: BaseDistribution
+    ) -> Any:
+        """Return the base sampler's choice, or another one if that has only failed so far."""
+        if not isinstance(distribution, CategoricalDistribution):
+            return choice
+        trials = _compat.read_trials(study)
+        history = observe(study, trials, self._param_name, leave_out=trial.number)
+        if name_arm(choice) not in decisions.find_barred(history, trial.number):
+            return choice
+        by_name = {name_arm(choice): choice for choice in distribution.choices}
+        return by_name[str(self._choose(study, trial, trials, distribution.choices))]
 
     # What the base sampler gets -------------------------------------------------------------
     def _view(self, study: Study, arm: str | None) -> Any:
