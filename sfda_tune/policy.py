@@ -1,8 +1,8 @@
 """Which backbone next: pure decisions that the adapters of all hosts share.
 
 `choose` names the backbone of the next trial, `leaves_to_base` says which trials are the host's
-own, `find_barred` what no trial is to try for now, `calibrate` tells what the scores have proved to
-be worth, `survivors` cuts a ranking.
+own, `find_barred` what none may try for now, `calibrate` tells what the scores have proved to be
+worth, `survivors` cuts a ranking.
 
 ==========  =================================================================================
 Symbol      Meaning
