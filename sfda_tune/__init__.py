@@ -6,6 +6,7 @@
 
 ==================  =============================================================================
 `rank`              images and candidates in, `Ranking` out
+`search`            the whole way to the fine-tuned winner
 `score`             the score of one backbone's `Features`
 `open_dataset`      folders, tables, arrays, torchvision and Hugging Face data sets
 `resolve_backbones` timm names and globs, hub and local checkpoints, networks of your own
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sfda_tune.extraction import extract
     from sfda_tune.ranking import RankingInterruptedError, rank
     from sfda_tune.scoring import score
+    from sfda_tune.selection import search
     from sfda_tune.values import Backbone, Features, MetricResult, Ranking, Score
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ _HOME = {
     "rank": "ranking",
     "resolve_backbones": "backbones",
     "score": "scoring",
+    "search": "selection",
     "select_ensemble": "ensembles",
 }
 
@@ -66,6 +69,7 @@ __all__ = [
     "rank",
     "resolve_backbones",
     "score",
+    "search",
     "select_ensemble",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sfda_tune import __version__
+from sfda_tune import __version__, commands_search
 from sfda_tune.values import HEADINGS, format_count
 
 if TYPE_CHECKING:
@@ -46,11 +47,12 @@ Imports = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
 CacheDir = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--cache",
         metavar="DIR",
-        help="Folder of the kept features. Default: ~/.cache/sfda_tune, or $SFDA_TUNE_CACHE.",
+        help="Folder of the kept features, or a bucket (s3://…). Default: ~/.cache/sfda_tune, or "
+        "$SFDA_TUNE_CACHE.",
     ),
 ]
 
@@ -130,6 +132,15 @@ def rank(
     cache: CacheDir = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
     imports: Imports = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Extract over the actors of a Ray cluster: `auto`, HOST:PORT, `ray://…`. Without "
+            "ADDRESS that of $RAY_ADDRESS, else a Ray on this machine. Needs sfda-tune[ray].",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -151,6 +162,7 @@ def rank(
         _fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
 
+    executor = None if ray is None else _ray(ray)
     interrupted = False
     specs = ["demo:*"] if backbones is None else _split_commas(backbones)
     try:
@@ -171,6 +183,7 @@ def rank(
             max_unreadable=max_unreadable,
             cache=False if no_cache else cache or True,
             plugins=imports or (),
+            executor=executor,
             progress=False if quiet else _bar(),
             race=race,
             top=top,
@@ -190,6 +203,18 @@ def rank(
         raise typer.Exit(130)
     if len(ranking.failed) == len(ranking):
         _fail("no backbone could be ranked; each one's error stands below the table.")
+
+
+def _ray(address: str) -> Any:
+    import importlib
+
+    try:
+        integration = importlib.import_module("sfda_tune_ray")
+    except ModuleNotFoundError as error:
+        if error.name not in ("ray", "sfda_tune_ray"):
+            raise
+        _fail("--ray needs Ray: pip install 'sfda-tune[ray]'")
+    return integration.RayExecutor(address or None)
 
 
 def _bar() -> Any:
@@ -417,6 +442,38 @@ def evaluate_scores(
     output.print(repr(result), markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("report")
+def report_on(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|RANKING", help="The folder of a search, or a ranking (.json of `rank`)."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Default: RUN/report.html, or RANKING as .html."
+        ),
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", metavar="DIR", help="Also save figures there, as PNG and SVG."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a search or a ranking; it needs no network."""
+    from sfda_tune.report import save_plots, write_report
+
+    files = [write_report(source, out)]
+    for path in files + ([] if plots is None else save_plots(source, plots)):
+        output.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+app.command("search")(commands_search.search)
+app.command("predict")(commands_search.predict)
+
+
 @cache_app.command("show")
 def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
     """Show where the features are kept and what they take."""
@@ -451,10 +508,10 @@ def clear_cache(
     )
 
 
-def _store(cache: Path | None) -> Any:
-    from sfda_tune.store import FeatureStore
+def _store(cache: str | None) -> Any:
+    from sfda_tune.store import open_store
 
-    return FeatureStore() if cache is None else FeatureStore(cache)
+    return open_store(cache)
 
 
 def _version(show: bool) -> None:
@@ -483,13 +540,23 @@ def _print_error(message: str) -> None:
     messages.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+_ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/]+:\d+")
+
+
 def _spread(arguments: list[str]) -> list[str]:
-    """Let ``--backbones a b c`` mean ``--backbones a --backbones b --backbones c``."""
+    """Let ``--backbones a b c`` mean ``--backbones a --backbones b --backbones c``.
+
+    And let ``--ray`` do without its address.
+    """
     result: list[str] = []
     option, fresh = None, False
     for k, argument in enumerate(arguments):
         if argument == "--":
             return [*result, *arguments[k:]]
+        if argument == "--ray" and not _ADDRESS.fullmatch("".join(arguments[k + 1 : k + 2])):
+            option = None
+            result.append("--ray=")
+            continue
         if argument.startswith("-") and argument != "-":
             option = argument if argument in ("--backbones", "-b", "--import") else None
             fresh = True

@@ -9,6 +9,9 @@ first finished ones can be ranked while the others run, and a kill loses at most
 The first backbone that asks for pixels drives the decoding, so decoding overlaps its forward
 passes. A batch never crosses a shard: the features of a row do not depend on how many rows,
 workers or processes there are.
+
+An `Executor` runs the same units elsewhere: it is handed the `Plan` of what is missing and one
+`Worker`, cuts the plan into units as it sees fit, and hands back their outcomes.
 """
 
 from __future__ import annotations
@@ -16,11 +19,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import pickle
+import subprocess
+import sys
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -35,7 +43,20 @@ from sfda_tune.values import Backbone, Features
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PRECISIONS", "SHARD", "Extraction", "Map", "Settings", "extract"]
+__all__ = [
+    "PRECISIONS",
+    "SHARD",
+    "Executor",
+    "Extraction",
+    "Map",
+    "Outcome",
+    "Plan",
+    "Settings",
+    "Unit",
+    "Worker",
+    "extract",
+    "find_poison",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +187,13 @@ def resolve_device(device: str) -> str:
 class _Decoder:
     """A torch data set: one image in, one tensor per preprocessing out."""
 
-    def __init__(self, dataset: ImageDataset, halves: Sequence[Preprocessing]) -> None:
-        self.dataset, self.halves = dataset, halves
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        halves: Sequence[Preprocessing],
+        poison: Mapping[int, str],
+    ) -> None:
+        self.dataset, self.halves, self.poison = dataset, halves, poison
         self.transforms = [half.build() for half in halves]
 
     def __len__(self) -> int:
@@ -178,6 +204,8 @@ class _Decoder:
         tensors: list[Any] = []
         problem = None
         try:
+            if row in self.poison:  # reading it would end this process
+                raise UnreadableImage(self.dataset.item_name(row), self.poison[row])
             image = self.dataset.load(row)
             for half, transform in zip(self.halves, self.transforms, strict=True):
                 try:
@@ -220,6 +248,8 @@ class PixelBlock:
         plugins: Sequence[str],
         *,
         pin: bool,
+        poison: Mapping[int, str],
+        threads: int | None = None,
     ) -> None:
         self.n = len(dataset)
         self.keys = [half.key for half in halves]
@@ -230,7 +260,11 @@ class PixelBlock:
         self._faults: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._batches: Iterator[Any] | None = None
-        self._start = lambda: _decode(dataset, halves, settings, plugins)
+        decoder = _Decoder(dataset, halves, poison)
+        if threads is None:
+            self._start = lambda: _decode(decoder, settings, plugins)
+        else:
+            self._start = lambda: _decode_in_threads(decoder, threads)
 
     def rows(self, start: int, stop: int, seconds: dict[str, float]) -> np.ndarray:
         """Decode up to `stop` and return the readable rows in [start, stop).
@@ -300,22 +334,16 @@ class PixelBlock:
         return work
 
 
-def _decode(
-    dataset: ImageDataset,
-    halves: Sequence[Preprocessing],
-    settings: Settings,
-    plugins: Sequence[str],
-) -> Iterator[Any]:
+def _decode(decoder: Any, settings: Settings, plugins: Sequence[str]) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
-    workers = settings.workers
+    dataset, workers = decoder.dataset, settings.workers
     if workers is None:  # a pool's processes share the cores already
         pooled = multiprocessing.parent_process() is not None
         workers = 0 if pooled or _in_memory(dataset) else _cores()
     if multiprocessing.current_process().daemon:  # `multiprocessing.Pool`: may have no children
         workers = 0
     workers = min(workers, -(-len(dataset) // DECODE_BATCH))
-    decoder: Any = _Decoder(dataset, halves)
     options: dict[str, Any] = {"batch_size": DECODE_BATCH, "collate_fn": _collate}
     started = False
     try:
@@ -337,6 +365,26 @@ def _decode(
             stacklevel=2,
         )
         yield from DataLoader(decoder, **options)
+
+
+def _decode_in_threads(decoder: _Decoder, threads: int) -> Iterator[Any]:
+    """Decode ahead without processes: an actor may neither fork (CUDA, gRPC) nor spawn."""
+
+    def batch(start: int) -> tuple[Any, ...]:
+        return _collate([decoder[row] for row in range(start, min(start + DECODE_BATCH, n))])
+
+    n = len(decoder)
+    if not threads or _in_memory(decoder.dataset):
+        yield from map(batch, range(0, n, DECODE_BATCH))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Any] = deque()
+        for start in range(0, n, DECODE_BATCH):
+            ahead.append(pool.submit(batch, start))
+            if len(ahead) > 2 * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 @dataclass(frozen=True)
@@ -374,7 +422,7 @@ _BLOCKS_LOCK = threading.Lock()
 
 # One unit of work: one backbone on one block ----------------------------------------------------
 @dataclass(frozen=True, eq=False)
-class _Unit:
+class Unit:
     """Everything a worker needs; `shards` are row ranges within `dataset`, the block's rows."""
 
     backbone: Backbone
@@ -387,57 +435,70 @@ class _Unit:
     images: tuple[tuple[str, ...], ...]  # content digests, for the key in the store
     weights: str | None
     max_unreadable: float  # images, in the whole data set
+    poison: Mapping[int, str] = field(default_factory=dict)  # row of `dataset` → why not to read
+    retry: bool = False  # then a part may be in the store
 
 
-@dataclass(frozen=True, eq=False)
-class _Outcome:
+@dataclass(eq=False)
+class Outcome:
+    """What came of a unit; an entry that is in the store need not travel."""
+
     name: str
     entries: dict[int, Entry] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)  # of those the store holds now
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    n_images: int = 0
+    n_decoded: int = 0
+    weights: str | None = None  # their fingerprint, which was unknown if they had to be fetched
+    not_kept: str | None = None  # why the store refused them
 
 
 @dataclass(frozen=True, eq=False)
-class _Worker:
+class Worker:
     """Runs a unit; can be sent to another process."""
 
     settings: Settings
     store: FeatureStore | None
     advance: Callable[[str, int], None] | None = None
+    threads: int | None = None  # decode in so many threads, not in processes
+    resident: dict[str, Any] | None = None  # keeps the networks from one unit to the next
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self.settings, "store": self.store, "advance": None}
+        return {**self.__dict__, "advance": None, "resident": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def __call__(self, unit: _Unit) -> _Outcome:
+    def __call__(self, unit: Unit) -> Outcome:
+        """Return the outcome; only a fault of the data set is raised."""
         seconds = {"load": 0.0, "forward": 0.0, "decode": 0.0, "decode_work": 0.0}
-        outcome = _Outcome(unit.backbone.name, seconds=seconds)
+        outcome = Outcome(unit.backbone.name, seconds=seconds)
         try:
             self._run(unit, outcome)
         except DatasetError:  # the data set's fault, not the backbone's: it ends the run
             raise
         except Exception as error:
             logger.debug("%s failed", unit.backbone.name, exc_info=True)
-            return _Outcome(unit.backbone.name, error=_one_line(error), seconds=seconds)
+            outcome.error = _one_line(error)
+            outcome.entries, outcome.keys = {}, {}
         return outcome
 
-    def _run(self, unit: _Unit, outcome: _Outcome) -> None:
-        import torch
-
+    def _run(self, unit: Unit, outcome: Outcome) -> None:
         seconds = outcome.seconds
         started = time.perf_counter()
-        device = torch.device(self.settings.device)
-        module, preprocessing = zoo.load(unit.backbone)
-        weights = unit.weights or zoo.fingerprint(unit.backbone, module) or ""
-        n_params = sum(p.numel() for p in module.parameters())
-        module = module.to(device).to(memory_format=torch.channels_last)
+        forward, weights, n_params = self._load(unit)
         seconds["load"] = time.perf_counter() - started
-        block = self._block(unit, pin=device.type == "cuda")
-        forward = _Forward(module, preprocessing, device, self.settings)
+        outcome.weights = weights
+        block = self._block(unit, pin=forward.device.type == "cuda")
+        filled = block.filled
+        half = unit.preprocessing.fingerprint()
         for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
+            key = make_key(images, weights, half, self.settings.precision)
+            outcome.n_images += stop - start
+            if unit.retry and self.store is not None and (entry := self.store.get(key)):
+                outcome.entries[shard], outcome.keys[shard] = entry, key
+                continue
             waited, started = seconds["decode"], time.perf_counter()
             parts, good = [], []
             position = start
@@ -451,6 +512,7 @@ class _Worker:
                     good.append(rows - start)
                 if self.advance is not None:
                     self.advance(unit.backbone.name, end - position)
+                outcome.n_decoded = block.filled - filled
                 position = end
             x = _to_numpy(parts)
             forward_seconds = time.perf_counter() - started - (seconds["decode"] - waited)
@@ -473,35 +535,46 @@ class _Worker:
                     + ("" if self.settings.precision == "float32" else "; try float32")
                 )
             outcome.entries[shard] = entry
-            half = unit.preprocessing.fingerprint()
-            key = make_key(images, weights, half, self.settings.precision)
-            if self._keep(key, entry):
-                outcome.keys[shard] = key
+            if self.store is not None:
+                try:
+                    self.store.put(key, entry)
+                    outcome.keys[shard] = key
+                except OSError as error:  # a full disk costs the cache, not the result
+                    outcome.not_kept = str(error)
 
-    def _block(self, unit: _Unit, *, pin: bool) -> PixelBlock:
+    def _load(self, unit: Unit) -> tuple[_Forward, str, int]:
+        import torch
+
+        name = unit.backbone.name
+        if self.resident is not None and name in self.resident:
+            return self.resident[name]
+        device = torch.device(self.settings.device)
+        module, preprocessing = zoo.load(unit.backbone)
+        weights = unit.weights or zoo.fingerprint(unit.backbone, module) or ""
+        n_params = sum(p.numel() for p in module.parameters())
+        module = module.to(device).to(memory_format=torch.channels_last)
+        loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
+        if self.resident is not None:
+            self.resident[name] = loaded
+        return loaded
+
+    def _block(self, unit: Unit, *, pin: bool) -> PixelBlock:
         with _BLOCKS_LOCK:
             number, block = _BLOCKS.get(unit.run, (-1, None))
             if block is None or number != unit.block:
                 block = PixelBlock(
-                    unit.dataset, unit.halves, self.settings, unit.backbone.plugins, pin=pin
+                    unit.dataset,
+                    unit.halves,
+                    self.settings,
+                    unit.backbone.plugins,
+                    pin=pin,
+                    poison=unit.poison,
+                    threads=self.threads,
                 )
                 _BLOCKS[unit.run] = unit.block, block
                 while len(_BLOCKS) > _BLOCKS_AT_MOST:
                     del _BLOCKS[next(iter(_BLOCKS))]
             return block
-
-    def _keep(self, key: str, entry: Entry) -> bool:
-        if self.store is None:
-            return False
-        try:
-            self.store.put(key, entry)
-        except OSError as error:  # a full disk costs the cache, not the result
-            warnings.warn(
-                f"features could not be kept in {self.store.root} ({error}); the run goes on",
-                stacklevel=2,
-            )
-            return False
-        return True
 
 
 class _Forward:
@@ -597,6 +670,82 @@ def _too_many(unreadable: dict[int, str], dataset: ImageDataset, limit: float) -
     )
 
 
+# Images that end the process --------------------------------------------------------------------
+POISON = "a process that decodes it "  # then what becomes of it; how such an image is known again
+_CHECK = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "check, *rest = pickle.load(sys.stdin.buffer); check(*rest)"
+)
+
+
+def find_poison(
+    unit: Unit, *, timeout: float, dumps: Callable[[Any], bytes] = pickle.dumps
+) -> dict[int, str]:
+    """Decode the rows of a unit in child processes and return those that end theirs, with why.
+
+    A child tells each row before it reads it; when it dies the last row told is guilty, and
+    another child goes on behind it.
+
+    Parameters
+    ----------
+    unit : Unit
+        Its `poison` is known already and not read again.
+    timeout : float
+        Seconds without a word after which a row counts as one that hangs.
+    dumps : callable
+        Must pickle the data set and its transforms for `pickle.load`.
+    """
+    found, start = dict(unit.poison), 0
+    while True:
+        content = dumps((_check, unit.dataset, unit.halves, unit.backbone.plugins, found, start))
+        row, code = _watch(dumps(sys.path) + content, timeout)
+        if code == 0:
+            return found
+        if row is None:
+            raise RuntimeError(f"the images cannot be checked: a child ended with code {code}")
+        why = f"hangs for more than {timeout:g} s" if code is None else f"ends with code {code}"
+        found[row], start = POISON + why, row + 1
+
+
+def _watch(content: bytes, timeout: float) -> tuple[int | None, int | None]:
+    """Return the last row that a child told, and its exit code (None: it hung)."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHECK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        row, hung = None, []
+        clock = threading.Timer(timeout + 60, lambda: (hung.append(1), child.kill()))
+        clock.start()  # with the time that importing torch takes
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(content)
+                child.stdin.close()
+            for line in child.stdout:
+                if not line.startswith(b"row "):  # what the decoder prints
+                    continue
+                row = int(line[4:])
+                clock.cancel()
+                clock = threading.Timer(timeout, lambda: (hung.append(1), child.kill()))
+                clock.start()
+        finally:
+            clock.cancel()
+            child.kill()
+        return row, None if hung else child.wait()
+
+
+def _check(dataset: Any, halves: Any, plugins: Any, poison: dict[int, str], start: int) -> None:
+    _Plugins(tuple(plugins))(0)
+    decoder = _Decoder(dataset, halves, poison)
+    for row in range(start, len(dataset)):
+        sys.stdout.write(f"row {row}\n")
+        sys.stdout.flush()
+        decoder[row]
+
+
 # The plan and its execution ---------------------------------------------------------------------
 @dataclass(eq=False)
 class _Job:
@@ -609,6 +758,106 @@ class _Job:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class Plan:
+    """What is missing: which backbones on which shards; cut into units by who runs it.
+
+    Parameters
+    ----------
+    run : str
+        Unique name.
+    dataset : ImageDataset
+    jobs : dict of str to job
+        By name of the backbone.
+    shards : list of (start, stop)
+        Rows of the data set.
+    images : list of str
+        Content digests.
+    missing : dict of str to frozenset of int
+        Backbone → shards.
+    max_unreadable : float
+        So many images, in the whole data set.
+    failed : set of str
+        Backbones that get no further unit.
+    poison : dict of int to str
+        Row of the data set → why it must not be read; an executor adds those it found.
+    """
+
+    run: str
+    dataset: ImageDataset
+    jobs: dict[str, Any]
+    shards: list[tuple[int, int]]
+    images: list[str]
+    missing: dict[str, frozenset[int]]
+    max_unreadable: float
+    failed: set[str] = field(default_factory=set)
+    poison: dict[int, str] = field(default_factory=dict)
+
+    def preprocessing(self, name: str) -> Preprocessing:
+        """Return the preprocessing of a backbone; equal keys share their pixels."""
+        return self.jobs[name].description.preprocessing
+
+    def n_params(self, name: str) -> int:
+        """Return the number of parameters of a backbone."""
+        return self.jobs[name].description.n_params
+
+    def units(
+        self, names: Iterable[str], block: Sequence[int], number: int, *, retry: bool = False
+    ) -> Iterator[Unit]:
+        """Yield one unit for each backbone that lacks some of the shards in `block`.
+
+        They share one data set, the rows of the block, and one `number`, by which a worker knows
+        that they share its pixels.
+        """
+        names = [
+            n for n in names if n not in self.failed and not self.missing[n].isdisjoint(block)
+        ]
+        spans = [self.shards[shard] for shard in block]
+        starts = np.cumsum([0, *map(_length, spans)])
+        rows = np.concatenate([np.arange(*span) for span in spans])
+        halves = {self.preprocessing(n).key: self.preprocessing(n) for n in reversed(names)}
+        part = self.dataset.subset(rows)
+        poison = {p: self.poison[r] for p, r in enumerate(rows) if r in self.poison}
+        for name in names:
+            if name in self.failed:  # meanwhile
+                continue
+            mine = [(p, s) for p, s in enumerate(block) if s in self.missing[name]]
+            yield Unit(
+                self.jobs[name].description.backbone,
+                self.preprocessing(name),
+                part,
+                self.run,
+                number,
+                tuple(reversed(halves.values())),
+                tuple((s, int(starts[p]), int(starts[p + 1])) for p, s in mine),
+                tuple(tuple(self.images[slice(*self.shards[s])]) for _, s in mine),
+                self.jobs[name].weights,
+                self.max_unreadable,
+                poison,
+                retry,
+            )
+
+
+class Executor(Protocol):
+    """Runs the units of a plan on other machines; entered before the first run."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def resolve_device(self, device: str) -> str:
+        """Return the device of the workers behind ``"auto"``."""
+        ...
+
+    def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
+        """Yield an outcome for each backbone and block, until nothing of the plan is missing."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return what `Ranking.info["executor"]` is to hold, as JSON values."""
+        ...
+
+
 def extract(
     dataset: ImageDataset,
     backbones: Sequence[Backbone],
@@ -616,6 +865,7 @@ def extract(
     *,
     store: FeatureStore | None = None,
     map_fn: Map | None = None,
+    executor: Executor | None = None,
     progress: Any = None,
 ) -> Generator[Extraction, None, None]:
     """Run every backbone over the data set; yield each one's features as soon as they are whole.
@@ -631,18 +881,24 @@ def extract(
     map_fn : callable, optional
         Anything called like the builtin `map` (thread pool, process pool, …); it is given one
         item per backbone and block. Default: one after the other in this process.
+    executor : Executor, optional
+        Runs the units elsewhere, for instance `sfda_tune_ray.RayExecutor`; needs a `store` that
+        its workers reach.
     progress : object, optional
         With methods ``start(n_images, n_cached)`` and ``advance(backbone, n_images)``.
 
     Yields
     ------
     Extraction
-        One per backbone; a failed one carries its error and stops nothing.
+        One per backbone; a failed one carries its error and stops nothing. One comes again,
+        without the row, if an executor learns later that an image ends the process.
 
     Raises
     ------
     DatasetError
         If too many images cannot be read.
+    ValueError
+        If `executor` comes without a store, or with a `map_fn`.
 
     Examples
     --------
@@ -653,13 +909,32 @@ def extract(
     ...     print(e.backbone.name, e.features.n_samples)
     demo:resnet_noise 40
     """
+    if executor is not None and (store is None or map_fn is not None):
+        raise ValueError(
+            "`executor` needs a `store` and no `map_fn`: its workers leave the features in a "
+            "folder that all machines share, and this process reads them there."
+        )
+    with executor or contextlib.nullcontext():
+        yield from _extract(dataset, backbones, settings, store, map_fn, executor, progress)
+
+
+def _extract(
+    dataset: ImageDataset,
+    backbones: Sequence[Backbone],
+    settings: Settings | None,
+    store: FeatureStore | None,
+    map_fn: Map | None,
+    executor: Executor | None,
+    progress: Any,
+) -> Generator[Extraction, None, None]:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "a process that is being started runs the script again that started it; put the "
             "script's own work below `if __name__ == '__main__':`"
         )
     settings = settings or Settings()
-    settings = replace(settings, device=resolve_device(settings.device))
+    resolve = resolve_device if executor is None else executor.resolve_device
+    settings = replace(settings, device=resolve(settings.device))
     jobs: dict[str, _Job] = {}
     for backbone in backbones:
         try:
@@ -672,117 +947,105 @@ def extract(
 
     images = dataset.digests() if store is not None else [""] * len(dataset)
     shards = [(s, min(s + SHARD, len(dataset))) for s in range(0, len(dataset), SHARD)]
-    missing: dict[str, list[int]] = {}
-    for name, job in jobs.items():
-        _look_up(job, images, shards, store, settings)
-        missing[name] = _missing(job, shards)
-        if not missing[name]:
-            yield _finish(job, dataset, shards, settings, store)
-    if progress is not None:
-        rows = sum(_length(shards[s]) for absent in missing.values() for s in absent)
-        progress.start(rows, sum(not absent for absent in missing.values()))
-
-    failed: set[str] = set()
-    worker = _Worker(settings, store, progress.advance if progress and map_fn is None else None)
     most = settings.max_unreadable * len(dataset)
-    run = uuid.uuid4().hex
-    units = _plan(run, dataset, jobs, missing, shards, images, failed, most)
+    plan = Plan(uuid.uuid4().hex, dataset, jobs, shards, images, {}, most)
+    done: list[str] = []
+    known = 0  # rows that end the process
+
+    def finish_again() -> Iterator[Extraction]:
+        nonlocal known
+        if len(plan.poison) > known:
+            known = len(plan.poison)
+            for name in done:
+                _look_up(jobs[name], plan, store, settings)
+                yield _finish(jobs[name], plan, settings, store)
+
+    everything = frozenset(range(len(shards)))
+    for name, job in jobs.items():
+        _look_up(job, plan, store, settings)
+        missing = everything.difference(job.entries)
+        plan.missing[name] = missing if job.entries else everything
+        yield from finish_again()
+        if not missing:
+            done.append(name)
+            yield _finish(job, plan, settings, store)
+    if progress is not None:
+        rows = sum(_length(shards[s]) for absent in plan.missing.values() for s in absent)
+        progress.start(rows, len(done))
+
+    tell = progress.advance if progress and map_fn is None and executor is None else None
+    worker = Worker(settings, store, tell)
+    outcomes: Any = (
+        (map_fn or map)(worker, _plan(plan)) if executor is None else executor.run(worker, plan)
+    )
     try:
-        for outcome in (map_fn or map)(worker, units):
+        for outcome in outcomes:
             job = jobs[outcome.name]
-            if progress is not None and map_fn is not None:
-                progress.advance(outcome.name, sum(len(e.rows) for e in outcome.entries.values()))
-            if outcome.name in failed:
+            if progress is not None and tell is None:
+                progress.advance(outcome.name, outcome.n_images)
+            if outcome.not_kept is not None:
+                warnings.warn(
+                    f"features could not be kept in {store and store.root} ({outcome.not_kept}); "
+                    "the run goes on",
+                    stacklevel=2,
+                )
+            yield from finish_again()
+            if outcome.name in plan.failed:
                 continue
             job.cached = False
+            job.weights = job.weights or outcome.weights
             job.entries.update(outcome.entries)
             for part, spent in outcome.seconds.items():
                 job.seconds[part] = job.seconds.get(part, 0.0) + spent
+            if executor is not None:
+                job.entries.update(outcome.keys)
             if outcome.error is not None:
-                failed.add(outcome.name)
+                plan.failed.add(outcome.name)
                 yield replace(_blank(job), error=outcome.error, seconds=job.seconds)
-            elif not _missing(job, shards):
-                yield _finish(job, dataset, shards, settings, store)
+            elif len(job.entries) == len(shards):
+                done.append(outcome.name)
+                yield _finish(job, plan, settings, store)
             else:  # until its other blocks are done the features need no memory
                 job.entries.update(outcome.keys)
     finally:
+        if executor is not None:
+            outcomes.close()
         with _BLOCKS_LOCK:
-            _BLOCKS.pop(run, None)
+            _BLOCKS.pop(plan.run, None)
 
 
-def _look_up(
-    job: _Job,
-    images: list[str],
-    shards: list[tuple[int, int]],
-    store: FeatureStore | None,
-    settings: Settings,
-) -> None:
+def _look_up(job: _Job, plan: Plan, store: FeatureStore | None, settings: Settings) -> None:
     if store is None or job.weights is None:
         return
     half = job.description.preprocessing.fingerprint()
-    keys = [make_key(images[a:b], job.weights, half, settings.precision) for a, b in shards]
+    keys = [
+        make_key(plan.images[a:b], job.weights, half, settings.precision) for a, b in plan.shards
+    ]
     found = {shard: store.get(key) for shard, key in enumerate(keys)}
     job.entries = {shard: entry for shard, entry in found.items() if entry is not None}
-    if _missing(job, shards):  # then they are read again when the others are there
+    for shard, entry in found.items():
+        for row, why in (entry.unreadable if entry else {}).items():
+            if why.startswith(POISON):  # then it is nothing for the others either
+                plan.poison[plan.shards[shard][0] + int(row)] = why
+    if len(job.entries) < len(keys):  # then they are read again when the others are there
         job.entries = {shard: keys[shard] for shard in job.entries}
 
 
-def _missing(job: _Job, shards: list[tuple[int, int]]) -> list[int]:
-    return [shard for shard in range(len(shards)) if shard not in job.entries]
-
-
-def _plan(
-    run: str,
-    dataset: ImageDataset,
-    jobs: dict[str, _Job],
-    missing: dict[str, list[int]],
-    shards: list[tuple[int, int]],
-    images: list[str],
-    failed: set[str],
-    max_unreadable: float,
-) -> Iterator[_Unit]:
+def _plan(plan: Plan) -> Iterator[Unit]:
     """Yield the units, block by block; lazily, so that a failed backbone is not tried again."""
-    needed = sorted({shard for absent in missing.values() for shard in absent})
-    per_block = _shards_per_block(
-        {jobs[name].description.preprocessing for name, absent in missing.items() if absent}
-    )
+    needed = sorted(frozenset().union(*plan.missing.values()))
+    users = [name for name, absent in plan.missing.items() if absent]
+    per_block = shards_per_block(map(plan.preprocessing, users))
     for first in range(0, len(needed), per_block):
-        block = needed[first : first + per_block]
-        rows = np.concatenate([np.arange(*shards[shard]) for shard in block])
-        starts = dict(
-            zip(block, np.cumsum([0, *(_length(shards[s]) for s in block)]), strict=False)
-        )
-        users = {name: [s for s in block if s in missing[name]] for name in missing}
-        halves: dict[Any, Preprocessing] = {}
-        for name, absent in users.items():
-            if absent:
-                half = jobs[name].description.preprocessing
-                halves.setdefault(half.key, half)
-        part = dataset.subset(rows)
-        for name, absent in users.items():
-            if absent and name not in failed:
-                job = jobs[name]
-                yield _Unit(
-                    job.description.backbone,
-                    job.description.preprocessing,
-                    part,
-                    run,
-                    first,
-                    tuple(halves.values()),
-                    tuple(
-                        (s, int(starts[s]), int(starts[s]) + _length(shards[s])) for s in absent
-                    ),
-                    tuple(tuple(images[slice(*shards[s])]) for s in absent),
-                    job.weights,
-                    max_unreadable,
-                )
+        yield from plan.units(users, needed[first : first + per_block], first)
 
 
 def _length(shard: tuple[int, int]) -> int:
     return shard[1] - shard[0]
 
 
-def _shards_per_block(preprocessings: Iterable[Preprocessing]) -> int:
+def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None = None) -> int:
+    """Return how many shards of pixels a quarter of the memory holds, in bytes; default: free."""
     import psutil
 
     distinct = {p.key: p for p in preprocessings}
@@ -790,7 +1053,7 @@ def _shards_per_block(preprocessings: Iterable[Preprocessing]) -> int:
     for p in distinct.values():
         c, h, w = p.input_size or (3, 224, 224)
         per_image += c * h * w * (1 if isinstance(p.geometry, Geometry) else 4)
-    budget = min(PIXEL_BYTES, psutil.virtual_memory().available // 4)
+    budget = min(PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
     return max(1, budget // max(SHARD * per_image, 1))
 
 
@@ -804,22 +1067,23 @@ def _blank(job: _Job) -> Extraction:
     )
 
 
-def _finish(
-    job: _Job,
-    dataset: ImageDataset,
-    shards: list[tuple[int, int]],
-    settings: Settings,
-    store: FeatureStore | None,
-) -> Extraction:
+def _finish(job: _Job, plan: Plan, settings: Settings, store: FeatureStore | None) -> Extraction:
     """Join the shards of one backbone."""
+    dataset, shards = plan.dataset, plan.shards
     entries: list[Entry] = []
-    for shard in range(len(shards)):
-        entry = job.entries[shard]
+    for shard, (start, stop) in enumerate(shards):
+        entry = job.entries.get(shard)
         if isinstance(entry, str):
             entry = store.get(entry) if store is not None else None
         if entry is None:
             return replace(_blank(job), error="its cached features vanished meanwhile; run again")
-        entries.append(entry)
+        told = np.sort([*entry.rows, *map(int, entry.unreadable)])
+        if len(entry.x) != len(entry.rows) or not np.array_equal(told, np.arange(stop - start)):
+            raise RuntimeError(
+                f"the features of {job.description.backbone.name} do not belong to rows {start} … "
+                f"{stop - 1}; run `sfda-tune cache clear` and rank again"
+            )
+        entries.append(_without(entry, start, stop, plan.poison))
     job.entries = {}  # the features live on with whoever takes them
     unreadable = {
         start + int(row): why
@@ -845,3 +1109,15 @@ def _finish(
     except ValueError as error:
         return replace(result, error=str(error))
     return replace(result, features=features)
+
+
+def _without(entry: Entry, start: int, stop: int, poison: Mapping[int, str]) -> Entry:
+    """Leave out what somebody else could not read, so that all backbones see the same rows."""
+    bad = {row - start: why for row, why in poison.items() if start <= row < stop}
+    if not bad:
+        return entry
+    keep = ~np.isin(entry.rows, list(bad))
+    more = {str(row): why for row, why in bad.items()}
+    return replace(
+        entry, x=entry.x[keep], rows=entry.rows[keep], unreadable={**entry.unreadable, **more}
+    )

@@ -2,7 +2,7 @@
 
 `choose` names the backbone of the next trial, `leaves_to_base` says which trials are the host's
 own, `find_barred` what none may try for now, `calibrate` tells what the scores have proved to be
-worth, `survivors` cuts a ranking.
+worth, `survivors` cuts a ranking. An `Advisor` holds the arguments, checked once.
 
 ==========  =================================================================================
 Symbol      Meaning
@@ -41,16 +41,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import ndtr
 from scipy.stats import kendalltau, rankdata
 
+from sfda_tune.values import Ranking
+
 __all__ = [
-    "Calibration", "Observation", "calibrate", "choose", "find_barred", "leaves_to_base",
-    "survivors",
+    "Advisor", "Calibration", "Observation", "calibrate", "choose", "estimate_errors",
+    "find_barred", "leaves_to_base", "name_arm", "survivors",
 ]  # fmt: skip
 
 POLICIES = ("calibrated", "prior", "greedy")
@@ -360,6 +363,138 @@ def find_barred(history: Iterable[Observation], number: int) -> frozenset[str]:
     fails = Counter(o.backbone for o in ended if o.state == "failed")
     runs = {o.backbone for o in ended if o.state != "failed"}
     return frozenset(b for b, f in fails.items() if b not in runs and number < 4**f)
+
+
+@dataclass(frozen=True)
+class Advisor:
+    """The arguments of `choose`, `leaves_to_base` and `calibrate`, checked once.
+
+    Parameters
+    ----------
+    scores : Ranking or mapping of object to float
+        By name, see `name_arm`.
+    policy, prior_strength, exploration, costs, cost_exponent, seed, errors
+        See `choose`; default errors: what a `Ranking` says of them.
+    survivors : int or collection of str, optional
+        Mask: only the best so many of the candidates, or the named ones.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+
+    Examples
+    --------
+    >>> Advisor({"vit": 3.0, "resnet": 2.0}).choose([], 0, ["resnet", "vit"])
+    'vit'
+    """
+
+    scores: Mapping[str, float]
+    _: KW_ONLY
+    policy: str = "calibrated"
+    prior_strength: float = 1.0
+    survivors: int | tuple[str, ...] | Collection[str] | None = None
+    exploration: float = 0.05
+    costs: Mapping[str, float] | None = None
+    cost_exponent: float = 0.0
+    seed: int = 0
+    errors: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.scores
+        _check("scores", given, "a Ranking or a mapping", isinstance(given, Mapping))
+        for name, value in given.items():
+            _check(f"scores[{name!r}]", value, "a number", isinstance(value, Real))
+        _check("policy", self.policy, f"one of {', '.join(POLICIES)}", self.policy in POLICIES)
+        strength, part, mask = self.prior_strength, self.exploration, self.survivors
+        strong = isinstance(strength, Real) and 0 <= strength < math.inf
+        _check("prior_strength", strength, "a number ≥ 0", strong)
+        _check("exploration", part, "in [0, 1]", isinstance(part, Real) and 0 <= part <= 1)
+        names = isinstance(mask, Collection) and not isinstance(mask, str)
+        counts = isinstance(mask, Integral) and not isinstance(mask, bool) and int(mask) >= 1
+        masked = mask is None or (mask if names else counts)
+        _check("survivors", mask, "an integer ≥ 1, names or None", masked)
+        if isinstance(mask, Collection):
+            mask = tuple(sorted(name_arm(name) for name in mask))
+        costs = self.costs
+        settled = {
+            "errors": estimate_errors(given) if self.errors is None else self.errors,
+            "scores": {name_arm(name): float(value) for name, value in given.items()},
+            "survivors": mask if mask is None or isinstance(mask, tuple) else int(mask),
+            "costs": None if costs is None else {name_arm(k): float(costs[k]) for k in costs},
+            "prior_strength": float(strength),
+            "exploration": float(part),
+            "cost_exponent": float(self.cost_exponent),
+        }
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that `choose` takes as they are; JSON values."""
+        names = ("policy", "prior_strength", "exploration", "costs", "cost_exponent")
+        return {name: getattr(self, name) for name in names}
+
+    def choose(
+        self,
+        history: Iterable[Observation],
+        number: int,
+        candidates: Sequence[str],
+        *,
+        strict: bool = False,
+    ) -> str:
+        """Choose; `strict` refuses survivors that are no candidates."""
+        return choose(
+            self.scores,
+            history,
+            candidates=candidates,
+            seed=self.seed,
+            number=number,
+            survivors=self.mask(candidates, strict=strict),
+            errors=self.errors,
+            **self.options,
+        )
+
+    def mask(self, candidates: Sequence[str], *, strict: bool = False) -> Collection[str] | None:
+        """Return who of the candidates survives; None: all."""
+        if isinstance(self.survivors, int):
+            of = {n: s for n, s in self.scores.items() if n in candidates and math.isfinite(s)}
+            return survivors(of, self.survivors) if of else None
+        if self.survivors is not None and strict:
+            missing = sorted(set(self.survivors) - set(candidates))
+            if missing:
+                raise ValueError(
+                    f"`survivors` must be choices of the host's parameter but {missing} are not; "
+                    f"they are {sorted(candidates)[:5]}{' …' if len(candidates) > 5 else ''}."
+                )
+        return self.survivors
+
+    def leaves(self, history: Iterable[Observation], number: int) -> bool:
+        """Tell whether a trial is the host's own; never against the user's word."""
+        if self.policy != "calibrated" or self.survivors is not None:
+            return False  # follow the scores, or stay inside
+        return leaves_to_base(number, seed=self.seed, history=history, scores=self.scores)
+
+    def calibrate(self, history: Iterable[Observation]) -> Calibration:
+        """Compare the scores with the values of the trials."""
+        return calibrate(self.scores, history, prior_strength=self.prior_strength)
+
+
+def name_arm(choice: Any) -> str:
+    """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
+    return choice if isinstance(choice, str) else repr(choice)
+
+
+def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:
+    """Return the standard error of each score, where a `Ranking` has what it takes."""
+    errors = {}
+    for score in scores.scores if isinstance(scores, Ranking) else ():
+        if "standard_error" in score.details:
+            errors[score.backbone] = float(score.details["standard_error"])
+        elif score.per_sample is not None and len(score.per_sample) > 1 and score.error is None:
+            spread = np.std(score.per_sample, ddof=1)
+            errors[score.backbone] = float(spread / math.sqrt(len(score.per_sample)))
+    return errors or None
 
 
 # The model --------------------------------------------------------------------------------------

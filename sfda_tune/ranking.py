@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,10 +16,10 @@ import numpy as np
 from sfda_tune.backbones import resolve_backbones
 from sfda_tune.datasets import ImageDataset, open_dataset
 from sfda_tune.ensembles import select_ensemble
-from sfda_tune.extraction import Extraction, Map, Settings, extract, resolve_device
+from sfda_tune.extraction import Executor, Extraction, Map, Settings, extract, resolve_device
 from sfda_tune.racing import Course, Race, make_stages, run
 from sfda_tune.scoring import Metric, Scorer
-from sfda_tune.store import FeatureStore
+from sfda_tune.store import FeatureStore, open_store
 from sfda_tune.values import Backbone, Ranking, Score
 
 __all__ = ["RankingInterruptedError", "rank"]
@@ -54,6 +55,7 @@ def rank(
     cache: bool | str | os.PathLike[str] | None = True,
     plugins: Iterable[str] = (),
     map_fn: Map | None = None,
+    executor: Executor | None = None,
     progress: Any = False,
     race: bool = False,
     top: int = 5,
@@ -84,12 +86,16 @@ def rank(
         See `sfda_tune.extraction.Settings`.
     cache : bool or path, default True
         Where features are kept for the next run: True for `sfda_tune.store.default_root`, False
-        for nowhere.
+        for nowhere; a folder, or a bucket (``"s3://…"``, by fsspec).
     plugins : iterable of str
         Python files or modules that register further timm architectures.
     map_fn : callable, optional
         Anything called like the builtin `map`, to run the extraction elsewhere, for instance
         ``ThreadPoolExecutor(4).map``; the ranking is the same.
+    executor : Executor, optional
+        Runs the extraction elsewhere and plans it itself, for instance
+        ``sfda_tune_ray.RayExecutor()``; needs a `cache` that all its machines reach.
+        ``info["executor"]`` has what it reports.
     progress : bool or object, default False
         Whether to show a progress bar; or an object that takes its part (see `extract`).
     race : bool, default False
@@ -123,10 +129,14 @@ def rank(
     (2, 100)
     """
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
-    settings = replace(settings, device=resolve_device(device))
-    store = None
-    if cache:
-        store = FeatureStore() if cache is True else FeatureStore(cache)  # type: ignore[arg-type]
+    if executor is None:
+        settings = replace(settings, device=resolve_device(device))
+    elif map_fn is not None or not cache:
+        raise ValueError(
+            "`executor` needs a `cache`, where its workers leave the features, and no `map_fn`; "
+            "pass cache=True or a folder that all machines share."
+        )
+    store = open_store(None if cache is True else cache) if cache else None  # type: ignore
     candidates = resolve_backbones(backbones, plugins=plugins)
     scorer = Scorer(metric, variant)  # after the plug-ins, which may have registered it
     if race and scorer.combined:
@@ -148,9 +158,11 @@ def rank(
     from sfda_tune.progress import as_progress
 
     started = time.perf_counter()
-    run = _Run(images, candidates, settings, store, map_fn, scorer)
     course, interrupted = None, False
-    with as_progress(progress) as bar:
+    with executor or nullcontext(), as_progress(progress) as bar:
+        if executor is not None:  # whose devices are known now
+            settings = replace(settings, device=executor.resolve_device(device))
+        run = _Run(images, candidates, settings, store, map_fn, executor, scorer)
         try:
             if race:
                 course = run.race(Race(top, seed=seed), bar)
@@ -159,6 +171,7 @@ def rank(
         except KeyboardInterrupt:
             interrupted = True
             run.scores = run.finished()
+        report = None if executor is None else executor.report()
     for backbone in candidates:
         unfinished = Score(backbone.name, error="not finished (interrupted)")
         run.scores.setdefault(backbone.name, unfinished)
@@ -172,6 +185,8 @@ def rank(
             stacklevel=2,
         )
     info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
+    if report is not None:
+        info["executor"] = report
     if course is not None:
         info["race"] = _report(course, top)
     if ensemble is not None and not interrupted:
@@ -197,10 +212,11 @@ class _Run:
         settings: Settings,
         store: FeatureStore | None,
         map_fn: Map | None,
+        executor: Executor | None,
         scorer: Scorer,
     ) -> None:
         self.images, self.candidates, self.settings = images, candidates, settings
-        self.store, self.map_fn, self.scorer = store, map_fn, scorer
+        self.store, self.map_fn, self.executor, self.scorer = store, map_fn, executor, scorer
         self.scores: dict[str, Score] = {}
         self.seconds: dict[str, float] = dict.fromkeys(
             ("load", "decode", "decode_work", "forward", "score"), 0.0
@@ -224,9 +240,11 @@ class _Run:
             self.settings,
             store=self.store,
             map_fn=self.map_fn,
+            executor=self.executor,
             progress=bar,
         )
         self.rows = None
+        ranked: set[str] = set()
         try:
             for extraction in found:
                 for part, spent in extraction.seconds.items():
@@ -241,7 +259,9 @@ class _Run:
                 result = _score(extraction, self.scorer)
                 self.seconds["score"] += time.perf_counter() - begun
                 if extraction.features is not None:
-                    self.rows = extraction.rows if self.rows is None else self.rows
+                    if self.rows is None or name in ranked:  # again: some rows turned out bad
+                        self.rows = extraction.rows
+                    ranked.add(name)
                     if not _same(self.rows, extraction.rows):
                         result = replace(
                             result,

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Entry", "FeatureStore", "default_root", "make_key"]
+__all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class FeatureStore:
 
         path = self.path(key)
         try:
-            with safe_open(path, framework="numpy") as file:
+            with self._reading(key) as local, safe_open(local, framework="numpy") as file:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT or header.get("key") != key:
                     raise ValueError("it is not an entry of this key")
@@ -117,9 +118,14 @@ class FeatureStore:
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             logger.warning("ignoring the cache file %s: %s", path, error)
             return None
+        return entry
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[Path]:
+        path = self.path(key)
+        yield path
         with contextlib.suppress(OSError):  # a read-only store
             os.utime(path)  # last use, for `clear(older_than=…)`
-        return entry
 
     def put(self, key: str, entry: Entry) -> None:
         """Write an entry; another process that writes the same key does no harm.
@@ -131,8 +137,6 @@ class FeatureStore:
         """
         from safetensors.numpy import save_file
 
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         x, rows = np.ascontiguousarray(entry.x), np.ascontiguousarray(entry.rows)
         header = {
             "format": FORMAT,
@@ -141,12 +145,20 @@ class FeatureStore:
             "unreadable": json.dumps(dict(entry.unreadable)),
             "info": json.dumps(dict(entry.info)),
         }
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
-            save_file({"x": x, "rows": rows}, temporary, metadata=header)
-            os.replace(temporary, path)
+            with self._writing(key) as temporary:
+                save_file({"x": x, "rows": rows}, temporary, metadata=header)
         except Exception as error:
             raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+    @contextlib.contextmanager
+    def _writing(self, key: str) -> Iterator[Path]:
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            yield temporary
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -196,6 +208,73 @@ class FeatureStore:
             if older_than is None or now - stat.st_mtime > 86400:
                 path.unlink(missing_ok=True)
         return count, size
+
+
+def open_store(root: str | os.PathLike[str] | None = None) -> FeatureStore:
+    """Return the store in a folder, or at the address of a bucket (``s3://…``).
+
+    >>> open_store("memory://features").root
+    'memory://features'
+    """
+    if root is None:
+        return FeatureStore()
+    return RemoteStore(root) if "://" in str(root) else FeatureStore(Path(root))  # type: ignore
+
+
+@dataclass(frozen=True)
+class RemoteStore(FeatureStore):
+    """Entries in a bucket, or wherever else fsspec reaches: ``s3://bucket/features``.
+
+    Needs the package ``fsspec`` and the one it names for the protocol (``s3fs``, ``gcsfs``). An
+    object appears when its upload is complete, so there are whole entries or none here, too.
+
+    Parameters
+    ----------
+    root : str
+    """
+
+    root: Any = ""
+
+    def __post_init__(self) -> None:
+        self._open()
+
+    def _open(self) -> tuple[Any, str]:
+        try:
+            from fsspec.core import url_to_fs
+
+            return url_to_fs(self.root)  # which keeps the connection for the next time
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"`cache` is {self.root!r} but that cannot be opened ({error}); install fsspec "
+                "and the package for the protocol, or pass a folder."
+            ) from error
+
+    def path(self, key: str) -> Path:
+        """Return the place of an entry below the root."""
+        return Path("features") / key[:2] / f"{key}{SUFFIX}"
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[Path]:
+        with self._copy() as (fs, root, copy):
+            fs.get_file(f"{root}/{self.path(key).as_posix()}", str(copy))
+            yield copy
+
+    @contextlib.contextmanager
+    def _writing(self, key: str) -> Iterator[Path]:
+        with self._copy() as (fs, root, copy):
+            yield copy
+            path = f"{root}/{self.path(key).as_posix()}"
+            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            fs.put_file(str(copy), path)
+
+    @contextlib.contextmanager
+    def _copy(self) -> Iterator[tuple[Any, str, Path]]:
+        with tempfile.TemporaryDirectory() as folder:
+            fs, root = self._open()
+            yield fs, root.rstrip("/"), Path(folder) / "entry"
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        raise ValueError(f"{self.root} is looked after with the tools of its host, not from here.")
 
 
 def _digest(x: np.ndarray, rows: np.ndarray) -> str:

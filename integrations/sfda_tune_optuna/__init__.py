@@ -34,6 +34,7 @@ from sfda_tune_optuna.pruner import SFDAPruner, gate
 from sfda_tune_optuna.sampler import SFDASampler
 from sfda_tune_optuna.store import SFDAWarning, load_ranking, save_ranking
 from sfda_tune_optuna.study import enqueue_top_k, extend_backbones, suggest_backbone
+from sfda_tune_optuna.trainer import hp_space
 
 if TYPE_CHECKING:
     from sfda_tune_optuna.benchmark import BackboneSelectionProblem
@@ -49,6 +50,7 @@ __all__ = [
     "enqueue_top_k",
     "extend_backbones",
     "gate",
+    "hp_space",
     "load_ranking",
     "plot_backbone_ranking",
     "plot_proxy_calibration",

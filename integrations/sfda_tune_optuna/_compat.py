@@ -12,7 +12,13 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import numpy as np
-from optuna.samplers import BaseGASampler, BaseSampler, BruteForceSampler, GridSampler
+from optuna.samplers import (
+    BaseGASampler,
+    BaseSampler,
+    BruteForceSampler,
+    GridSampler,
+    PartialFixedSampler,
+)
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.storages import BaseStorage
 from optuna.study import Study
@@ -20,6 +26,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 # They keep state in the study (parents, grid) or read the storage directly: never on a view.
 POOLED = (BaseGASampler, GridSampler, BruteForceSampler)
+
+
+def unwrap(sampler: BaseSampler) -> BaseSampler:
+    """Return what a `PartialFixedSampler` asks."""
+    while isinstance(sampler, PartialFixedSampler):
+        sampler = sampler._base_sampler
+    return sampler
 
 
 def read_trials(study: Study) -> list[FrozenTrial]:
@@ -67,8 +80,9 @@ def write_study_attr(study: Study, key: str, value: Any) -> None:
 
 def is_feasible(trial: FrozenTrial) -> bool:
     """Tell whether no constraint is violated: `set_constraint` (5.0) or `constraints_func`."""
-    if hasattr(trial, "constraints"):  # optuna >= 5
-        return all(value <= 0 for value in trial.constraints.values())
+    constraints = getattr(trial, "constraints", None)  # optuna >= 5
+    if constraints is not None:
+        return all(value <= 0 for value in constraints.values())
     return all(value <= 0 for value in trial.system_attrs.get("constraints") or ())
 
 

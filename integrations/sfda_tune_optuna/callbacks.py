@@ -7,6 +7,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from sfda_tune.policy import Calibration
+from sfda_tune_optuna.store import load_ranking
 from sfda_tune_optuna.study import calibrate_study, summarise
 
 __all__ = ["CalibrationCallback"]
@@ -54,6 +55,8 @@ class CalibrationCallback:
 
     def __call__(self, study: Study, trial: FrozenTrial) -> None:
         """Report, if it is time."""
+        if self.calibration is None:
+            load_ranking(study)  # that there is none is said at once, not after hours
         if (trial.number + 1) % self.every:
             return
         self.calibration = calibrate_study(study)

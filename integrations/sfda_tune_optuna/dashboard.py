@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from optuna.study import Study
@@ -62,7 +63,7 @@ def publish_to_dashboard(
 
 
 def _write_note(study: Study, calibration: Calibration, top: int) -> str:
-    rows = [row for row in calibration.table if row["score"] == row["score"]]
+    rows = [row for row in calibration.table if math.isfinite(row["score"])]
     rows.sort(key=lambda row: (-row["score"], row["backbone"]))
     lines = ["## Backbones by score", "", f"Calibration: {summarise(calibration)}", ""]
     lines += ["| rank | backbone | score | trials | best |", "| ---: | --- | ---: | ---: | ---: |"]

@@ -12,17 +12,12 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import rankdata
 
-from sfda_tune.policy import Observation
+from sfda_tune.policy import Observation, name_arm
 from sfda_tune_optuna._compat import is_feasible
 
 GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone
 ASKED = "sfda:asked"  # system attribute: begun under an `SFDASampler`
 TOLD = "sfda:told"  # system attribute: failed, and its own worker said so
-
-
-def name_arm(choice: Any) -> str:
-    """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
-    return choice if isinstance(choice, str) else repr(choice)
 
 
 def read_arm(trial: FrozenTrial, param_name: str) -> str | None:
@@ -72,8 +67,8 @@ def observe(
     Returns
     -------
     list of Observation
-        None for a trial that was stopped for its backbone alone, whose worker was killed, or
-        that failed after it had reported values.
+        None for a trial whose worker was killed, or that failed after it had reported values. One
+        that was stopped for its backbone alone has failed: it would be stopped another time.
     """
     directions = study.directions
     signs = [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in directions]
@@ -95,12 +90,14 @@ def observe(
         if trial.state == TrialState.COMPLETE:
             history.append(Observation(arm, "complete", utilities[trial.number], **about))
         elif trial.state == TrialState.PRUNED:
-            if GATED not in trial.user_attrs:
-                value, step = None, None
-                if len(signs) == 1 and trial.value is not None and math.isfinite(trial.value):
-                    value = signs[0] * trial.value
-                if trial.last_step is not None and last_step:  # else nobody knows the budget
-                    step = min(1.0, (trial.last_step + 1) / (last_step + 1))
+            value, step = None, None
+            if len(signs) == 1 and trial.value is not None and math.isfinite(trial.value):
+                value = signs[0] * trial.value
+            if trial.last_step is not None and last_step:  # else nobody knows the budget
+                step = min(1.0, (trial.last_step + 1) / (last_step + 1))
+            if GATED in trial.user_attrs:
+                history.append(Observation(arm, "failed", **about))
+            else:
                 history.append(Observation(arm, "pruned", value, step=step, **about))
         elif trial.state == TrialState.FAIL:
             # One that began here but whose worker never said that it failed: it was killed. One
@@ -120,7 +117,8 @@ def _rate(
     if len(signs) == 1 or weights is None or not trials:
         values = [signs[0] * trial.values[0] for trial in trials]
         finite = [value for value in values if math.isfinite(value)] or [0.0]
-        return [min(max(value, min(finite)), max(finite)) for value in values]
+        least, most = min(finite), max(finite)
+        return [min(max(value, least), most) for value in values]
     ranks = [rankdata([sign * t.values[j] for t in trials]) for j, sign in enumerate(signs)]
     return [
         float(sum(w * r[i] for w, r in zip(weights, ranks, strict=True))) / len(trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from numbers import Integral
 from typing import Any
 
 import optuna
@@ -11,8 +12,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from sfda_tune import policy as decisions
+from sfda_tune.policy import name_arm
 from sfda_tune_optuna._compat import flag_trial
-from sfda_tune_optuna.history import GATED, name_arm
+from sfda_tune_optuna.history import GATED
+from sfda_tune_optuna.store import read_scores
 
 __all__ = ["SFDAPruner", "find_survivors", "gate"]
 
@@ -66,14 +69,18 @@ class SFDAPruner(BasePruner):
         self._param_name = param_name
 
     @property
+    def param_name(self) -> str:
+        """The parameter that holds the backbone."""
+        return self._param_name
+
+    @property
     def survivors(self) -> frozenset[str]:
         """The backbones whose trials may run."""
         return self._survivors
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Tell whether the trial is to stop."""
-        backbone = trial.params.get(self._param_name)
-        if backbone is None or name_arm(backbone) in self._survivors:
+        if not _is_stopped(trial, self._survivors, self._param_name):
             return self._base.prune(study, trial)
         # The base is not asked: it would count the trial in its rungs.
         if GATED not in trial.user_attrs:
@@ -106,11 +113,25 @@ def gate(
     'PRUNED'
     """
     survivors = find_survivors(survivors_or_ranking, keep)
-    backbone = trial.params.get(param_name)
-    if backbone is not None and name_arm(backbone) not in survivors:
+    if _is_stopped(trial, survivors, param_name):
         if not isinstance(trial, (optuna.trial.FrozenTrial, optuna.trial.FixedTrial)):
             trial.set_user_attr(GATED, True)
+        backbone = trial.params[param_name]
         raise optuna.TrialPruned(f"backbone {backbone!r} is not among the survivors")
+
+
+def _is_stopped(trial: Any, survivors: Collection[str], param_name: str) -> bool:
+    """Tell whether the trial has a backbone, and that did not survive."""
+    backbone = trial.params.get(param_name)
+    if backbone is None or name_arm(backbone) in survivors:
+        return False
+    choices = getattr(trial.distributions[param_name], "choices", (backbone,))
+    if not any(name_arm(choice) in survivors for choice in choices):  # all would be stopped
+        raise ValueError(
+            f"`survivors_or_ranking` must name some of the choices of {param_name!r}, "
+            f"{sorted(map(name_arm, choices))[:5]}, but names {sorted(survivors)[:5]}."
+        )
+    return True
 
 
 def find_survivors(
@@ -118,7 +139,7 @@ def find_survivors(
 ) -> frozenset[str]:
     """Return the names of the survivors: those given, or the best `keep` of the scores."""
     given = survivors_or_ranking
-    if isinstance(given, str) or not isinstance(given, Collection) or not given:
+    if isinstance(given, str) or not isinstance(given, Collection) or not len(given):
         raise ValueError(
             "`survivors_or_ranking` must be scores or a non-empty collection of names but is "
             f"{given!r}."
@@ -132,5 +153,9 @@ def find_survivors(
         return frozenset(name_arm(name) for name in given)
     if keep is None:
         raise ValueError("`keep` must say how many of the scored backbones survive but is None.")
-    scores = {name_arm(name): float(value) for name, value in given.items()}
-    return frozenset(decisions.survivors(scores, keep))
+    if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:
+        raise ValueError(f"`keep` must be an integer ≥ 1 but is {keep!r}.")
+    best = frozenset(decisions.survivors(read_scores(given), int(keep)))
+    if not best:
+        raise ValueError("`survivors_or_ranking` must hold a finite score but holds none.")
+    return best

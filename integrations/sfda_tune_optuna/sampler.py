@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +17,10 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune import policy as decisions
-from sfda_tune.policy import Calibration
+from sfda_tune.policy import Advisor, Calibration, Observation, find_barred, name_arm
 from sfda_tune_optuna import _compat, store
-from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, name_arm, observe, read_arm
+from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_arm
+from sfda_tune_optuna.pruner import SFDAPruner
 
 __all__ = ["SFDASampler"]
 
@@ -42,7 +41,8 @@ class SFDASampler(BaseSampler):
 
     The first choices follow the scores; then every trial says how much the scores are worth here
     (`calibration`), down to nothing. A fixed share of the trials is left to the base sampler
-    altogether (`sfda_tune.policy.leaves_to_base`), so that useless scores cost little.
+    altogether (`sfda_tune.policy.leaves_to_base`), so that useless scores cost little. What the
+    study's `SFDAPruner` would stop is never proposed, and what `gate` stopped soon is not.
 
     Parameters
     ----------
@@ -51,7 +51,8 @@ class SFDASampler(BaseSampler):
     param_name : str, default "backbone"
         The categorical parameter that holds the backbone.
     base_sampler : BaseSampler, optional
-        Draws all other parameters. Default: ``TPESampler()``.
+        Draws all other parameters. Default: ``TPESampler()``. A `GridSampler` ends the study when
+        its grid is used up, over all backbones together.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
         See `sfda_tune.policy.choose`. Only "calibrated" leaves trials to the base sampler.
     prior_strength : float, default 1.0
@@ -105,42 +106,26 @@ class SFDASampler(BaseSampler):
         cost_exponent: float = 0.0,
         seed: int | None = None,
     ) -> None:
-        _check("scores", scores, "a Ranking or a mapping", isinstance(scores, Mapping))
-        for name, value in scores.items():
-            _check(f"scores[{name!r}]", value, "a number", isinstance(value, Real))
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
         _check("base_sampler", base_sampler, "a sampler (not a class) or None", is_sampler)
-        known = ", ".join(decisions.POLICIES)
-        _check("policy", policy, f"one of {known}", policy in decisions.POLICIES)
-        strong = isinstance(prior_strength, Real) and 0 <= prior_strength < math.inf
-        _check("prior_strength", prior_strength, "a number ≥ 0", strong)
-        share = isinstance(exploration, Real) and 0 <= exploration <= 1
-        _check("exploration", exploration, "in [0, 1]", share)
-        names = isinstance(survivors, Collection) and not isinstance(survivors, str)
-        masked = survivors is None or (survivors if names else _is_integer(survivors, 1))
-        _check("survivors", survivors, "an integer ≥ 1, names or None", masked)
-        _check("seed", seed, "an integer ≥ 0 or None", seed is None or _is_integer(seed, 0))
-
-        self._ranking = scores
-        self._scores = {name_arm(name): float(value) for name, value in scores.items()}
-        self._errors = store.estimate_errors(scores)
-        self._param_name = param_name
-        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
-        self._survivors: int | tuple[str, ...] | None = None
-        if isinstance(survivors, Collection):
-            self._survivors = tuple(sorted(name_arm(name) for name in survivors))
-        elif survivors is not None:
-            self._survivors = int(survivors)
-        self._conditional = bool(conditional)
-        self._options: dict[str, Any] = {
-            "policy": policy,
-            "prior_strength": float(prior_strength),
-            "exploration": float(exploration),
-            "costs": None if costs is None else {name_arm(k): float(costs[k]) for k in costs},
-            "cost_exponent": float(cost_exponent),
-        }
+        is_seed = isinstance(seed, Integral) and not isinstance(seed, bool) and int(seed) >= 0
+        _check("seed", seed, "an integer ≥ 0 or None", seed is None or is_seed)
         self._seed = None if seed is None else int(seed)
         self._entropy = secrets.randbits(63) if self._seed is None else self._seed
+        self._advisor = Advisor(
+            scores,
+            policy=policy,
+            prior_strength=prior_strength,
+            survivors=survivors,
+            exploration=exploration,
+            costs=costs,
+            cost_exponent=cost_exponent,
+            seed=self._entropy,
+        )
+        self._ranking = scores
+        self._param_name = param_name
+        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
+        self._conditional = bool(conditional)
         self._draws: OrderedDict[tuple[int, int], _Draw] = OrderedDict()
         self._known: set[str] = set()  # studies whose saved ranking was compared
         self._has_warned = False
@@ -173,7 +158,7 @@ class SFDASampler(BaseSampler):
         >>> again.sampler.settings == sampler.settings
         True
         """
-        settings = (store.load_record(study) or {}).get("settings", {})
+        settings = dict((store.load_record(study) or {}).get("settings", {}))
         ranking = store.load_ranking(study)
         was = settings.pop("base_sampler", None)
         if base_sampler is None and was not in (None, "TPESampler"):
@@ -188,14 +173,14 @@ class SFDASampler(BaseSampler):
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments as JSON values: what is saved in the study."""
-        mask = self._survivors
+        mask = self._advisor.survivors
         return {
             "param_name": self._param_name,
             "base_sampler": type(self._base).__name__,
             "survivors": list(mask) if isinstance(mask, tuple) else mask,
             "conditional": self._conditional,
             "seed": self._seed,
-            **self._options,
+            **self._advisor.options,
         }
 
     def calibration(self, study: Study) -> Calibration:
@@ -208,8 +193,7 @@ class SFDASampler(BaseSampler):
             tau, a table per backbone, and a warning if the scores run against the trials.
         """
         history = observe(study, _compat.read_trials(study), self._param_name)
-        strength = self._options["prior_strength"]
-        return decisions.calibrate(self._scores, history, prior_strength=strength)
+        return self._advisor.calibrate(history)
 
     # What Optuna calls, in this order -------------------------------------------------------
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -312,45 +296,27 @@ class SFDASampler(BaseSampler):
         must = choices is not None  # the objective asks for one of them now
         if choices is None:
             choices = find_choices(trials, self._param_name)
-        names = list(self._scores) if choices is None else [name_arm(c) for c in choices]
+        names = list(self._advisor.scores) if choices is None else [name_arm(c) for c in choices]
+        names = self._let_run(study, names)
         if not names:
             return None
         weights = self._weigh(study, trial)
         history = observe(study, trials, self._param_name, weights=weights, leave_out=trial.number)
         if not must and self._leaves(trial.number, history):
             return None
-        return decisions.choose(
-            self._scores,
-            history,
-            candidates=names,
-            seed=self._entropy,
-            number=trial.number,
-            survivors=self._mask(names, must),
-            errors=self._errors,
-            **self._options,
-        )
+        return self._advisor.choose(history, trial.number, names)
 
-    def _leaves(self, number: int, history: Sequence[decisions.Observation]) -> bool:
-        if self._options["policy"] != "calibrated" or self._survivors is not None:
-            return False  # the user's word: follow the scores, or stay inside
-        if isinstance(self._base, optuna.samplers.GridSampler):
+    def _let_run(self, study: Study, names: Sequence[str]) -> list[str]:
+        """Return those that an `SFDAPruner` would not stop: proposing the others wastes trials."""
+        pruner = study.pruner
+        if not isinstance(pruner, SFDAPruner) or pruner.param_name != self._param_name:
+            return list(names)
+        return [name for name in names if name in pruner.survivors] or list(names)
+
+    def _leaves(self, number: int, history: Sequence[Observation]) -> bool:
+        if isinstance(_compat.unwrap(self._base), optuna.samplers.GridSampler):
             return False  # its grid need not have the backbone
-        return decisions.leaves_to_base(
-            number, seed=self._entropy, history=history, scores=self._scores
-        )
-
-    def _mask(self, names: Sequence[str], must: bool) -> Collection[str] | None:
-        if isinstance(self._survivors, int):
-            known = {n: s for n, s in self._scores.items() if n in names and math.isfinite(s)}
-            return decisions.survivors(known, self._survivors) if known else None
-        if self._survivors is not None and must:
-            missing = sorted(set(self._survivors) - set(names))
-            if missing:
-                raise ValueError(
-                    f"`survivors` must be choices of {self._param_name!r} but {missing} are not; "
-                    f"the choices are {sorted(names)[:5]}{' …' if len(names) > 5 else ''}."
-                )
-        return self._survivors
+        return self._advisor.leaves(history, number)
 
     def _weigh(self, study: Study, trial: FrozenTrial) -> list[float] | None:
         """Return random weights of the objectives, so that all of a front is looked for."""
@@ -363,7 +329,7 @@ class SFDASampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, choices: Sequence[Any], draw: _Draw
     ) -> Any:
         by_name = {name_arm(choice): choice for choice in choices}
-        self._mask(list(by_name), must=True)
+        self._advisor.mask(list(by_name), strict=True)
         if draw.arm not in by_name:  # chosen before the choices were known: the first trials
             arm = self._choose(study, trial, _compat.read_trials(study), choices)
             draw = draw._replace(arm=arm)
@@ -373,20 +339,21 @@ class SFDASampler(BaseSampler):
     def _replace_barred(
         self, study: Study, trial: FrozenTrial, choice: Any, distribution: BaseDistribution
     ) -> Any:
-        """Return the base sampler's choice, or another one if that has only failed so far."""
+        """Return the base sampler's choice, or another one if that would be of no use."""
         if not isinstance(distribution, CategoricalDistribution):
             return choice
         trials = _compat.read_trials(study)
         history = observe(study, trials, self._param_name, leave_out=trial.number)
-        if name_arm(choice) not in decisions.find_barred(history, trial.number):
-            return choice
         by_name = {name_arm(choice): choice for choice in distribution.choices}
+        useful = {*self._let_run(study, list(by_name))} - find_barred(history, trial.number)
+        if name_arm(choice) in useful:
+            return choice
         return by_name[str(self._choose(study, trial, trials, distribution.choices))]
 
     # What the base sampler gets -------------------------------------------------------------
     def _view(self, study: Study, arm: str | None) -> Any:
         """Return the study as the base sampler is to see it: without gated or foreign trials."""
-        if isinstance(self._base, _compat.POOLED):
+        if isinstance(_compat.unwrap(self._base), _compat.POOLED):
             return study
         if not self._conditional:
             arm = None
@@ -435,12 +402,15 @@ class SFDASampler(BaseSampler):
     def _save_or_compare(self, study: Study) -> None:
         """Save the ranking, or warn once if the study holds another one."""
         with self._lock:
-            if study.study_name in self._known or not self._scores:
+            if study.study_name in self._known or not self._advisor.scores:
                 return
             self._known.add(study.study_name)
-        if store.load_record(study) is None:
+        record = store.load_record(study)
+        difference = None if record is None else store.compare_rankings(study, self._ranking)
+        if record is None or (difference is None and "policy" not in record["settings"]):
+            # Nothing is there, or the user's own `save_ranking`, which knows of no settings.
             store.save_ranking(study, self._ranking, settings=self.settings)
-        elif (difference := store.compare_rankings(study, self._ranking)) is not None:
+        elif difference is not None:
             warnings.warn(
                 f"Study {study.study_name!r} holds another ranking; this one {difference}. It is "
                 "used from now on but not saved: `SFDASampler.from_study(study)` takes the saved "
@@ -465,7 +435,3 @@ class SFDASampler(BaseSampler):
 def _check(name: str, value: Any, rule: str, holds: Any) -> None:
     if not holds:
         raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 from optuna.study import Study
 
+from sfda_tune.policy import estimate_errors, name_arm
 from sfda_tune.values import Ranking, Score
 from sfda_tune_optuna._compat import read_study_attrs, write_study_attr
-from sfda_tune_optuna.history import name_arm
 
 __all__ = ["SFDAWarning", "load_ranking", "save_ranking"]
 
@@ -27,16 +26,11 @@ class SFDAWarning(UserWarning):
     """Something about the ranking of a study that its user should know."""
 
 
-def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:
-    """Return the standard error of each score, where a `Ranking` has what it takes."""
-    errors = {}
-    for score in scores.scores if isinstance(scores, Ranking) else ():
-        if "standard_error" in score.details:
-            errors[score.backbone] = float(score.details["standard_error"])
-        elif score.per_sample is not None and len(score.per_sample) > 1 and score.error is None:
-            spread = np.std(score.per_sample, ddof=1)
-            errors[score.backbone] = float(spread / math.sqrt(len(score.per_sample)))
-    return errors or None
+def read_scores(ranking: Mapping[Any, float]) -> dict[str, float]:
+    """Return the scores by name."""
+    if not isinstance(ranking, Mapping):
+        raise ValueError(f"`ranking` must be a Ranking or a mapping but is {ranking!r}.")
+    return {name_arm(name): float(value) for name, value in ranking.items()}
 
 
 def save_ranking(
@@ -150,13 +144,13 @@ _DATA = ("dataset", "n_samples", "n_classes", "samples", "seed", "fingerprint")
 
 
 def _pack(ranking: Mapping[Any, float], settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    scores = {name_arm(name): float(value) for name, value in ranking.items()}
+    scores = read_scores(ranking)
     record: dict[str, Any] = {
         "version": VERSION,
         "metric": "",
         "info": {},
         "scores": {n: v if math.isfinite(v) else None for n, v in sorted(scores.items())},
-        "errors": estimate_errors(ranking) or {},
+        "errors": {n: e for n, e in (estimate_errors(ranking) or {}).items() if math.isfinite(e)},
         "failed": {},
     }
     if isinstance(ranking, Ranking):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from numbers import Integral
 from typing import Any
 
 import optuna
@@ -12,11 +13,11 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from sfda_tune import policy as decisions
-from sfda_tune.policy import Calibration
+from sfda_tune.policy import Calibration, name_arm
 from sfda_tune.values import Ranking, Score
 from sfda_tune_optuna import _compat
-from sfda_tune_optuna.history import find_choices, name_arm, observe
-from sfda_tune_optuna.store import load_ranking, load_record, save_ranking
+from sfda_tune_optuna.history import find_choices, observe
+from sfda_tune_optuna.store import load_ranking, load_record, read_scores, save_ranking
 
 __all__ = ["calibrate_study", "enqueue_top_k", "extend_backbones", "suggest_backbone"]
 
@@ -99,9 +100,10 @@ def enqueue_top_k(
     >>> enqueue_top_k(study, {"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, k=2)
     []
     """
-    scores = {name_arm(name): float(value) for name, value in ranking.items()}
+    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+        raise ValueError(f"`k` must be an integer ≥ 1 but is {k!r}.")
     enqueued = []
-    for name in decisions.survivors(scores, k):
+    for name in decisions.survivors(read_scores(ranking), int(k)):
         before = len(study.get_trials(deepcopy=False))
         study.enqueue_trial({param_name: name, **(params or {})}, skip_if_exists=skip_if_exists)
         if len(study.get_trials(deepcopy=False)) > before:
@@ -183,7 +185,7 @@ def calibrate_study(
 ) -> Calibration:
     """Compare a ranking, by default the saved one, with the trials of a study."""
     ranking = load_ranking(study) if ranking is None else ranking
-    scores = {name_arm(name): float(value) for name, value in ranking.items()}
+    scores = read_scores(ranking)
     name = param_name or find_param_name(study)
     return decisions.calibrate(scores, observe(study, study.get_trials(deepcopy=False), name))
 

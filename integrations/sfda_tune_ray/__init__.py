@@ -1,1 +1,78 @@
-"""sfda_tune on Ray: extraction over actors, and a Tune searcher, schedulers and search spaces."""
+"""sfda_tune on Ray: extraction over actors, and a Tune searcher, schedulers and search spaces.
+
+>>> from sfda_tune_ray import SFDASearcher, backbone_space
+
+=============================  ==================================================================
+`RayExecutor`                  the extraction of `sfda_tune.rank` over actors
+`SFDASearcher`                 the backbone by its score and the trials, the rest by any searcher
+`SFDAScheduler`                trials of other backbones never start
+`PerBackboneScheduler`         slow starters are not stopped by small, fast networks
+`SchedulerStateCallback`       keeps the state of a scheduler over ``Tuner.restore``
+`finetune_trainable`           `sfda_tune.finetuning.finetune`, reporting every epoch
+`backbone_space` `backbone_grid` `warm_start_points` `backbone_resources`   for any searcher
+=============================  ==================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if importlib.util.find_spec("ray") is None:
+    raise ModuleNotFoundError("sfda_tune_ray needs Ray: pip install 'sfda-tune[ray]'", name="ray")
+
+if TYPE_CHECKING:
+    from sfda_tune_ray.callbacks import SchedulerStateCallback
+    from sfda_tune_ray.executor import RayExecutor
+    from sfda_tune_ray.schedulers import PerBackboneScheduler, SFDAScheduler
+    from sfda_tune_ray.searcher import SFDASearcher
+    from sfda_tune_ray.spaces import (
+        backbone_grid,
+        backbone_resources,
+        backbone_space,
+        warm_start_points,
+    )
+    from sfda_tune_ray.trainable import finetune_trainable
+    from sfda_tune_ray.trainer import hp_space
+
+# Imported when used: extraction needs no Tune, and Ray reads its environment when it is imported.
+_HOME = {
+    "PerBackboneScheduler": "schedulers",
+    "RayExecutor": "executor",
+    "SFDAScheduler": "schedulers",
+    "SFDASearcher": "searcher",
+    "SchedulerStateCallback": "callbacks",
+    "backbone_grid": "spaces",
+    "backbone_resources": "spaces",
+    "backbone_space": "spaces",
+    "finetune_trainable": "trainable",
+    "hp_space": "trainer",
+    "warm_start_points": "spaces",
+}
+
+__all__ = [
+    "PerBackboneScheduler",
+    "RayExecutor",
+    "SFDAScheduler",
+    "SFDASearcher",
+    "SchedulerStateCallback",
+    "backbone_grid",
+    "backbone_resources",
+    "backbone_space",
+    "finetune_trainable",
+    "hp_space",
+    "warm_start_points",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sfda_tune_ray' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sfda_tune_ray.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -115,11 +115,12 @@ def wait(seconds):
 
 
 def show_overhead(samples, repeats, zoo):
+    from sfda_tune_ray import RayExecutor
+
     import sfda_tune
     from sfda_tune import extraction
     from sfda_tune.extraction import Settings, extract
     from sfda_tune.store import FeatureStore
-    from sfda_tune_ray import RayExecutor
 
     one_thread()
     extraction.SHARD = 128
@@ -164,7 +165,6 @@ def show_overhead(samples, repeats, zoo):
 
 def show_driver():
     import psutil
-
     from sfda_tune_ray.dispatch import Dispatcher, make_bundles
 
     process = psutil.Process()
@@ -183,17 +183,16 @@ def show_driver():
     tasks = [dispatcher.next(actor, ahead=bool(k)) for k in range(2) for actor in range(800)]
     traced = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
+    seconds, grown = time.perf_counter() - started, process.memory_info().rss - before
     print(
-        f"1,000 backbones × 10⁶ rows: {len(bundles)} bundles, planned in "
-        f"{time.perf_counter() - started:.1f} s (traced), {traced / 1e6:.0f} MB of Python objects, "
-        f"RSS + {(process.memory_info().rss - before) / 1e6:.0f} MB "
+        f"1,000 backbones × 10⁶ rows: {len(bundles)} bundles, planned in {seconds:.1f} s, "
+        f"{traced / 1e6:.0f} MB of Python objects, RSS + {grown / 1e6:.0f} MB "
         f"({len(images):,} digests, {sum(t is not None for t in tasks)} tasks out)"
     )
 
 
 def show_completions(seconds=5.0):
     import ray
-
     from sfda_tune_ray.cluster import connect
     from sfda_tune_ray.dispatch import Bundle, Dispatcher
 

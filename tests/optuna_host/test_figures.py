@@ -79,6 +79,17 @@ def test_an_empty_study_gives_an_empty_figure_and_a_warning(plot):
         plot(optuna.create_study())
 
 
+@pytest.mark.parametrize("plot", [plot_backbone_ranking, twins.plot_backbone_ranking])
+def test_scores_that_are_no_numbers_are_left_out(plot):
+    scores = {**VALUES, "a": float("nan"), "b": float("inf")}
+    study = make_study(3)
+    plot(study, ranking=scores)
+    info = get_ranking_info(study, scores, top=9)
+    assert (info.names, info.title) == (tuple("cdef"), "Backbones by score (2 more)")
+    publish_to_dashboard(study, ranking=scores)
+    assert "| 1 | c |" in get_note(study)
+
+
 @pytest.mark.parametrize("module", ["plotly", "matplotlib"])
 def test_several_objectives_show_the_first(module):
     study = optuna.create_study(directions=["minimize", "maximize"])

@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 from optuna_lab import NAMES, VALUES, Log, make_trial, objective, spy_on
 from sfda_tune_optuna import SFDAPruner, SFDASampler, gate
 
+from sfda_tune import policy as decisions
 from sfda_tune.values import Ranking, Score
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -123,6 +124,17 @@ def test_p4_p5_decisions_on_survivors_do_not_change(base):
     assert n_pruned > 10
 
 
+def test_p5_gated_after_a_report_it_still_enters_no_rung():
+    base = SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    study = make_study(SFDAPruner(SURVIVORS, base_pruner=base))
+    for name in "fa":
+        trial = ask(study, name)
+        trial.report(0.5, 1)
+        trial.should_prune()
+    entered = [any("rung" in key for key in trial.system_attrs) for trial in study.trials]
+    assert entered == [False, True]
+
+
 def test_p6_no_base_prunes_no_survivor():
     study = make_study(SFDAPruner(VALUES, keep=3))
     assert study.pruner.survivors == set(SURVIVORS)
@@ -155,6 +167,7 @@ def test_p9_fixed_and_frozen_trials_are_never_gated():
     for trial in (fixed, make_trial("f")):
         with pytest.raises(optuna.TrialPruned):
             gate(trial, SURVIVORS)  # asked for in so many words
+        assert trial.user_attrs == {}
 
 
 def test_p10_several_objectives_need_gate():
@@ -266,6 +279,36 @@ def test_p14_asking_twice_is_asking_once():
     assert study.trials[0].user_attrs == {"sfda:gated": True}
 
 
+def test_survivors_that_are_no_choices_are_an_error():
+    """Else every trial would be stopped, and nobody told why."""
+    message = r"`survivors_or_ranking` must name some of the choices of 'backbone', \['a'"
+    with pytest.raises(ValueError, match=message):
+        ask(make_study(SFDAPruner(["typo"])), "f").should_prune()
+    with pytest.raises(ValueError, match=message):
+        gate(ask(make_study(None), "f"), ["typo"])
+
+
+def test_pruner_sampler_and_policy_keep_the_same():
+    nan, inf = math.nan, math.inf
+    failed = Ranking([Score("b", 0.2), Score("a", 0.2), Score("c", error="no weights")])
+    for scores in (
+        dict.fromkeys("cab", 1.0),
+        {"a": nan, "b": 1.0, "c": 1.0},
+        {"a": inf, "b": 0.5, "c": -inf},
+        failed,
+    ):
+        for keep in (1, 2, 3, 9):
+            best = set(decisions.survivors(scores, keep))
+            assert SFDAPruner(scores, keep=keep).survivors == best
+            sampler = SFDASampler(scores, survivors=keep, exploration=0, seed=0)
+            study = make_study(SFDAPruner(scores, keep=keep), sampler)
+            study.optimize(lambda t: len(t.suggest_categorical("backbone", list("abc"))), 9)
+            assert {t.params["backbone"] for t in study.trials} <= best
+            study.pruner = optuna.pruners.NopPruner()
+            study.optimize(lambda t: len(t.suggest_categorical("backbone", list("abc"))), 9)
+            assert {t.params["backbone"] for t in study.trials} == best
+
+
 def test_a_ranking_keeps_its_best():
     ranking = Ranking([Score("x", 0.2), Score("y", 0.9), Score("z", error="OSError: no weights")])
     assert SFDAPruner(ranking, keep=2).survivors == {"x", "y"}
@@ -278,6 +321,9 @@ def test_a_ranking_keeps_its_best():
         ((["a"], 2), ValueError, "`keep` must be None when the survivors are named but is 2"),
         (([], None), ValueError, "must be scores or a non-empty collection"),
         (("abc", None), ValueError, "must be scores or a non-empty collection"),
+        ((VALUES, 2.5), ValueError, "`keep` must be an integer ≥ 1 but is 2.5"),
+        ((VALUES, 0), ValueError, "`keep` must be an integer ≥ 1 but is 0"),
+        (({"a": math.nan}, 1), ValueError, "must hold a finite score"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):

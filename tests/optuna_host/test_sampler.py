@@ -21,13 +21,21 @@ from optuna.samplers import (
     GPSampler,
     GridSampler,
     NSGAIISampler,
+    PartialFixedSampler,
     RandomSampler,
     TPESampler,
 )
 from optuna.trial import TrialState
 from optuna_lab import NAMES, VALUES, Log, make_trial, objective, pairs, spy_on
 from scipy.stats import binomtest
-from sfda_tune_optuna import SFDASampler, SFDAWarning, load_ranking, save_ranking
+from sfda_tune_optuna import (
+    SFDAPruner,
+    SFDASampler,
+    SFDAWarning,
+    gate,
+    load_ranking,
+    save_ranking,
+)
 from sfda_tune_optuna.history import observe
 
 from sfda_tune import policy as decisions
@@ -52,14 +60,18 @@ def never_left(monkeypatch):
 
 
 # Which backbone, and for whom the rest is drawn --------------------------------------------------
-def test_s1_the_order_of_suggestions_does_not_matter():
+@pytest.mark.parametrize("multivariate", [True, False])
+def test_s1_the_order_of_suggestions_does_not_matter(multivariate, request):
+    if not multivariate:  # such a base draws its own share in the order of the suggestions
+        request.getfixturevalue("never_left")
+
     def lr_first(trial):
         lr = trial.suggest_float("lr", 1e-5, 1e-1, log=True)
         return VALUES[trial.suggest_categorical("backbone", NAMES)] - abs(lr - 1e-3)
 
     found = []
     for order in (objective, lr_first):
-        base = TPESampler(n_startup_trials=3, multivariate=True)
+        base = TPESampler(n_startup_trials=3, multivariate=multivariate)
         study = make_study(SFDASampler(VALUES, base_sampler=base, seed=4))
         study.optimize(order, n_trials=25)
         found.append(pairs(study))
@@ -266,11 +278,13 @@ def test_s16_a_copy_goes_on_with_the_same_trial(copied):
     [(RandomSampler, {}), *((base, {"n_startup_trials": 0}) for base in (TPESampler, GPSampler))],
 )
 def test_s17_trials_without_the_parameter_belong_to_all(base, options):
-    study = make_study(SFDASampler(VALUES, base_sampler=base(**options), seed=0))
+    log = Log()
+    study = make_study(SFDASampler(VALUES, base_sampler=spy_on(base, log, **options), seed=0))
     study.add_trials([make_trial(None, lr=lr) for lr in (1e-2, 1e-3, 1e-4)])
     study.optimize(objective, n_trials=5)
     study.optimize(lambda t: t.suggest_float("lr", 1e-5, 1e-1, log=True), n_trials=3)
     assert all(t.state == TrialState.COMPLETE for t in study.trials)
+    assert [number for number, seen, _ in log if seen >= {0, 1, 2}] == list(range(3, 11))
 
 
 # Several objectives, constraints, failures -------------------------------------------------------
@@ -419,7 +433,7 @@ def regret(make_sampler, seeds=range(20)):
     return float(np.mean(lost))
 
 
-def test_s22_good_scores_beat_tpe_and_bad_ones_cost_little():
+def test_s22_good_scores_beat_tpe_and_bad_ones_are_no_worse():
     def with_proxy(correlation):
         def make(names, truth, seed):
             z = (truth - truth.mean()) / truth.std()
@@ -430,8 +444,8 @@ def test_s22_good_scores_beat_tpe_and_bad_ones_cost_little():
         return make
 
     tpe = regret(lambda names, truth, seed: TPESampler(seed=seed))
-    assert regret(with_proxy(0.9)) < tpe
-    assert regret(with_proxy(-0.9)) <= 1.25 * tpe  # the benchmark measures the rest
+    assert regret(with_proxy(0.9)) < 0.5 * tpe
+    assert regret(with_proxy(-0.9)) <= tpe  # the benchmark measures what lies between
 
 
 def test_s23_a_batch_of_asks_is_diverse(never_left):
@@ -454,6 +468,48 @@ def test_s24_costs_count_when_asked_to(never_left):
 
     assert share(1.0) > 0.8
     assert 0.3 < share(0.0) < 0.7
+
+
+# The pruner's non-survivors ----------------------------------------------------------------------
+@pytest.mark.parametrize("keep", [5, 1])
+def test_the_sampler_proposes_nothing_that_the_pruner_stops(keep):
+    """As in README.md: a trial that is stopped for its backbone teaches nothing."""
+    best = set(NAMES[:keep])
+    for seed in range(4):
+        # Scores that mislead: half of the trials are the base sampler's.
+        scores = {name: -value if keep == 5 else value for name, value in VALUES.items()}
+        pruner = SFDAPruner(best, base_pruner=HyperbandPruner())
+        study = make_study(SFDASampler(scores, seed=seed), pruner=pruner)
+
+        def run(trial):
+            value = objective(trial)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+            return value
+
+        study.optimize(run, n_trials=40)
+        assert [t.number for t in study.trials if t.params["backbone"] not in best] == []
+
+
+def test_a_pruner_of_another_parameter_is_none_of_ours():
+    study = make_study(pruner=SFDAPruner(["f"], param_name="net"))
+    study.optimize(objective, n_trials=3)
+    assert study.trials[0].params["backbone"] == "a"
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["maximize", "minimize"]])
+def test_a_backbone_that_a_gate_stops_is_left(directions):
+    for seed in range(3):
+        study = optuna.create_study(directions=directions, sampler=SFDASampler(VALUES, seed=seed))
+
+        def run(trial):
+            value = objective(trial)
+            gate(trial, ["d", "e"])
+            return value if len(directions) == 1 else (value, 1.0)
+
+        study.optimize(run, n_trials=60)
+        gated = [t.number for t in study.trials if t.params["backbone"] not in "de"]
+        assert 4 <= len(gated) <= 12  # of each of the four at most three: see S20
 
 
 # The base sampler --------------------------------------------------------------------------------
@@ -486,6 +542,7 @@ def test_s25_hooks_reach_the_base_once():
         lambda: NSGAIISampler(population_size=4, seed=0),
         lambda: GridSampler({"n": [0, 1, 2]}),
         BruteForceSampler,
+        lambda: PartialFixedSampler({"m": 1}, GridSampler({"n": [0, 1, 2], "m": range(5)})),
     ],
 )
 def test_s26_samplers_with_state_in_the_study_see_all_of_it(make_base):
@@ -582,9 +639,21 @@ def test_s28_another_base_is_asked_for_and_no_ranking_is_an_error():
     study.optimize(objective, n_trials=1)
     with pytest.warns(SFDAWarning, match=r"Pass `base_sampler=RandomSampler\(\.\.\.\)`"):
         SFDASampler.from_study(study)
+    with pytest.warns(SFDAWarning, match="RandomSampler"):  # what is saved is still there
+        SFDASampler.from_study(study)
     SFDASampler.from_study(study, base_sampler=RandomSampler())
     with pytest.raises(ValueError, match="must hold a ranking but has none"):
         SFDASampler.from_study(optuna.create_study())
+
+
+def test_settings_join_a_ranking_that_the_user_saved():
+    study = make_study(SFDASampler(VALUES, survivors=2, seed=3))
+    save_ranking(study, VALUES)
+    study.optimize(objective, n_trials=1)
+    assert SFDASampler.from_study(study).settings == study.sampler.settings
+    study.sampler = SFDASampler(VALUES, survivors=3, seed=3)
+    study.optimize(objective, n_trials=1)  # one trial with other settings
+    assert SFDASampler.from_study(study).settings["survivors"] == 2
 
 
 def test_s29_default_paths_warn_of_nothing():

@@ -287,7 +287,8 @@ def test_values_become_higher_is_better_and_finite():
         study.add_trial(pruned)
         study.add_trial(make_trial("c", state="PRUNED", user_attrs={"sfda:gated": True}))
         study.add_trial(make_trial(None, 9.0))
-        history = observe(study, study.trials, "backbone")
+        *history, gated = observe(study, study.trials, "backbone")
+        assert (gated.backbone, gated.state, gated.value) == ("c", "failed", None)
         assert [o.value for o in history] == [sign * v for v in (1.0, 3.0, 3.0, 1.0, 2.0)]
         assert (history[4].state, history[4].step) == ("pruned", None)
         assert [o.settings for o in history] == [{"lr": 0.01}] * 5

@@ -25,8 +25,9 @@ from sfda_tune_optuna import (
     suggest_backbone,
 )
 from sfda_tune_optuna.__main__ import main
-from sfda_tune_optuna.store import KEY, compare_rankings, estimate_errors
+from sfda_tune_optuna.store import KEY, compare_rankings
 
+from sfda_tune.policy import estimate_errors
 from sfda_tune.values import Ranking, Score
 
 
@@ -51,6 +52,14 @@ def test_a_ranking_survives_with_errors_and_failures():
     assert estimate_errors(loaded) == errors
     assert set(errors) == set(NAMES)
     assert estimate_errors(VALUES) is None
+
+
+def test_errors_that_are_no_numbers_are_not_saved():
+    scores = [Score("a", 0.5, per_sample=np.array([1.0, np.nan])), Score("b", 0.4)]
+    scores.append(Score("c", 0.3, details={"standard_error": 0.1}))
+    study = optuna.create_study(sampler=SFDASampler(Ranking(scores), seed=0))
+    study.optimize(lambda t: len(t.suggest_categorical("backbone", ["a", "b"])), n_trials=3)
+    assert study.user_attrs[KEY]["errors"] == {"c": 0.1}
 
 
 @pytest.mark.parametrize("n", [10, 3000])
@@ -161,6 +170,23 @@ def test_extend_backbones_of_several_objectives(tmp_path):
     assert extended.trials[0].values == [0.9, 3.0]
 
 
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, "2"])
+def test_wrong_arguments_are_named(k):
+    study = optuna.create_study()
+    with pytest.raises(ValueError, match=f"`k` must be an integer ≥ 1 but is {k!r}"):
+        enqueue_top_k(study, VALUES, k)
+    for use in (save_ranking, enqueue_top_k):
+        with pytest.raises(ValueError, match="`ranking` must be a Ranking or a mapping but is"):
+            use(study, NAMES)
+
+
+def test_callback_without_a_ranking_stops_at_once():
+    study = optuna.create_study(direction="maximize", sampler=RandomSampler(0))
+    with pytest.raises(ValueError, match="must hold a ranking but has none"):
+        study.optimize(objective, n_trials=9, callbacks=[CalibrationCallback(every=5)])
+    assert len(study.trials) == 1
+
+
 def test_callback(monkeypatch):
     said = []
     monkeypatch.setattr("sfda_tune_optuna.callbacks._logger.info", said.append)
@@ -175,7 +201,7 @@ def test_callback(monkeypatch):
 
 # Command line ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("journal", [False, True])
-def test_the_command_line_enqueues_for_optuna_ask(journal, tmp_path):
+def test_the_command_line_enqueues_for_optuna_ask(journal, tmp_path, capsys):
     place = tmp_path / "study"
     storage = f"sqlite:///{place}"
     if journal:
@@ -195,8 +221,27 @@ def test_the_command_line_enqueues_for_optuna_ask(journal, tmp_path):
 
     done = run("enqueue", "--top-k", "2", "--ranking", str(tmp_path / "ranking.json"))
     assert (done.returncode, done.stdout) == (0, "a\nb\n"), done.stderr
-    assert run("enqueue", "--top-k", "3").stdout == "c\n"  # the ranking is in the study now
-    assert run("calibrate").stdout.startswith("slope ")
+    assert main(["enqueue", "--top-k", "3", *where]) == 0  # the ranking is in the study now
+    assert capsys.readouterr().out == "c\n"
+    assert main(["calibrate", *where]) == 0
+    assert capsys.readouterr().out.startswith("slope ")
+
+
+def test_the_command_line_knows_the_parameter_of_the_study(tmp_path, capsys):
+    storage = f"sqlite:///{tmp_path}/s.db"
+    sampler = SFDASampler(VALUES, param_name="net", seed=0)
+    study = optuna.create_study(study_name="s", storage=storage, sampler=sampler)
+    study.optimize(
+        lambda t: VALUES[t.suggest_categorical("net", NAMES)] + t.suggest_float("lr", 0, 1), 3
+    )
+    where = ["--storage", storage, "--study-name", "s"]
+    assert main(["enqueue", "--top-k", "1", *where]) == 0
+    assert study.trials[-1].system_attrs["fixed_params"] == {"net": "a"}
+    assert main(["enqueue", "--top-k", "1", "--param-name", "other", *where]) == 0
+    assert study.trials[-1].system_attrs["fixed_params"] == {"other": "a"}
+    capsys.readouterr()
+    assert main(["calibrate", *where]) == 0
+    assert "3 trials" in capsys.readouterr().out
 
 
 def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
@@ -211,6 +256,15 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
             main([*arguments, "--storage", storage])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+    for place, message in (
+        (str(tmp_path / "typo.log"), "there is no journal file"),
+        (f"sqlite:///{tmp_path}/no/folder.db", "unable to open database file"),
+        ("nosuch://database", "nosuch"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["calibrate", "--study-name", "s", "--storage", place])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "typo.log").exists()
 
 
 # A table of fine-tuning runs ---------------------------------------------------------------------

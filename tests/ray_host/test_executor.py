@@ -1,7 +1,411 @@
-def test_cluster(ray_cluster):
-    import ray
-    @ray.remote
-    def f(): 
-        import os, sys
-        return os.environ["PYTHONPATH"], sys.path[:4]
-    print(ray.get(f.remote()), ray.cluster_resources())
+"""Extraction over actors gives what the local one gives, whatever happens to the actors."""
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from executor_lab import FullStore, Item, Load
+from sfda_tune_ray import RayExecutor
+
+import sfda_tune
+from sfda_tune import DatasetError, RankingInterruptedError, extraction
+from sfda_tune.backbones import resolve_backbones
+from sfda_tune.datasets import ImageDataset, open_dataset
+from sfda_tune.extraction import Settings, extract
+from sfda_tune.store import FeatureStore, open_store
+from sfda_tune.values import Backbone
+
+CPU = Settings(device="cpu", workers=0)
+NETS = [Backbone("a", load=Load()), Backbone("b", load=Load(most=4, scale=2))]
+
+
+@pytest.fixture(scope="module")
+def executor(ray_cluster):
+    """Two actors for all tests that do not kill them on purpose."""
+    with RayExecutor(num_gpus=0, actors=2, unit_seconds=0.5) as executor:
+        yield executor
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(extraction, "SHARD", 8)
+
+
+@pytest.fixture(scope="module")
+def zoo(toy_zoo):
+    return resolve_backbones(toy_zoo)
+
+
+@pytest.fixture(scope="module")
+def dataset(photos):
+    return open_dataset(photos)
+
+
+def pixels(n=40):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (150, 150, 3), np.uint8) for _ in range(n)]
+
+
+def make_dataset(special=None, n=40):
+    items = list(pixels(n))
+    for row, item in (special or {}).items():
+        items[row] = item
+    return ImageDataset("made", items, np.arange(n) % 2, ("x", "y"))
+
+
+def run(dataset, backbones, settings=CPU, **kwargs):
+    """The last extraction of each backbone: one comes again when a row turns out bad."""
+    return {e.backbone.name: e for e in extract(dataset, backbones, settings, **kwargs)}
+
+
+def assert_same(results, expected, rows=None):
+    assert set(results) == set(expected) != set()
+    for name, e in results.items():
+        x, keep = expected[name].features.x, expected[name].rows
+        if rows is not None:
+            x, keep = x[np.isin(keep, rows)], rows
+        assert e.error is None
+        assert e.rows.tolist() == list(keep)
+        np.testing.assert_array_equal(e.features.x, x)  # to the last bit
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+# The same as here -------------------------------------------------------------------------------
+class Watch:
+    def __init__(self, stop_after=10**9):
+        self.total, self.cached, self.seen, self.left = 0, 0, 0, stop_after
+
+    def start(self, n_images, n_cached):
+        self.total, self.cached = n_images, n_cached
+
+    def advance(self, name, n):
+        self.seen += n
+        self.left -= n
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def finish(self, score):
+        pass
+
+
+def test_ranking_keys_and_files_are_those_of_a_local_run(executor, photos, toy_zoo, tmp_path):
+    here = sfda_tune.rank(photos, toy_zoo, device="cpu", cache=tmp_path / "here")
+    watch = Watch()
+    there = sfda_tune.rank(
+        photos, toy_zoo, cache=tmp_path / "there", executor=executor, progress=watch
+    )
+    assert list(there) == list(here)
+    assert [there[name] for name in there] == [here[name] for name in here]
+    assert there.info["device"] == here.info["device"] == "cpu"
+    stores = [FeatureStore(tmp_path / where) for where in ("here", "there")]
+    files = [sorted(p.stem for p, _ in store.entries()) for store in stores]
+    assert files[0] == files[1]
+    assert len(files[0]) == 4 * 5
+    for key in files[0]:
+        a, b = (store.get(key) for store in stores)
+        np.testing.assert_array_equal(a.x, b.x)
+        np.testing.assert_array_equal(a.rows, b.rows)
+    assert (watch.seen, watch.total) == (4 * 36, 4 * 36)
+    report = there.info["executor"]
+    assert sum(actor["images"] for actor in report["actors"]) == 4 * 36
+    assert report["faults"] == []
+    assert 0 < report["utilisation"] <= 1
+    assert 1 <= report["decodes_per_image"] <= 4
+    assert not list((tmp_path / "there").glob(".*"))  # no marker is left
+
+
+def test_what_is_in_the_store_is_not_computed_again(executor, dataset, zoo, tmp_path):
+    store, watch = FeatureStore(tmp_path), Watch()
+    first = run(dataset, zoo, store=store)
+    for path, _ in list(store.entries())[::3]:
+        path.unlink()
+    absent = 20 - sum(1 for _ in store.entries())
+    again = run(dataset, zoo, store=store, executor=executor, progress=watch)
+    assert_same(again, first)
+    assert absent > 3
+    assert watch.seen == watch.total <= 8 * absent
+
+
+def test_an_interrupt_keeps_what_is_finished_and_lets_the_actors_go(
+    ray_cluster, photos, toy_zoo, tmp_path
+):
+    free = ray.available_resources()["CPU"]
+    options = {"cache": tmp_path, "executor": RayExecutor(num_gpus=0, actors=1, unit_seconds=0.1)}
+    with pytest.raises(RankingInterruptedError):
+        sfda_tune.rank(photos, toy_zoo, progress=Watch(60), **options)
+    kept = sum(1 for _ in FeatureStore(tmp_path).entries())
+    assert 8 <= kept < 20
+    wait_for(lambda: ray.available_resources()["CPU"] == free)
+    assert ray.is_initialized()  # the cluster was not ours
+
+
+def test_race_and_simulated_gpus(executor, photos, toy_zoo, tmp_path):
+    """Actors stay from one stage to the next; a device that is asked for is the device."""
+    here = sfda_tune.rank(photos, toy_zoo, device="cpu", race=True, top=1, cache=False)
+    with RayExecutor(num_gpus=1, actors=6) as gpus:  # the cluster has 4
+        assert gpus.resolve_device("auto") == "cuda"
+        there = sfda_tune.rank(
+            photos, toy_zoo, device="cpu", race=True, top=1, cache=tmp_path, executor=gpus
+        )
+    assert [there[name] for name in there] == [here[name] for name in here]
+    assert len(there.info["executor"]["actors"]) <= 4
+
+
+def test_a_store_by_address(executor, dataset, zoo, tmp_path):
+    pytest.importorskip("fsspec")
+    store = open_store(f"local://{tmp_path}")
+    assert_same(run(dataset, zoo[:2], store=store, executor=executor), run(dataset, zoo[:2]))
+    assert all(e.cached for e in run(dataset, zoo[:2], store=store).values())
+    assert len(list(tmp_path.glob("features/*/*.safetensors"))) == 2 * 5
+
+
+def test_it_needs_a_store(executor, photos):
+    with pytest.raises(ValueError, match=r"`executor` needs a `cache`.*cache=True"):
+        sfda_tune.rank(photos, cache=False, executor=executor)
+    with pytest.raises(ValueError, match="`executor` needs a `store`"):
+        next(extract(open_dataset(photos), [], executor=executor))
+
+
+# Faults -----------------------------------------------------------------------------------------
+def kinds(executor):
+    return [fault["kind"] for fault in executor.report()["faults"]]
+
+
+@pytest.fixture
+def fresh(ray_cluster):
+    with RayExecutor(
+        num_gpus=0, actors=1, unit_seconds=0.2, attempts=2, image_seconds=3, deadline=15
+    ) as executor:
+        yield executor
+
+
+def test_a_killed_actor_costs_nothing(fresh, tmp_path):
+    expected = run(make_dataset(), NETS)
+    once = Item(pixels()[11], os.getpid(), once=str(tmp_path / "killed"))
+    results = run(make_dataset({11: once}), NETS, store=FeatureStore(tmp_path), executor=fresh)
+    assert (tmp_path / "killed").exists()
+    assert_same(results, expected)
+    assert kinds(fresh) == ["actor"]
+    assert fresh.report()["restarts"] == 1
+
+
+def test_an_image_that_kills_is_left_out_of_every_backbone(fresh, tmp_path):
+    """Also of one that was finished before: in its features the row is dropped."""
+    store = FeatureStore(tmp_path)
+    expected = run(make_dataset(), NETS)
+    poison = Item(pixels()[11], os.getpid())
+    run(make_dataset({11: poison}), NETS[:1], store=store)  # reads it here, where it does no harm
+    results = run(make_dataset({11: poison}), NETS, store=store, executor=fresh)
+    assert_same(results, expected, [row for row in range(40) if row != 11])
+    for e in results.values():
+        assert list(e.unreadable) == [11]
+        assert "ends with code -9" in e.unreadable[11]
+    assert kinds(fresh) == ["actor", "image"]
+    again = run(make_dataset({11: poison}), NETS, store=store)  # what the store has of it suffices
+    for name, e in again.items():
+        assert e.cached
+        assert e.rows.tolist() == results[name].rows.tolist()
+
+
+def test_a_hung_image_is_named(fresh, tmp_path):
+    fresh.deadline = 3
+    hang = Item(pixels()[20], os.getpid(), hang=True)
+    expected = run(make_dataset(), NETS)
+    results = run(make_dataset({20: hang}), NETS, store=FeatureStore(tmp_path), executor=fresh)
+    assert_same(results, expected, [row for row in range(40) if row != 20])
+    assert results["a"].unreadable == {20: "a process that decodes it hangs for more than 3 s"}
+
+
+def test_the_guilty_backbone_fails_and_the_others_go_on(fresh, tmp_path):
+    hows = enumerate(("kill", "load", "raise"), start=3)
+    bad = [Backbone(how, load=Load(how, scale=k)) for k, how in hows]
+    expected = run(make_dataset(), NETS)
+    found = run(make_dataset(), [*bad, *NETS], store=FeatureStore(tmp_path), executor=fresh)
+    assert_same({name: found[name] for name in "ab"}, expected)
+    assert "its process died" in found["kill"].error
+    assert found["load"].error == "FileNotFoundError: no weights here"
+    assert found["raise"].error == "RuntimeError: a broken network"
+
+
+def test_a_damaged_image(executor, photos, zoo, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "photos")
+    (root / "ant" / "05.jpg").write_bytes(b"")
+    dataset = open_dataset(root)
+    results = run(dataset, zoo[:2], store=FeatureStore(tmp_path / "s"), executor=executor)
+    assert_same(results, run(dataset, zoo[:2]))
+    assert list(results["convnext"].unreadable) == [5]
+
+
+def test_a_full_disk(executor, dataset, zoo, tmp_path):
+    with pytest.warns(UserWarning, match="could not be kept in .*No space left"):
+        results = run(dataset, zoo[:2], store=FullStore(tmp_path), executor=executor)
+    assert_same(results, run(dataset, zoo[:2]))
+
+
+def test_images_that_only_the_driver_has_end_the_run(executor, zoo, photos, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "photos")
+
+    class Gone(ImageDataset):
+        def digests(self, rows=None, workers=8):
+            found = super().digests(rows, workers)
+            shutil.rmtree(root)
+            return found
+
+    there = open_dataset(root)
+    dataset = Gone(there.name, there.items, there.labels, there.classes)
+    with pytest.raises(DatasetError, match=r"is not there on the machine 127\.0\.0\.1; every"):
+        run(dataset, zoo[:1], store=FeatureStore(tmp_path / "s"), executor=executor)
+
+
+@pytest.mark.slow
+def test_a_lost_machine_is_nobodys_fault(ray_cluster, tmp_path):
+    """Half of the actors go with it; one of attempts=1 would fail whom it blames."""
+    with warnings.catch_warnings():  # Ray leaves a socket open
+        warnings.simplefilter("ignore")
+        node = ray_cluster.add_node(num_cpus=3)
+        gc.collect()
+    expected = run(make_dataset(), NETS)
+    watch = Watch()
+
+    def lose():
+        wait_for(lambda: watch.seen > 8)
+        ray_cluster.remove_node(node, allow_graceful=False)
+
+    thread = threading.Thread(target=lose)
+    executor = RayExecutor(num_gpus=0, actors=2, cpus_per_actor=3, unit_seconds=0.01)
+    slow = [Backbone(f"n{k}", load=Load(scale=3 + k)) for k in range(60)]
+    with executor:
+        thread.start()
+        results = run(
+            make_dataset(), [*NETS, *slow], store=FeatureStore(tmp_path),
+            executor=executor, progress=watch,
+        )  # fmt: skip
+        thread.join()
+        assert "machine" in kinds(executor) or executor.report()["restarts"] == 0
+    assert_same({name: results[name] for name in "ab"}, expected)
+    assert all(e.error is None for e in results.values())
+
+
+DRIVER = """
+import sys, sfda_tune
+from sfda_tune import extraction
+from sfda_tune_ray import RayExecutor
+extraction.SHARD = 8
+if __name__ == "__main__":
+    executor = RayExecutor(sys.argv[1], num_gpus=0, actors=1, unit_seconds=0.01)
+    sfda_tune.rank(sys.argv[2], sys.argv[3], cache=sys.argv[4], executor=executor)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_driver_goes_on_from_there(
+    executor, ray_cluster, photos, toy_zoo, tmp_path, how, clean_environment
+):
+    script, store = tmp_path / "driver.py", FeatureStore(tmp_path / "store")
+    script.write_text(DRIVER)
+    places = [ray_cluster.address, str(photos), str(toy_zoo), str(store.root)]
+    driver = subprocess.Popen([sys.executable, str(script), *places], stderr=subprocess.DEVNULL)
+    wait_for(lambda: sum(1 for _ in store.entries()) >= 4, 120)
+    os.kill(driver.pid, how)
+    assert driver.wait(60) != 0
+    time.sleep(1)  # what an actor was about to write
+    left = 20 - sum(1 for _ in store.entries())
+    watch = Watch()
+    dataset, zoo = open_dataset(photos), resolve_backbones(toy_zoo)
+    results = run(dataset, zoo, store=store, executor=executor, progress=watch)
+    assert 0 < left <= 16
+    assert watch.seen <= 8 * left
+    assert_same(results, run(dataset, zoo))
+    assert not list(Path(store.root).rglob("*.tmp"))[1:]  # at most the marker
+
+
+# Ray itself -------------------------------------------------------------------------------------
+OWN = """
+import os, psutil, ray, sfda_tune
+from sfda_tune_ray import RayExecutor
+if __name__ == "__main__":
+    before = dict(os.environ)
+    with RayExecutor("local", options={"num_cpus": 1}) as executor:
+        ports = [c.laddr.ip for p in psutil.Process().children(recursive=True) + [psutil.Process()]
+                 for c in p.net_connections("tcp") if c.status == "LISTEN"]
+        ports = {ip.removeprefix("::ffff:") for ip in ports}
+        assert ports == {"127.0.0.1"}, ports
+        assert os.environ["RAY_AUTH_MODE"] == "token" and len(os.environ["RAY_AUTH_TOKEN"]) == 64
+        ranking = sfda_tune.rank("digits", "demo:*noise*", samples=40, executor=executor)
+        assert not ranking.failed
+        children = psutil.Process().children(recursive=True)
+    assert not ray.is_initialized()
+    assert not psutil.wait_procs(children, 20)[1]
+    assert {k: v for k, v in os.environ.items() if "AUTH" in k} == {
+        k: v for k, v in before.items() if "AUTH" in k}
+    assert not os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_a_ray_of_our_own_is_reached_by_nobody_else(tmp_path, clean_environment):
+    environment = {k: v for k, v in clean_environment.items() if not k.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "RAY_TMPDIR": os.environ["RAY_TMPDIR"]}
+    script = tmp_path / "own.py"
+    script.write_text(OWN)
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("fine\n"), done.stdout + done.stderr
+
+
+def test_local_is_refused_while_connected_elsewhere(ray_cluster):
+    with pytest.raises(ValueError, match="'local' but this process is connected"), \
+            RayExecutor("local"):  # fmt: skip
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"actors": 0}, "`actors` must be positive but is 0"),
+        ({"num_gpus": 0.3}, "`num_gpus` must be 0, 1/n or a whole number but is 0.3"),
+    ],
+)
+def test_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RayExecutor(**arguments)
+
+
+def test_command_line(ray_cluster, clean_environment, monkeypatch):
+    from sfda_tune.cli import _spread
+
+    for given, then in {
+        "--ray": "--ray=",
+        "--ray -q": "--ray= -q",
+        "--ray auto": "--ray auto",
+        "--ray ray://10.0.0.1:10001 -b x y": "--ray ray://10.0.0.1:10001 -b x -b y",
+        "--ray digits": "--ray= digits",
+    }.items():
+        assert " ".join(_spread(given.split())) == then
+    environment = {**clean_environment, "RAY_ADDRESS": ray_cluster.address}
+    command = "-m sfda_tune rank digits -b demo:*noise* --samples 40 -q --device cpu --ray"
+    done = subprocess.run(
+        [sys.executable, *command.split()], env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "demo:resnet_noise" in done.stdout

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 
-from sfda_tune.policy import Calibration
-from sfda_tune_optuna.history import name_arm, observe
-from sfda_tune_optuna.store import SFDAWarning, estimate_errors, load_ranking
+from sfda_tune.policy import Calibration, estimate_errors, survivors
+from sfda_tune_optuna.history import observe
+from sfda_tune_optuna.store import SFDAWarning, load_ranking, read_scores
 from sfda_tune_optuna.study import calibrate_study, find_param_name
 
 if TYPE_CHECKING:
@@ -165,11 +165,8 @@ def get_ranking_info(study: Study, ranking: Mapping[str, float] | None, top: int
     """Collect what `plot_backbone_ranking` draws."""
     ranking = load_ranking(study) if ranking is None else ranking
     rows = {row["backbone"]: row for row in calibrate_study(study, ranking).table}
-    scores = {name_arm(name): float(value) for name, value in ranking.items()}
-    best_first = sorted(
-        (name for name in scores if scores[name] == scores[name]), key=lambda n: (-scores[n], n)
-    )
-    names = tuple(best_first[:top])
+    scores = read_scores(ranking)
+    names = survivors(scores)[:top]  # in order, without those that have no finite score
     errors = estimate_errors(ranking) or {}
     labels = []
     for name in names:

@@ -1,0 +1,139 @@
+"""Connecting to Ray, or starting one that nobody else can reach.
+
+A Ray that we start listens on 127.0.0.1 only, asks for a random token that stands in no file, and
+reports no usage. A cluster of somebody else's keeps its own settings, and is left running.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+__all__ = ["connect", "count_places"]
+
+
+@contextmanager
+def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
+    """Be connected to Ray, and undo on leaving only what was done on entering.
+
+    Parameters
+    ----------
+    address : str, optional
+        ``"local"`` starts a Ray on this machine; ``"auto"``, ``"host:6379"`` or ``"ray://…"``
+        connect to a cluster that runs. Default: the connection there is, else ``RAY_ADDRESS``
+        (set in a Ray job), else ``"local"``.
+    **options
+        For `ray.init`.
+
+    Yields
+    ------
+    bool
+        Whether the Ray is ours.
+
+    Raises
+    ------
+    ValueError
+        If a local Ray is asked for while connected to another.
+    ConnectionError
+        If there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        if address == "local":
+            raise ValueError(
+                "`address` is 'local' but this process is connected to a Ray already; leave "
+                "`address` out to use that one, or call `ray.shutdown()` first."
+            )
+        yield False
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options = {"log_to_driver": False, "logging_level": "ERROR", **options}
+    with _same_signals():
+        if address != "local":
+            ray.init(address, **options)
+        else:
+            _start(options)
+    try:
+        yield address == "local"
+    finally:
+        ray.shutdown()
+        if address == "local":
+            _restore()
+
+
+_BEFORE: dict[str, str | None] = {}
+
+
+def _start(options: dict[str, Any]) -> None:
+    from ray._private import ray_constants
+
+    ours = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN_PATH": None,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which means loopback
+    }
+    _BEFORE.update({name: os.environ.get(name) for name in ours})
+    _set(ours)
+    loopback, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        context: Any = ray.init("local", include_dashboard=False, **options)
+        found = context.address_info["node_ip_address"]
+        if found != "127.0.0.1":
+            raise RuntimeError(
+                f"Ray would listen on {found}, not on 127.0.0.1 only; it was stopped"
+            )
+    except BaseException:
+        ray.shutdown()
+        _restore()
+        raise
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = loopback
+
+
+def _restore() -> None:
+    _set(_BEFORE)
+    _BEFORE.clear()
+
+
+def _set(variables: dict[str, str | None]) -> None:
+    """Set environment variables; Ray reads mode and token once, unless told to again."""
+    from ray import _raylet
+
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    raylet: Any = _raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _same_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM, which `ray.init` replaces."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if main and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def count_places(num_gpus: float, num_cpus: float) -> int:
+    """Return how many actors of this kind the cluster as it is now has room for."""
+    n = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            has = node["Resources"]
+            room = [has.get("CPU", 0) // num_cpus] if num_cpus else []
+            room += [has.get("GPU", 0) // num_gpus] if num_gpus else []
+            n += int(min(room, default=1))
+    return n

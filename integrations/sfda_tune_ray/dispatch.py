@@ -1,0 +1,263 @@
+"""Which actor does what next: bundles of backbones, and units cut from them while the run goes on.
+
+No Ray and no clock in here: `RayExecutor` and the simulation of ``tests/benchmarks`` drive the
+same code.
+
+Backbones with the same geometry form *bundles* that live in one process together, so that an image
+is decoded once per bundle. An actor stays with its bundle, and moves on to the one that has most
+work left per actor; at first that is the most expensive one (longest processing time first). A
+unit is some shards of a bundle: seconds of work, fewer the nearer the end, down to a single shard.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Bundle", "Dispatcher", "Task", "make_bundles"]
+
+UNITS_PER_ACTOR = 16  # at least, where there are as many shards × backbones
+ENDING = 2.0  # largest units an actor has left when the order by size becomes strict
+DECODING = 5e6  # what decoding an image costs, in parameters × (pixels / 224²)
+
+
+@dataclass(eq=False)
+class Bundle:
+    """Backbones that share pixels and a process.
+
+    Parameters
+    ----------
+    names : tuple of str
+    cost : float
+        Of one shard, in any unit; a measurement in seconds replaces it.
+    todo : deque of int
+        Shards that nobody has yet.
+    most : int
+        Shards whose pixels fit into memory at a time.
+    """
+
+    names: tuple[str, ...]
+    cost: float
+    todo: deque[int]
+    most: int = 1
+    seconds: float | None = None  # of one shard, as measured
+    actors: int = 0
+
+
+@dataclass(eq=False)
+class Task:
+    """A unit: some backbones of a bundle on some shards."""
+
+    number: int
+    bundle: Bundle
+    names: tuple[str, ...]
+    shards: tuple[int, ...]
+    attempts: int = 0  # that ended with the process, or with an error outside of any backbone
+    paranoid: bool = False  # look for an image that ends the process, first
+    reason: str = ""
+
+
+def make_bundles(
+    sizes: Mapping[str, tuple[Hashable, float, float]],
+    missing: Mapping[str, frozenset[int]],
+    *,
+    memory: float,
+    actors: int,
+) -> list[Bundle]:
+    """Put backbones that share their pixels together, as many as one process bears.
+
+    Parameters
+    ----------
+    sizes : mapping of str to (key, parameters, pixels)
+        Backbones with equal keys share pixels; pixels are those of one input, height × width.
+    missing : mapping of str to frozenset of int
+        Shards that each backbone lacks.
+    memory : float
+        Bytes that the weights of a bundle may take.
+    actors : int
+        A bundle is kept so small that there are units enough for all.
+
+    Returns
+    -------
+    list of Bundle
+        Most work first.
+
+    Examples
+    --------
+    >>> sizes = {"large": (224, 9e7, 224**2), "small": (224, 1e7, 224**2), "wide": (384, 1e7, 9e4)}
+    >>> everything = dict.fromkeys(sizes, frozenset(range(100)))
+    >>> [b.names for b in make_bundles(sizes, everything, memory=1e9, actors=2)]
+    [('large', 'small'), ('wide',)]
+    """
+    cost = {n: params * pixels / 224**2 for n, (_, params, pixels) in sizes.items()}
+    names = sorted((n for n in sizes if missing[n]), key=lambda n: (-cost[n], n))
+    work = sum((cost[n] + DECODING) * len(missing[n]) for n in names)
+    largest = work / (UNITS_PER_ACTOR * actors)
+    bundles: list[Bundle] = []
+    open_: dict[Hashable, list[str]] = {}
+    for name in [*names, None]:
+        groups = [sizes[name][0]] if name is not None else list(open_)
+        for key in groups:
+            group = open_.get(key, [])
+            new = [*group, name] if name is not None else group
+            full = len(new) > 1 and (
+                4 * sum(sizes[n][1] for n in new) > memory
+                or DECODING + sum(cost[n] for n in new) > largest
+            )
+            if group and (full or name is None):
+                todo = deque(sorted(frozenset().union(*(missing[n] for n in group))))
+                total = DECODING + sum(cost[n] for n in group)
+                bundles.append(Bundle(tuple(group), total, todo))
+                open_[key] = []
+            if name is not None:
+                open_.setdefault(key, []).append(name)
+    return sorted(bundles, key=lambda b: -b.cost * len(b.todo))
+
+
+@dataclass(eq=False)
+class Dispatcher:
+    """Hands out tasks, and takes back those that went wrong.
+
+    Parameters
+    ----------
+    bundles : sequence of Bundle
+    seconds : float
+        What a unit is to take.
+    attempts : int
+        After so many faults the backbones of a unit have failed.
+    """
+
+    bundles: Sequence[Bundle]
+    seconds: float = 15.0
+    attempts: int = 4
+    n_actors: int = 1
+    again: deque[Task] = field(default_factory=deque)
+    failed: set[str] = field(default_factory=set)
+    pending: int = 0  # tasks that somebody has
+    _number: int = 0
+    _places: dict[Any, Bundle] = field(default_factory=dict)
+    _measured: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds, their cost
+
+    def __post_init__(self) -> None:
+        self._left = [b for b in self.bundles if b.todo]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is anything left to do or under way."""
+        return bool(self.again or self.pending or any(b.todo for b in self._left))
+
+    def cost(self, bundle: Bundle) -> float:
+        """Return what one shard takes: in seconds, as soon as anything was measured."""
+        if bundle.seconds is not None:
+            return bundle.seconds
+        seconds, cost = self._measured
+        return bundle.cost * (seconds / cost if cost else 1.0)
+
+    def next(self, actor: Any, *, ahead: bool = False) -> Task | None:
+        """Return the next task of an actor, or None.
+
+        Parameters
+        ----------
+        actor : hashable
+        ahead : bool
+            It still works on another: it gets one only while there is plenty, because at the end
+            an idle actor would do it sooner.
+        """
+        if self.again and not ahead:
+            task = self.again.popleft()
+            task.names = tuple(n for n in task.names if n not in self.failed)
+            self.pending += 1
+            return task
+        self._left = [b for b in self._left if b.todo]
+        if not self._left:
+            return None
+        costs = [self.cost(b) for b in self._left]
+        work = [cost * len(b.todo) for cost, b in zip(costs, self._left, strict=True)]
+        share = sum(work) / (UNITS_PER_ACTOR * max(self.n_actors, 1))
+        if ahead and share < max(costs):
+            return None
+        old = self._places.get(actor)
+        ending = sum(work) < ENDING * max(costs) * self.n_actors  # then the largest first, simply
+        best, at, pull = None, 0, -1.0
+        for i, bundle in enumerate(self._left):
+            mine = bundle is old
+            strength = work[i] / (bundle.actors + (not mine)) * (1.5 if mine else 1.0)
+            strength = costs[i] if ending else strength
+            if strength > pull:
+                best, at, pull = bundle, i, strength
+        assert best is not None
+        if best is not old:
+            if old is not None:
+                old.actors -= 1
+            best.actors += 1
+            self._places[actor] = best
+        n = 1
+        if self._measured[1]:
+            n = int(max(1, min(self.seconds, share) / max(costs[at], 1e-9)))
+        shards = tuple(best.todo.popleft() for _ in range(min(n, best.most, len(best.todo))))
+        self._number += 1
+        self.pending += 1
+        return Task(self._number, best, best.names, shards)
+
+    def complete(self, task: Task, seconds: float | None) -> None:
+        """Hear that a task is done, and what it took."""
+        self.pending -= 1
+        if seconds is not None and task.names == task.bundle.names and not task.attempts:
+            task.bundle.seconds = seconds / len(task.shards)
+            self._measured[0] += seconds
+            self._measured[1] += task.bundle.cost * len(task.shards)
+
+    def give_back(self, task: Task) -> None:
+        """Take back a task that nobody has begun."""
+        self.pending -= 1
+        self.again.appendleft(task)
+
+    def fault(self, task: Task, reason: str, *, died: bool) -> tuple[str, ...]:
+        """Take back a task that went wrong; return the backbones that have failed with it.
+
+        A process that died is looked into first, and at once: an image that ends the process is
+        found by the next attempt (`Task.paranoid`). Dies that one too, the backbones of the bundle
+        are parted, so that only the guilty one fails. Other errors wait until the end.
+        """
+        self.pending -= 1
+        task.attempts += 1
+        task.reason = reason
+        task.paranoid = died and task.attempts == 1
+        names = tuple(n for n in task.names if n not in self.failed)
+        if task.attempts >= self.attempts and len(names) <= 1:
+            self.failed.update(names)
+            return names
+        parts = [task]
+        if task.attempts > 1 and len(names) > 1:
+            parts = []
+            for name in names:
+                self._number += 1
+                part = Task(self._number, task.bundle, (name,), task.shards, task.attempts)
+                parts.append(part)
+        if died:
+            self.again.extendleft(reversed(parts))
+        else:
+            self.again.extend(parts)
+        return ()
+
+    def pardon(self, task: Task) -> None:
+        """Take back the blame: the machine was lost, which is nobody's fault."""
+        task.attempts = max(task.attempts - 1, 0)
+        task.paranoid = False
+
+    def drop(self, name: str) -> None:
+        """Give no more work to a backbone that failed."""
+        self.failed.add(name)
+        for bundle in self._left:
+            if name in bundle.names:
+                bundle.names = tuple(n for n in bundle.names if n != name)
+                if not bundle.names:
+                    bundle.todo.clear()
+
+    def leave(self, actor: Any) -> None:
+        """Hear that an actor is gone."""
+        bundle = self._places.pop(actor, None)
+        if bundle is not None:
+            bundle.actors -= 1

@@ -1,0 +1,625 @@
+"""`RayExecutor`: the extraction of `sfda_tune.rank` over the actors of a Ray cluster.
+
+The driver holds the plan and nothing else: actors write features into the store and send back keys
+and counters, so the driver may be killed at any moment; the next run does what is missing. Actors
+are restarted by Ray without end but no call is ever repeated by it, because only we know what a
+call that was lost may have been guilty of:
+
+=============================  ====================================================================
+fault                          what follows
+=============================  ====================================================================
+an actor dies                  its unit is done again at once, after a child process has read the
+                               images one by one: one that ends it is left out of *every* backbone
+it dies again                  the backbones of the unit are parted; one that ends four processes
+                               has failed, the others go on
+a machine is lost              nobody is blamed
+a unit takes too long          the actor is ended, then as above
+an error outside a backbone    the unit waits until the end; four times, and it has failed
+a backbone raises              it has failed, the others go on
+no memory for one image        once more, with no other network beside it
+the store cannot be written    the features travel to the driver, and the user is warned
+the images are not there       the run ends: the machine that lacks them is named
+=============================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cloudpickle import dumps  # type: ignore[attr-defined]
+from ray.exceptions import RayError, RayTaskError
+
+from sfda_tune.datasets import DatasetError
+from sfda_tune.extraction import (
+    Outcome,
+    Plan,
+    Unit,
+    Worker,
+    find_poison,
+    resolve_device,
+    shards_per_block,
+)
+from sfda_tune.images import UNREADABLE
+from sfda_tune_ray.cluster import connect, count_places
+from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
+
+__all__ = ["RayExecutor"]
+
+logger = logging.getLogger(__name__)
+
+TICK = 0.5  # seconds between two looks at deadlines and machines
+FAULTS_KEPT = 1000
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What an actor tells of itself."""
+
+    node: str
+    host: str
+    pid: int
+    memory: int  # bytes, for networks and pixels
+    reaches_store: bool
+
+
+@dataclass(frozen=True)
+class _Result:
+    outcomes: list[Outcome]
+    poison: dict[int, str]  # row of the unit's data set → why
+    decodes: int
+    seconds: float
+
+
+class _Extractor:
+    """The actor: a `Worker` that keeps the networks of its bundle between units."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        if not gpus:  # Ray hides no GPU from an actor that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        import timm  # noqa: F401 - what takes seconds is done before the first unit
+        import torch
+        from ray.util import metrics
+
+        self._cpus, self._gpus, self._threads = cpus, gpus, max(1, int(cpus))
+        torch.set_num_threads(self._threads)
+        self._worker: Worker | None = None
+        self._images = metrics.Counter(
+            "sfda_tune_images", "Images through a backbone", ("backbone",)
+        )
+        self._seconds = metrics.Counter("sfda_tune_seconds", "Spent by the actors", ("part",))
+        self._unreadable = metrics.Counter("sfda_tune_unreadable", "Images that cannot be read")
+
+    def ping(self, marker: str | None) -> _Place:
+        """Say where it is; `marker` is a file that the driver wrote into the store."""
+        import psutil
+        import torch
+
+        memory = psutil.virtual_memory().available * self._cpus / (psutil.cpu_count() or 1)
+        if self._gpus and torch.cuda.is_available():
+            memory = torch.cuda.mem_get_info()[1] * min(self._gpus, 1)
+        context = ray.get_runtime_context()
+        return _Place(
+            context.get_node_id(),
+            ray.util.get_node_ip_address(),
+            os.getpid(),
+            int(memory),
+            marker is None or os.path.exists(marker),
+        )
+
+    def run(self, worker: Worker, units: list[Unit], paranoid: float | None) -> _Result:
+        """Run the units of one bundle on one block; first check its images if `paranoid`."""
+        started = time.perf_counter()
+        old = self._worker
+        if old is None or (old.settings, old.store) != (worker.settings, worker.store):
+            self._worker = replace(worker, threads=self._threads, resident={})
+        worker = self._worker  # type: ignore[assignment]
+        _check_mount(units[0])
+        poison: dict[int, str] = {}
+        if paranoid is not None:
+            poison = find_poison(units[0], timeout=paranoid, dumps=dumps)
+            units = [replace(unit, poison=poison) for unit in units]
+        resident = worker.resident
+        assert resident is not None
+        for name in resident.keys() - {unit.backbone.name for unit in units}:
+            del resident[name]
+        outcomes = []
+        for unit in units:
+            try:
+                outcome = worker(unit)
+            except SystemExit as error:  # for Ray that would be the end of an actor's life
+                raise RuntimeError(f"{unit.backbone.name} called sys.exit") from error
+            if "out of memory" in (outcome.error or "") and len(resident) > 1:
+                resident.clear()
+                _free()
+                outcome = worker(unit)
+            if "CUDA error" in (outcome.error or ""):  # which every later call would see, too
+                os._exit(1)
+            if outcome.error is not None:
+                resident.pop(unit.backbone.name, None)
+            # what is in the store need not travel
+            outcome.entries = {s: e for s, e in outcome.entries.items() if s not in outcome.keys}
+            outcomes.append(outcome)
+            self._images.inc(outcome.n_images or 1e-9, {"backbone": outcome.name})
+            for part, spent in outcome.seconds.items():
+                self._seconds.inc(spent or 1e-9, {"part": part})
+        return _Result(
+            outcomes,
+            poison,
+            sum(outcome.n_decoded for outcome in outcomes),
+            time.perf_counter() - started,
+        )
+
+
+def _check_mount(unit: Unit) -> None:
+    """Refuse to call images unreadable that the driver did read: here they are not there."""
+    paths = [
+        path
+        for (_, start, stop), digests in zip(unit.shards, unit.images, strict=True)
+        for path, digest in zip(unit.dataset.items[start:stop], digests, strict=True)
+        if digest != UNREADABLE and isinstance(path, (str, os.PathLike))
+    ][:16]
+    if paths and not any(map(os.path.exists, paths)):
+        raise DatasetError(
+            f"{os.fspath(paths[0])!r} is not there on the machine {ray.util.get_node_ip_address()}"
+            "; every machine of the cluster must have the images under the same path"
+        )
+
+
+def _free() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# The driver -------------------------------------------------------------------------------------
+@dataclass(eq=False)
+class _Member:
+    """An actor, as the driver knows it; it has a place from when it answers until it dies."""
+
+    handle: Any
+    ping: Any
+    place: _Place | None = None
+    queue: deque[tuple[Any, Task]] = field(default_factory=deque)
+    since: float = math.inf  # when the first of the queue was begun
+    joined: float = 0.0
+    host: str = "?"
+    present: float = 0.0  # seconds
+    busy: float = 0.0
+    images: int = 0
+    restarts: int = 0
+
+    def rest(self) -> None:
+        """Get no work until it has answered again."""
+        if self.place is not None:
+            self.present += time.monotonic() - self.joined
+            self.place = None
+
+
+class RayExecutor:
+    """Runs an extraction over actors of a Ray cluster; for ``sfda_tune.rank(executor=…)``.
+
+    On CPUs the features, their keys and files, and so the ranking are those of a local run, bit
+    for bit, if PyTorch computes with as many threads there (`cpus_per_actor`). Needs a store that
+    every machine reaches: a shared folder, or a bucket (``cache="s3://…"``).
+
+    Parameters
+    ----------
+    address : str, optional
+        ``"local"`` starts a Ray on this machine, on loopback and with a random token; else the
+        address of a cluster, ``"auto"`` for the one that runs. Default: the connection there is,
+        else ``RAY_ADDRESS``, else ``"local"``.
+    actors : int, optional
+        So many, also if the cluster has no room yet: an autoscaler sees what is asked for.
+        Default: as many as there is room for, also when machines join later.
+    num_gpus : float, optional
+        Per actor: 0, or 1/n, or whole. Default: 1 on a cluster with GPUs, else 0. Fractions share
+        a device without protecting its memory; bundles of backbones in one actor do better.
+    cpus_per_actor : float, optional
+        Also the number of decoding threads. Default: all CPUs per GPU, or 1 without GPUs.
+    memory : int, optional
+        Bytes an actor may use for networks and pixels. Default: that of its device, or its share
+        of what is free on its machine.
+    unit_seconds : float, default 15
+        What one call to an actor is to take.
+    deadline : float, default 1800
+        Seconds after which a call counts as hung.
+    image_seconds : float, default 60
+        The same for one image, when a unit is looked into.
+    attempts : int, default 4
+        After so many faults a backbone has failed.
+    options : mapping, optional
+        Further arguments of `ray.init`, for instance ``{"runtime_env": {…}}``.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, the rule and the value.
+
+    Examples
+    --------
+    >>> RayExecutor(num_gpus=0.3)
+    Traceback (most recent call last):
+    ...
+    ValueError: `num_gpus` must be 0, 1/n or a whole number but is 0.3; take 0.5 or 0.25.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        actors: int | None = None,
+        num_gpus: float | None = None,
+        cpus_per_actor: float | None = None,
+        memory: int | None = None,
+        unit_seconds: float = 15.0,
+        deadline: float = 1800.0,
+        image_seconds: float = 60.0,
+        attempts: int = 4,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        for name, value in {
+            "actors": actors,
+            "cpus_per_actor": cpus_per_actor,
+            "memory": memory,
+            "unit_seconds": unit_seconds,
+            "deadline": deadline,
+            "image_seconds": image_seconds,
+            "attempts": attempts,
+        }.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive but is {value!r}.")
+        if num_gpus and abs((x := 1 / num_gpus if num_gpus < 1 else num_gpus) - round(x)) > 1e-6:
+            raise ValueError(
+                f"`num_gpus` must be 0, 1/n or a whole number but is {num_gpus!r}; take 0.5 or "
+                "0.25."
+            )
+        self.address, self.actors, self.memory = address, actors, memory
+        self.num_gpus, self.cpus_per_actor = num_gpus, cpus_per_actor
+        self.unit_seconds, self.deadline, self.attempts = unit_seconds, deadline, attempts
+        self.image_seconds, self.options = image_seconds, dict(options or {})
+        self._depth, self._stack = 0, ExitStack()
+        self._gpus, self._cpus = 0.0, 1.0
+        self._members: list[_Member] = []
+        self._gone: list[_Member] = []
+        self._store: Any = None
+        self._marker: Path | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._refused = self._outside = 0  # actors that did not start, or not see the store
+        self._faults: list[dict[str, Any]] = []
+        self._counts = dict.fromkeys(("units", "decodes", "images", "seconds", "faults"), 0.0)
+
+    def __enter__(self) -> RayExecutor:
+        """Connect to Ray; actors start with the first run."""
+        if not self._depth:
+            self._clear()
+            self._stack.enter_context(connect(self.address, **self.options))
+            has = ray.cluster_resources()
+            gpus, cpus = has.get("GPU", 0), has.get("CPU", 1)
+            self._gpus = (1.0 if gpus else 0.0) if self.num_gpus is None else self.num_gpus
+            per_gpu = max(1.0, cpus * self._gpus // gpus) if gpus else 1.0
+            self._cpus = self.cpus_per_actor or (per_gpu if self._gpus else 1.0)
+        self._depth += 1
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Let the actors go, and what of Ray was started."""
+        self._depth -= 1
+        if not self._depth:
+            try:
+                self._release()
+            finally:
+                self._stack.close()
+
+    def resolve_device(self, device: str) -> str:
+        """Return the device of the actors: CUDA if they have GPUs, for ``"auto"``."""
+        if device == "auto":
+            return "cuda" if self._gpus else "cpu"
+        return device if self._gpus else resolve_device(device)
+
+    def report(self) -> dict[str, Any]:
+        """Return what the actors did and suffered, as JSON values."""
+        now = time.monotonic()
+        members = [m for m in [*self._gone, *self._members] if m.present or m.place]
+        present = {m: m.present + (now - m.joined if m.place else 0.0) for m in members}
+        counts = self._counts
+        return {
+            "kind": "ray",
+            "actors": [
+                {
+                    "machine": m.host,
+                    "images": m.images,
+                    "images_per_second": m.images / m.busy if m.busy else None,
+                    "utilisation": m.busy / present[m] if present[m] else None,
+                    "restarts": m.restarts,
+                }
+                for m in members
+            ],
+            "utilisation": sum(m.busy for m in members) / (sum(present.values()) or 1.0),
+            "restarts": sum(m.restarts for m in members),
+            "units": int(counts["units"]),
+            "decodes_per_image": counts["decodes"] / counts["images"] if counts["images"] else 0.0,
+            "seconds": counts["seconds"],
+            "n_faults": int(counts["faults"]),
+            "faults": list(self._faults),
+        }
+
+    def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
+        """Run all that the plan misses."""
+        names = [name for name, absent in plan.missing.items() if absent]
+        if not names:
+            return
+        with self:
+            started = time.monotonic()
+            try:
+                self._hire(worker)
+                self._await_first()
+                yield from _Run(self, worker, plan, names).outcomes()
+            finally:
+                self._counts["seconds"] += time.monotonic() - started
+                self._forget_marker()
+
+    # Actors --------------------------------------------------------------------------------
+    def _hire(self, worker: Worker) -> None:
+        """Ask for the actors that are missing."""
+        if self._store != worker.store:
+            self._forget_marker()
+            self._store = worker.store
+            with contextlib.suppress(OSError, AttributeError):  # full, or no folder
+                marker = Path(worker.store.root) / f".{uuid.uuid4().hex}.tmp"  # type: ignore
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
+                self._marker = marker
+            for member in self._members:
+                member.rest()
+                member.ping = self._ping(member.handle)
+        room = self.actors or max(1, count_places(self._gpus, self._cpus) - self._outside)
+        for _ in range(len(self._members), room):
+            self._add()
+
+    def _add(self) -> None:
+        kind = ray.remote(_Extractor).options(
+            num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0
+        )
+        handle = kind.remote(self._cpus, self._gpus)
+        self._members.append(_Member(handle, self._ping(handle)))
+
+    def _ping(self, handle: Any) -> Any:
+        marker = str(self._marker) if self._marker else None
+        return handle.ping.options(max_task_retries=-1).remote(marker)
+
+    def _await_first(self) -> None:
+        warned = time.monotonic() + 60
+        while not any(m.place for m in self._members):
+            pings = {m.ping: m for m in self._members}
+            for ref in ray.wait(list(pings), timeout=TICK)[0]:
+                self._welcome(pings[ref])
+            if time.monotonic() > warned:
+                warned = math.inf
+                warnings.warn(
+                    f"no actor could start yet; each asks for {self._cpus:g} CPUs and "
+                    f"{self._gpus:g} GPUs, free are {ray.available_resources()}",
+                    stacklevel=2,
+                )
+
+    def _welcome(self, member: _Member) -> None:
+        """Hear the answer of an actor that starts, for the first time or again."""
+        try:
+            place: Any = ray.get(member.ping)
+        except RayError as error:  # it never came to life
+            self._dismiss(member)
+            self._refused += 1
+            if self._refused >= 3 and not any(m.place for m in self._members):
+                raise RuntimeError(f"no actor can start: {_line(error)}") from error
+            return self._add()
+        member.ping = None
+        if not place.reaches_store:
+            self._dismiss(member)
+            self._outside += 1
+            self._note("store", place.host, reason="does not reach the cache folder")
+            if not self._members:
+                raise OSError(
+                    f"no machine of the cluster reaches {self._store.root}; "
+                    "pass `cache` (--cache) a folder that all share, or a bucket"
+                )
+            return None
+        self._refused = 0
+        member.place, member.host, member.joined = place, place.host, time.monotonic()
+        return None
+
+    def _dismiss(self, member: _Member) -> None:
+        self._members.remove(member)
+        self._gone.append(member)
+        member.rest()
+        with contextlib.suppress(Exception):  # Ray itself may be gone
+            ray.kill(member.handle)
+
+    def _release(self) -> None:
+        for member in list(self._members):
+            self._dismiss(member)
+        self._forget_marker()
+
+    def _forget_marker(self) -> None:
+        self._store = None
+        if self._marker is not None:
+            self._marker.unlink(missing_ok=True)
+            self._marker = None
+
+    def _note(self, kind: str, machine: str, **more: Any) -> dict[str, Any]:
+        fault = {"kind": kind, "machine": machine, **more}
+        logger.warning("%s", fault)
+        self._counts["faults"] += 1
+        if len(self._faults) < FAULTS_KEPT:
+            self._faults.append(fault)
+        return fault
+
+
+class _Run:
+    """One plan under way: tasks out to the actors, outcomes back."""
+
+    def __init__(
+        self, executor: RayExecutor, worker: Worker, plan: Plan, names: list[str]
+    ) -> None:
+        self.executor, self.worker, self.plan = executor, worker, plan
+        places = [m.place for m in executor._members if m.place]
+        memory = executor.memory or min(place.memory for place in places)
+        sizes = {}
+        for name in names:
+            half = plan.preprocessing(name)
+            _, height, width = half.input_size or (3, 224, 224)
+            sizes[name] = half.key, plan.n_params(name), height * width
+        n = executor.actors or len(executor._members)
+        bundles = make_bundles(sizes, plan.missing, memory=0.3 * memory, actors=n)
+        for bundle in bundles:
+            bundle.most = shards_per_block([plan.preprocessing(bundle.names[0])], memory)
+        self.dispatcher = Dispatcher(bundles, executor.unit_seconds, executor.attempts)
+        users = frozenset().union(*(plan.missing[name] for name in names))
+        executor._counts["images"] += sum(b - a for a, b in (plan.shards[s] for s in users))
+        self.suspects: list[tuple[str, Task, dict[str, Any], float]] = []
+
+    def outcomes(self) -> Iterator[Outcome]:
+        looked = time.monotonic()
+        while self.dispatcher.unfinished:
+            members = self.executor._members
+            self.dispatcher.n_actors = max(sum(m.place is not None for m in members), 1)
+            for member in members:
+                if member.place is not None:
+                    self._fill(member)
+            waiting = {m.ping: m for m in members if m.ping is not None}
+            waiting |= {m.queue[0][0]: m for m in members if m.queue}
+            ready, rest = ray.wait(list(waiting), timeout=TICK) if waiting else ([], [])
+            if ready and rest:  # and whatever else has come meanwhile
+                ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+            for ref in ready:
+                yield from self._hear(waiting[ref])
+            if time.monotonic() - looked > TICK:
+                looked = time.monotonic()
+                self._look_after()
+
+    def _fill(self, member: _Member) -> None:
+        """Give an actor a task, and one ahead so that it need not wait for the driver."""
+        while len(member.queue) < 2:
+            task = self.dispatcher.next(member, ahead=bool(member.queue))
+            if task is None:
+                return
+            # equal numbers: the pixels of the unit before can be used again
+            number = hash((task.shards, self.plan.preprocessing(task.bundle.names[0]).key))
+            number += len(self.plan.poison)
+            units = self.plan.units(task.names, task.shards, number, retry=task.attempts > 0)
+            if not (units := list(units)):  # all failed meanwhile
+                self.dispatcher.complete(task, None)
+                continue
+            paranoid = self.executor.image_seconds if task.paranoid else None
+            ref = member.handle.run.remote(self.worker, units, paranoid)
+            member.queue.append((ref, task))
+            if len(member.queue) == 1:
+                member.since = time.monotonic()
+
+    def _hear(self, member: _Member) -> Iterator[Outcome]:
+        """Take what an actor sent: an answer to a ping, a result, an error, or its death."""
+        if member.ping is not None:
+            self.executor._welcome(member)
+            return
+        ref, task = member.queue[0]
+        try:
+            result: Any = ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, DatasetError):
+                raise error.cause from None
+            member.queue.popleft()
+            self._note("unit", member, task, _line(error.cause or error))
+            yield from self._blame(task, _line(error.cause or error), died=False)
+        except RayError as error:
+            yield from self._lose(member, error)
+        else:
+            member.queue.popleft()
+            yield from self._take(member, task, result)
+        member.since = time.monotonic()
+
+    def _take(self, member: _Member, task: Task, result: _Result) -> Iterator[Outcome]:
+        plan, counts = self.plan, self.executor._counts
+        self.dispatcher.complete(task, result.seconds)
+        if result.poison:
+            rows = [row for s in task.shards for row in range(*plan.shards[s])]
+            new = {rows[p]: why for p, why in result.poison.items() if rows[p] not in plan.poison}
+            plan.poison.update(new)
+            for row, why in new.items():
+                self._note("image", member, task, why, image=plan.dataset.item_name(row))
+        counts["units"] += 1
+        counts["decodes"] += result.decodes
+        member.busy += result.seconds
+        for outcome in result.outcomes:
+            member.images += outcome.n_images
+            if outcome.error is not None:
+                self.dispatcher.drop(outcome.name)
+                self._note("backbone", member, task, outcome.error, backbones=[outcome.name])
+            yield outcome
+
+    def _lose(self, member: _Member, error: RayError) -> Iterator[Outcome]:
+        """Bury an actor: only what it had begun can be guilty. Ray starts it again."""
+        (_, task), *rest = member.queue
+        for _, other in reversed(rest):
+            self.dispatcher.give_back(other)
+        member.queue.clear()
+        place, now = member.place, time.monotonic()
+        assert place is not None
+        hung = member.since == math.inf
+        reason = f"no answer for {self.executor.deadline:g} s" if hung else _line(error)
+        fault = self._note("actor", member, task, reason)
+        self.suspects.append((place.node, task, fault, now))
+        member.rest()
+        member.ping = self.executor._ping(member.handle)
+        member.restarts += 1
+        self.dispatcher.leave(member)
+        yield from self._blame(task, reason, died=True)
+
+    def _blame(self, task: Task, reason: str, *, died: bool) -> Iterator[Outcome]:
+        for name in self.dispatcher.fault(task, reason, died=died):
+            self.dispatcher.drop(name)
+            what = "its process died" if died else "its unit failed"
+            yield Outcome(name, error=f"{what} {task.attempts} times ({reason})")
+
+    def _look_after(self) -> None:
+        """End what hangs, pardon what was on a lost machine, and take in machines that joined."""
+        now, executor = time.monotonic(), self.executor
+        for member in executor._members:
+            limit = executor.deadline
+            if member.queue and member.queue[0][1].paranoid:  # a child process starts, and reads
+                limit = 60 + 2 * limit + executor.image_seconds
+            if member.queue and now - member.since > limit:
+                member.since = math.inf
+                ray.kill(member.handle, no_restart=False)
+        if self.suspects:
+            dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+            for node, task, fault, _ in self.suspects:
+                if node in dead:
+                    self.dispatcher.pardon(task)
+                    fault["kind"] = "machine"
+            self.suspects = [s for s in self.suspects if s[0] not in dead and now - s[3] < 60]
+        if executor.actors is None:
+            executor._hire(self.worker)
+
+    def _note(self, kind: str, member: _Member, task: Task, reason: str, **more: Any) -> Any:
+        more = {"backbones": list(task.names), "reason": reason, **more}
+        return self.executor._note(kind, member.host, **more)
+
+
+def _line(error: BaseException) -> str:
+    """Return the first line that says anything, without Ray's decoration."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

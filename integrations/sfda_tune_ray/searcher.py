@@ -1,0 +1,630 @@
+"""The searcher: the backbone by `sfda_tune.policy`, everything else by any searcher of Tune."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import secrets
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from ray.tune.search import Searcher
+
+from sfda_tune.policy import Advisor, Calibration, find_barred, name_arm
+from sfda_tune.values import write_text
+from sfda_tune_ray import _compat
+from sfda_tune_ray.history import Record, observe, plain
+
+__all__ = ["SFDASearcher"]
+
+_logger = logging.getLogger(__name__)
+
+FORMAT = "sfda_tune_ray.searcher/1"
+WHOLE = "*"  # key of the base searcher that chooses the backbone, too
+OWN = "of_backbone"  # where the whole space holds the parameters of single backbones
+
+
+class SFDASearcher(Searcher):
+    """Choose the backbone by its score and by the trials so far; leave the rest to any searcher.
+
+    The first choices follow the scores; then every trial says how much the scores are worth here
+    (`calibration`), down to nothing. A fixed share of the trials is left to the base searcher
+    altogether (`sfda_tune.policy.leaves_to_base`), which is then given the whole space, the
+    backbone included. The same history leads to the same choices as `SFDASampler` makes in Optuna.
+
+    Put `ConcurrencyLimiter` or `Repeater` outside, or set ``max_concurrent_trials``: without, Tune
+    runs one trial at a time. Grid search and PBT are not for searchers.
+
+    Parameters
+    ----------
+    ranking : Ranking or mapping of str to float
+        Higher is better. Backbones without a score are tried like average ones.
+    base_searcher : Searcher, optional
+        Draws all other parameters; it must not have been used. Every backbone gets a copy of its
+        own, so that the n-th trials of all backbones start alike. Default: random search.
+    param_name : str, default "backbone"
+        The parameter that holds the backbone, nested ones as ``"model/backbone"``. In
+        ``param_space`` it is a ``tune.choice``, for instance of `backbone_space`; if it is not
+        there, all scored backbones are the choices.
+    metric, mode : str, optional
+        Needed if ``param_space`` is empty: Tune then never passes on those of ``TuneConfig``.
+    policy : {"calibrated", "prior", "greedy"}, default "calibrated"
+        See `sfda_tune.policy.choose`. Only "calibrated" leaves trials to the base searcher.
+    prior_strength : float, default 1.0
+        How many trials the scores weigh before the first trial; 0 ignores them.
+    survivors : int or collection of str, optional
+        Mask: only the best so many, or the named ones, are tried.
+    exploration : float in [0, 1], default 0.05
+        How often a trial steps outside `survivors`; 0 makes the mask strict.
+    spaces : mapping of str to dict, optional
+        Parameters that only some backbones have: ``{"vit": {"drop_path": tune.uniform(0, 0.3)}}``.
+    conditional : bool, default True
+        Whether every backbone has a copy of the base searcher; else one serves all of those
+        without `spaces`.
+    points_to_evaluate : sequence of dict, optional
+        Tried first; the base searcher and the policy fill in what a point leaves out.
+    costs : mapping of str to float, optional
+        Cost of a trial of each backbone; default: the times of its trials.
+    cost_exponent : float, default 0.0
+        How much costs count; 0 is not at all.
+    max_failures : int, default 3
+        A backbone that never reported anything and failed so often is not tried again; a trial
+        whose machine died does not count if `SchedulerStateCallback` knows this searcher. When no
+        backbone is left, the experiment ends.
+    seed : int, optional
+        Governs the choice and random search.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range or does not fit ``param_space``.
+
+    Notes
+    -----
+    ``num_samples`` counts every trial. Trials that a scheduler stopped early are lower bounds, see
+    `sfda_tune_ray.history.observe`. The state is JSON; only what the base searchers save is in
+    their own format, mostly pickle: restore from places you trust, as with ``Tuner.restore``.
+
+    Examples
+    --------
+    >>> from ray import tune
+    >>> searcher = SFDASearcher({"vit": 3.1, "resnet": 2.5}, metric="acc", mode="max", seed=0)
+    >>> searcher.set_search_properties(None, None, {"lr": tune.loguniform(1e-5, 1e-1)})
+    True
+    >>> sorted(searcher.suggest("t1")), searcher.suggest("t2")["backbone"]
+    (['backbone', 'lr'], 'vit')
+    >>> searcher.on_trial_complete("t1", {"acc": 0.9})
+    >>> searcher.calibration().n_trials
+    1
+    """
+
+    def __init__(
+        self,
+        ranking: Mapping[Any, float],
+        *,
+        base_searcher: Searcher | None = None,
+        param_name: str = "backbone",
+        metric: str | None = None,
+        mode: str | None = None,
+        policy: str = "calibrated",
+        prior_strength: float = 1.0,
+        survivors: int | Collection[str] | None = None,
+        exploration: float = 0.05,
+        spaces: Mapping[str, Mapping[str, Any]] | None = None,
+        conditional: bool = True,
+        points_to_evaluate: Sequence[Mapping[str, Any]] | None = None,
+        costs: Mapping[str, float] | None = None,
+        cost_exponent: float = 0.0,
+        max_failures: int = 3,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(metric=metric, mode=mode)
+        if base_searcher is not None:
+            _compat.check_base_searcher(base_searcher)
+            nested = isinstance(base_searcher, SFDASearcher)
+            _check("base_searcher", base_searcher, "another class than SFDASearcher", not nested)
+        single = metric is None or isinstance(metric, str)
+        _check("metric", metric, "one text: there is one objective", single)
+        _check("mode", mode, "min, max or None", mode in ("min", "max", None))
+        is_name = isinstance(param_name, str) and all(param_name.split("/"))
+        _check("param_name", param_name, 'a name, nested ones as "model/backbone"', is_name)
+        _check("max_failures", max_failures, "an integer ≥ 1", _is_integer(max_failures, 1))
+        _check("seed", seed, "an integer ≥ 0 or None", seed is None or _is_integer(seed, 0))
+        points = list(points_to_evaluate or [])
+        dicts = all(isinstance(point, Mapping) for point in points)
+        _check("points_to_evaluate", points, "a list of dicts", dicts)
+        self._advisor = Advisor(
+            ranking,
+            policy=policy,
+            prior_strength=prior_strength,
+            survivors=survivors,
+            exploration=exploration,
+            costs=costs,
+            cost_exponent=cost_exponent,
+            seed=secrets.randbits(63) if seed is None else int(seed),
+        )
+        self._base = base_searcher or RandomSearcher(self._advisor.seed)
+        self._brings_space = _compat.brings_space(self._base)
+        self.param_name = param_name
+        self._path = tuple(param_name.split("/"))
+        self._spaces = {name_arm(name): dict(space) for name, space in (spaces or {}).items()}
+        self._conditional = bool(conditional)
+        self._points = [_compat.flatten_dict(dict(point)) for point in points]
+        self._max_failures = int(max_failures)
+        # Known once Tune has passed on the search space
+        self._config: dict[str, Any] | None = None
+        self._choices: dict[str, Any] = {}
+        # What `save` saves
+        self._number = 0  # of the next trial
+        self._n_points = 0  # tried so far
+        self._unattributed = 0
+        self._records: dict[str, Record] = {}
+        self._bases: dict[str, Searcher] = {}
+        self._given: dict[str, dict[str, Any]] = {}  # answers, in case one is asked for twice
+
+    def calibration(self) -> Calibration:
+        """Compare the scores with the trials so far; values are negated if ``mode="min"``."""
+        return self._advisor.calibrate(observe(self._records.values()))
+
+    # What Tune calls ------------------------------------------------------------------------
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        """Take metric, mode and search space over from Tune; False if they are already known."""
+        if self._config is not None:
+            return False
+        for name, given in (("metric", metric), ("mode", mode)):
+            own = getattr(self, f"_{name}")
+            fits = own is None or given is None or own == given
+            _check(name, own, f"that of TuneConfig, {given!r}, or given once", fits)
+        if isinstance(metric, list) or isinstance(mode, list):
+            raise ValueError(f"`metric` must be one text: there is one objective, not {metric!r}.")
+        self._metric, self._mode = metric or self._metric, mode or self._mode
+        known = self._metric and self._mode in ("min", "max")
+        _check(
+            "metric and mode", (self._metric, self._mode), "given, in TuneConfig or here", known
+        )
+        config = copy.deepcopy(config)
+        self._choices = self._find_choices(config)
+        searched = [path for path, _ in _compat.parse_spec_vars(config)[1]]
+        if self._brings_space and any(path != self._path for path in searched):
+            return False  # Tune then says so
+        self._advisor.mask(list(self._choices), strict=True)
+        for name in [*self._spaces, *(p.get(self.param_name) for p in self._points)]:
+            of = f"backbones among the choices of {self.param_name!r}"
+            known = name is None or name_arm(name) in self._choices
+            _check("spaces and points_to_evaluate", name, of, known)
+        self._config = config
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the parameters of the next trial, `Searcher.FINISHED` if no backbone is left."""
+        if trial_id in self._given:
+            return copy.deepcopy(self._given[trial_id])
+        if self._config is None and not self.set_search_properties(None, None, {}):
+            raise ValueError(
+                "`param_space` must hold no domains if the base searcher has a space of its own."
+            )
+        names = self._find_candidates()
+        if not names:
+            _logger.warning("All backbones have failed: no more trials are suggested.")
+            return Searcher.FINISHED
+        number, history = self._number, observe(self._records.values())
+        point = self._points[self._n_points] if self._n_points < len(self._points) else {}
+        arm = name_arm(point[self.param_name]) if self.param_name in point else None
+        left = arm is None and self._advisor.leaves(history, number)
+        if arm is None and not left:
+            arm = self._advisor.choose(history, number, names)
+        key = WHOLE if arm is None else self._find_key(arm)
+        base = self._open(key)
+        asked = {} if base is None else base.suggest(trial_id)
+        if asked is None or asked == Searcher.FINISHED:
+            return asked
+        config = copy.deepcopy(asked)
+        own = config.pop(OWN, {})
+        if arm is None:
+            arm = name_arm(_read(asked, self._path))
+            if arm not in names or arm in find_barred(history, number):
+                arm = self._advisor.choose(history, number, names)
+            for path in _find_paths(self._spaces.get(arm, {})):
+                _write(config, path, _read(own, (str(list(self._choices).index(arm)), *path)))
+        for name, value in point.items():
+            _write(config, tuple(name.split("/")), value)
+        _write(config, self._path, self._choices[arm])
+        _refuse_domains(config)
+        # Only from here on the state changes.
+        flat = _compat.flatten_dict(asked)
+        new = _compat.flatten_dict(config)
+        changed = any(new.get(n) != v for n, v in flat.items() if not n.startswith(f"{OWN}/"))
+        self._number, self._n_points = number + 1, self._n_points + bool(point)
+        self._records[trial_id] = Record(
+            arm,
+            settings=self._read_settings(config, arm),
+            key=None if base is None else key,
+            changed=changed,
+        )
+        self._given[trial_id] = config
+        return copy.deepcopy(config)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Note how far a trial is; nothing depends on being told."""
+        record = self._find_record(trial_id, result)
+        if record is None:
+            return
+        iterations = int(result.get("training_iteration", record.iterations + 1))
+        if iterations <= record.iterations:  # again, after a restart
+            return
+        value, raw = self._value(result)
+        seconds = result.get("time_total_s", record.seconds)
+        # What was begun anew after an error may end unheard: ConcurrencyLimiter does not know it.
+        heard = record.state == "running" and not record.foreign
+        self._records[trial_id] = replace(
+            record,
+            state="running" if heard else "complete",
+            iterations=iterations,
+            value=value,
+            seconds=seconds,
+        )
+        if record.key in self._bases and not (record.told or record.changed) and _is_finite(raw):
+            self._bases[record.key].on_trial_result(trial_id, result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Learn from the end of a trial: a value, an error, or neither."""
+        self._given.pop(trial_id, None)
+        old = self._find_record(trial_id, result or {})
+        if old is None:  # an error of a trial that `Tuner.restore` began anew
+            self._unattributed += 1
+            return
+        value, raw = self._value(result or {})
+        if value is None and not error:  # stopped while it was waiting
+            value = old.value
+        new = replace(old, told=True)
+        if old.state == "complete" and (error or not _is_finite(value)):
+            pass  # it has a value already
+        elif error:
+            new = replace(new, state="failed", value=None)
+        elif value is None:
+            new = replace(new, state="lost")
+        else:
+            known = result or {}
+            iterations = int(known.get("training_iteration", old.iterations))
+            seconds = known.get("time_total_s", old.seconds)
+            new = replace(
+                new, state="complete", value=value, iterations=iterations, seconds=seconds
+            )
+        self._records[trial_id] = new
+        error = error or (raw is not None and not _is_finite(raw))  # Optuna would stumble over it
+        self._tell(trial_id, old, new, None if error or raw is None else result, error)
+
+    def explain_error(self, trial_id: str, backbone: Any, *, lost: bool) -> None:
+        """Take in whether a failed trial was `lost` with its process or machine.
+
+        `SchedulerStateCallback` knows; Tune tells no searcher.
+        """
+        record = self._records.get(trial_id) or Record(name_arm(backbone), "failed")
+        if record.state == "failed":
+            self._records[trial_id] = replace(record, state="lost" if lost else "failed")
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Leave the limit to the limiter."""
+        return False
+
+    def on_pause(self, trial_id: str) -> None:
+        """Hand through what BOHB says."""
+        self._hand_through("on_pause", trial_id)
+
+    def on_unpause(self, trial_id: str) -> None:
+        """Hand through what BOHB says."""
+        self._hand_through("on_unpause", trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the state as JSON, atomically."""
+        bases = {}
+        for key, base in self._bases.items():
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "base")
+                with contextlib.suppress(NotImplementedError):  # made and told anew
+                    base.save(path)
+                    with open(path, "rb") as file:
+                        bases[key] = base64.b64encode(file.read()).decode("ascii")
+        try:
+            space = _compat.pack_space(self._config)
+        except TypeError as error:
+            _logger.warning(f"Give `param_space` to Tuner.restore: it is not saved, {error}.")
+            space = None
+        state = {
+            "format": FORMAT,
+            "metric": self._metric,
+            "mode": self._mode,
+            "space": space,
+            "seed": self._advisor.seed,
+            "number": self._number,
+            "points": self._n_points,
+            "unattributed": self._unattributed,
+            "records": {name: record.pack() for name, record in self._records.items()},
+            "base_searcher": type(self._base).__name__,
+            "bases": bases,
+        }
+        write_text(checkpoint_path, json.dumps(state, allow_nan=False))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Replace the state by a saved one; arguments and a known search space stay as they are.
+
+        Raises
+        ------
+        ValueError
+            If the file is not what `save` wrote, or the base searcher is of another class.
+        """
+        with open(checkpoint_path, encoding="utf-8") as file:
+            state = json.load(file)
+        found, name = state.get("format"), type(self._base).__name__
+        _check("checkpoint_path", found, f"a file of the format {FORMAT!r}", found == FORMAT)
+        was = state["base_searcher"]
+        _check("base_searcher", name, f"a {was}, as when the state was saved", name == was)
+        if self._config is None and state["space"] is not None:
+            space = _compat.unpack_space(state["space"])  # `Tuner.restore` does not tell it again
+            self.set_search_properties(state["metric"], state["mode"], space)
+        bases = {}
+        for key, blob in state["bases"].items():
+            bases[key] = self._make_base(key)
+            with tempfile.TemporaryDirectory() as folder:
+                path = os.path.join(folder, "base")
+                with open(path, "wb") as file:
+                    file.write(base64.b64decode(blob, validate=True))
+                bases[key].restore(path)
+        self._advisor = replace(self._advisor, seed=state["seed"])
+        self._number, self._n_points = state["number"], state["points"]
+        self._unattributed = state["unattributed"]
+        self._records = {name: Record.unpack(r) for name, r in state["records"].items()}
+        self._bases, self._given = bases, {}
+
+    # Backbones ------------------------------------------------------------------------------
+    def _find_choices(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the choices by name, and see that the space holds nothing impossible."""
+        _, _, grids = _compat.parse_spec_vars(config)
+        if grids:
+            where = "/".join(str(part) for part in grids[0][0])
+            raise ValueError(
+                f"`param_space` must not hold a grid_search but {where!r} is one; use tune.choice "
+                "here, or `backbone_grid` without a search_alg and with SFDAScheduler."
+            )
+        domain = _read(config, self._path)
+        if domain is None:
+            known = {n: s for n, s in self._advisor.scores.items() if math.isfinite(s)}
+            choices = sorted(known, key=lambda n: (-known[n], n))
+        elif isinstance(domain, _compat.Categorical):
+            choices = domain.categories
+        elif isinstance(domain, (_compat.Domain, dict)):
+            rule = "a tune.choice of backbones, see `backbone_space`"
+            raise ValueError(f"`{self.param_name}` must be {rule}, but is {domain!r}.")
+        else:
+            choices = [domain]
+        by_name = {name_arm(choice): choice for choice in choices}
+        if not by_name.keys() & self._advisor.scores.keys():
+            raise ValueError(
+                f"`ranking` must hold the choices of {self.param_name!r} but has none of "
+                f"{sorted(by_name)[:5]}; it holds {sorted(self._advisor.scores)[:5]}."
+            )
+        return by_name
+
+    def _find_candidates(self) -> list[str]:
+        """Return the choices but those that always fail, and those outside a mask of names."""
+        fails: Counter[str] = Counter()
+        runs = set()
+        for record in self._records.values():
+            if record.iterations or record.state == "complete":
+                runs.add(record.backbone)
+            fails[record.backbone] += record.state == "failed"
+        names = [n for n in self._choices if n in runs or fails[n] < self._max_failures]
+        mask = self._advisor.mask(names)
+        return names if mask is None or set(names) & set(mask) else []
+
+    # Base searchers -------------------------------------------------------------------------
+    def _find_key(self, arm: str) -> str:
+        return arm if self._conditional or arm in self._spaces else ""
+
+    def _find_space(self, key: str) -> dict[str, Any]:
+        """Return the space that a base searcher draws from."""
+        config = copy.deepcopy(self._config or {})
+        if key == WHOLE:
+            _write(config, self._path, _compat.Categorical(list(self._choices.values())).uniform())
+            own = {str(k): self._spaces.get(arm) for k, arm in enumerate(self._choices)}
+            own = {k: copy.deepcopy(space) for k, space in own.items() if space}
+            return config | ({OWN: own} if own else {})
+        _remove(config, self._path)
+        for path in _find_paths(self._spaces.get(key, {})):
+            _write(config, path, copy.deepcopy(_read(self._spaces[key], path)))
+        return config
+
+    def _make_base(self, key: str) -> Searcher:
+        base = _compat.copy_searcher(self._base, key)
+        if self._config is not None and not self._brings_space:
+            base.set_search_properties(self._metric, self._mode, self._find_space(key))
+        return base
+
+    def _open(self, key: str) -> Searcher | None:
+        """Return a base searcher that knows the trials so far; None if it has nothing to draw."""
+        if key not in self._bases:
+            if not self._brings_space and not _compat.parse_spec_vars(self._find_space(key))[1]:
+                return None
+            self._bases[key] = self._make_base(key)
+            for record in self._records.values():
+                if record.state == "complete" and _is_finite(record.value):
+                    self._add(key, record)
+        return self._bases[key]
+
+    def _tell(
+        self,
+        trial_id: str,
+        old: Record,
+        new: Record,
+        result: dict[str, Any] | None,
+        error: bool,
+    ) -> None:
+        """Pass the end of a trial on: to the base searcher that proposed it, and to others."""
+        heard = None
+        if old.key is not None and not old.told and old.key in self._bases:
+            if old.changed:  # not what it proposed: closed here, and added below
+                self._bases[old.key].on_trial_complete(trial_id, result=None, error=True)
+            else:
+                heard = old.key
+                self._bases[heard].on_trial_complete(trial_id, result=result, error=error)
+        is_new = old.state != "complete" or (old.foreign and not old.told)
+        if is_new and new.state == "complete" and _is_finite(new.value):
+            for key in {self._find_key(new.backbone), WHOLE} & self._bases.keys() - {heard}:
+                self._add(key, new)
+
+    def _add(self, key: str, record: Record) -> None:
+        """Tell a base searcher of a trial that it did not propose, if it can learn from it."""
+        if key not in (WHOLE, self._find_key(arm := record.backbone)) or arm not in self._choices:
+            return
+        params = dict(record.settings)
+        whole = params | {self.param_name: self._choices[arm]}
+        tries = [whole, params] if self._brings_space else [whole if key == WHOLE else params]
+        value = self._sign * float(record.value or 0.0)
+        any(_compat.add_point(self._bases[key], point, value) for point in tries)
+
+    def _hand_through(self, method: str, trial_id: str) -> None:
+        record = self._records.get(trial_id)
+        base = self._bases.get(record.key) if record and record.key is not None else None
+        if hasattr(base, method):
+            getattr(base, method)(trial_id)
+
+    # Results --------------------------------------------------------------------------------
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self._mode == "min" else 1.0
+
+    def _value(self, result: Mapping[str, Any]) -> tuple[float | None, float | None]:
+        """Return the metric, higher is better, and as it is."""
+        raw = result.get(self._metric) if self._metric else None
+        return (None, None) if raw is None else (self._sign * float(raw), float(raw))
+
+    def _find_record(self, trial_id: str, result: Mapping[str, Any]) -> Record | None:
+        """Return what is known of a trial; of a foreign one what its results say."""
+        if trial_id in self._records:
+            return self._records[trial_id]
+        flat = _compat.flatten_dict(dict(result))
+        backbone = flat.get(f"config/{self.param_name}")
+        if backbone is None:
+            return None
+        config = {name[7:]: v for name, v in flat.items() if name.startswith("config/")}
+        arm = name_arm(backbone)
+        self._records[trial_id] = Record(
+            arm,
+            settings=self._read_settings(_compat.unflatten_dict(config), arm),
+            foreign=True,
+        )
+        return self._records[trial_id]
+
+    def _read_settings(self, config: dict[str, Any], arm: str) -> dict[str, Any]:
+        """Return the searched parameters but the backbone."""
+        if self._brings_space:
+            paths = [tuple(name.split("/")) for name in _compat.flatten_dict(config)]
+        else:
+            paths = [path for path, _ in _compat.parse_spec_vars(self._config or {})[1]]
+            paths += _find_paths(self._spaces.get(arm, {}))
+        values = {"/".join(map(str, p)): _read(config, p) for p in paths if p != self._path}
+        return {name: plain(value) for name, value in values.items() if value is not None}
+
+
+class RandomSearcher(Searcher):
+    """Random search over the domains of a space, by seed and count alone."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed, self._number = seed, 0
+        self._space: dict[str, Any] = {}
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        """Take over the space."""
+        self._metric, self._mode, self._space = metric, mode, config
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Draw all domains."""
+        rng = np.random.default_rng([self._seed, self._number])
+        self._number += 1
+        config = copy.deepcopy(self._space)
+        for path, value in _compat.parse_spec_vars(self._space)[1]:
+            while isinstance(value, _compat.Domain):  # choices may be domains
+                value = value.sample(config, random_state=rng)
+            _compat.assign_value(config, path, value)
+        return config
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Learn nothing."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write the count."""
+        write_text(checkpoint_path, json.dumps({"seed": self._seed, "number": self._number}))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read the count."""
+        with open(checkpoint_path, encoding="utf-8") as file:
+            state = json.load(file)
+        self._seed, self._number = state["seed"], state["number"]
+
+
+# Nested configurations --------------------------------------------------------------------------
+def _read(config: Any, path: Sequence[Any]) -> Any:
+    for part in path:
+        try:
+            config = config[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return config
+
+
+def _write(config: dict[str, Any], path: Sequence[Any], value: Any) -> None:
+    for part in path[:-1]:
+        config = config.setdefault(part, {})
+    config[path[-1]] = value
+
+
+def _remove(config: dict[str, Any], path: Sequence[Any]) -> None:
+    parent = _read(config, path[:-1])
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
+
+
+def _find_paths(space: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [tuple(name.split("/")) for name in _compat.flatten_dict(dict(space))]
+
+
+def _refuse_domains(config: Any) -> None:
+    inner = config.values() if isinstance(config, dict) else config
+    for value in inner if isinstance(config, (dict, list, tuple)) else ():
+        _refuse_domains(value)
+    if isinstance(config, _compat.Domain):
+        raise ValueError(
+            f"`param_space` must not nest domains, but a choice in it is {config!r}, which the "
+            "base searcher cannot draw; use `spaces` for parameters of some backbones only."
+        )
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _check(name: str, value: Any, rule: str, holds: Any) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule}, but is {value!r}.")

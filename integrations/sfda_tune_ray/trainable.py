@@ -1,0 +1,97 @@
+"""Fine-tuning as a trainable of Ray Tune."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ray import tune
+
+from sfda_tune_ray import _compat
+
+__all__ = ["finetune_trainable"]
+
+
+def finetune_trainable(
+    dataset: Any,
+    *,
+    backbones: Any = None,
+    config: Mapping[str, Any] | None = None,
+    param_name: str = "backbone",
+    device: str = "auto",
+    workers: int = 0,
+) -> Callable[[dict[str, Any]], None]:
+    """Return a function for ``tune.Tuner`` that fine-tunes the backbone of its configuration.
+
+    It reports the values of `sfda_tune.recipe.Epoch` after every epoch, among them ``accuracy``
+    and ``log_loss``, with a checkpoint, from which a trial that was killed goes on. Running out of
+    memory fails the trial, which `SFDASearcher` learns from.
+
+    Parameters
+    ----------
+    dataset : str, path or anything that `sfda_tune.open_dataset` takes
+        A name or a path is opened by every trial; an object travels through the object store.
+    backbones : optional
+        Those that can be chosen, as for `sfda_tune.rank`, if their names are not what
+        `sfda_tune.resolve_backbones` understands.
+    config : mapping, optional
+        Fields of `sfda_tune.finetuning.FinetuneConfig`. Those that are searched are in
+        ``param_space`` under the same names, flat.
+    param_name : str, default "backbone"
+    device, workers
+        See `sfda_tune.finetuning.finetune`.
+
+    Returns
+    -------
+    callable
+        A new one every time: ``tune.with_resources`` changes what it is given.
+
+    Examples
+    --------
+    >>> from ray import tune
+    >>> trainable = finetune_trainable("digits", config={"epochs": 3})
+    >>> space = {"backbone": tune.choice(["demo:resnet_glyphs"]), "lr": tune.uniform(0, 0.1)}
+    >>> tuner = tune.Tuner(trainable, param_space=space)
+    """
+    fixed = dict(config or {})
+
+    def train(config: dict[str, Any], data: Any = dataset) -> None:
+        from sfda_tune import open_dataset, resolve_backbones
+        from sfda_tune.finetuning import FinetuneConfig, finetune
+
+        flat = _compat.flatten_dict(config)
+        name = flat.pop(param_name)
+        chosen = {key: v for key, v in flat.items() if not key.startswith("__")}  # of Repeater
+        known = resolve_backbones(name if backbones is None else backbones)
+        backbone = next(b for b in known if b.name == name)
+        _limit_memory()
+        with tempfile.TemporaryDirectory() as folder:
+            saved = tune.get_checkpoint()
+            if saved is not None:
+                saved.to_directory(folder)
+            for epoch in finetune(
+                backbone,
+                open_dataset(data),
+                FinetuneConfig.from_dict({**fixed, **chosen}),
+                checkpoint_dir=folder,
+                device=device,
+                workers=workers,
+            ):
+                tune.report(asdict(epoch), checkpoint=tune.Checkpoint.from_directory(folder))
+
+    if isinstance(dataset, (str, os.PathLike)):
+        return train
+    return tune.with_parameters(train, data=dataset)
+
+
+def _limit_memory() -> None:
+    """Keep a trial to its fraction of a GPU, which Ray only counts."""
+    import torch
+
+    resources = tune.get_context().get_trial_resources()
+    share = resources.required_resources.get("GPU", 0) if resources else 0
+    if 0 < share < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)

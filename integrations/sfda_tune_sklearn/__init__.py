@@ -1,0 +1,19 @@
+"""scikit-learn: images to features for any model, and backbone selection as a classifier.
+
+>>> from sfda_tune_sklearn import BackboneClassifier, BackboneFeatures
+
+====================  =========================================================================
+`BackboneFeatures`    transformer: images → features of one backbone, in front of any model
+`BackboneClassifier`  classifier: ranks the backbones, then trains the best ones or their heads
+====================  =========================================================================
+
+Both take arrays of images, flattened images as `load_digits` gives them, PIL images, encoded
+bytes, paths, or a folder; `sfda_tune_sklearn.images` has the rules.
+"""
+
+from __future__ import annotations
+
+from sfda_tune_sklearn.classifier import BackboneClassifier
+from sfda_tune_sklearn.features import BackboneFeatures
+
+__all__ = ["BackboneClassifier", "BackboneFeatures"]

@@ -1,0 +1,86 @@
+"""Nested state with tensors in one safetensors file: whole or not there, and without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_state", "write_state", "write_tensors"]
+
+
+def write_state(path: Path, state: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Write mappings, lists, tuples, plain values and tensors, and notes that are plain JSON."""
+    tensors: dict[str, Any] = {}
+    tree = _flatten(state, "", tensors)
+    try:
+        header = json.dumps({"tree": tree, "notes": notes})
+    except TypeError as error:
+        raise ValueError(f"the state holds what a checkpoint cannot keep: {error}") from error
+    write_tensors(path, tensors, {"sfda_tune": header})
+
+
+def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the state and the notes that `write_state` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or none of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["sfda_tune"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} must be a checkpoint of this package but cannot be read ({error}); "
+            "delete it, or pass resume=False to start over."
+        ) from error
+    return _unflatten(header["tree"], tensors), header["notes"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], header: Mapping[str, str]) -> None:
+    """Write tensors so that a reader sees the old file or the whole new one."""
+    import torch
+    from safetensors.torch import save_file
+
+    # Copies: safetensors takes neither tensors that share memory nor the channels-last layout.
+    rows = torch.contiguous_format
+    plain = {name: t.detach().cpu().clone(memory_format=rows) for name, t in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(plain, temporary, dict(header))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flatten(tree: Any, path: str, tensors: dict[str, Any]) -> Any:
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        tensors[path] = tree
+        return {"tensor": path}
+    if isinstance(tree, Mapping):  # pairs, because an optimizer's keys are integers
+        return {"map": [[k, _flatten(v, f"{path}/{k}", tensors)] for k, v in tree.items()]}
+    if isinstance(tree, list | tuple):
+        kind = "list" if isinstance(tree, list) else "tuple"
+        return {kind: [_flatten(v, f"{path}/{k}", tensors) for k, v in enumerate(tree)]}
+    return {"value": tree}
+
+
+def _unflatten(tree: Any, tensors: Mapping[str, Any]) -> Any:
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "map":
+        return {k: _unflatten(v, tensors) for k, v in value}
+    if kind in ("list", "tuple"):
+        items = [_unflatten(v, tensors) for v in value]
+        return items if kind == "list" else tuple(items)
+    return value

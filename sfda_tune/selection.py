@@ -1,0 +1,920 @@
+"""`search`: from labelled images and candidate backbones to the fine-tuned winner.
+
+==========  =======================================================================================
+stage       what happens
+==========  =======================================================================================
+rank        candidates that break a constraint are left out, the others ranked on training images
+shortlist   the best `keep` go on; where the ranking cannot tell them apart, it abstains, and a
+            short fine-tuning of each plausible candidate decides
+tune        an engine (`sfda_tune.engines`) fine-tunes the survivors with varying parameters
+train       the winner once more, on training and validation images, for its best number of epochs
+test        on images that nothing above has seen
+==========  =======================================================================================
+
+All state is in the folder RUN: the same call goes on where another was stopped, and several at a
+time share the trials. Locks on files, which end with their process, keep them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+import sfda_tune
+from sfda_tune.backbones import describe, load, resolve_backbones
+from sfda_tune.confidence import diagnose
+from sfda_tune.engines import Job, OutOfTimeError, Trial, attempt, load_engine
+from sfda_tune.extraction import resolve_device
+from sfda_tune.finetuning import FineTuning, finetune
+from sfda_tune.predictions import load_model, predict
+from sfda_tune.ranking import RankingInterruptedError, rank
+from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
+from sfda_tune.spaces import default_space, open_space
+from sfda_tune.splits import fingerprint, join, split_images, write_json, write_predictions
+from sfda_tune.stages import as_board
+from sfda_tune.values import Backbone, Ranking
+
+__all__ = ["SearchResult", "measure_latency", "search"]
+
+KEEP = 3
+RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a budget
+FREE = ("workers", "progress", "out", "cache", "device")  # may differ when a search goes on
+LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found; `open` reads it from the folder.
+
+    Parameters
+    ----------
+    folder : Path
+    summary : mapping
+        What ``search.json`` holds: stages, decision, trials, front, costs, seconds.
+    ranking : Ranking
+    """
+
+    folder: Path
+    summary: Mapping[str, Any]
+    ranking: Ranking
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> SearchResult:
+        """Open the folder of a finished search.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or it has not finished.
+        """
+        folder = Path(folder)
+        path = folder / "search.json"
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if summary.get("status") not in ("done", "budget spent"):
+            raise ValueError(
+                f"`folder` must be that of a finished search but {str(folder)!r} has status "
+                f"{summary.get('status')!r}; run `sfda-tune search` with --out, to the end."
+            )
+        return cls(folder, summary, Ranking.from_json(folder / "ranking.json"))
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The winner: ``trial, backbone, params, val, test, latency_ms, n_params``."""
+        return self.summary["best"]
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """All trials, each a dict."""
+        return self.summary["trials"]
+
+    @property
+    def test(self) -> dict[str, float]:
+        """Accuracy, balanced accuracy, macro-F1 and log-loss on the test images."""
+        return self.best["test"]
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes behind the columns of `predict`."""
+        return self.summary["classes"]
+
+    def predict(self, images: Any, **options: Any) -> np.ndarray:
+        """Return class probabilities (n_images, n_classes); see `predictions.predict`."""
+        return predict(self.folder / "model", images, **options)
+
+    def __str__(self) -> str:
+        b, s = self.best, self.summary
+        numbers = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in b["test"].items())
+        return (
+            f"{b['backbone']} (trial {b['trial']} of {len(s['trials'])}): {numbers} on "
+            f"{s['n_images']['test']} test images; {s['decision']}; "
+            f"{s['seconds']['total']:.0f} s; {self.folder}"
+        )
+
+
+def search(
+    dataset: Any,
+    backbones: Any = "demo:*",
+    *,
+    trials: int | None = None,
+    budget: str | float | None = None,
+    engine: str = "optuna",
+    storage: str | None = None,
+    workers: int = 1,
+    keep: int | None = None,
+    objective: str | Sequence[str] = "accuracy",
+    metric: str = "accuracy",
+    max_params: float | None = None,
+    max_latency: float | None = None,
+    space: Any = None,
+    epochs: int | None = None,
+    samples: int | None = None,
+    test: Any = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    plugins: Iterable[str] = (),
+    cache: bool | str | os.PathLike[str] | None = True,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    progress: Any = False,
+) -> SearchResult:
+    """Rank, tune and fine-tune backbones; return the best model and its test.
+
+    The same call with the same `out` goes on with what was interrupted, and may run several times
+    at once, on one machine or on several that share the folder (or, with `storage`, at least the
+    database).
+
+    Parameters
+    ----------
+    dataset : object
+        See `open_dataset`.
+    backbones : str, Backbone, mapping, or an iterable of these, default "demo:*"
+        See `sfda_tune.backbones`.
+    trials : int, optional
+        How many fine-tunings, some of them stopped early. Default: 12 if there is no `budget`.
+    budget : str or float, optional
+        Time for everything, in seconds or as "90s", "45m", "1h30m". Trials are stopped, inside an
+        epoch if need be, so that final training and test fit in.
+    engine : str, default "optuna"
+        See `sfda_tune.engines`.
+    storage : str, optional
+        URL of the engine's database; default: SQLite in `out`.
+    workers : int, default 1
+        Processes that train at the same time; on several GPUs, each its own.
+    keep : int, default 3
+        How many backbones are tuned.
+    objective : "accuracy", or ("accuracy", "latency") or ("accuracy", "params")
+        With two, the front between them is searched; the winner is the best by the first.
+    metric : {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
+        What "accuracy" means.
+    max_params : float, optional
+    max_latency : float, optional
+        Milliseconds for one image on this device. Backbones above a maximum are left out.
+    space : mapping, path or Space, optional
+        What may vary, see `sfda_tune.spaces`; default: `default_space`.
+    epochs : int, optional
+        Of a full trial; default: half of what `FinetuneConfig` says for so many images.
+    samples : int, optional
+        Use a stratified sample of so many images.
+    test : float or data set, optional
+        Part to hold out, or the test images. Default: the data set's own test part, else 0.2.
+    split, image_column, label_column
+        See `open_dataset`.
+    device, precision, plugins, cache
+        See `rank`.
+    seed : int, default 0
+        With one worker, no budget and one objective, the same seed gives the same trials.
+    out : path, optional
+        The folder RUN; default: a new temporary one.
+    progress : bool or Board, default False
+
+    Returns
+    -------
+    SearchResult
+
+    Raises
+    ------
+    ValueError, DatasetError, BackboneError
+        If an argument cannot be understood, nothing satisfies the constraints, `out` holds another
+        search, or no trial came to a value.
+
+    Examples
+    --------
+    >>> found = search("digits", "demo:resnet_glyphs", trials=1, epochs=1, samples=100)
+    >>> found.best["backbone"], found.test["accuracy"] > 0.5
+    ('demo:resnet_glyphs', True)
+    """
+    given = dict(locals())
+    given["out"] = Path(tempfile.mkdtemp(prefix="sfda-tune-") if out is None else out).absolute()
+    given["trials"] = 12 if trials is None and budget is None else trials
+    given["keep"] = KEEP if keep is None else keep
+    given["objective"] = (objective,) if isinstance(objective, str) else tuple(objective)
+    given["plugins"] = tuple(plugins)
+    _check(given)
+    with as_board(progress) as board:
+        _Search(given, board).run()
+    return SearchResult.open(given["out"])
+
+
+def _work(given: dict[str, Any], number: int) -> None:
+    """Be a further worker of a search, in a process of its own."""
+    import torch
+
+    if given["device"] == "auto" and torch.cuda.device_count() > 1:
+        given = given | {"device": f"cuda:{number % torch.cuda.device_count()}"}
+    with as_board(False) as board, suppress(KeyboardInterrupt):
+        _Search(given, board).run(number)
+
+
+class _Search:
+    """A search under way, in one of the processes that share its folder."""
+
+    def __init__(self, given: dict[str, Any], board: Any) -> None:
+        self.given, self.board, self.folder = given, board, given["out"]
+        self.begun, self.spent = time.time(), 0.0
+        self.budget = parse_budget(given["budget"])
+        self.sign = -1.0 if given["metric"] == "log_loss" else 1.0
+        first: Literal["maximize", "minimize"] = "minimize" if self.sign < 0 else "maximize"
+        self.directions = (first, "minimize")[: len(given["objective"])]
+        self.device = resolve_device(given["device"])
+        self.stop = self.deadline = math.inf  # no forward pass after `stop`
+        self.best: Trial | None = None
+
+    def run(self, number: int = 0) -> None:
+        """Go through the stages that are not done yet; helpers (`number` > 0) only tune."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        helpers: list[Any] = []
+        try:
+            with self.lock("stage"):
+                self.begin()
+                if self.is_done("test"):
+                    return
+                self.rank()
+                self.shorten()
+            if number == 0 and not self.is_done("tune"):
+                helpers = self.start_helpers()
+            self.compete()
+            with self.lock("stage"):
+                self.decide()
+            self.tune()
+            if number == 0:
+                for helper in helpers:
+                    helper.join()
+                with self.lock("stage"):
+                    self.finish()
+        except KeyboardInterrupt:
+            with suppress(FileNotFoundError), self.edit() as state:  # or it had not begun
+                state["status"] = "interrupted"
+            raise
+        finally:
+            for helper in helpers:
+                helper.terminate()
+
+    # The folder ---------------------------------------------------------------------------------
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        from filelock import FileLock
+
+        with FileLock(self.folder / f"{name}.lock"):
+            yield
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.folder / "search.json").read_text(encoding="utf-8"))
+
+    @contextmanager
+    def edit(self) -> Iterator[dict[str, Any]]:
+        """Change search.json, one process at a time."""
+        with self.lock("state"):
+            state = self.state
+            yield state
+            seconds = self.spent + time.time() - self.begun
+            state["seconds"]["total"] = max(seconds, state["seconds"]["total"])
+            write_json(self.folder / "search.json", state)
+
+    def is_done(self, name: str) -> bool:
+        return any(s["name"] == name and s["seconds"] is not None for s in self.state["stages"])
+
+    def enter(self, name: str, status: str) -> None:
+        """Note that a stage begins, or goes on."""
+        self.board.enter(name)
+        with self.edit() as state:
+            state["status"] = status
+            if all(s["name"] != name for s in state["stages"]):
+                entry = {"name": name, "started": time.time(), "seconds": None, "note": ""}
+                state["stages"].append(entry)
+
+    def leave(self, name: str, note: str, **changes: Any) -> None:
+        """Note that a stage is done, and what it found."""
+        with self.edit() as state:
+            entry = next(s for s in state["stages"] if s["name"] == name)
+            if entry["seconds"] is None:  # all that other stages did not take, nor any pause
+                others = sum(s["seconds"] or 0.0 for s in state["stages"])
+                spent = self.spent + time.time() - self.begun
+                entry |= {"seconds": max(0.0, spent - others), "note": note}
+            state |= changes
+        self.board.leave(name, note)
+
+    def begin(self) -> None:
+        """Open data and candidates; begin the folder, or check that it is of this search."""
+        g = self.given
+        self.space = None if g["space"] is None else open_space(g["space"])
+        candidates = resolve_backbones(g["backbones"], plugins=g["plugins"])
+        self.backbones = {b.name: b for b in candidates}
+        self.engine = load_engine(g["engine"])
+        self.parts, self.rows, self.test_source = split_images(g)
+        config = {"format": 1, "sfda_tune": sfda_tune.__version__, **_jsonable(g)}
+        config["data"] = fingerprint(self.parts)
+        n = len(self.parts["train"])
+        self.space = self.space or default_space(n)
+        auto = max(5, round(30 * min(1, 200 / n) ** (1 / 3)))
+        self.epochs = g["epochs"] or max(3, round(auto / 2))
+        fixed = {k: v for k, v in config.items() if k not in FREE}
+        common = [[k, v] for k, v in sorted(fixed.items()) if k not in LOCAL]
+        digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=8)
+        self.name = f"sfda-tune {digest.hexdigest()}"
+        path = self.folder / "config.json"
+        if path.is_file():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            for key in fixed:
+                if key != "sfda_tune" and old.get(key) != fixed[key]:
+                    raise ValueError(
+                        f"`out` {str(self.folder)!r} holds a search with {key} {old.get(key)!r}, "
+                        f"but now {key} is {fixed[key]!r}; take the same, or another folder."
+                    )
+            self.spent = self.state["seconds"]["total"]
+        else:
+            self.create(config)
+        if self.budget is not None:
+            self.deadline = self.begun + self.budget - self.spent
+
+    def create(self, config: dict[str, Any]) -> None:
+        g = self.given
+        write_json(self.folder / "environment.json", _environment(self.device, g["engine"]))
+        write_json(
+            self.folder / "splits.json",
+            {"fingerprint": config["data"], **self.rows, "test_source": self.test_source},
+        )
+        state = {
+            "format": 1, "status": "ranking", "dataset": self.parts["train"].name,
+            "classes": list(self.parts["train"].classes),
+            "n_images": {name: len(part) for name, part in self.parts.items()},
+            "stages": [], "candidates": list(self.backbones), "excluded": {}, "survivors": [],
+            "separable": None, "decision": "", "objectives": list(g["objective"]),
+            "metric": g["metric"], "engine": g["engine"], "storage": _redact(g["storage"]),
+            "trials": [], "short_trials": [], "best": None, "front": [], "costs": {},
+            "seconds": {"total": 0.0, "train_everything_estimate": None},
+        }  # fmt: skip
+        write_json(self.folder / "search.json", state)
+        write_json(self.folder / "config.json", config)  # last: whoever finds it finds all
+
+    # Rank and shortlist -------------------------------------------------------------------------
+    @cached_property
+    def ranking(self) -> Ranking:
+        return Ranking.from_json(self.folder / "ranking.json")
+
+    def rank(self) -> None:
+        if self.is_done("rank"):
+            return
+        g = self.given
+        self.enter("rank", "ranking")
+        costs, excluded = self.measure_costs()
+        admitted = [b for name, b in self.backbones.items() if name not in excluded]
+        if not admitted:
+            name, why = next(iter(excluded.items()))
+            raise ValueError(
+                f"`backbones` leave none to rank, all {len(excluded)} are excluded; {name}: {why}"
+            )
+        watch = _Watch(self.board, self.begun + RANK_SHARE * (self.deadline - self.begun))
+        try:
+            ranking = rank(
+                self.parts["train"], admitted, seed=g["seed"], device=self.device,
+                precision=g["precision"], cache=g["cache"], plugins=g["plugins"], progress=watch,
+            )  # fmt: skip
+        except RankingInterruptedError as stop:
+            if not watch.is_over:
+                raise
+            ranking = stop.ranking
+        if len(ranking.failed) == len(ranking):
+            name, why = next(iter(ranking.failed.items()))
+            raise ValueError(f"no backbone could be ranked; {name}: {why}")
+        ranking.to_json(self.folder / "ranking.json")
+        excluded |= ranking.failed
+        note = f"{len(ranking) - len(ranking.failed)} of {len(self.backbones)} backbones ranked"
+        self.leave("rank", note, excluded=excluded, costs=costs)
+
+    def measure_costs(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return parameters and, if they matter, latencies; and who breaks a constraint."""
+        g, costs, excluded = self.given, {}, {}
+        timed = g["max_latency"] is not None or "latency" in g["objective"]
+        for name, backbone in self.backbones.items():
+            cost: dict[str, Any] = dict.fromkeys(("latency_ms", "n_params", "seconds_per_epoch"))
+            costs[name] = cost
+            try:
+                n = cost["n_params"] = describe(backbone).n_params
+                if g["max_params"] is not None and n > g["max_params"]:
+                    excluded[name] = f"{n / 1e6:.3g} M parameters > {g['max_params'] / 1e6:.3g} M"
+                elif timed:
+                    ms = cost["latency_ms"] = measure_latency(backbone, self.device)
+                    if g["max_latency"] is not None and ms > g["max_latency"]:
+                        excluded[name] = f"{ms:.3g} ms > {g['max_latency']:.3g} ms on this device"
+            except Exception as error:  # a backbone that cannot be opened is one candidate less
+                excluded[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return costs, excluded
+
+    def shorten(self) -> None:
+        """Choose the survivors, or find out that the ranking cannot."""
+        if self.is_done("shortlist") or self.state["separable"] is not None:
+            return
+        self.enter("shortlist", "ranking")
+        keep, scored = self.given["keep"], self.ranking.shortlist(len(self.ranking))
+        why = [d.message for d in diagnose(self.ranking) if d.kind in ("ties", "few_samples")]
+        try:
+            plausible = self.ranking.shortlist(probability=0.95)
+        except ValueError as error:  # the metric is no mean over images
+            plausible, why = scored, [*why, str(error)]
+        plausible = sorted(plausible, key=scored.index)
+        if len(scored) <= keep:
+            decision = f"all {len(scored)} ranked backbones are tuned, for `keep` is {keep}"
+            self.settle(True, scored, {name: self.ranking[name] for name in scored}, decision)
+        elif len(plausible) <= keep and not why:
+            decision = (
+                f"the ranking is clear: with probability .95 the best by score is among "
+                f"{', '.join(plausible)}; the first {keep} are tuned"
+            )
+            kept = [*plausible, *(name for name in scored if name not in plausible)][:keep]
+            self.settle(True, kept, {name: self.ranking[name] for name in kept}, decision)
+        else:
+            plausible = [
+                n for n in scored if n in plausible or n in scored[: 2 * keep * bool(why)]
+            ]
+            reason = why[0] if why else f"{len(plausible)} backbones may be the best by score"
+            with self.edit() as state:
+                state["separable"], state["plausible"] = False, plausible
+                state["decision"] = f"the ranking abstains: {reason}"
+
+    def settle(
+        self, separable: bool, kept: list[str], scores: Mapping[str, float], decision: str
+    ) -> None:
+        found = {"separable": separable, "survivors": kept, "decision": decision}
+        scores = {name: scores[name] for name in kept}
+        self.leave("shortlist", decision, **found, scores=scores)
+
+    def compete(self) -> None:
+        """Give each plausible candidate a short fine-tuning with the default parameters."""
+        from filelock import FileLock, Timeout
+
+        if self.is_done("shortlist"):
+            return
+        assert self.space is not None
+        params, names = self.space.default(), self.state["plausible"]
+        self.stop = time.time() + SHORT_SHARE * (self.deadline - time.time())
+        for patience in (0, -1):  # first those that nobody has, then wait for the others
+            for k, name in enumerate(names):
+                folder = self.folder / "trials" / f"short-{k}"
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    with FileLock(folder / "worker.lock", timeout=patience):
+                        if time.time() < self.stop and not (folder / "trial.json").is_file():
+                            self.board.say(f"short fine-tuning of {name}", k, len(names))
+                            trial = Trial(k, name, params, folder.name, started=time.time())
+                            trial = attempt(self.train_shortly, trial, lambda _: False)
+                            write_json(folder / "trial.json", asdict(trial))
+                except Timeout:
+                    continue
+
+    def decide(self) -> None:
+        """Keep the best of the short fine-tunings."""
+        if self.is_done("shortlist"):
+            return
+        state, keep = self.state, self.given["keep"]
+        found = sorted((self.folder / "trials").glob("short-*/trial.json"))
+        short = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+        values = {t["backbone"]: self.sign * t["value"] for t in short if t["value"] is not None}
+        order = sorted(values, key=lambda name: -values[name])
+        order += [name for name in state["plausible"] if name not in values]
+        low = min(values.values(), default=0.0)
+        scores = {name: values.get(name, low - k - 1) for k, name in enumerate(order)}
+        with self.edit() as state:
+            state["short_trials"] = short
+        kept = order[:keep]
+        decision = (
+            f"{state['decision']}; short fine-tunings of {len(values)} candidates decided "
+            f"for {', '.join(kept)}"
+        )
+        self.settle(False, kept, scores, decision)
+
+    # Tune ---------------------------------------------------------------------------------------
+    def start_helpers(self) -> list[Any]:
+        """Start the other workers: processes that make the same call."""
+        workers = self.given["workers"]
+        if workers == 1:
+            return []
+        spawn = multiprocessing.get_context("spawn")
+        given = self.given | {"progress": False}
+        helpers = [spawn.Process(target=_work, args=(given, k)) for k in range(1, workers)]
+        try:
+            for helper in helpers:
+                helper.start()
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"`workers` must be 1 but is {workers}: data or backbones cannot be sent to other "
+                f"processes ({error}); use module-level functions instead of lambdas."
+            ) from error
+        return helpers
+
+    def tune(self) -> None:
+        if self.is_done("tune"):
+            return
+        assert self.space is not None
+        g, state = self.given, self.state
+        self.enter("tune", "tuning")
+        self.limit()
+        job = Job(
+            name=self.name, folder=self.folder, scores=state["scores"], space=self.space,
+            directions=self.directions, n_epochs=self.epochs, n_trials=g["trials"],
+            storage=g["storage"], seed=g["seed"], train=self.train_fully, tell=self.tell,
+            is_over=lambda: time.time() >= self.stop,
+        )  # fmt: skip
+        trials = self.engine(job)
+        self.tell(trials)
+        if self.best is None:
+            failed = next((f": {t.error}" for t in trials if t.error), "")
+            raise ValueError(
+                f"none of {len(trials)} trials came to a value{failed}"
+                + ("" if self.budget is None else f"; `budget` was {self.budget:.0f} s")
+            )
+        spent = self.budget is not None and (g["trials"] or math.inf) > len(trials)
+        note = f"{len(trials)} trials" + (", then the budget was spent" if spent else "")
+        self.leave("tune", note)
+
+    def train_shortly(self, trial: Trial) -> Iterator[Trial]:
+        return self.train(trial, max(1, min(3, self.epochs // 4)))
+
+    def train_fully(self, trial: Trial) -> Iterator[Trial]:
+        return self.train(trial, self.epochs)
+
+    def config(self, params: Mapping[str, Any], epochs: int) -> FinetuneConfig:
+        assert self.space is not None
+        g = self.given
+        more = {"monitor": g["metric"], "seed": g["seed"], "precision": g["precision"]}
+        return self.space.config(params, epochs=epochs, **more)
+
+    def train(self, trial: Trial, epochs: int) -> Iterator[Trial]:
+        """Fine-tune on the training images; yield the trial after every epoch."""
+        with (
+            stop_when(lambda: time.time() >= self.stop),
+            finetune(
+                self.backbones[trial.backbone],
+                self.parts["train"],
+                self.config(trial.params, epochs),
+                val=self.parts["val"],
+                checkpoint_dir=self.folder / "trials" / trial.folder,
+                device=self.device,
+            ) as run,
+        ):
+            if run.history:  # of a dead worker
+                yield self.describe(trial, run)
+            for _ in run:
+                yield self.describe(trial, run)
+
+    def describe(self, trial: Trial, run: FineTuning) -> Trial:
+        """Return the trial as it stands after the last epoch."""
+        metric, last = self.given["metric"], run.history[-1]
+        epochs = tuple(
+            {
+                "number": e.number,
+                "value": getattr(e, metric),
+                "log_loss": e.log_loss,
+                "train_loss": e.train_loss if math.isfinite(e.train_loss) else None,
+                "seconds": e.seconds,
+            }
+            for e in run.history
+        )
+        cost = self.state["costs"][trial.backbone]
+        costs = {"latency": cost["latency_ms"], "params": cost["n_params"]}
+        values = (last.best, *(float(costs[name]) for name in self.given["objective"][1:]))
+        seconds = max(time.time() - trial.started, sum(e["seconds"] for e in epochs))
+        return replace(trial, value=last.best, values=values, seconds=seconds, epochs=epochs)
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """Hear of all trials: write them down, show them, delete weights nobody needs any more."""
+        known = [t for t in trials if t.value is not None]
+        self.best = max(known, key=self.goodness, default=None)
+        self.limit()
+        with self.edit() as state:
+            if any(s["name"] == "train" for s in state["stages"]):  # another process was quicker
+                return
+            state["trials"] = [asdict(t) for t in trials]
+            state["front"] = self.find_front(known)
+            for name, cost in state["costs"].items():
+                spent = [e["seconds"] for t in known if t.backbone == name for e in t.epochs[1:]]
+                cost["seconds_per_epoch"] = float(np.mean(spent)) if spent else None
+            state["seconds"]["train_everything_estimate"] = self.estimate(state["costs"], known)
+            if self.best is not None:
+                state["best"] = self.summarise(self.best, state["costs"])
+        for t in trials:
+            if t.state != "running" and t != self.best:
+                for weights in (self.folder / "trials" / t.folder).glob("*.safetensors"):
+                    weights.unlink(missing_ok=True)
+        self.board.show(trials, self.best, self.given["trials"], self.stop)
+
+    def goodness(self, trial: Trial) -> tuple[float, float, int]:
+        """Return what to compare trials by: the value; equal ones by the log-loss there."""
+        values = [e["value"] for e in trial.epochs]
+        at = values.index(trial.value)
+        losses = [e["log_loss"] for e in trial.epochs[at:] if e["value"] == trial.value]
+        return self.sign * float(trial.value or 0.0), -min(losses), -trial.number
+
+    def best_epoch(self, trial: Trial) -> dict[str, Any]:
+        return max(trial.epochs, key=lambda e: (self.sign * e["value"], -e["log_loss"]))
+
+    def summarise(self, trial: Trial, costs: Mapping[str, Any]) -> dict[str, Any]:
+        at = self.best_epoch(trial)
+        return {
+            "trial": trial.number,
+            "backbone": trial.backbone,
+            "params": dict(trial.params),
+            "val": {self.given["metric"]: trial.value, "log_loss": at["log_loss"]},
+            "epochs": at["number"],
+            "test": None,
+            **{k: costs[trial.backbone][k] for k in ("latency_ms", "n_params")},
+        }
+
+    def find_front(self, trials: Sequence[Trial]) -> list[int]:
+        """Return the trials that no other one beats in all objectives."""
+        if len(self.directions) == 1:
+            return []
+        signs = np.array([1.0 if d == "maximize" else -1.0 for d in self.directions])
+        points = {t.number: signs * np.array(t.values) for t in trials}
+        return [
+            n
+            for n, p in points.items()
+            if not any((q >= p).all() and (q > p).any() for q in points.values())
+        ]
+
+    def estimate(self, costs: Mapping[str, Any], trials: Sequence[Trial]) -> float | None:
+        """Return what as many epochs for every candidate as the longest trial had would take.
+
+        A backbone that was not tuned: by its forward speed, compared with those that were.
+        """
+        longest = max((t.epochs[-1]["number"] for t in trials), default=0)
+        speed = {s.backbone: s.details.get("images_per_second") for s in self.ranking.scores}
+        known = {n: c["seconds_per_epoch"] for n, c in costs.items() if c["seconds_per_epoch"]}
+        ratios = [seconds * speed[n] for n, seconds in known.items() if speed.get(n)]
+        if not ratios:
+            return None
+        each = [known.get(n, np.median(ratios) / s) for n, s in speed.items() if n in known or s]
+        return float(longest * sum(each))
+
+    def limit(self) -> None:
+        """Say when trials must stop, so that training and testing the best fits in."""
+        if self.budget is None:
+            return
+        needed = self.seconds_to_test() + self.seconds_to_train()
+        if self.seconds_to_train() > RETRAIN_SHARE * self.budget:
+            needed = self.seconds_to_test()  # its checkpoint will do
+        self.stop = self.deadline - needed
+
+    def seconds_to_test(self) -> float:
+        if self.best is None:
+            return 0.05 * (self.budget or 0.0) + 0.5
+        speed = self.ranking.score(self.best.backbone).details.get("images_per_second") or 100.0
+        return 1.0 + 2 * len(self.parts["test"]) / speed
+
+    def seconds_to_train(self) -> float:
+        """Return how long the best takes on training and validation images."""
+        if self.best is None:
+            return 0.0
+        last = self.best_epoch(self.best)["number"]
+        spent = sum(e["seconds"] for e in self.best.epochs if e["number"] <= last)
+        return 0.5 + 1.2 * spent * (1 + len(self.parts["val"]) / len(self.parts["train"]))
+
+    # Train and test -----------------------------------------------------------------------------
+    def finish(self) -> None:
+        if self.is_done("test"):
+            return
+        if self.best is None:  # another process has tuned
+            trials = [_trial(entry) for entry in self.state["trials"]]
+            self.best = max((t for t in trials if t.value is not None), key=self.goodness)
+        if not self.is_done("train"):
+            self.enter("train", "training")
+            self.leave("train", self.train_winner(self.best))
+        self.enter("test", "testing")
+        result = self.test(self.best)
+        spent = any("budget" in s["note"] for s in self.state["stages"])
+        self.leave("test", f"accuracy {result['accuracy']:.4f}")
+        with self.edit() as state:
+            state["status"] = "budget spent" if spent else "done"
+            state["best"] = self.summarise(self.best, state["costs"]) | {
+                "test": result,
+                "latency_ms": self.latency,
+            }
+
+    def train_winner(self, best: Trial) -> str:
+        """Write RUN/model and return how it came about."""
+        backbone, val = self.backbones[best.backbone], self.parts["val"]
+        config, last = self.config(best.params, self.epochs), self.best_epoch(best)["number"]
+        both = join(self.parts["train"], val)
+        self.stop = self.deadline - self.seconds_to_test()
+        has_checkpoint = any((self.folder / "trials" / best.folder).glob("*.safetensors"))
+        if not has_checkpoint or time.time() + self.seconds_to_train() <= self.stop:
+            folder = self.folder / "trials" / "final"
+            run = _ToTheEnd(backbone, (both, val), config, folder, True, self.device, None)
+            with suppress(OutOfTimeError, ValueError), stop_when(lambda: time.time() > self.stop):
+                with run:
+                    while (run.history[-1].number if run.history else -1) < last:
+                        next(run)
+                self.save(run, best, "train and val")
+                return f"{last} epochs on training and validation images"
+        parts, folder = self.parts, self.folder / "trials" / best.folder
+        run = finetune(
+            backbone, parts["train"], config, val=val, checkpoint_dir=folder, device=self.device
+        )
+        self.save(run, best, "train")
+        return "the weights of the best trial, for want of time: the budget was spent"
+
+    def save(self, run: FineTuning, best: Trial, images: str) -> None:
+        folder = run.save_model(self.folder / "model")
+        path = folder / "provenance.json"
+        note = {"trial": best.number, "images": images, "val": self.best_epoch(best)}
+        provenance = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**provenance, "search": note})
+
+    def test(self, best: Trial) -> dict[str, float]:
+        """Return the metrics on the test images; write predictions and the hardest images."""
+        own = self.backbones[best.backbone] if self.backbones[best.backbone].load else None
+        g, images = self.given, self.parts["test"]
+        model = load_model(self.folder / "model", backbone=own, plugins=g["plugins"])
+        p = predict(model, images, device=self.device, precision=g["precision"])
+        rows = np.flatnonzero(np.isfinite(p).all(1))
+        write_predictions(self.folder, images, p, rows)
+        self.latency = _time_forward(model.module, model.preprocessing, self.device)
+        return measure(images.labels[rows], p[rows])
+
+
+class _ToTheEnd(FineTuning):
+    """Keeps the last weights: it has no unseen images to choose the epoch by."""
+
+    def _goodness(self, epoch: Any) -> tuple[float, float]:
+        return float(epoch.number), 0.0
+
+
+class _Watch:
+    """Passes on the progress of a ranking, and interrupts it at its deadline."""
+
+    def __init__(self, board: Any, deadline: float) -> None:
+        self.start, self.finish, self._board = board.start, board.finish, board
+        self.deadline, self.is_over = deadline, False
+
+    def advance(self, backbone: str, n_images: int) -> None:
+        self._board.advance(backbone, n_images)
+        if time.time() > self.deadline:
+            self.is_over = True
+            raise KeyboardInterrupt
+
+
+# Parts ------------------------------------------------------------------------------------------
+@contextmanager
+def stop_when(is_over: Callable[[], bool]) -> Iterator[None]:
+    """Raise `OutOfTimeError` from the next forward pass of any network once `is_over`."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def look(module: Any, inputs: Any) -> None:
+        if is_over():
+            raise OutOfTimeError("the time budget is spent")
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def measure_latency(backbone: Backbone, device: str = "auto") -> float:
+    """Return the milliseconds that a forward pass with one image takes: the median of several.
+
+    >>> (backbone,) = resolve_backbones("demo:resnet_glyphs")
+    >>> 0 < measure_latency(backbone, "cpu") < 10_000
+    True
+    """
+    module, preprocessing = load(backbone)
+    return _time_forward(module, preprocessing, resolve_device(device))
+
+
+def _time_forward(module: Any, preprocessing: Any, device: str) -> float:
+    import torch
+    from PIL import Image
+
+    pixels = preprocessing.build()(Image.new("RGB", (256, 256)))
+    x = preprocessing.normalize(torch.stack([pixels])).to(device)
+    module, times = module.to(device), []
+    until = time.perf_counter() + 0.5
+    with torch.inference_mode():
+        while len(times) < 4 or (len(times) < 30 and time.perf_counter() < until):
+            started = time.perf_counter()
+            module(x).sum().item()  # waits for the device
+            times.append(time.perf_counter() - started)
+    return 1000 * float(np.median(times[1:]))  # the first one warms up
+
+
+def parse_budget(budget: str | float | None) -> float | None:
+    """Return seconds.
+
+    >>> parse_budget("1h30m"), parse_budget("90s"), parse_budget(5)
+    (5400.0, 90.0, 5.0)
+    """
+    seconds = budget
+    if isinstance(budget, str):
+        found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", budget.strip())
+        parts = [float(part or 0) for part in found.groups()] if found else [0.0]
+        seconds = float(np.dot(parts, [3600, 60, 1][: len(parts)]))
+    if seconds is not None and not 0 < float(seconds) < math.inf:
+        raise ValueError(f"`budget` must be a time such as '2h', '45m' or 90 but is {budget!r}.")
+    return None if seconds is None else float(seconds)
+
+
+def _check(g: Mapping[str, Any]) -> None:
+    def require(name: str, rule: str, holds: bool) -> None:
+        if not holds:
+            raise ValueError(f"`{name}` must be {rule} but is {g[name]!r}.")
+
+    for name in ("trials", "workers", "keep", "epochs", "samples"):
+        is_count = isinstance(g[name], int) and not isinstance(g[name], bool)
+        optional = g[name] is None and name not in ("workers", "keep")
+        require(name, "an integer ≥ 1", optional or (is_count and g[name] >= 1))
+    for name in ("max_params", "max_latency"):
+        require(name, "a number > 0", g[name] is None or g[name] > 0)
+    allowed = (("accuracy",), ("accuracy", "latency"), ("accuracy", "params"))
+    require("objective", f"one of {allowed}", g["objective"] in allowed)
+    require("metric", f"one of {MONITORS}", g["metric"] in MONITORS)
+    if isinstance(g["test"], float):
+        require("test", "in (0, 1), or a data set", 0 < g["test"] < 1)
+    parse_budget(g["budget"])
+    if g["out"].exists() and not g["out"].is_dir():
+        raise ValueError(f"`out` must be a folder but {str(g['out'])!r} is a file.")
+
+
+def _jsonable(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments as JSON values; data and networks in memory by their type."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, (str, Backbone)) for v in value):
+            return [plain(v) for v in value]
+        if isinstance(value, Backbone):
+            return value.name
+        if value is None or isinstance(value, (str, int, float, bool)):
+            return value
+        return str(value) if isinstance(value, os.PathLike) else f"<{type(value).__name__}>"
+
+    config = {name: plain(value) for name, value in given.items()}
+    if given["space"] is not None:
+        config["space"] = open_space(given["space"]).to_dict()
+    return config | {"storage": _redact(given["storage"])}
+
+
+def _redact(url: str | None) -> str | None:
+    return None if url is None else re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
+def _environment(device: str, engine: str) -> dict[str, Any]:
+    import torch
+
+    versions: dict[str, str] = {"sfda-tune": sfda_tune.__version__}
+    for package in ("torch", "timm", "numpy", "scipy", engine):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {
+        "format": 1,
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "cpu_count": os.cpu_count(),
+        "gpu": gpu,
+    }
+
+
+def _trial(entry: Mapping[str, Any]) -> Trial:
+    values = entry["values"] and tuple(entry["values"])
+    return Trial(**{**entry, "values": values, "epochs": tuple(entry["epochs"])})

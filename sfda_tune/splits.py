@@ -1,0 +1,131 @@
+"""The images of a search: for training, validation and test; and what it writes about them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.datasets import DatasetError, ImageDataset, open_dataset
+from sfda_tune.values import write_text
+
+__all__ = ["fingerprint", "join", "split_images", "write_csv", "write_json", "write_predictions"]
+
+HELD_OUT = 0.2  # of the images for the test, then of the others for validation
+
+
+def split_images(
+    g: Mapping[str, Any],
+) -> tuple[dict[str, ImageDataset], dict[str, list[int]], str]:
+    """Return the parts "train", "val" and "test", their rows, and where the test part is from.
+
+    The data set's own parts, where it has them; else stratified ones. `g` are arguments of
+    `sfda_tune.search`.
+    """
+    columns = {k: g[k] for k in ("image_column", "label_column")}
+    whole = open_dataset(g["dataset"], split=g["split"], **columns)
+    whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
+    own: dict[str, ImageDataset] = {}
+    for name in ("val", "test") if g["split"] is None else ():
+        with suppress(DatasetError):  # it has no such part, or one without labels
+            own[name] = open_dataset(g["dataset"], split=name, **columns)
+    source, fraction = "own part" if "test" in own else "held out", HELD_OUT
+    if isinstance(g["test"], float):
+        own.pop("test", None)
+        source, fraction = "held out", g["test"]
+    elif g["test"] is not None:
+        own["test"], source = open_dataset(g["test"], **columns), "given"
+    parts: dict[str, ImageDataset] = {}
+    rows: dict[str, list[int]] = {}
+    rest = np.arange(len(whole))
+    for name, share in (("test", fraction), ("val", HELD_OUT)):
+        if name in own:
+            parts[name] = _relabel(own[name], whole)
+            rows[name] = list(range(len(own[name])))
+            continue
+        kept = whole.subset(rest).sample_rows(round(len(rest) * (1 - share)), g["seed"])
+        out = np.setdiff1d(np.arange(len(rest)), kept)
+        parts[name], rows[name] = whole.subset(rest[out]), rest[out].tolist()
+        rest = rest[kept]
+    parts["train"], rows["train"] = whole.subset(rest), rest.tolist()
+    empty = [name for name, part in parts.items() if len(part) == 0]
+    if empty:
+        raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
+    return parts, rows, source
+
+
+def fingerprint(parts: Mapping[str, ImageDataset]) -> str:
+    """Return a digest of all labels, and of at most 1,000 images of each part."""
+    found = []
+    for name, part in parts.items():
+        rows = np.unique(np.linspace(0, len(part) - 1, 1000).astype(int))
+        found.append([name, part.labels.tolist(), list(part.classes), part.digests(rows)])
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
+
+
+def _relabel(data: ImageDataset, like: ImageDataset) -> ImageDataset:
+    """Give images of a part the codes that their classes have in another part."""
+    code = {name: c for c, name in enumerate(like.classes)}
+    unknown = [name for name in data.classes if name not in code]
+    if unknown:
+        raise DatasetError(
+            f"{data.name!r} has classes that the training images lack: {', '.join(unknown[:5])}; "
+            "remove them, or add training images."
+        )
+    labels = np.array([code[data.classes[c]] for c in data.labels])
+    return ImageDataset(data.name, data.items, labels, like.classes, data.origin)
+
+
+def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:
+    """Return the images of both; `b` has the classes of `a`."""
+    labels = np.concatenate([a.labels, b.labels])
+    origin = np.concatenate([a.origin, b.origin])
+    return ImageDataset(a.name, [*a.items, *b.items], labels, a.classes, origin)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table, atomically."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: Any) -> None:
+    """Write test_predictions.csv and the 12 images with the lowest probability of their label."""
+    classes = images.classes
+    table = [["item", "label", "predicted", "confidence", *(f"p_{c}" for c in classes)]]
+    for row in rows:
+        label, guess = classes[images.labels[row]], classes[p[row].argmax()]
+        numbers = [f"{x:.6g}" for x in (p[row].max(), *p[row])]
+        table.append([images.item_name(row), label, guess, *numbers])
+    write_csv(folder / "test_predictions.csv", table)
+    (folder / "hardest").mkdir(exist_ok=True)
+    right = p[rows, images.labels[rows]]
+    entries = []
+    for k, i in enumerate(np.argsort(right, kind="stable")[:12]):
+        row, file = rows[i], f"{k:02d}.png"
+        image = images.load(row)
+        image.thumbnail((160, 160))
+        image.save(folder / "hardest" / file)
+        entries.append(
+            {
+                "file": file,
+                "item": images.item_name(row),
+                "label": classes[images.labels[row]],
+                "predicted": classes[p[row].argmax()],
+                "p_label": float(right[i]),
+            }
+        )
+    write_json(folder / "hardest" / "hardest.json", entries)

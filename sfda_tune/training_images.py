@@ -1,0 +1,288 @@
+"""Images for fine-tuning: decoded once, kept in memory where they fit, augmented per epoch."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sfda_tune import extraction
+from sfda_tune.datasets import ImageDataset, UnreadableImage
+from sfda_tune.images import one_line
+from sfda_tune.preprocessing import Geometry, Preprocessing
+from sfda_tune.recipe import FinetuneConfig
+
+__all__ = [
+    "Augmented",
+    "Images",
+    "Order",
+    "augmentation",
+    "collate",
+    "own_randomness",
+    "plain_view",
+    "same",
+    "seed_streams",
+    "shrink",
+    "split",
+    "train_loader",
+]
+
+Batch = tuple[list[int], list[Any], dict[int, str]]  # rows, tensors, unreadable row → reason
+
+
+def seed_streams(*key: int) -> None:
+    """Seed the global streams, which timm, torchvision and torch draw from."""
+    import torch
+
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - timm's mixup and AugMix draw from it
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` formats a traceback each time
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextmanager
+def own_randomness(device: str) -> Iterator[None]:
+    """Give the global random streams back as they were."""
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = []
+    if device.startswith("cuda"):
+        index = torch.device(device).index
+        devices = [torch.cuda.current_device() if index is None else index]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def split(
+    dataset: ImageDataset, val: ImageDataset | None, config: FinetuneConfig
+) -> tuple[ImageDataset, ImageDataset]:
+    """Return training and validation images, with the same codes for the classes."""
+    n, n_classes = len(dataset), len(np.unique(dataset.labels))
+    if n_classes < 2:
+        raise ValueError(
+            f"`dataset` must have images of at least two classes but has {n} of {n_classes}."
+        )
+    if val is None:  # every class gets its first two images for training
+        n_train = max(n_classes, round(n * (1 - config.val_fraction)))
+        if n_train >= n:
+            raise ValueError(
+                f"`dataset` has {n} images, too few to hold out val_fraction="
+                f"{config.val_fraction:g} of them beside one of each class; pass `val`."
+            )
+        rows = dataset.sample_rows(n_train, config.seed)
+        return dataset.subset(rows), dataset.subset(np.setdiff1d(np.arange(n), rows))
+    unknown = sorted({val.classes[c] for c in np.unique(val.labels)} - set(dataset.classes))
+    if unknown or not len(val):
+        raise ValueError(
+            f"`val` must hold images of the classes of `dataset` but has {len(val)} images, with "
+            f"the unknown classes {unknown}."
+        )
+    code = {name: c for c, name in enumerate(dataset.classes)}
+    labels = np.array([code.get(val.classes[c], -1) for c in val.labels])
+    return dataset, ImageDataset(val.name, val.items, labels, dataset.classes, val.origin)
+
+
+class Images:
+    """The images of a data set after `prepare`, in memory if all fit (`kept`), else made anew.
+
+    An image is cached after what is the same in every epoch: `shrink` for training, the whole
+    geometry for validation.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, prepare: Callable[[Any], Any], workers: int | None
+    ) -> None:
+        self.dataset, self.prepare = dataset, prepare
+        if workers is None:  # as the extraction does
+            pooled = multiprocessing.parent_process() is not None
+            workers = 0 if pooled or extraction._in_memory(dataset) else extraction._cores()
+        if multiprocessing.current_process().daemon:  # may have no children
+            workers = 0
+        self.workers = min(workers, -(-len(dataset) // extraction.DECODE_BATCH))
+        self.kept: list[Any] | None = None
+        self._keep()
+
+    def _keep(self) -> None:
+        import psutil
+
+        budget = min(extraction.PIXEL_BYTES, psutil.virtual_memory().available // 4)
+        kept: list[Any] = []
+        size = 0
+        for batch in _loader(self, extraction.DECODE_BATCH, list, self.workers):
+            kept += batch
+            size += sum(getattr(item, "nbytes", 0) for item in batch)
+            if size / len(kept) * len(self) > budget:
+                return
+        self.kept = kept
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> Any:
+        """Return the prepared image, or the reason why there is none."""
+        if self.kept is not None:
+            return self.kept[row]
+        try:
+            return self.prepare(self.dataset.load(row))
+        except UnreadableImage as error:
+            return error.reason
+        except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
+            return one_line(f"{type(error).__name__}: {error}")
+
+    def batches(self, size: int, view: Callable[[Any], Any]) -> Iterator[Batch]:
+        """Yield all images in order, `view` applied."""
+        workers = 0 if self.kept is not None else self.workers
+        yield from _loader(_Viewed(self, view), size, collate, workers)
+
+
+def _loader(items: Any, size: int, collate_fn: Callable[[Any], Any], workers: int) -> Any:
+    import torch
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        items,
+        batch_size=size,
+        collate_fn=collate_fn,
+        num_workers=workers,
+        generator=torch.Generator(),  # the caller's stream stays as it is
+    )
+
+
+class _Viewed:
+    def __init__(self, images: Images, view: Callable[[Any], Any]) -> None:
+        self.images, self.view = images, view
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[int, Any]:
+        item = self.images[row]
+        return row, item if isinstance(item, str) else self.view(item)
+
+
+class Augmented(_Viewed):
+    """Items (epoch, row): the image as it looks in that epoch, whoever asks for it."""
+
+    def __init__(self, images: Images, view: Callable[[Any], Any], seed: int) -> None:
+        super().__init__(images, view)
+        self.seed = seed
+
+    def __getitem__(self, key: Any) -> tuple[int, Any]:
+        epoch, row = key
+        seed_streams(0, self.seed, epoch, row)
+        return super().__getitem__(row)
+
+
+def collate(items: list[tuple[int, Any]]) -> Batch:
+    """Sort out the unreadable images of a batch."""
+    good = [(row, tensor) for row, tensor in items if not isinstance(tensor, str)]
+    bad = {row: reason for row, reason in items if isinstance(reason, str)}
+    return [row for row, _ in good], [tensor for _, tensor in good], bad
+
+
+class Order:
+    """The batches of an epoch: a permutation named by (seed, epoch), cut into even parts.
+
+    No part holds a single image, which batch normalisation cannot train on.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.seed, self.epoch = n, seed, 0
+        self.n_batches = max(1, min(-(-n // batch_size), n // 2))
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n)
+        for part in np.array_split(order, self.n_batches):
+            yield [(self.epoch, int(row)) for row in part]
+
+
+def train_loader(
+    images: Images,
+    half: Preprocessing,
+    order: Order,
+    config: FinetuneConfig,
+    workers: int | None,
+    device: str,
+) -> Any:
+    """Return the batches of an epoch, augmented, again and again."""
+    from torch.utils.data import DataLoader
+
+    # On a CPU the training itself keeps the cores busy, if nothing needs decoding.
+    spare = images.kept is None or device != "cpu"
+    workers = images.workers if spare or workers is not None else 0
+    items: Any = Augmented(images, augmentation(half, config.augmentation), config.seed)
+    return DataLoader(
+        items,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.startswith("cuda"),
+    )
+
+
+class shrink:  # noqa: N801 - used as a function; a class, because a closure cannot be pickled
+    """Image → uint8 array, no larger than random crops of the backbone's input size need."""
+
+    def __init__(self, geometry: Geometry, arguments: Mapping[str, Any]) -> None:
+        smallest = math.sqrt(min(arguments.get("scale") or (0.08,)))
+        largest = max(geometry.input_size[1:])
+        self.side = math.ceil(largest / max(0.5, min(smallest, geometry.crop_pct)))
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Return the pixels (height, width, 3)."""
+        factor = self.side / min(image.size)
+        if factor < 1:
+            size = [max(1, round(length * factor)) for length in image.size]
+            image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        return np.array(image)
+
+
+def augmentation(half: Preprocessing, arguments: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return what makes a training input of a prepared image, by timm's `create_transform`."""
+    from timm.data.transforms_factory import create_transform
+    from torchvision.transforms import Compose, Grayscale
+
+    if half.geometry is None or arguments.get("no_aug"):
+        return plain_view(half)
+    options = {
+        "interpolation": half.geometry.interpolation,
+        "mean": half.mean if len(half.mean) == 3 else half.mean * 3,  # fills after rotations
+        **{k: v for k, v in arguments.items() if not k.startswith("re_")},
+    }
+    steps: list[Any] = [create_transform(
+        half.geometry.input_size, is_training=True, normalize=False, **options
+    )]  # fmt: skip
+    if half.geometry.input_size[0] == 1:
+        steps.append(Grayscale())
+    return Compose([Image.fromarray, *steps])
+
+
+def plain_view(half: Preprocessing) -> Callable[[Any], Any]:
+    """Return what makes an input of a prepared training image as in validation."""
+    from torchvision.transforms import Compose
+
+    if half.geometry is None:
+        return same
+    return Compose([Image.fromarray, half.geometry.build()])
+
+
+def same(item: Any) -> Any:
+    """Return the item: validation images are prepared to the end."""
+    return item

@@ -1,0 +1,246 @@
+"""`search` against what it replaces: test accuracy and seconds, several seeds.
+
+==========  ======================================================================================
+arm         what it does; all use the same images, space, epochs and final training
+==========  ======================================================================================
+search      `sfda_tune.search`
+everything  (a) every backbone × 4 configurations (the default, then random ones), full length
+defaults    the first of these four only
+optuna      (b) TPE + Hyperband over backbone and parameters, until it has search's validation
+            accuracy, at most `--patience` trials
+ray         (c) the same with Ray Tune: random search + ASHA; only with `--arms ray`
+imagenet    (d) the 4 configurations of the backbone with the best published ImageNet accuracy; the
+            demo backbones have none, so there of the one with the most parameters
+==========  ======================================================================================
+
+    python tests/benchmarks/end_to_end.py --dataset demo --seeds 3
+    python tests/benchmarks/end_to_end.py --dataset trashnet
+
+Seconds are CPU seconds of one process and one thread (those of Ray: wall seconds), so that a busy
+machine does not matter much. Finished arms are kept in `--out` and not repeated.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+
+import sfda_tune
+from sfda_tune.backbones import describe
+from sfda_tune.finetuning import finetune
+from sfda_tune.metrics import imagenet_prior
+from sfda_tune.predictions import predict
+from sfda_tune.selection import _ToTheEnd
+from sfda_tune.spaces import default_space
+from sfda_tune.splits import join, split_images
+
+ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
+ARMS = ("search", "everything", "imagenet", "optuna")
+
+
+class Bench:
+    """One data set and seed."""
+
+    def __init__(self, dataset: str, seed: int, samples: int | None, epochs: int | None) -> None:
+        is_demo = dataset == "demo"
+        self.dataset: Any = "digits" if is_demo else str(ZOO / "datasets" / dataset)
+        self.specs: Any = "demo:*" if is_demo else str(ZOO / "models")
+        self.plugins = () if is_demo else (str(ZOO / "zoo_models.py"),)
+        self.seed, self.samples, self.is_demo = seed, samples, is_demo
+        given = {"dataset": self.dataset, "samples": samples, "seed": seed, "test": None}
+        given |= dict.fromkeys(("split", "image_column", "label_column"))
+        self.parts = split_images(given)[0]
+        found = sfda_tune.resolve_backbones(self.specs, plugins=self.plugins)
+        self.backbones = {b.name: b for b in found}
+        self.space = default_space(len(self.parts["train"]))
+        auto = max(5, round(30 * min(1, 200 / len(self.parts["train"])) ** (1 / 3)))
+        self.epochs = epochs or max(3, round(auto / 2))  # as `search`
+
+    def train(self, name: str, params: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+        config = self.space.config(params, epochs=self.epochs, seed=self.seed)
+        run = finetune(self.backbones[name], self.parts["train"], config, val=self.parts["val"])
+        for epoch in run:
+            yield epoch, run
+
+    def test(self, name: str, params: Mapping[str, Any], last: int) -> float:
+        """Train once more with the validation images, and return the test accuracy."""
+        parts, config = self.parts, self.space.config(params, epochs=self.epochs, seed=self.seed)
+        both = (join(parts["train"], parts["val"]), parts["val"])
+        run = _ToTheEnd(self.backbones[name], both, config, None, True, "cpu", None)
+        next(epoch for epoch in run if epoch.number == last)
+        p = predict(run.model(), parts["test"])
+        return float(np.mean(p.argmax(1) == parts["test"].labels))
+
+    def configurations(self) -> list[dict[str, Any]]:
+        rng, found = np.random.default_rng(self.seed), [self.space.default()]
+        for _ in range(3):
+            draw: dict[str, Any] = {}
+            for d in self.space.dimensions:
+                if d.choices:
+                    draw[d.name] = d.choices[rng.integers(len(d.choices))]
+                else:
+                    low, high = np.log([d.low, d.high]) if d.log else (d.low, d.high)
+                    x = rng.uniform(low, high)
+                    draw[d.name] = float(np.exp(x) if d.log else x)
+            found.append(draw)
+        return found
+
+    # The arms -----------------------------------------------------------------------------------
+    def search(self) -> dict[str, Any]:
+        started = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            result = sfda_tune.search(
+                self.dataset, self.specs, trials=12, samples=self.samples, seed=self.seed,
+                epochs=self.epochs, plugins=self.plugins, cache=False, device="cpu", out=folder,
+            )  # fmt: skip
+        return {
+            "test": result.test["accuracy"],
+            "val": result.best["val"]["accuracy"],
+            "backbone": result.best["backbone"],
+            "seconds": time.process_time() - started,
+            "trials": len(result.trials),
+        }
+
+    def full(self, names: list[str]) -> dict[str, Any]:
+        """Train every configuration of every named backbone to the end."""
+        started, trials = time.process_time(), []
+        for name in names:
+            for k, params in enumerate(self.configurations()):
+                before = time.process_time()
+                *_, (last, _) = self.train(name, params)
+                spent = time.process_time() - before
+                trials.append((last.best, last.best_number, name, params, k, spent))
+        best = max(trials, key=lambda t: t[0])
+        result = self.finish(best[2], best[3], best[1], best[0], started)
+        first = [t for t in trials if t[4] == 0]
+        top, begun = max(first, key=lambda t: t[0]), time.process_time()
+        test = self.test(top[2], top[3], top[1])
+        seconds = sum(t[5] for t in first) + time.process_time() - begun
+        only = {"test": test, "val": top[0], "backbone": top[2], "seconds": seconds}
+        return result | {"trials": len(trials), "defaults": only}
+
+    def finish(self, name: str, params: Any, last: int, val: float, started: float) -> Any:
+        test = self.test(name, params, last)
+        seconds = time.process_time() - started
+        return {"test": test, "val": val, "backbone": name, "seconds": seconds}
+
+    def everything(self) -> dict[str, Any]:
+        return self.full(list(self.backbones))
+
+    def imagenet(self) -> dict[str, Any]:
+        if self.is_demo:
+            prior = {n: float(describe(b).n_params) for n, b in self.backbones.items()}
+        else:
+            prior = imagenet_prior(self.backbones)
+        known = {name: value for name, value in prior.items() if np.isfinite(value)}
+        return self.full([max(known, key=lambda name: known[name])])
+
+    def optuna(self, target: float, patience: int) -> dict[str, Any]:
+        started, best = time.process_time(), (-1.0, 0, "", {})
+
+        def objective(trial: optuna.Trial) -> float:
+            nonlocal best
+            name = trial.suggest_categorical("backbone", sorted(self.backbones))
+            params = {
+                d.name: trial.suggest_categorical(d.name, d.choices)
+                if d.choices
+                else trial.suggest_float(d.name, d.low, d.high, log=d.log)
+                for d in self.space.dimensions
+            }
+            value = 0.0
+            for epoch, _ in self.train(name, params):
+                value = epoch.best
+                if value > best[0]:
+                    best = (value, epoch.best_number, name, params)
+                trial.report(epoch.accuracy, epoch.number)
+                if value >= target:
+                    trial.study.stop()
+                    return value
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+            return value
+
+        study = optuna.create_study(
+            direction="maximize",
+            sampler=optuna.samplers.TPESampler(seed=self.seed),
+            pruner=optuna.pruners.HyperbandPruner(max_resource=self.epochs + 1),
+        )
+        study.optimize(objective, n_trials=patience)
+        found = {"trials": len(study.trials), "reached": best[0] >= target}
+        return self.finish(best[2], best[3], best[1], best[0], started) | found
+
+    def ray(self, target: float, patience: int) -> dict[str, Any]:
+        from ray import tune
+
+        def objective(config: dict[str, Any]) -> None:
+            params = {d.name: config[d.name] for d in self.space.dimensions}
+            for epoch, _ in self.train(config["backbone"], params):
+                tune.report({"best": epoch.best, "number": epoch.best_number})
+
+        space: dict[str, Any] = {"backbone": tune.choice(sorted(self.backbones))}
+        for d in self.space.dimensions:
+            draw = tune.loguniform if d.log else tune.uniform
+            space[d.name] = tune.choice(list(d.choices)) if d.choices else draw(d.low, d.high)
+        started = time.monotonic()
+        tuner = tune.Tuner(
+            objective,
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                "best", "max", num_samples=patience, max_concurrent_trials=1,
+                scheduler=tune.schedulers.ASHAScheduler(max_t=self.epochs + 1),
+            ),
+            run_config=tune.RunConfig(stop={"best": target}, verbose=0),
+        )  # fmt: skip
+        results = tuner.fit()
+        top = results.get_best_result("best", "max")
+        params = {d.name: top.config[d.name] for d in self.space.dimensions}
+        test = self.test(top.config["backbone"], params, top.metrics["number"])
+        seconds = time.monotonic() - started
+        found = {"backbone": top.config["backbone"], "trials": len(results)}
+        return {"test": test, "val": top.metrics["best"], "seconds": seconds, **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", default="demo", help="demo, or a data set of the zoo")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--patience", type=int, default=40)
+    parser.add_argument("--arms", nargs="+", default=ARMS)
+    parser.add_argument("--out", type=Path, default=Path("end_to_end.json"))
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    known = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    for seed in range(options.seeds):
+        bench = Bench(options.dataset, seed, options.samples, options.epochs)
+        key = f"{options.dataset}, {options.samples or 'all'} images, seed {seed}"
+        done = known.setdefault(key, {})
+        for arm in options.arms:
+            if arm not in done:
+                call: Callable[..., Any] = getattr(bench, arm)
+                is_rival = arm in ("optuna", "ray")
+                done[arm] = call(done["search"]["val"], options.patience) if is_rival else call()
+                if arm == "everything":
+                    done["defaults"] = done[arm].pop("defaults")
+                done[arm].pop("defaults", None)
+                options.out.write_text(json.dumps(known, indent=1) + "\n")
+            r = done[arm]
+            ratio = done["search"]["seconds"] / r["seconds"]
+            line = f"{key}  {arm:<10} test {r['test']:.4f}  val {r['val']:.4f}  "
+            print(f"{line}{r['seconds']:6.1f} s  search takes {ratio:.2f}×  {r['backbone']}")
+
+
+if __name__ == "__main__":
+    main()

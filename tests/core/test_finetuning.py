@@ -1,0 +1,516 @@
+"""Fine-tuning: what it reaches, what it writes, how it resumes, and what it refuses."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+from sfda_tune import (
+    Backbone,
+    BackboneError,
+    DatasetError,
+    ImageDataset,
+    open_dataset,
+    resolve_backbones,
+)
+from sfda_tune.checkpoints import read_state
+from sfda_tune.finetuning import (
+    CHECKPOINT,
+    DivergedError,
+    Epoch,
+    FinetuneConfig,
+    finetune,
+    measure,
+)
+from sfda_tune.predictions import load_model, predict
+from sfda_tune.training_images import Images, Order, augmentation, shrink
+
+ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
+LIVELY = {"mixup": 0.4, "ema_decay": 0.9, "augmentation": {"scale": (0.5, 1.0), "re_prob": 0.3}}
+
+
+def demo(name="resnet_glyphs"):
+    (backbone,) = resolve_backbones(f"demo:{name}")
+    return backbone
+
+
+def digits(n=60):
+    return open_dataset("digits", samples=n)
+
+
+def train(backbone=None, data=None, *, stop=None, val=None, folder=None, workers=None, **config):
+    """Run until `stop` epochs (None: to the end); return the run."""
+    config = {"epochs": 2, **config}
+    run = finetune(
+        backbone or demo(), data if data is not None else digits(), FinetuneConfig(**config),
+        val=val, checkpoint_dir=folder, device="cpu", workers=workers,
+    )  # fmt: skip
+    with run:
+        for epoch in run:
+            if epoch.number == stop:
+                break
+    return run
+
+
+def metrics(run):
+    timings = {"seconds", "images_per_second"}
+    return [{k: v for k, v in e.to_dict().items() if k not in timings} for e in run.history]
+
+
+def weights(run):
+    return {k: v.clone() for k, v in run.module.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Plain(nn.Module):
+    """A network of the user's own, with maps instead of vectors, that fails on large batches."""
+
+    def __init__(self, most=10**9):
+        super().__init__()
+        self.conv, self.most = nn.Conv2d(3, 8, 3, 2), most
+
+    def forward(self, x):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory (as if)")
+        return self.conv(x).relu()
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1) / 255
+
+
+def own(most=10**9):
+    torch.manual_seed(0)
+    module = Plain(most)
+    return Backbone("own", load=lambda: (module, to_tensor))
+
+
+# ---- what it reaches
+
+
+@pytest.mark.slow
+def test_training_beats_the_linear_probe_and_starts_ahead_of_a_random_head():
+    data = open_dataset("digits")
+    rows = data.sample_rows(200)
+    test = data.subset(np.setdiff1d(data.sample_rows(700), rows))
+    probe_first = train(data=data.subset(rows), val=test, epochs=10)
+    from_random = train(data=data.subset(rows), val=test, epochs=10, head="random")
+    first, last = probe_first.history[0], probe_first.history[-1]
+    assert last.accuracy > first.accuracy + 0.01 > 0.88
+    assert probe_first.history[1].accuracy > from_random.history[0].accuracy + 0.1  # epoch 1
+    assert last.log_loss < from_random.history[-1].log_loss  # in accuracy both end alike
+    assert last.log_loss < first.log_loss
+
+
+def test_epoch_zero_is_logistic_regression_on_the_frozen_features():
+    run = train(epochs=0)
+    (start,) = run.history
+    assert (start.number, start.steps, start.lr) == (0, 0, 0.0)
+    assert math.isnan(start.train_loss)
+    assert start.accuracy > 0.6
+    frozen = train(epochs=1, freeze="backbone").module.state_dict()
+    body = [k for k in frozen if not k.startswith("fc.")]
+    assert equal({k: run.module.state_dict()[k] for k in body}, {k: frozen[k] for k in body})
+    assert not torch.equal(run.module.state_dict()["fc.weight"], frozen["fc.weight"])
+
+
+def test_an_epoch_reports_what_happened():
+    run = train(epochs=3, patience=None, batch_size=16, schedule="constant", warmup_epochs=0)
+    assert [e.number for e in run.history] == [0, 1, 2, 3]
+    assert [e.steps for e in run.history] == [0, 3, 6, 9]  # 48 images in batches of 16
+    last = run.history[-1]
+    assert last.lr == FinetuneConfig().lr
+    assert last.best == max(e.accuracy for e in run.history) == run.best.accuracy
+    assert last.best_number == run.best.number
+    assert last.images_per_second > 0
+    assert Epoch.from_dict(json.loads(json.dumps(last.to_dict()))) == last
+    p = predict(run.model(), run.val, device="cpu")
+    assert measure(run.val.labels, p)["log_loss"] == pytest.approx(run.best.log_loss, abs=1e-6)
+
+
+def test_early_stopping_and_auto_epochs():
+    run = train(epochs=20, patience=2, lr=1e-9, weight_decay=0)
+    assert len(run.history) <= 5 + run.best.number
+    assert run.history[-1].number == run.best.number + 2
+    assert finetune(demo(), digits(250)).config.epochs == 30
+    data = ImageDataset("many", [b""] * 50_000, np.arange(50_000) % 2, ("a", "b"))
+    assert finetune(demo(), data).config.epochs == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "optimizer": "sgd",
+            "layer_decay": 0.7,
+            "head_lr_ratio": 10,
+            "schedule": "wsd",
+            "batch_size": 8,
+        },
+        {"optimizer": "lamb", "schedule": "poly", "cutmix": 1.0, "class_weights": "balanced"},
+        {"precision": "bfloat16", "label_smoothing": 0.1, "schedule": "tanh"},
+        {"augmentation": {"auto_augment": "rand-m5-n1", "re_prob": 0.5}, "monitor": "log_loss"},
+        {"augmentation": {"no_aug": True}, "head": "random", "monitor": "macro_f1"},
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_every_option_trains(options):
+    run = train(demo("vit_glyphs"), epochs=1, **options)
+    assert math.isfinite(run.history[-1].train_loss)
+    if "layer_decay" in options:
+        scales = {round(g["lr_scale"], 6) for g in run._optimizer.param_groups}
+        assert max(scales) == 10
+        assert 0.7 in scales or 1.0 in scales
+        assert len(scales) > 3
+
+
+def test_ema_is_evaluated_and_kept():
+    run = train(epochs=2, ema_decay=0.999, lr=1e-2)
+    assert equal(run.model().module.state_dict(), run._weights)
+    if run.best.number == 2:
+        assert equal(run._weights, run._ema.module.state_dict())
+    assert not equal(run._ema.module.state_dict(), weights(run))
+
+
+# ---- determinism and resumption
+
+
+def test_workers_do_not_change_the_result():
+    a = train(workers=0, epochs=1, **LIVELY)
+    b = train(workers=2, epochs=1, **LIVELY)
+    assert equal(weights(a), weights(b))
+    assert metrics(a) == metrics(b)
+    assert metrics(a) != metrics(train(epochs=1, seed=1, **LIVELY))
+
+
+def test_the_callers_random_streams_are_left_alone():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    expected = random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    train(epochs=1, **LIVELY).model()
+    assert (random.random(), np.random.rand(), torch.rand(1)) == expected  # noqa: NPY002
+
+
+@pytest.mark.parametrize(
+    "options", [{}, LIVELY, {"optimizer": "sgd"}], ids=["plain", "all", "sgd"]
+)
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(tmp_path, options):
+    whole = train(folder=tmp_path / "a", epochs=4, **options)
+    part = train(folder=tmp_path / "b", epochs=4, stop=2, **options)
+    assert [e.number for e in part.history] == [0, 1, 2]
+    again = train(folder=tmp_path / "b", epochs=4, **options)
+    assert metrics(again) == metrics(whole)
+    assert equal(weights(again), weights(whole))
+    assert equal(again._weights, whole._weights)
+    (a, _), (b, _) = (read_state(tmp_path / name / CHECKPOINT) for name in "ab")
+    assert str(a["optimizer"]["param_groups"]) == str(b["optimizer"]["param_groups"])
+    for key, state in a["optimizer"]["state"].items():
+        assert equal(state, b["optimizer"]["state"][key])
+    assert (a["ema"] is None) == ("ema_decay" not in options)
+    if a["ema"] is not None:
+        assert equal(a["ema"], b["ema"])
+
+
+def test_a_killed_process_is_resumed(tmp_path):
+    script = (
+        "from test_finetuning import *\n"
+        "torch.set_num_threads(1)\n"
+        f"run = finetune(demo(), digits(), FinetuneConfig(epochs=4), device='cpu',\n"
+        f"    checkpoint_dir={str(tmp_path / 'b')!r})\n"
+        "for epoch in run:\n"
+        "    if epoch.number == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    again, whole = train(folder=tmp_path / "b", epochs=4), train(epochs=4)
+    assert metrics(again) == metrics(whole)
+    assert equal(weights(again), weights(whole))
+
+
+def test_a_finished_run_is_not_repeated_and_its_model_is_there(tmp_path):
+    run = train(folder=tmp_path)
+    again = finetune(demo(), digits(), FinetuneConfig(epochs=2), checkpoint_dir=tmp_path)
+    assert list(again) == []
+    assert metrics(again) == metrics(run)
+    assert equal(again.model().module.state_dict(), run._weights)
+    fresh = finetune(
+        demo(), digits(), FinetuneConfig(epochs=2), checkpoint_dir=tmp_path, resume=False
+    )
+    assert next(fresh).number == 0
+    fresh.close()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train(folder=tmp_path, epochs=1)
+    with pytest.raises(ValueError, match=r"another run, with lr 0\.001 instead of 0\.1.*resume"):
+        train(folder=tmp_path, epochs=1, lr=0.1)
+    with pytest.raises(ValueError, match="another run, with images"):
+        train(folder=tmp_path, data=digits(70), epochs=1)
+    (tmp_path / CHECKPOINT).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(folder=tmp_path, epochs=1)
+
+
+def test_checkpoints_hold_no_pickle(tmp_path):
+    train(folder=tmp_path, epochs=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", CHECKPOINT]
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        assert json.loads(file.metadata()["sfda_tune"])["notes"]["lr"] == FinetuneConfig().lr
+
+
+def test_pixels_in_memory_or_not_give_the_same_result(monkeypatch):
+    kept = train(epochs=1)
+    monkeypatch.setattr("sfda_tune.extraction.PIXEL_BYTES", 1000)
+    anew = train(epochs=1)
+    assert metrics(kept) == metrics(anew)
+
+
+# ---- what it writes
+
+
+@pytest.mark.parametrize("name", ["resnet_glyphs", "vit_glyphs", "convnext_glyphs"])
+def test_the_model_folder_opens_with_timm(tmp_path, name):
+    data = open_dataset("digits", samples=60)
+    run = train(demo(name), data, epochs=1)
+    folder = run.save_model(tmp_path / "model")
+    files = ["config.json", "model.safetensors", "provenance.json"]
+    assert sorted(p.name for p in folder.iterdir()) == files
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(3, *run.half.input_size)
+    with torch.inference_mode():
+        assert torch.equal(plain(x), run.model().module(x))
+    config = json.loads((folder / "config.json").read_text())
+    assert tuple(config["label_names"]) == data.classes
+    assert config["num_classes"] == len(data.classes)
+    assert config["pretrained_cfg"]["mean"] == pytest.approx(run.half.mean)
+    assert config["pretrained_cfg"]["crop_pct"] == run.half.geometry.crop_pct
+    story = json.loads((folder / "provenance.json").read_text())
+    assert story["config"] == run.config.to_dict()
+    assert story["best"] == run.best.to_dict()
+    assert story["train"]["images"] == 48
+    assert story["versions"]["timm"] == timm.__version__
+    loaded = load_model(folder)
+    assert loaded.classes == data.classes
+    assert loaded.preprocessing.fingerprint() == run.half.fingerprint()
+    p = predict(folder, run.val, device="cpu")
+    assert p.sum(1) == pytest.approx(1)
+    assert (p.argmax(1) == run.val.labels).mean() == run.best.accuracy
+
+
+def test_predictions_of_files_arrays_and_what_cannot_be_read(tmp_path, photos):
+    data = open_dataset(photos)
+    model = train(data=data, epochs=0).model()
+    whole = predict(model, photos)
+    assert whole.shape == (36, 3)
+    arrays = [np.array(data.load(row)) for row in range(3)]
+    assert predict(model, arrays) == pytest.approx(predict(model, data.subset(range(3))))
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"1 of 2 images cannot be read.*x\.jpg"):
+        p = predict(model, [tmp_path / "x.jpg", photos / "ant" / "03.jpg"])
+    assert np.isnan(p[0]).all()
+    assert p[1].sum() == pytest.approx(1)
+    with pytest.raises(BackboneError, match=r"no provenance\.json"):
+        load_model(tmp_path)
+
+
+def test_a_network_of_ones_own(tmp_path):
+    backbone = own()
+    run = train(backbone, epochs=2, lr=0.01, layer_decay=0.5)
+    folder = run.save_model(tmp_path)
+    assert not (folder / "config.json").exists()
+    with pytest.raises(BackboneError, match="`backbone` must be given"):
+        load_model(folder)
+    assert predict(load_model(folder, backbone=backbone), run.val) == pytest.approx(
+        predict(run.model(), run.val)
+    )
+    given, _ = backbone.load()
+    torch.manual_seed(0)
+    assert equal(given.state_dict(), Plain().state_dict())  # the caller's was not trained
+
+
+def test_a_head_that_is_not_linear_starts_at_random(caplog):
+    class Cosine(nn.Linear):
+        def __init__(self, n_in, n_out):
+            super().__init__(n_in, n_out, bias=False)
+
+    model = timm.create_model("test_resnet", num_classes=3)
+    reset = model.reset_classifier
+
+    def reset_classifier(n, **_):
+        reset(n)
+        if n:
+            model.fc = Cosine(model.num_features, n)
+
+    class Special(type(model)):
+        def reset_classifier(self, num_classes, global_pool=None):
+            super().reset_classifier(num_classes)
+            if num_classes:
+                self.fc = Cosine(self.num_features, num_classes)
+
+    model.__class__ = Special
+    (backbone,) = resolve_backbones({"cosine": model})
+    run = train(backbone, epochs=1)
+    assert "starts at random" in caplog.text
+    assert [e.number for e in run.history] == [0, 1]
+
+
+# ---- memory
+
+
+def test_out_of_memory_keeps_the_batch(caplog):
+    whole = train(own(), epochs=1, augmentation={"no_aug": True})
+    parts = train(own(most=5), epochs=1, augmentation={"no_aug": True})
+    assert "4 images at a time" in caplog.text
+    assert parts.history[-1].steps == whole.history[-1].steps
+    assert parts.history[-1].train_loss == pytest.approx(whole.history[-1].train_loss, rel=1e-5)
+    for a, b in zip(weights(whole).values(), weights(parts).values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+# ---- odd input
+
+
+def test_divergence_names_the_learning_rate():
+    with pytest.raises(DivergedError, match=r"diverged in epoch \d.*lr=1e\+30; try lr=1e\+29"):
+        train(optimizer="sgd", lr=1e30, clip_grad=None, warmup_epochs=0)
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path, photos):
+    data = open_dataset(photos)
+    items = [*data.items]
+    (tmp_path / "broken.jpg").write_bytes(Path(items[5]).read_bytes()[:40])
+    items[5] = str(tmp_path / "broken.jpg")
+    broken = ImageDataset("photos", items, data.labels, data.classes)
+    for options in ({}, {"mixup": 0.2}):
+        run = train(data=broken, epochs=1, val_fraction=0.25, **options)
+        assert list(run.unreadable) == [str(tmp_path / "broken.jpg")]
+    items[6:12] = [b"no image"] * 6
+    with pytest.raises(DatasetError, match=r"[67] of the 36 images cannot be read.*broken\.jpg"):
+        train(data=ImageDataset("photos", items, data.labels, data.classes))
+
+
+def test_classes_of_one_image_and_classes_missing_in_validation():
+    data = digits(60)
+    rows = [*np.flatnonzero(data.labels != 9), np.flatnonzero(data.labels == 9)[0]]
+    run = train(data=data.subset(rows), epochs=1, class_weights="balanced")
+    assert (run.train.labels == 9).sum() == 1
+    assert 9 not in run.val.labels
+    assert 0 < run.history[-1].balanced_accuracy <= 1
+    absent = data.subset(data.labels < 8)  # two of ten classes have no image at all
+    assert predict(train(data=absent, epochs=1).model(), absent).shape[1] == 10
+    with pytest.raises(ValueError, match="at least two classes but has 6 of 1"):
+        train(data=data.subset(data.labels == 3))
+    with pytest.raises(ValueError, match="too few to hold out"):
+        train(data=data.subset([0, int(np.flatnonzero(data.labels != data.labels[0])[0])]))
+
+
+def test_validation_classes_are_matched_by_name():
+    data = digits(60)
+    names = tuple(reversed(data.classes))
+    turned = ImageDataset("turned", data.items, 9 - data.labels, names)
+    a, b = train(val=data, epochs=0), train(val=turned, epochs=0)
+    assert metrics(a) == metrics(b)
+    strange = ImageDataset("strange", data.items, data.labels, ("ten", *data.classes[1:]))
+    with pytest.raises(ValueError, match=r"unknown classes \['ten'\]"):
+        train(val=strange)
+
+
+def test_grey_backbones_and_grey_images(make_checkpoint, tmp_path):
+    folder = make_checkpoint(tmp_path / "grey", "test_resnet", 32, in_chans=1)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.25]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (backbone,) = resolve_backbones(folder)
+    grey = [Image.fromarray(np.full((20, 30), 40 * k, np.uint8)) for k in range(6)] * 4
+    data = open_dataset((grey, [k % 2 for k in range(24)]))
+    run = train(backbone, data, epochs=1, augmentation={"auto_augment": "rand-m5-n1"})
+    timm_model = timm.create_model(f"local-dir:{run.save_model(tmp_path / 'm')}", pretrained=True)
+    assert timm_model.pretrained_cfg["input_size"] == (1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1}, "`lr` must be a number ≥ 1e-12 but is -1"),
+        ({"lr": math.nan}, "`lr` must be a number"),
+        ({"epochs": 2.5}, "`epochs` must be an integer ≥ 0 or 'auto' but is 2.5"),
+        ({"epochs": 0, "head": "random"}, "`epochs` must be > 0"),
+        ({"batch_size": True}, "`batch_size` must be an integer"),
+        ({"optimizer": "adamwx"}, "`optimizer` must be one of .* but is 'adamwx'"),
+        ({"schedule": "plateau"}, "`schedule` must be one of"),
+        ({"augmentation": {"hflop": 1}}, "`augmentation` must be arguments of timm.*hflop"),
+        ({"patience": 0}, "`patience` must be an integer ≥ 1 or None"),
+        ({"mixup": None}, "`mixup` must be a number ≥ 0 but is None"),
+    ],
+)
+def test_a_wrong_configuration_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**options)
+
+
+def test_configurations_travel_as_json():
+    config = FinetuneConfig(**LIVELY, patience=3)
+    assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match=r"has \['learning_rate'\]"):
+        FinetuneConfig.from_dict({"learning_rate": 1})
+
+
+# ---- parts
+
+
+def test_batches_cover_every_image_and_never_hold_a_single_one():
+    for n in (2, 3, 7, 33, 64):
+        order = Order(n, 2 if n < 10 else 32, seed=0)
+        order.epoch = 1
+        batches = list(order)
+        assert sorted(row for batch in batches for _, row in batch) == list(range(n))
+        assert len(batches) == len(order)
+        assert min(map(len, batches)) > 1
+
+
+def test_large_photos_are_shrunk_once_and_small_ones_not(photos):
+    (backbone,) = resolve_backbones("demo:resnet_glyphs")
+    from sfda_tune.backbones import load
+
+    half = load(backbone)[1]
+    small = shrink(half.geometry, {"scale": (0.7, 1)})
+    assert small(Image.new("RGB", (400, 200))).shape == (small.side, 2 * small.side, 3)
+    assert small(Image.new("RGB", (9, 8))).shape == (8, 9, 3)
+    images = Images(open_dataset(photos), small, 0)
+    view = augmentation(half, {"scale": (0.7, 1)})
+    assert view(images[0]).dtype == torch.uint8
+    assert tuple(view(images[0]).shape) == half.input_size
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["mobilenetv1_025.coral_in1k_128", "cifar_resnet20.akamaster_cifar10_32"]
+)
+def test_real_weights_on_real_photos(tmp_path, name):
+    plugins = [str(ZOO / "zoo_models.py")]
+    (backbone,) = resolve_backbones(ZOO / "models" / name, plugins=plugins)
+    photos = open_dataset(ZOO / "datasets" / "trashnet").sample(200)
+    run = train(backbone, photos, epochs=3)
+    assert run.best.accuracy > 1.5 / 6  # six classes, 40 validation images
+    folder = run.save_model(tmp_path)
+    plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, *run.half.input_size)
+    with torch.inference_mode():
+        assert torch.equal(plain(x), run.model().module(x))

@@ -1,0 +1,461 @@
+"""`search`: real searches on a few digits, stopped, killed, repeated and run twice at once."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sfda_tune
+from sfda_tune import Backbone, demo, open_dataset
+from sfda_tune.datasets import DatasetError
+from sfda_tune.engines import OutOfTimeError, Trial, attempt
+from sfda_tune.finetuning import finetune
+from sfda_tune.recipe import FinetuneConfig
+from sfda_tune.selection import SearchResult, parse_budget, search, stop_when
+from sfda_tune.spaces import default_space, open_space
+from sfda_tune.stages import Board, SilentBoard
+
+pytest.importorskip("optuna")
+
+QUICK = {"trials": 3, "epochs": 2, "samples": 120}
+ONE = "demo:resnet_glyphs"
+PAIR = ["demo:resnet_glyphs", "demo:regnet_shapes"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return search("digits", PAIR, **QUICK, cache=False, out=tmp_path_factory.mktemp("run"))
+
+
+def read(folder, name="search.json"):
+    return json.loads((folder / name).read_text())
+
+
+def essence(result):
+    return [(t["number"], t["backbone"], t["params"], t["value"]) for t in result.trials]
+
+
+# One search -------------------------------------------------------------------------------------
+def test_the_folder_says_all(found):
+    state = read(found.folder)
+    assert state["status"] == "done"
+    assert [s["name"] for s in state["stages"]] == ["rank", "shortlist", "tune", "train", "test"]
+    assert all(s["seconds"] is not None and s["note"] for s in state["stages"])
+    assert state["survivors"] == list(found.ranking)
+    assert "all 2" in state["decision"]
+    assert len(state["trials"]) == 3
+    assert {t["state"] for t in state["trials"]} <= {"complete", "pruned"}
+    assert state["seconds"]["total"] > sum(s["seconds"] for s in state["stages"]) * 0.9
+    assert state["seconds"]["train_everything_estimate"] > 0
+    assert set(state["best"]["test"]) == {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
+    assert state["best"]["latency_ms"] > 0
+    assert state["best"]["n_params"] == state["costs"][state["best"]["backbone"]]["n_params"]
+    assert read(found.folder, "config.json")["epochs"] == 2
+    assert "optuna" in read(found.folder, "environment.json")["versions"]
+
+
+def test_the_first_trial_is_the_default_of_the_best_scored(found):
+    first = found.trials[0]
+    assert first["backbone"] == next(iter(found.ranking))
+    defaults = FinetuneConfig()
+    assert first["params"]["lr"] == defaults.lr
+    assert all(value == getattr(defaults, name) for name, value in first["params"].items())
+
+
+def test_no_stage_before_the_test_sees_test_images(found):
+    rows = read(found.folder, "splits.json")
+    parts = [set(rows[name]) for name in ("train", "val", "test")]
+    assert [len(p) for p in parts] == [77, 19, 24]
+    assert len(set.union(*parts)) == 120
+    assert found.ranking.info["n_samples"] == 77
+    data = open_dataset("digits", samples=120)
+    ranked = sorted(found.ranking.labels.tolist())
+    assert ranked == sorted(data.labels[rows["train"]].tolist())
+    provenance = read(found.folder / "model", "provenance.json")
+    assert provenance["search"]["images"] == "train and val"
+    assert provenance["train"]["images"] == 77 + 19
+
+
+def test_the_winner_is_the_best_trial_and_its_model_opens(found):
+    best = max(t["value"] for t in found.trials)
+    assert next(t for t in found.trials if t["number"] == found.best["trial"])["value"] == best
+    import timm
+
+    assert timm.create_model(f"local-dir:{found.folder / 'model'}", pretrained=True)
+    data = open_dataset("digits", samples=120)
+    test = data.subset(read(found.folder, "splits.json")["test"])
+    p = SearchResult.open(found.folder).predict(test)
+    assert np.mean(p.argmax(1) == test.labels) == pytest.approx(found.test["accuracy"])
+    with (found.folder / "test_predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    right = [row["label"] == row["predicted"] for row in table]
+    assert np.mean(right) == pytest.approx(found.test["accuracy"])
+    hardest = read(found.folder / "hardest", "hardest.json")
+    assert len(hardest) == 12
+    assert [h["p_label"] for h in hardest] == sorted(h["p_label"] for h in hardest)
+    assert hardest[0]["p_label"] == pytest.approx(
+        min(float(row[f"p_{row['label']}"]) for row in table), abs=1e-5
+    )
+    for entry in hardest:
+        with Image.open(found.folder / "hardest" / entry["file"]) as image:
+            assert max(image.size) <= 160
+
+
+def test_only_the_best_keeps_its_weights(found):
+    kept = {path.parent.name for path in found.folder.glob("trials/0*/*.safetensors")}
+    assert kept == {f"{found.best['trial']:05d}"}
+
+
+def test_the_same_call_repeats_nothing_and_another_one_is_refused(found):
+    before, started = read(found.folder), time.monotonic()
+    again = search("digits", PAIR, **QUICK, cache=False, out=found.folder)
+    assert time.monotonic() - started < 10
+    assert essence(again) == essence(found)
+    assert read(found.folder) == before
+    with pytest.raises(ValueError, match="holds a search with seed 0, but now seed is 1"):
+        search("digits", PAIR, **QUICK, cache=False, out=found.folder, seed=1)
+    with pytest.raises(ValueError, match=r"with space None, but now space is .*'lr': 0.001"):
+        search("digits", PAIR, **QUICK, cache=False, out=found.folder, space={"lr": 0.001})
+
+
+def test_the_same_seed_gives_the_same_trials(found, tmp_path):
+    again = search("digits", PAIR, **QUICK, cache=False, out=tmp_path)
+    assert essence(again) == essence(found)
+    assert again.test == found.test
+
+
+# Interrupted ------------------------------------------------------------------------------------
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    class Impatient(SilentBoard):
+        def show(self, trials, best, n_trials, stop):
+            if len(trials) == 2 and trials[1].epochs:
+                raise KeyboardInterrupt
+
+    options = {**QUICK, "out": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        search("digits", ONE, **options, progress=Impatient())
+    stopped = read(tmp_path)
+    assert stopped["status"] == "interrupted"
+    with pytest.raises(ValueError, match=r"of a finished search but .* status 'interrupted'"):
+        SearchResult.open(tmp_path)
+    result = search("digits", ONE, **options)
+    assert result.trials[0] == stopped["trials"][0]
+    assert [t["state"] for t in result.trials].count("failed") == 0
+    assert len(result.trials) == 3
+    old = stopped["trials"][1]
+    new = next(t for t in result.trials if t["folder"] == old["folder"])
+    assert new["epochs"][: len(old["epochs"])] == old["epochs"]  # seconds too: not repeated
+
+
+CALL = """
+import sys
+from sfda_tune import search
+if __name__ == "__main__":
+    search("digits", "demo:resnet_glyphs", trials={trials}, epochs={epochs}, samples=120,
+           space={{"lr": {{"low": 0.001, "high": 0.02, "log": True}}}}, out=sys.argv[1])
+"""
+
+
+def start(tmp_path, **options):
+    script = tmp_path / "call.py"
+    script.write_text(CALL.format(**options))
+    return subprocess.Popen(
+        [sys.executable, script, tmp_path / "run"], stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def wait_for(holds, seconds=90):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            if holds():
+                return
+        except FileNotFoundError:  # not begun yet
+            pass
+        time.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+@pytest.mark.slow
+def test_kill_9_loses_at_most_an_epoch(tmp_path):
+    options = {"trials": 2, "epochs": 25}
+    process = start(tmp_path, **options)
+    run = tmp_path / "run"
+    wait_for(lambda: read(run)["trials"] and len(read(run)["trials"][-1]["epochs"]) > 4)
+    process.kill()
+    process.communicate()
+    killed = read(run)
+    finish(start(tmp_path, **options))
+    done = read(run)
+    assert done["status"] == "done"
+    assert done["stages"][:2] == killed["stages"][:2]  # neither ranked nor shortened again
+    assert len(done["trials"]) == 2
+    assert {t["state"] for t in done["trials"]} <= {"complete", "pruned"}
+    old = killed["trials"][-1]
+    (new,) = [t for t in done["trials"] if t["folder"] == old["folder"]]
+    assert new["epochs"][: len(old["epochs"])] == old["epochs"]
+    assert new["params"] == old["params"]
+    assert [e["number"] for e in new["epochs"]] == list(range(len(new["epochs"])))
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_search(tmp_path):
+    options = {"trials": 6, "epochs": 4}
+    pair = [start(tmp_path, **options) for _ in range(2)]
+    for process in pair:
+        finish(process)
+    done = read(tmp_path / "run")
+    assert done["status"] == "done"
+    assert sorted(t["number"] for t in done["trials"]) == list(range(6))
+    assert {t["state"] for t in done["trials"]} <= {"complete", "pruned"}
+    assert len({t["worker"] for t in done["trials"]}) == 2
+    assert [s["name"] for s in done["stages"]].count("rank") == 1
+
+
+def test_workers_are_processes_of_the_same_search(tmp_path):
+    result = search("digits", ONE, trials=3, epochs=3, samples=60, workers=2, out=tmp_path)
+    assert result.summary["status"] == "done"
+    assert sorted(t["number"] for t in result.trials) == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_time_budget_is_kept(tmp_path):
+    started = time.monotonic()
+    result = search("digits", PAIR, budget="20s", epochs=400, samples=300, out=tmp_path)
+    assert time.monotonic() - started < 20 + 3
+    assert result.summary["status"] == "budget spent"
+    assert result.summary["seconds"]["total"] > 12  # it used its time, too
+    assert result.test["accuracy"] > 0.8
+
+
+def test_a_trial_stops_inside_an_epoch():
+    import torch
+
+    (backbone,) = sfda_tune.resolve_backbones(ONE)
+    data, passes = open_dataset("digits", samples=100), []
+
+    def train(trial):
+        run = finetune(backbone, data, FinetuneConfig(epochs=50))
+        with stop_when(lambda: passes.append(0) or len(passes) > 1500), run:
+            for epoch in run:
+                yield Trial(0, ONE, {}, value=epoch.best, epochs=({"seconds": epoch.seconds},))
+
+    done = attempt(train, Trial(0, ONE, {}, started=time.time()), lambda trial: False)
+    assert (done.state, done.error) == ("pruned", None)
+    assert done.value is not None
+    before = len(passes)
+    torch.nn.Linear(1, 1)(torch.zeros(1, 1))
+    assert len(passes) == before  # the hook is gone
+    never = attempt(lambda trial: no_time(), Trial(0, ONE, {}), lambda trial: False)
+    assert (never.state, never.error) == ("failed", "no time for an epoch")
+
+
+def no_time():
+    raise OutOfTimeError
+    yield
+
+
+# What can go wrong ------------------------------------------------------------------------------
+def test_one_bad_backbone_and_one_bad_trial_do_not_end_the_search(tmp_path, monkeypatch):
+    shutil.copytree(demo.folder("resnet_glyphs"), tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    space = {"optimizer": ["adamw", "fusedsgd"], "lr": {"low": 0.001, "high": 0.01}}  # needs apex
+    result = search(
+        "digits", [ONE, f"local-dir:{tmp_path / 'broken'}"], trials=6, epochs=1, samples=60,
+        space=space, out=tmp_path / "run",
+    )  # fmt: skip
+    assert result.summary["excluded"].keys() == {"broken"}
+    by_optimizer = {t["params"]["optimizer"]: t for t in result.trials}
+    assert by_optimizer["fusedsgd"]["state"] == "failed"
+    assert by_optimizer["fusedsgd"]["error"]
+    assert result.best["backbone"] == ONE
+
+
+def test_constraints_leave_backbones_out(tmp_path):
+    result = search("digits", PAIR, **QUICK, max_params=100e3, out=tmp_path / "a")
+    assert list(result.ranking) == ["demo:regnet_shapes"]
+    assert result.summary["excluded"] == {ONE: "0.195 M parameters > 0.1 M"}
+    with pytest.raises(ValueError, match=r"all 2 are excluded; .* > 1e-06 ms on this device"):
+        search("digits", PAIR, **QUICK, max_latency=1e-6, out=tmp_path / "b")
+
+
+def test_it_abstains_where_the_ranking_cannot_tell(tmp_path):
+    names = ("a", "b", "c")
+    for name in names:  # three times the same network: equal scores
+        shutil.copytree(demo.folder("resnet_glyphs"), tmp_path / name)
+    result = search(
+        "digits", [str(tmp_path / n) for n in names], **QUICK, keep=2, out=tmp_path / "r"
+    )
+    state = result.summary
+    assert state["separable"] is False
+    assert "the ranking abstains: 3 backbones have the score" in state["decision"]
+    assert "short fine-tunings of 3 candidates decided for" in state["decision"]
+    assert [t["backbone"] for t in state["short_trials"]] == list(names)
+    assert len(state["survivors"]) == 2
+    assert {t["backbone"] for t in state["trials"]} == set(state["survivors"])
+
+
+def test_two_objectives_give_a_front(tmp_path):
+    result = search(
+        "digits", PAIR, trials=4, epochs=1, samples=120, objective=("accuracy", "params"),
+        out=tmp_path,
+    )  # fmt: skip
+    trials = {t["number"]: t for t in result.trials}
+    front = [trials[n]["values"] for n in result.summary["front"]]
+    assert front
+    for value, params in front:
+        better = [t["values"] for t in trials.values() if t["values"][0] > value]
+        assert all(p > params for _, p in better)
+    assert result.best["val"]["accuracy"] == max(t["value"] for t in trials.values())
+    assert trials[0]["values"][1] == result.summary["costs"][trials[0]["backbone"]]["n_params"]
+
+
+def test_a_network_of_ones_own_and_a_test_part_of_its_own(tmp_path):
+    data = open_dataset("digits", samples=100)
+    for row in range(100):
+        part = "test" if row % 4 == 0 else "train"
+        folder = tmp_path / "data" / part / f"class {data.classes[data.labels[row]]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        data.load(row).save(folder / f"{row}.png")
+    import timm
+
+    module = timm.create_model(f"local-dir:{demo.folder('resnet_glyphs')}", pretrained=True)
+    transform = sfda_tune.backbones.load(sfda_tune.resolve_backbones(ONE)[0])[1].build()
+    module.reset_classifier(0)
+    own = Backbone("mine", load=lambda: (module, lambda image: transform(image).float() / 255))
+    result = search(tmp_path / "data", own, trials=1, epochs=1, out=tmp_path / "run")
+    assert read(tmp_path / "run", "splits.json")["test_source"] == "own part"
+    assert result.summary["n_images"] == {"test": 25, "val": 15, "train": 60}
+    assert result.test["accuracy"] > 0.3
+    shutil.rmtree(tmp_path / "data" / "train" / "class 3")
+    with pytest.raises(DatasetError, match="classes that the training images lack: class 3"):
+        search(tmp_path / "data", own, trials=1, out=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "soon"}, "`budget` must be a time such as '2h'"),
+        ({"budget": "-5"}, "`budget` must be"),
+        ({"trials": 0}, "`trials` must be an integer ≥ 1 but is 0"),
+        ({"workers": None}, "`workers` must be an integer ≥ 1"),
+        ({"keep": 1.5}, "`keep` must be an integer ≥ 1"),
+        ({"objective": "speed"}, "`objective` must be one of"),
+        ({"metric": "auc"}, "`metric` must be one of"),
+        ({"test": 1.5}, r"`test` must be in \(0, 1\)"),
+        ({"max_params": -1}, "`max_params` must be a number > 0"),
+        ({"engine": "abacus"}, "`engine` must be one of optuna"),
+        ({"space": {"epochs": 3}}, "'epochs', which is an argument of the search"),
+        ({"space": {"rate": 3}}, "must only have the fields .* but has 'rate'"),
+        ({"space": {"lr": {"low": 0.1, "high": 0.01}}}, "'lr' must be {low: number"),
+        ({"space": {"lr": {"low": 0, "high": 1, "log": True}}}, "with log low > 0"),
+        ({"space": {"freeze": ["none", "head"]}}, "`space`: `freeze` must be one of"),
+        ({"space": {"freeze": []}}, "at least one choice"),
+        ({"space": "nowhere.yaml"}, "cannot be read"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        search("digits", ONE, **options, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "search.json").exists()
+
+
+def test_what_cannot_be_sent_is_refused(tmp_path):
+    module, half = sfda_tune.backbones.load(Backbone(ONE))
+    own = Backbone("mine", load=lambda: (module, half.build()))
+    with pytest.raises(ValueError, match=r"`workers` must be 1 but is 2: .* instead of lambdas"):
+        search("digits", own, samples=60, workers=2, out=tmp_path)
+
+
+def test_out_must_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`out` must be a folder"):
+        search("digits", ONE, out=tmp_path / "file")
+
+
+# Space, budget, board, command line -------------------------------------------------------------
+def test_a_space_from_yaml(tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text(
+        "lr: {low: 1e-3, high: 0.005, log: true}\nbatch_size: {low: 8, high: 16}\n"
+        "freeze: [backbone]\noptimizer: adamw\naugmentation: {no_aug: true}\n"
+    )
+    space = open_space(file)
+    assert space.default() == {"lr": 0.001, "batch_size": 16, "freeze": "backbone"}
+    config = space.config({"lr": 0.002}, epochs=1)
+    assert (config.optimizer, config.augmentation) == ("adamw", {"no_aug": True})
+    assert open_space(space.to_dict()) == space
+    assert open_space(space) is space
+
+
+def test_default_spaces_hold_the_default_configuration():
+    defaults = FinetuneConfig()
+    for n in (100, 10_000):
+        space = default_space(n)
+        assert all(getattr(defaults, k) == v for k, v in space.default().items())
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("45m", 2700), ("1h30m10s", 5410)])
+def test_budgets(text, seconds):
+    assert parse_budget(text) == seconds
+    assert parse_budget(None) is None
+
+
+def test_the_board_shows_stage_trials_and_time_left():
+    from io import StringIO
+
+    from rich.console import Console
+
+    board = Board(Console(file=(text := StringIO()), width=100))
+    board.enter("rank")
+    board.start(100, 0)
+    board.advance("vit", 50)
+    assert board.rich.tasks[0].description == "rank: vit"
+    assert board.rich.tasks[0].fields["left"].startswith("ETA 0:00:0")
+    board.leave("rank", "2 backbones ranked")
+    assert "2 backbones ranked" in text.getvalue()
+    board.enter("tune")
+    trials = [Trial(0, "vit", {}, state="complete", value=0.9), Trial(1, "vit", {})]
+    board.show(trials, trials[0], 4, float("inf"))
+    assert board.rich.tasks[0].description == "tune: 1 of 4 trials, best 0.9000 by vit (trial 0)"
+    board.show(trials, trials[0], None, time.time() + 3600)
+    assert board.rich.tasks[0].fields["left"] in ("ETA 1:00:00", "ETA 0:59:59")
+
+
+def test_the_command_line(tmp_path, capsys):
+    from sfda_tune.cli import main
+
+    run, images = tmp_path / "run", tmp_path / "images"
+    command = "search digits --trials 1 --epochs 1 --samples 60 -q --out"
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), str(run), "--backbones", ONE])
+    assert f"{ONE} (trial 0 of 1): accuracy" in capsys.readouterr().out
+    images.mkdir()
+    data = open_dataset("digits")
+    for row in range(3):
+        data.load(row).save(images / f"{row}.png")
+    with pytest.raises(SystemExit, match="0"):
+        main(["predict", str(run), str(images), "--csv", str(tmp_path / "p.csv")])
+    shown = capsys.readouterr().out.splitlines()
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["item"] for row in rows] == [str(images / f"{k}.png") for k in range(3)]
+    p = SearchResult.open(run).predict(images)
+    for row, line, probabilities in zip(rows, shown, p, strict=True):
+        assert row["predicted"] == data.classes[probabilities.argmax()]
+        assert float(row["confidence"]) == pytest.approx(probabilities.max(), rel=1e-4)
+        assert row["predicted"] in line
+    with pytest.raises(SystemExit, match="1"):
+        main(["predict", str(tmp_path), str(images)])
+    assert "must be that of a finished search" in capsys.readouterr().err

@@ -1,0 +1,555 @@
+# ruff: noqa: N802 (the traps have names)
+"""The searcher, called as Tune calls it, with Ray's own searchers inside and outside."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+
+import numpy as np
+import optuna
+import pytest
+from ray import tune
+from ray.tune.search import (
+    BasicVariantGenerator,
+    ConcurrencyLimiter,
+    Repeater,
+    Searcher,
+    SearchGenerator,
+)
+from ray.tune.search.hyperopt import HyperOptSearch
+from ray.tune.search.optuna import OptunaSearch
+from sfda_tune_optuna import SFDASampler
+from sfda_tune_ray import SFDASearcher, _compat, backbone_grid, backbone_space
+from sfda_tune_ray.searcher import WHOLE
+from tune_lab import NAMES, SCORES, VALUES
+
+from sfda_tune import policy
+from sfda_tune.values import Ranking, Score
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+LR = {"lr": tune.loguniform(1e-5, 1e-1)}
+BASES = {
+    "random": lambda: None,
+    "optuna": lambda: OptunaSearch(seed=0),
+    "hyperopt": lambda: HyperOptSearch(random_state_seed=0, n_initial_points=3),
+}
+each_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+
+
+class Spy(Searcher):
+    """A searcher that notes what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.log, self.answer = [], {"lr": 0.1}
+
+    def set_search_properties(self, metric, mode, config, **spec):
+        self.config = config
+        return True
+
+    def suggest(self, trial_id):
+        self.log.append(("suggest", trial_id))
+        return self.answer
+
+    def on_trial_result(self, trial_id, result):
+        self.log.append(("result", trial_id, result["training_iteration"]))
+
+    def on_trial_complete(self, trial_id, result=None, error=False):
+        self.log.append(("complete", trial_id, result and result["acc"], error))
+
+    def save(self, checkpoint_path):
+        raise NotImplementedError
+
+
+def make(base=None, space=None, scores=SCORES, mode="max", **options):
+    options = {"seed": 0, **options}
+    searcher = SFDASearcher(scores, base_searcher=base, **options)
+    if space is None:
+        space = {"backbone": backbone_space(SCORES), **LR}
+    assert searcher.set_search_properties("acc", mode, space)
+    return searcher
+
+
+def spied(**options):
+    """Return a searcher, and the log of the copy of the spy that the first trial asks."""
+    searcher = make(Spy(), **options)
+    searcher.suggest("t0")
+    return searcher, searcher._bases[searcher._records["t0"].key].log
+
+
+def result(value, iteration=1, **config):
+    flat = {f"config/{name}": v for name, v in config.items()}
+    return {"acc": value, "training_iteration": iteration, "time_total_s": 1.0, **flat}
+
+
+def drive(searcher, n, first=0, param=lambda config: config["backbone"]):
+    """Run n trials one after the other; return their configurations."""
+    configs = []
+    for k in range(first, first + n):
+        config = searcher.suggest(f"t{k}")
+        searcher.on_trial_complete(f"t{k}", result(VALUES[param(config)]))
+        configs.append(config)
+    return configs
+
+
+# The same choices as in Optuna --------------------------------------------------------------
+def make_histories(seed):
+    """Feed one random history of finished trials to both hosts."""
+    rng = np.random.default_rng(seed)
+    options = {"seed": seed, "prior_strength": float(rng.choice([0.5, 1.0, 2.0]))}
+    options["policy"] = str(rng.choice(policy.POLICIES))
+    options["survivors"] = [None, None, 3, ["b", "d"]][int(rng.integers(4))]
+    sampler, searcher = SFDASampler(SCORES, **options), make(**options)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for n in range(int(rng.integers(1, 30))):
+        name, lr = NAMES[int(rng.integers(6))], float(10 ** rng.uniform(-5, -1))
+        value = VALUES[name] * rng.choice([1, -1]) + float(rng.normal(0, 0.1))
+        state, steps = str(rng.choice(["COMPLETE", "PRUNED", "FAIL"], p=[0.7, 0.2, 0.1])), 4
+        if state == "PRUNED" and n:
+            steps = int(rng.integers(1, 4))
+        elif state == "PRUNED":
+            state = "COMPLETE"
+        if state == "FAIL":
+            searcher.explain_error(str(n), name, lost=False)
+        else:
+            searcher.on_trial_complete(str(n), result(value, steps, backbone=name, lr=lr))
+        seen = {} if state == "FAIL" else dict.fromkeys(range(steps), value)
+        study.add_trial(
+            optuna.create_trial(
+                state=optuna.trial.TrialState[state],
+                params={"backbone": name, "lr": lr},
+                distributions={
+                    "backbone": optuna.distributions.CategoricalDistribution(NAMES),
+                    "lr": optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True),
+                },
+                value=None if state == "FAIL" else value,
+                intermediate_values=seen,
+            )
+        )
+    searcher._number = len(study.trials)
+    return study, searcher
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_same_history_leads_to_the_same_choice_as_in_optuna(seed):
+    study, searcher = make_histories(seed)
+    study.ask()
+    trials = study.get_trials(deepcopy=False)
+    theirs = study.sampler._choose(study, trials[-1], trials)
+    searcher.suggest("next")
+    record = searcher._records["next"]
+    assert (None if record.key == WHOLE else record.backbone) == theirs
+    ours = searcher.calibration()
+    assert math.isclose(ours.slope, study.sampler.calibration(study).slope)
+
+
+@pytest.mark.parametrize("chosen", ["prior", "greedy"])
+def test_closed_loops_are_the_same_as_in_optuna(chosen):
+    study = optuna.create_study(
+        direction="maximize", sampler=SFDASampler(SCORES, policy=chosen, seed=3)
+    )
+    study.optimize(lambda trial: VALUES[trial.suggest_categorical("backbone", NAMES)], 25)
+    searcher = make(space={"backbone": tune.choice(NAMES)}, policy=chosen, seed=3)
+    ours = [config["backbone"] for config in drive(searcher, 25)]
+    assert ours == [trial.params["backbone"] for trial in study.trials]
+
+
+def test_standard_errors_of_a_ranking_are_used():
+    details = {"standard_error": 0.5}
+    ranking = Ranking([Score(name, value, details=details) for name, value in SCORES.items()])
+    assert make(scores=ranking)._advisor.errors == dict.fromkeys(NAMES, 0.5)
+
+
+# The base searcher --------------------------------------------------------------------------
+@each_base
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("outside", [None, ConcurrencyLimiter, Repeater])
+def test_any_base_any_nesting_any_wrapper(base, nested, outside):
+    space = {"backbone": backbone_space(SCORES), "const": 7}
+    options = {"spaces": {"b": {"drop": tune.uniform(0, 0.3)}}}
+    if nested:
+        space, options = {"model": space}, {**options, "param_name": "model/backbone"}
+    searcher = SFDASearcher(SCORES, base_searcher=base(), seed=0, **options)
+    outer = searcher if outside is None else outside(searcher, 1)
+    assert outer.set_search_properties("acc", "max", space | LR)
+    names = []
+    for k in range(14):
+        config = outer.suggest(f"t{k}")
+        model = config["model"] if nested else config
+        names.append(model["backbone"])
+        assert 1e-5 <= config["lr"] <= 1e-1
+        assert ("drop" in config) == (names[-1] == "b")
+        outer.on_trial_complete(f"t{k}", result=result(VALUES[names[-1]]))
+    assert names[0] == "a"
+    assert len(set(names)) > 2
+    assert searcher.calibration().n_trials == 14
+    assert WHOLE in searcher._bases  # trial 8 was the base's own
+
+
+def test_the_base_chooses_its_share_and_learns_from_the_others():
+    searcher = make(OptunaSearch(seed=0))
+    drive(searcher, 20)
+    whole = searcher._bases[WHOLE]._ot_study.trials
+    assert len(whole) == 20  # its own two, and all others as added points
+    assert {len(trial.params) for trial in whole} == {2}
+    arms = sum(len(b._ot_study.trials) for k, b in searcher._bases.items() if k != WHOLE)
+    opened = sum(r.backbone in searcher._bases for r in searcher._records.values())
+    assert arms == opened
+    assert sum(r.key == WHOLE for r in searcher._records.values()) == 2
+
+
+def test_backbones_start_alike_and_one_base_may_serve_all():
+    searcher = make(policy="greedy", conditional=True)
+    first = {}
+    for k, name in enumerate("abc"):
+        searcher._points, searcher._n_points = [{"backbone": name}], 0
+        first[name] = searcher.suggest(f"t{k}")["lr"]
+    assert len(set(first.values())) == 1
+    shared = make(OptunaSearch(seed=0), conditional=False)
+    drive(shared, 8)
+    assert list(shared._bases) == [""]
+
+
+def test_trap_S01_both_ways_of_calling():
+    searcher = make()
+    for name, call in (
+        ("x", lambda: searcher.on_trial_complete("x", result(0.5), False)),
+        ("y", lambda: searcher.on_trial_complete(trial_id="y", result=result(0.5), error=False)),
+    ):
+        searcher.suggest(trial_id=name)
+        call()
+    searcher.on_trial_result(trial_id="y", result=result(0.5))
+    assert searcher.calibration().n_trials == 2
+
+
+@pytest.mark.parametrize("answer", [None, Searcher.FINISHED])
+def test_trap_S02_the_bases_answer_is_passed_on_and_nothing_changes(answer):
+    searcher = make(Spy(), points_to_evaluate=[{"backbone": "c"}])
+    searcher._base.answer = answer
+    assert searcher.suggest("t0") == answer
+    assert (searcher._number, searcher._n_points, searcher._records) == (0, 0, {})
+
+
+def test_trap_S02_S03_all_failed_is_finished_and_never_an_error():
+    searcher = make(max_failures=2, survivors=2)
+    for k in range(100):
+        if searcher.suggest(f"t{k}") == Searcher.FINISHED:
+            break
+        searcher.on_trial_complete(f"t{k}", error=True)
+    assert k == 12  # the next best stands in for a failed survivor
+    assert SearchGenerator(searcher).searcher.suggest("u") == Searcher.FINISHED
+    named = make(max_failures=1, survivors=["b"])
+    named.suggest("t0")
+    named.on_trial_complete("t0", error=True)
+    assert named.suggest("t1") == Searcher.FINISHED
+
+
+@pytest.mark.parametrize("param", ["backbone", "m/backbone"])
+def test_trap_S04_S18_unknown_trials_are_known_by_their_config(param):
+    searcher = SFDASearcher(SCORES, param_name=param, base_searcher=Spy(), seed=0)
+    searcher.set_search_properties("acc", "max", dict(LR))
+    searcher.on_trial_result("new", result(0.6, 1, **{param: "c", "lr": 0.1}))
+    searcher.on_trial_complete("new", result(0.7, 2, **{param: "c", "lr": 0.1}))
+    (record,) = searcher._records.values()
+    assert (record.backbone, record.value, record.settings) == ("c", 0.7, {"lr": 0.1})
+    assert searcher._bases == {}
+
+
+def test_trap_S05_an_unknown_error_is_counted_and_may_be_explained():
+    searcher = make(max_failures=1)
+    searcher.on_trial_complete("new", error=True)
+    assert searcher._unattributed == 1
+    searcher.explain_error("new", "a", lost=False)
+    assert "a" not in searcher._find_candidates()
+
+
+def test_trap_S06_nothing_depends_on_intermediate_results():
+    searcher, log = spied()
+    searcher.on_trial_complete("t0")  # stopped while it was pending
+    assert searcher._records["t0"].state == "lost"
+    assert log[-1] == ("complete", "t0", None, False)
+    assert searcher.calibration().n_trials == 0
+    searcher.suggest("t1")
+    searcher.on_trial_result("t1", result(0.4))
+    searcher.on_trial_complete("t1")  # stopped while it was paused: its last report counts
+    assert searcher.calibration().n_trials == 1
+
+
+def test_trap_S07_early_stopped_trials_are_lower_bounds():
+    searcher = make()
+    for k, iterations in enumerate((4, 1)):
+        searcher.suggest(f"t{k}")
+        searcher.on_trial_complete(f"t{k}", result(0.5, iterations))
+    history = policy_history(searcher)
+    assert [(o.state, o.step) for o in history] == [("complete", None), ("pruned", 0.25)]
+
+
+def policy_history(searcher):
+    from sfda_tune_ray.history import observe
+
+    return observe(searcher._records.values())
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_trap_S08_diverged_trials(value, mode):
+    searcher, log = spied(mode=mode)
+    searcher.on_trial_complete("t0", result(value, 3))
+    assert log[-1] == ("complete", "t0", None, True)
+    searcher.suggest("t1")
+    searcher.on_trial_complete("t1", result(0.5, 3))
+    assert all(o.value is None or math.isfinite(o.value) for o in policy_history(searcher))
+    assert math.isfinite(searcher.calibration().slope)
+    assert "a" in searcher._find_candidates()
+    with_optuna = make(OptunaSearch(seed=0))
+    with_optuna.suggest("t0")
+    with_optuna.on_trial_complete("t0", result(value))
+    (trial,) = with_optuna._bases["a"]._ot_study.trials
+    assert trial.state == optuna.trial.TrialState.FAIL
+
+
+def test_trap_S09_S19_every_report_counts_once():
+    searcher, log = spied(max_failures=1)
+    for iteration in (1, 2, 1, 2, 3):  # restarted after 2
+        searcher.on_trial_result("t0", result(0.1 * iteration, iteration))
+    assert [entry[2] for entry in log if entry[0] == "result"] == [1, 2, 3]
+    for value in (0.5, 0.6, math.nan):
+        searcher.on_trial_complete("t0", result(value, 4))
+    searcher.on_trial_complete("t0", error=True)
+    assert searcher._records["t0"].value == 0.6  # the last finite one
+    assert sum(entry[0] == "complete" for entry in log) == 1
+    searcher.suggest("t1")
+    for _ in range(2):
+        searcher.on_trial_complete("t1", error=True)
+    assert sum(r.state == "failed" for r in searcher._records.values()) == 1
+    searcher.on_trial_complete("t1", result(0.7, 4))
+    assert searcher._records["t1"].state == "complete"
+
+
+def test_trap_S10_a_report_without_the_metric_is_no_evidence():
+    searcher, log = spied()
+    searcher.on_trial_result("t0", {"training_iteration": 1})
+    searcher.on_trial_complete("t0", {"training_iteration": 1})
+    assert searcher._records["t0"].state == "lost"
+    assert [entry[0] for entry in log] == ["suggest", "complete"]
+
+
+def test_trap_S11_S12_metric_mode_and_space_are_set_once():
+    searcher = make()
+    assert not searcher.set_search_properties("acc", "max", {})
+    with pytest.raises(ValueError, match="`metric` must be that of TuneConfig, 'loss', or given"):
+        SFDASearcher(SCORES, metric="acc").set_search_properties("loss", "max", {})
+    with pytest.raises(ValueError, match="one objective"):
+        SFDASearcher(SCORES).set_search_properties(["a", "b"], ["min", "max"], {})
+    with pytest.raises(ValueError, match="`metric and mode` must be given"):
+        SFDASearcher(SCORES).suggest("t0")
+    assert SFDASearcher(SCORES, metric="acc", mode="min", seed=0).suggest("t0") == {
+        "backbone": "a"
+    }
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"backbone": backbone_grid(SCORES)}, "must not hold a grid_search .* `backbone_grid`"),
+        ({"backbone": "a", "lr": tune.grid_search([1, 2])}, "but 'lr' is one"),
+        ({"backbone": tune.uniform(0, 1)}, "`backbone` must be a tune.choice"),
+        ({"backbone": tune.choice(["x", "y"])}, "must hold the choices .* has none of"),
+        ({"backbone": tune.choice(["b", "c"])}, "points_to_evaluate` must be backbones among"),
+    ],
+)
+def test_trap_S14_impossible_spaces_are_refused(space, message):
+    with pytest.raises(ValueError, match=message):
+        make(space=space, points_to_evaluate=[{"backbone": "a"}])
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")
+def test_trap_S14_no_domain_leaves():
+    space = {"backbone": "a", "x": tune.choice([tune.uniform(0, 1), tune.uniform(2, 3)])}
+    with pytest.raises(ValueError, match="must not nest domains"):
+        make(OptunaSearch(seed=0), space).suggest("t0")
+    for base in (None, HyperOptSearch(random_state_seed=0)):
+        assert isinstance(make(base, space).suggest("t0")["x"], float)
+
+
+def test_trap_S15_a_base_with_a_space_of_its_own_stays_active():
+    def define(trial):
+        trial.suggest_float("lr", 1e-5, 1e-1, log=True)
+
+    own = {"lr": optuna.distributions.FloatDistribution(1e-5, 1e-1, log=True)}
+    for space in (define, own):
+        base = OptunaSearch(space, metric="acc", mode="max", seed=0)
+        configs = drive(make(base, {"backbone": backbone_space(SCORES)}), 10)
+        assert all(1e-5 <= config["lr"] <= 1e-1 for config in configs)
+    late = SFDASearcher(SCORES, base_searcher=OptunaSearch(own, metric="acc", mode="max"))
+    assert late.set_search_properties("acc", "max", dict(LR)) is False  # Tune says what to do
+
+
+@each_base
+def test_trap_S16_without_other_domains_the_base_is_left_alone(base):
+    searcher = make(base(), {"backbone": tune.choice(NAMES), "const": 1}, policy="greedy")
+    assert drive(searcher, 3)[0] == {"backbone": "a"}
+    assert searcher._bases == {}
+
+
+def test_trap_S17_the_base_is_asked_once_for_a_trial():
+    searcher, log = spied()
+    assert searcher.suggest("t0") == searcher.suggest("t0")
+    assert log == [("suggest", "t0")]
+
+
+def test_trap_S18_a_bare_optuna_search_would_crash():
+    """The reason for the trap; ours survives the same call."""
+    bare = OptunaSearch(LR, metric="acc", mode="max")
+    with pytest.raises(KeyError):
+        bare.on_trial_complete("unknown", result(0.5))
+    make(OptunaSearch(seed=0)).on_trial_complete("unknown", result(0.5, backbone="a", lr=0.1))
+
+
+@pytest.mark.parametrize("name", ["AxSearch", "BayesOptSearch"])
+def test_trap_S21_outdated_searchers_are_named(name, monkeypatch):
+    monkeypatch.setattr(_compat.importlib.metadata, "version", lambda package: "3.4.0")
+    with pytest.raises(ValueError, match=f"{name} fails with .* 3.4.0; install"):
+        SFDASearcher(SCORES, base_searcher=type(name, (Spy,), {})())
+
+
+# Wrappers -----------------------------------------------------------------------------------
+def test_trap_W01_W02_W03_W07_no_wrapper_inside():
+    assert not hasattr(make(), "searcher")
+    for inner, message in (
+        (ConcurrencyLimiter(Spy(), 2), r"put it outside: ConcurrencyLimiter\(SFDASearcher"),
+        (Repeater(Spy(), 2), r"put it outside: Repeater\(SFDASearcher"),
+        (make(), "another class than SFDASearcher"),
+        (BasicVariantGenerator(), "for random search, .* leave it out"),
+        (OptunaSearch, "a Searcher of Ray Tune"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SFDASearcher(SCORES, base_searcher=inner)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: ConcurrencyLimiter(s, 2)])
+def test_trap_W01_W03_W04_tune_saves_and_restores_our_state(wrap, tmp_path):
+    searcher = make(OptunaSearch(seed=0))
+    drive(searcher, 3)
+    SearchGenerator(wrap(searcher)).save_to_dir(str(tmp_path), "now")
+    fresh = SFDASearcher(SCORES, base_searcher=OptunaSearch(seed=0))
+    SearchGenerator(wrap(fresh)).restore_from_dir(str(tmp_path))
+    assert fresh._records == searcher._records
+    assert fresh.suggest("t3") == searcher.suggest("t3")
+
+
+def test_trap_W06_repeated_trials_count_once():
+    searcher = SFDASearcher(SCORES, seed=0)
+    outer = Repeater(searcher, 2)
+    outer.set_search_properties("acc", "max", {"backbone": backbone_space(SCORES), **LR})
+    for k in range(4):
+        assert outer.suggest(f"t{k}")["__trial_index__"] == k % 2
+        outer.on_trial_complete(f"t{k}", result=result(0.5 + k / 10))
+    assert [round(r.value, 3) for r in searcher._records.values()] == [0.55, 0.75]
+    assert searcher._number == 2
+
+
+def test_trap_C10_pauses_are_handed_through():
+    class Pauses(Spy):
+        def on_pause(self, trial_id):
+            self.log.append(("pause", trial_id))
+
+    searcher = make(Pauses())
+    searcher.suggest("t0")
+    limiter = ConcurrencyLimiter(searcher, 2)
+    limiter.on_pause("t0")
+    limiter.on_unpause("t0")  # which it does not have
+    assert searcher._bases["a"].log[-1] == ("pause", "t0")
+    assert searcher.set_max_concurrency(3) is False
+
+
+# Points, saved states, arguments ------------------------------------------------------------
+@each_base
+def test_points_come_first_and_may_be_partial(base):
+    points = [{"backbone": "c", "lr": 0.01}, {"lr": 0.02}, {"backbone": "b"}]
+    searcher = make(base(), points_to_evaluate=points)
+    configs = drive(searcher, 4)
+    assert [c["backbone"] for c in configs[:3]] == ["c", "a", "b"]
+    assert [c["lr"] for c in configs[:2]] == [0.01, 0.02]
+    if isinstance(base(), OptunaSearch):  # it learns what really ran, not what it proposed
+        trials = searcher._bases["c"]._ot_study.trials
+        assert [(t.state.name, t.params["lr"] == 0.01) for t in trials] == [
+            ("FAIL", False), ("COMPLETE", True),
+        ]  # fmt: skip
+
+
+@each_base
+@pytest.mark.filterwarnings("ignore:Choices for a categorical")
+@pytest.mark.parametrize("told", [True, False], ids=["with space", "without"])
+def test_trap_T02_a_restored_searcher_goes_on_alike(base, told, tmp_path):
+    space = {
+        "backbone": backbone_space(SCORES, temperature=1.0), **LR, "n": tune.qrandint(2, 8, 2),
+        "m": {"w": tune.choice(["x", ("y", 1)])}, "deep": [3, 4], "const": math.inf,
+    }  # fmt: skip
+    searcher = make(base(), space, max_failures=5)
+    drive(searcher, 10)
+    searcher.suggest("live")
+    searcher.save(str(tmp_path / "state"))
+    state = json.loads((tmp_path / "state").read_text())
+    assert state["number"] == 11
+    again = SFDASearcher(SCORES, base_searcher=base(), seed=99)
+    if told:
+        again.set_search_properties("acc", "max", space)
+    again.restore(str(tmp_path / "state"))
+    assert again._records == searcher._records
+    again.on_trial_complete("live", result(0.5))
+    searcher.on_trial_complete("live", result(0.5))
+    assert drive(again, 12, 20) == drive(searcher, 12, 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_base_that_cannot_be_saved_is_made_anew(tmp_path):
+    searcher, _ = spied()
+    searcher.save(str(tmp_path / "state"))
+    again = make(Spy())
+    again.restore(str(tmp_path / "state"))
+    again.on_trial_result("t0", result(0.5))
+    again.on_trial_complete("t0", result(0.5))
+    assert again.calibration().n_trials == 1
+    assert again._bases == {}
+
+
+def test_states_of_others_are_refused(tmp_path):
+    path = tmp_path / "state"
+    make().save(str(path))
+    with pytest.raises(ValueError, match="`base_searcher` must be a RandomSearcher, as when"):
+        make(OptunaSearch()).restore(str(path))
+    path.write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="`checkpoint_path` must be a file of the format"):
+        make().restore(str(path))
+
+
+def test_min_mode_and_a_searcher_can_be_pickled():
+    searcher = make(mode="min", policy="greedy")
+    for k in range(6):
+        config = searcher.suggest(f"t{k}")
+        searcher.on_trial_complete(f"t{k}", result(VALUES[config["backbone"]]))
+    table = {row["backbone"]: row["best"] for row in searcher.calibration().table}
+    assert table["a"] == -VALUES["a"]
+    assert pickle.loads(pickle.dumps(searcher)).suggest("t9") == searcher.suggest("t9")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "most"}, "`metric and mode` must be given, .* but is .*'most'"),
+        ({"metric": ["a"]}, "`metric` must be one text"),
+        ({"param_name": "a//b"}, "`param_name` must be a name"),
+        ({"max_failures": 0}, "`max_failures` must be an integer ≥ 1"),
+        ({"seed": -1}, "`seed` must be an integer ≥ 0 or None"),
+        ({"points_to_evaluate": ["a"]}, "`points_to_evaluate` must be a list of dicts"),
+        ({"policy": "thompson"}, "`policy` must be one of calibrated, prior, greedy"),
+        ({"survivors": ["typo"]}, r"`survivors` must be choices .* \['typo'\] are not"),
+        ({"spaces": {"typo": {}}}, "`spaces and points_to_evaluate` must be backbones among"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)

@@ -1,0 +1,36 @@
+"""`finetune_trainable` in a real run: checkpoints, early stopping, resumption."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from sfda_tune_ray import SFDASearcher, backbone_space, finetune_trainable
+from tune_lab import make_tuner, run
+
+from sfda_tune import open_dataset
+
+RANKING = {"demo:resnet_glyphs": 2.0, "demo:vit_glyphs": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_from_ranking_to_fine_tuned_survivors(ray_cluster, tmp_path):
+    data = open_dataset("digits", samples=60)
+    trainable = finetune_trainable(data, config={"epochs": 2})
+    space = {"backbone": backbone_space(RANKING), "lr": tune.loguniform(1e-4, 1e-2)}
+    results = run(
+        make_tuner(
+            trainable, tmp_path, space, search_alg=SFDASearcher(RANKING, seed=0), num_samples=2,
+            scheduler=ASHAScheduler(max_t=3), metric="accuracy", mode="max",
+        )
+    )  # fmt: skip
+    assert not results.errors
+    assert [result.metrics["number"] for result in results] == [2, 2]
+    best = results.get_best_result()
+    assert best.metrics["accuracy"] > 0.5
+    with best.checkpoint.as_directory() as folder:
+        assert "best.safetensors" in os.listdir(folder)
+    assert finetune_trainable("digits") is not finetune_trainable("digits")

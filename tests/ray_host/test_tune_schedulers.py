@@ -1,0 +1,125 @@
+# ruff: noqa: N802 (the traps have names)
+"""`SFDAScheduler`, `PerBackboneScheduler` and `SchedulerStateCallback` in real runs of Tune."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
+from ray.tune.search.optuna import OptunaSearch
+from sfda_tune_ray import (
+    SchedulerStateCallback,
+    SFDAScheduler,
+    SFDASearcher,
+    backbone_grid,
+    backbone_space,
+)
+from tune_lab import NAMES, SCORES, VALUES, find_searcher, fit, make_tuner, restore, run, train
+
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # Ray's sockets
+]
+MAX = {"metric": "acc", "mode": "max"}
+
+
+@pytest.mark.parametrize("base", ["asha", "hyperband"])
+def test_trap_C02_C13_C15_C17_vetoed_trials_never_start_and_results_work(tmp_path, base):
+    base_scheduler = ASHAScheduler(max_t=2) if base == "asha" else HyperBandScheduler(max_t=2)
+    scheduler = SFDAScheduler(SCORES, keep=2, base_scheduler=base_scheduler)
+    results = fit(
+        train, tmp_path, {"backbone": backbone_grid(SCORES, 4), "folder": str(tmp_path)},
+        scheduler=scheduler, **MAX,
+    )  # fmt: skip
+    assert not results.errors
+    assert [name for name in NAMES if (tmp_path / name).exists()] == ["a", "b"]
+    assert len(results) == 4
+    assert results.get_best_result().config["backbone"] == "a"
+    assert results.get_dataframe()["config/backbone"].tolist() == ["a", "b"]
+    vetoed = [r.config["backbone"] for r in results if r.metrics.get("sfda_pruned")]
+    assert vetoed == ["c", "d"]
+
+
+def test_trap_C14_C16_a_veto_counts_as_a_sample_and_as_pruned(tmp_path):
+    base = OptunaSearch(points_to_evaluate=[{"backbone": "f"}, {"backbone": "a"}])
+    results = fit(
+        train, tmp_path, {"backbone": backbone_space(SCORES)}, search_alg=base, num_samples=2,
+        scheduler=SFDAScheduler(["a"]), **MAX,
+    )  # fmt: skip
+    assert [r.metrics.get("acc") for r in results] == [None, VALUES["a"]]
+    assert [t.state.name for t in base._ot_study.trials] == ["PRUNED", "COMPLETE"]
+
+
+DRIVER = """
+import warnings; warnings.simplefilter("ignore")
+import sys, ray
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from tune_lab import *
+from test_tune_schedulers import make_driver_run
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+make_driver_run(Path(sys.argv[4])).fit()
+"""
+
+
+def waits(config):
+    """The first four trials end; the others go on only when the file `go` exists."""
+    folder = Path(config["folder"])
+    (folder / f"trial {tune.get_context().get_trial_id()}").touch()
+    while len(list(folder.glob("trial *"))) > 4 and not (folder / "go").exists():
+        time.sleep(0.1)
+    for epoch in range(1, 3):
+        tune.report({"acc": VALUES[config["backbone"]] + epoch * 1e-3})
+
+
+def make_driver_run(folder):
+    scheduler = SFDAScheduler(
+        SCORES, keep=6, base_scheduler=ASHAScheduler(max_t=2, grace_period=1)
+    )
+    searcher = SFDASearcher(SCORES, base_searcher=OptunaSearch(seed=0), seed=0)
+    space = {"backbone": backbone_space(SCORES, 3), "lr": tune.uniform(0, 1)}
+    return make_tuner(
+        waits, folder, space | {"folder": str(folder)}, search_alg=searcher, num_samples=8,
+        scheduler=scheduler, max_concurrent_trials=2,
+        callbacks=[SchedulerStateCallback(scheduler, searcher)], **MAX,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_trap_C18_T01_T03_a_killed_driver_is_restored(tmp_path, ray_cluster):
+    """Searcher, base searcher and rungs know all eight trials, although the driver was killed."""
+    here = Path(__file__).parent
+    package = str(here.parents[1] / "integrations")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, ray_cluster.address, str(here), package, str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("trial *"))) < 6 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(4)  # for the snapshot
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert len(list(tmp_path.glob("trial *"))) >= 6
+    (tmp_path / "go").touch()
+    tuner = restore(tmp_path, waits)
+    results = run(tuner)
+    assert len(results) == 8
+    assert not results.errors
+    searcher = find_searcher(tuner)
+    assert [r.state for r in searcher._records.values()] == ["complete"] * 8
+    assert searcher.calibration().n_trials == 8
+    told = [t for base in searcher._bases.values() for t in base._ot_study.trials]
+    assert [t.state.name for t in told] == ["COMPLETE"] * 8
+    scheduler = tuner._local_tuner._tune_config.scheduler
+    ((_, rung),) = [r for r in scheduler._base._brackets[0]._rungs if r[0] == 1]
+    assert len(rung) == 8

@@ -1,0 +1,180 @@
+# ruff: noqa: N802 (the traps have names)
+"""`SFDASearcher` in real runs of Ray Tune."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from ray import tune
+from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search.optuna import OptunaSearch
+from sfda_tune_ray import SchedulerStateCallback, SFDASearcher, backbone_resources, backbone_space
+from tune_lab import (
+    SCORES,
+    VALUES,
+    crash,
+    crash_once,
+    die,
+    find_backbone,
+    find_searcher,
+    fit,
+    restore,
+    resume,
+    run,
+    train,
+)
+
+from sfda_tune.values import Ranking, Score
+
+pytestmark = [
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # Ray's sockets
+]
+MAX = {"metric": "acc", "mode": "max"}
+
+
+def overlap(config):
+    begin = time.time()
+    time.sleep(1.5)
+    tune.report({"acc": 0.5, "begin": begin, "end": time.time()})
+
+
+def test_trap_S13_T05_T06_real_run_with_optuna_nested_and_resources(tmp_path):
+    """Derived values, resources by backbone and a nested parameter, as users write them."""
+    space = {
+        "model": {"backbone": backbone_space(SCORES, 3), "width": 7},
+        "lr": tune.loguniform(1e-5, 1e-1),
+        "twice": tune.sample_from(lambda config: 2 * find_backbone(config)),
+    }
+    details = {"n_params": 1e9, "input_size": (3, 32, 32)}
+    ranking = Ranking(
+        [Score("a", 6.0, details=details), Score("b", 5.0), Score("c", 4.0, details=details)]
+    )
+    need = backbone_resources(
+        ranking, cpus=1, gpu_memory=24e9, param_name="model/backbone", fractions=(1, 0.5)
+    )
+    searcher = SFDASearcher(
+        ranking, base_searcher=OptunaSearch(seed=0), param_name="model/backbone", seed=0,
+        points_to_evaluate=[{"model": {"backbone": "b"}, "lr": 0.01}],
+    )  # fmt: skip
+    with_gpus = tune.with_resources(lambda config: train(config), need)
+    results = fit(
+        with_gpus, tmp_path, space, search_alg=searcher, num_samples=3,
+        max_concurrent_trials=2, **MAX,
+    )  # fmt: skip
+    assert not results.errors
+    configs = [result.config for result in results]
+    assert all(c["twice"] == 2 * find_backbone(c) and c["model"]["width"] == 7 for c in configs)
+    assert results[0].config["lr"] == 0.01
+    assert find_backbone(results[0].config) == "b"
+    assert all(
+        r.metrics["gpus"] == (0.5 if find_backbone(r.config) == "b" else 1) for r in results
+    )
+    assert results.get_best_result().config["model"]["backbone"] == "a"
+    assert searcher.calibration().n_trials == 3
+
+
+def test_trap_S20_trials_overlap(tmp_path):
+    searcher = SFDASearcher(SCORES, seed=0)
+    results = fit(
+        overlap, tmp_path, {"backbone": backbone_space(SCORES, 2)}, search_alg=searcher,
+        num_samples=2, max_concurrent_trials=2, **MAX,
+    )  # fmt: skip
+    one, two = (result.metrics for result in results)
+    assert max(one["begin"], two["begin"]) < min(one["end"], two["end"])
+
+
+def test_trap_S02_when_all_backbones_fail_the_run_ends(tmp_path):
+    searcher = SFDASearcher(SCORES, max_failures=1, seed=0)
+    begin = time.monotonic()
+    results = fit(
+        crash, tmp_path, {"backbone": backbone_space(SCORES, 2)}, search_alg=searcher,
+        num_samples=20, max_concurrent_trials=2, **MAX,
+    )  # fmt: skip
+    assert time.monotonic() - begin < 60
+    assert 2 <= len(results.errors) == len(results) <= 6  # some were asked for ahead
+
+
+@pytest.mark.parametrize("how", ["resume_errored", "restart_errored"])
+def test_trap_S18_S19_errored_trials_come_back(tmp_path, how):
+    space = {"backbone": backbone_space(SCORES, 2), "folder": str(tmp_path)}
+    space |= {"lr": tune.uniform(0, 1)}
+    searcher = SFDASearcher(SCORES, base_searcher=OptunaSearch(seed=0), max_failures=1, seed=0)
+    options = {"search_alg": searcher, "num_samples": 2, "max_concurrent_trials": 2}
+    assert len(fit(crash_once, tmp_path, space, **options, **MAX).errors) == 2
+    (tmp_path / "repaired").touch()
+    tuner = restore(tmp_path, crash_once, **{how: True})
+    results = run(tuner)
+    assert not results.errors
+    after = find_searcher(tuner)
+    assert after is not searcher
+    assert after.calibration().n_trials == 2
+    states = sorted(r.state for r in after._records.values())
+    assert states == ["complete"] * 2 + (["failed"] * 2 if how == "restart_errored" else [])
+    assert len(after._find_candidates()) == 2  # no longer in quarantine
+
+
+def test_trap_S09_a_killed_trial_goes_on_from_its_checkpoint(tmp_path):
+    searcher = SFDASearcher(SCORES, base_searcher=OptunaSearch(seed=0), seed=0)
+    space = {"backbone": backbone_space(SCORES, 1), "folder": str(tmp_path)}
+    results = fit(
+        resume, tmp_path, space | {"lr": tune.uniform(0, 1)}, search_alg=searcher, num_samples=1,
+        max_failures=1, **MAX,
+    )  # fmt: skip
+    marks = (tmp_path / "a").read_text().split("\n")[:-1]
+    assert [mark.split(" ", 1)[1] for mark in marks] == ["from 0", "from 2"]
+    assert results[0].metrics["training_iteration"] == 4
+    (record,) = searcher._records.values()
+    assert (record.state, record.iterations, record.value) == ("complete", 4, VALUES["a"])
+
+
+def test_a_dead_machine_is_not_the_backbones_fault(tmp_path):
+    searcher = SFDASearcher(SCORES, max_failures=1, seed=0)
+    results = fit(
+        die, tmp_path, {"backbone": "a"}, search_alg=searcher, num_samples=2,
+        callbacks=[SchedulerStateCallback(searcher=searcher)], **MAX,
+    )  # fmt: skip
+    assert len(results.errors) == 2
+    assert [r.state for r in searcher._records.values()] == ["lost", "lost"]
+
+
+def test_trap_S11_an_empty_space_needs_metric_and_mode_here(tmp_path):
+    options = {"num_samples": 1, **MAX}
+    with pytest.raises(Exception, match="`metric and mode` must be given, in TuneConfig or here"):
+        fit(train, tmp_path, {}, search_alg=SFDASearcher(SCORES), **options)
+    searcher = SFDASearcher(SCORES, seed=0, **MAX)
+    assert fit(train, tmp_path / "2", {}, search_alg=searcher, **options)[0].metrics["acc"] == 0.9
+
+
+def test_trap_C09_population_based_training_is_refused(tmp_path):
+    scheduler = PopulationBasedTraining(hyperparam_mutations={"lr": [0.1, 0.2]})
+    with pytest.raises(Exception, match="Search algorithms cannot be used with Population"):
+        fit(
+            train, tmp_path, {"backbone": backbone_space(SCORES)}, num_samples=1,
+            search_alg=SFDASearcher(SCORES), scheduler=scheduler, **MAX,
+        )  # fmt: skip
+
+
+def test_trap_S12_T02_restore_gives_the_saved_searcher_and_space(tmp_path):
+    """`Tuner.restore` takes searcher and settings from its own pickle, the state from our JSON."""
+    searcher = SFDASearcher(SCORES, seed=5)
+    space = {"backbone": backbone_space(SCORES), "lr": tune.uniform(0, 1)}
+    fit(train, tmp_path, space, search_alg=searcher, num_samples=2, **MAX)
+    tuner = restore(tmp_path, train)
+    run(tuner)
+    again = find_searcher(tuner)
+    assert again._records == searcher._records
+    assert again._number == 2
+    assert again.suggest("next") == searcher.suggest("next")
+    assert np.isclose(again.calibration().slope, searcher.calibration().slope)
+
+
+def test_trap_W05_two_limits_are_refused(tmp_path):
+    """Ray's own error, at once."""
+    searcher = ConcurrencyLimiter(SFDASearcher(SCORES), 2)
+    options = {"search_alg": searcher, "max_concurrent_trials": 3}
+    with pytest.raises(ValueError, match="already a `ConcurrencyLimiter`"):
+        fit(train, tmp_path, {"backbone": backbone_space(SCORES)}, **options, **MAX)
