@@ -31,12 +31,12 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="3 trials of 2 epochs")
+    parser.add_argument("--smoke", action="store_true", help="2 trials of 1 epoch")
     parser.add_argument("--resume", action="store_true", help="go on where it was stopped")
     parser.add_argument("--storage", default="ray_results", help="folder of the experiment")
     arguments = parser.parse_args()
     smoke, folder = arguments.smoke, Path(arguments.storage).resolve()
-    epochs, trials = (2, 3) if smoke else (8, 20)
+    epochs, trials = (1, 2) if smoke else (8, 20)
 
     data = sfda_tune.open_dataset("digits", samples=60 if smoke else 300)
     ranking = sfda_tune.rank(data, "demo:*", progress=True)

@@ -219,7 +219,8 @@ def search(
 
     Examples
     --------
-    >>> found = search("digits", "demo:resnet_glyphs", trials=1, epochs=1, samples=100)
+    >>> quick = {"trials": 1, "epochs": 1, "samples": 100, "cache": False}
+    >>> found = search("digits", "demo:resnet_glyphs", **quick)
     >>> found.best["backbone"], found.test["accuracy"] > 0.5
     ('demo:resnet_glyphs', True)
     """
@@ -230,7 +231,7 @@ def search(
     given["objective"] = (objective,) if isinstance(objective, str) else tuple(objective)
     given["plugins"] = tuple(plugins)
     _check(given)
-    with as_board(progress) as board:
+    with as_board(progress) as board, _share_cores(workers):
         _Search(given, board).run()
     return SearchResult.open(given["out"])
 
@@ -241,7 +242,8 @@ def _work(given: dict[str, Any], number: int) -> None:
 
     if given["device"] == "auto" and torch.cuda.device_count() > 1:
         given = given | {"device": f"cuda:{number % torch.cuda.device_count()}"}
-    with as_board(False) as board, suppress(KeyboardInterrupt):
+    share = _share_cores(given["workers"])
+    with as_board(False) as board, share, suppress(KeyboardInterrupt):
         _Search(given, board).run(number)
 
 
@@ -808,6 +810,19 @@ def stop_when(is_over: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _share_cores(workers: int) -> Iterator[None]:
+    """Leave every worker its part of the cores: threads that wait for each other are slow."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure_latency(backbone: Backbone, device: str = "auto") -> float:

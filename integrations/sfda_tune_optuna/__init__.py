@@ -9,6 +9,7 @@
 `enqueue_top_k`             try the best k first, under any sampler
 `save_ranking` `load_ranking` `extend_backbones`   rankings kept in studies
 `CalibrationCallback`       say every few trials what the scores are worth
+`hp_space`                  Hugging Face's ``Trainer.hyperparameter_search`` over the best
 `plot_backbone_ranking` `plot_proxy_calibration`   plotly; twins in `plots.matplotlib`
 `publish_to_dashboard`      ranking, calibration and a note in optuna-dashboard
 `BackboneSelectionProblem`  a benchmark over a table of fine-tuning runs (needs optunahub)

@@ -367,6 +367,7 @@ class RayExecutor:
         with self:
             started = time.monotonic()
             try:
+                self._alone = time.monotonic() + 60
                 self._hire(worker)
                 self._await_first()
                 yield from _Run(self, worker, plan, names).outcomes()
@@ -404,18 +405,24 @@ class RayExecutor:
         return handle.ping.options(max_task_retries=-1).remote(marker)
 
     def _await_first(self) -> None:
-        warned = time.monotonic() + 60
         while not any(m.place for m in self._members):
             pings = {m.ping: m for m in self._members}
             for ref in ray.wait(list(pings), timeout=TICK)[0]:
                 self._welcome(pings[ref])
-            if time.monotonic() > warned:
-                warned = math.inf
-                warnings.warn(
-                    f"no actor could start yet; each asks for {self._cpus:g} CPUs and "
-                    f"{self._gpus:g} GPUs, free are {ray.available_resources()}",
-                    stacklevel=2,
-                )
+            self._warn_if_alone()
+
+    def _warn_if_alone(self) -> None:
+        now = time.monotonic()
+        if any(m.place for m in self._members):
+            self._alone = now + 60
+        elif now > self._alone:
+            self._alone = math.inf
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            warnings.warn(
+                f"no actor could start for a minute; each asks for {self._cpus:g} CPUs and "
+                f"{self._gpus:g} GPUs, free are {free}; the run waits for room",
+                stacklevel=2,
+            )
 
     def _welcome(self, member: _Member) -> None:
         """Hear the answer of an actor that starts, for the first time or again."""
@@ -597,6 +604,7 @@ class _Run:
     def _look_after(self) -> None:
         """End what hangs, pardon what was on a lost machine, and take in machines that joined."""
         now, executor = time.monotonic(), self.executor
+        executor._warn_if_alone()
         for member in executor._members:
             limit = executor.deadline
             if member.queue and member.queue[0][1].paranoid:  # a child process starts, and reads

@@ -76,7 +76,7 @@ def observe(records: Iterable[Record]) -> list[Observation]:
     for r in records:
         if r.state == "running":
             history.append(Observation(r.backbone, "running", settings=r.settings))
-        elif r.state == "failed":
+        elif r.state == "failed" and not r.iterations:
             history.append(Observation(r.backbone, "failed", settings=r.settings))
         elif r.state == "complete" and r.value is not None:
             about: dict[str, Any] = {"cost": r.seconds, "settings": r.settings}

@@ -178,6 +178,7 @@ class Bench:
 
     def ray(self, target: float, patience: int) -> dict[str, Any]:
         from ray import tune
+        from ray.tune.schedulers import ASHAScheduler
 
         def objective(config: dict[str, Any]) -> None:
             params = {d.name: config[d.name] for d in self.space.dimensions}
@@ -194,12 +195,12 @@ class Bench:
             param_space=space,
             tune_config=tune.TuneConfig(
                 "best", "max", num_samples=patience, max_concurrent_trials=1,
-                scheduler=tune.schedulers.ASHAScheduler(max_t=self.epochs + 1),
+                scheduler=ASHAScheduler(max_t=self.epochs + 1),
             ),
             run_config=tune.RunConfig(stop={"best": target}, verbose=0),
         )  # fmt: skip
         results = tuner.fit()
-        top = results.get_best_result("best", "max")
+        top: Any = results.get_best_result("best", "max")
         params = {d.name: top.config[d.name] for d in self.space.dimensions}
         test = self.test(top.config["backbone"], params, top.metrics["number"])
         seconds = time.monotonic() - started

@@ -223,6 +223,7 @@ def test_an_image_that_kills_is_left_out_of_every_backbone(fresh, tmp_path):
         assert e.rows.tolist() == results[name].rows.tolist()
 
 
+@pytest.mark.slow
 def test_a_hung_image_is_named(fresh, tmp_path):
     fresh.deadline = 3
     hang = Item(pixels()[20], os.getpid(), hang=True)
@@ -232,6 +233,7 @@ def test_a_hung_image_is_named(fresh, tmp_path):
     assert results["a"].unreadable == {20: "a process that decodes it hangs for more than 3 s"}
 
 
+@pytest.mark.slow
 def test_the_guilty_backbone_fails_and_the_others_go_on(fresh, tmp_path):
     hows = enumerate(("kill", "load", "raise"), start=3)
     bad = [Backbone(how, load=Load(how, scale=k)) for k, how in hows]
@@ -275,21 +277,25 @@ def test_images_that_only_the_driver_has_end_the_run(executor, zoo, photos, tmp_
 
 @pytest.mark.slow
 def test_a_lost_machine_is_nobodys_fault(ray_cluster, tmp_path):
-    """Half of the actors go with it; one of attempts=1 would fail whom it blames."""
+    """Of three actors the head has room for one or two, whatever else runs there."""
     with warnings.catch_warnings():  # Ray leaves a socket open
         warnings.simplefilter("ignore")
-        node = ray_cluster.add_node(num_cpus=3)
+        node = ray_cluster.add_node(num_cpus=4)
         gc.collect()
     expected = run(make_dataset(), NETS)
     watch = Watch()
 
     def lose():
-        wait_for(lambda: watch.seen > 8)
+        def at_work():
+            placed = [m for m in executor._members if m.place is not None]
+            return any(m.images for m in placed if m.place.node == node.node_id)
+
+        wait_for(at_work)
         ray_cluster.remove_node(node, allow_graceful=False)
 
     thread = threading.Thread(target=lose)
-    executor = RayExecutor(num_gpus=0, actors=2, cpus_per_actor=3, unit_seconds=0.01)
-    slow = [Backbone(f"n{k}", load=Load(scale=3 + k)) for k in range(60)]
+    executor = RayExecutor(num_gpus=0, actors=3, cpus_per_actor=2, unit_seconds=0.01)
+    slow = [Backbone(f"n{k}", load=Load("slow", scale=3 + k)) for k in range(60)]
     with executor:
         thread.start()
         results = run(
@@ -297,7 +303,7 @@ def test_a_lost_machine_is_nobodys_fault(ray_cluster, tmp_path):
             executor=executor, progress=watch,
         )  # fmt: skip
         thread.join()
-        assert "machine" in kinds(executor) or executor.report()["restarts"] == 0
+        assert "machine" in kinds(executor)
     assert_same({name: results[name] for name in "ab"}, expected)
     assert all(e.error is None for e in results.values())
 

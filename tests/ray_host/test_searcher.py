@@ -328,6 +328,17 @@ def test_trap_S09_S19_every_report_counts_once():
     assert searcher._records["t1"].state == "complete"
 
 
+def test_failing_after_reports_is_the_fault_of_a_setting():
+    searcher = make(max_failures=1, survivors=["a"])
+    searcher.suggest("t0")
+    searcher.on_trial_result("t0", result(0.5))
+    searcher.on_trial_complete("t0", error=True)
+    assert policy_history(searcher) == []
+    searcher.suggest("t1")
+    searcher.on_trial_complete("t1", error=True)
+    assert "a" in searcher._find_candidates()  # it did run once
+
+
 def test_trap_S10_a_report_without_the_metric_is_no_evidence():
     searcher, log = spied()
     searcher.on_trial_result("t0", {"training_iteration": 1})
