@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="little, for the tests")
     o = parser.parse_args()
 
-    executor = RayExecutor(o.address, **({"actors": 1, "num_gpus": 0} if o.smoke else {}))
+    executor = RayExecutor(o.address, actors=1 if o.smoke else None)
     ranking = sfda_tune.rank(
         o.data,
         ["demo:*noise*", "demo:*untrained"] if o.smoke else o.backbones,

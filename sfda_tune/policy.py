@@ -305,6 +305,7 @@ def survivors(
         return tuple(n for n in [*order, *sorted(set(scores) - set(order))] if n in names)
     if keep is not None:
         _check("keep", keep, "an integer ≥ 1, or names", keep >= 1 and int(keep) == keep)
+        keep = int(keep)
     return tuple(order[:keep])
 
 
@@ -401,22 +402,27 @@ class Advisor:
     errors: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        given = self.scores
+        given: Any = self.scores
         _check("scores", given, "a Ranking or a mapping", isinstance(given, Mapping))
         for name, value in given.items():
             _check(f"scores[{name!r}]", value, "a number", isinstance(value, Real))
         _check("policy", self.policy, f"one of {', '.join(POLICIES)}", self.policy in POLICIES)
-        strength, part, mask = self.prior_strength, self.exploration, self.survivors
+        strength, part = self.prior_strength, self.exploration
+        mask: Any = self.survivors
         strong = isinstance(strength, Real) and 0 <= strength < math.inf
         _check("prior_strength", strength, "a number ≥ 0", strong)
         _check("exploration", part, "in [0, 1]", isinstance(part, Real) and 0 <= part <= 1)
-        names = isinstance(mask, Collection) and not isinstance(mask, str)
-        counts = isinstance(mask, Integral) and not isinstance(mask, bool) and int(mask) >= 1
-        masked = mask is None or (mask if names else counts)
-        _check("survivors", mask, "an integer ≥ 1, names or None", masked)
-        if isinstance(mask, Collection):
+        if isinstance(mask, str) or not hasattr(mask, "__len__"):  # else names; an array, too
+            count = isinstance(mask, Integral) and not isinstance(mask, bool) and int(mask) >= 1
+            _check("survivors", mask, "an integer ≥ 1, names or None", mask is None or count)
+        else:
+            _check("survivors", mask, "an integer ≥ 1, names or None", len(mask))
             mask = tuple(sorted(name_arm(name) for name in mask))
-        costs = self.costs
+        costs, exponent = self.costs, self.cost_exponent
+        paid = costs is None or (isinstance(costs, Mapping) and all(v > 0 for v in costs.values()))
+        _check("costs", costs, "a mapping of names to numbers > 0, or None", paid)
+        sound = isinstance(exponent, Real) and 0 <= exponent < math.inf
+        _check("cost_exponent", exponent, "a number ≥ 0", sound)
         settled = {
             "errors": estimate_errors(given) if self.errors is None else self.errors,
             "scores": {name_arm(name): float(value) for name, value in given.items()},
@@ -424,7 +430,7 @@ class Advisor:
             "costs": None if costs is None else {name_arm(k): float(costs[k]) for k in costs},
             "prior_strength": float(strength),
             "exploration": float(part),
-            "cost_exponent": float(self.cost_exponent),
+            "cost_exponent": float(exponent),
         }
         for name, value in settled.items():
             object.__setattr__(self, name, value)
@@ -482,7 +488,7 @@ class Advisor:
 
 def name_arm(choice: Any) -> str:
     """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
-    return choice if isinstance(choice, str) else repr(choice)
+    return str(choice) if isinstance(choice, str) else repr(choice)  # never an `np.str_`
 
 
 def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:
@@ -494,7 +500,7 @@ def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:
         elif score.per_sample is not None and len(score.per_sample) > 1 and score.error is None:
             spread = np.std(score.per_sample, ddof=1)
             errors[score.backbone] = float(spread / math.sqrt(len(score.per_sample)))
-    return errors or None
+    return {name: error for name, error in errors.items() if math.isfinite(error)} or None
 
 
 # The model --------------------------------------------------------------------------------------

@@ -469,7 +469,7 @@ class _Search:
             plausible = [
                 n for n in scored if n in plausible or n in scored[: 2 * keep * bool(why)]
             ]
-            reason = why[0] if why else f"{len(plausible)} backbones may be the best by score"
+            reason = why[0].rstrip(".") if why else f"{len(plausible)} may be the best by score"
             with self.edit() as state:
                 state["separable"], state["plausible"] = False, plausible
                 state["decision"] = f"the ranking abstains: {reason}"

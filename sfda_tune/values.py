@@ -507,9 +507,9 @@ class Ranking(_Value, Mapping[str, float]):
             If the text is not a ranking.
         """
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+        content = str(source) if is_text else Path(source).read_bytes()
         try:
-            data = json.loads(text)
+            data = json.loads(content)
             if data.get("format") != FORMAT:
                 raise ValueError(f"its format is {data.get('format')!r}, not {FORMAT!r}")
             scores = [

@@ -273,3 +273,23 @@ def test_the_improvement_is_the_integral_and_never_underflows():
     steps = [module._log_improvement(found._replace(top=top))[0] for top in tops]
     assert np.isfinite(steps).all()
     assert (np.diff(steps) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"costs": [1, 2]}, "costs"),
+        ({"costs": {"a": -1.0}}, "costs"),
+        ({"cost_exponent": -1}, "cost_exponent"),
+        ({"survivors": np.array([])}, "survivors"),
+    ],
+)
+def test_an_advisor_names_the_argument_that_is_wrong(wrong, named):
+    with pytest.raises(ValueError, match=f"`{named}` must be"):
+        module.Advisor({"a": 1.0, "b": 2.0}, **wrong)
+
+
+def test_an_advisor_takes_names_in_an_array():
+    advisor = module.Advisor({"a": 1.0, "b": 2.0}, survivors=np.array(["b"]), exploration=0)
+    assert advisor.survivors == ("b",)
+    assert {type(name) for name in advisor.survivors} == {str}

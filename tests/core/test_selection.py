@@ -17,7 +17,7 @@ from sfda_tune.datasets import DatasetError
 from sfda_tune.engines import OutOfTimeError, Trial, attempt
 from sfda_tune.finetuning import finetune
 from sfda_tune.recipe import FinetuneConfig
-from sfda_tune.selection import SearchResult, parse_budget, search, stop_when
+from sfda_tune.selection import SearchResult, search, stop_when
 from sfda_tune.spaces import default_space, open_space
 from sfda_tune.stages import Board, SilentBoard
 
@@ -404,12 +404,6 @@ def test_default_spaces_hold_the_default_configuration():
     for n in (100, 10_000):
         space = default_space(n)
         assert all(getattr(defaults, k) == v for k, v in space.default().items())
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("45m", 2700), ("1h30m10s", 5410)])
-def test_budgets(text, seconds):
-    assert parse_budget(text) == seconds
-    assert parse_budget(None) is None
 
 
 def test_the_board_shows_stage_trials_and_time_left():

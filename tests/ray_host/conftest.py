@@ -6,6 +6,7 @@ switched off here and nowhere else: nothing outside this machine can reach the c
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # `--import-mode=importlib` does not
 _TEMPORARY = tempfile.mkdtemp(prefix="sfda_")  # short: socket paths hold about 100 characters
+atexit.register(shutil.rmtree, _TEMPORARY, ignore_errors=True)
 os.environ.pop("RAY_ADDRESS", None)  # never somebody else's cluster
 os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds everything to 127.0.0.1
@@ -71,7 +73,6 @@ def ray_cluster() -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
-    shutil.rmtree(_TEMPORARY, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

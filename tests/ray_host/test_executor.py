@@ -415,3 +415,15 @@ def test_command_line(ray_cluster, clean_environment, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "demo:resnet_noise" in done.stdout
+
+
+def test_a_bucket_holds_whole_entries_or_none(dataset, zoo):
+    pytest.importorskip("fsspec")
+    store = open_store("memory://bucket/features")
+    first = run(dataset, zoo[:1], store=store)
+    again = run(dataset, zoo[:1], store=store)
+    assert again["convnext"].cached
+    assert_same(again, first)
+    assert store.get("0" * 40) is None
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_store("nonsense://bucket")

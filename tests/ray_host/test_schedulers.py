@@ -1,4 +1,3 @@
-# ruff: noqa: N802 (the traps have names)
 """The schedulers, called as Tune calls them, with real trials and Ray's own schedulers inside."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: N802 (the traps have names)
 """The searcher, called as Tune calls it, with Ray's own searchers inside and outside."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: N802 (the traps have names)
 """Spaces, points and resources, in Ray's own searchers."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: N802 (the traps have names)
 """`SFDAScheduler`, `PerBackboneScheduler` and `SchedulerStateCallback` in real runs of Tune."""
 
 from __future__ import annotations

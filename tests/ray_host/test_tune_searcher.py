@@ -1,4 +1,3 @@
-# ruff: noqa: N802 (the traps have names)
 """`SFDASearcher` in real runs of Ray Tune."""
 
 from __future__ import annotations
