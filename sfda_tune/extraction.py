@@ -140,6 +140,10 @@ class Extraction:
     input_size : (channels, height, width) or None
     images_per_second : float or None
         Forward passes only, on the device, as measured when they were made.
+    peak_memory : int or None
+        Bytes that the forward passes took at most beside the weights; on CUDA only.
+    peak_batch : int or None
+        Images in a batch then.
     cached : bool
         No forward pass was needed.
     seconds : dict of str to float
@@ -155,6 +159,8 @@ class Extraction:
     n_params: int | None = None
     input_size: tuple[int, int, int] | None = None
     images_per_second: float | None = None
+    peak_memory: int | None = None
+    peak_batch: int | None = None
     cached: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -500,6 +506,7 @@ class Worker:
                 outcome.entries[shard], outcome.keys[shard] = entry, key
                 continue
             waited, started = seconds["decode"], time.perf_counter()
+            base = _reset_peak(forward.device)
             parts, good = [], []
             position = start
             while position < stop:
@@ -527,6 +534,7 @@ class Worker:
                     "n_params": n_params,
                     "forward_seconds": forward_seconds,
                     "device": self.settings.device,
+                    **_read_peak(forward, base, len(rows)),
                 },
             )
             if not np.isfinite(x).all():
@@ -629,6 +637,26 @@ class _Forward:
                     f"returned {got}"
                 )
             return features.float()
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Begin to watch the device's memory, where it can be; return what it holds already."""
+    import torch
+
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _read_peak(forward: _Forward, base: int, n: int) -> dict[str, int]:
+    """Return what the forward passes took at most beyond `base`, in bytes, with which batch."""
+    import torch
+
+    if forward.device.type != "cuda" or not n:
+        return {}
+    peak = torch.cuda.max_memory_allocated(forward.device) - base
+    return {"peak_memory": peak, "peak_batch": min(forward.batch_size, n)}
 
 
 def _to_numpy(parts: list[torch.Tensor]) -> np.ndarray:
@@ -1094,11 +1122,14 @@ def _finish(job: _Job, plan: Plan, settings: Settings, store: FeatureStore | Non
         raise _too_many(unreadable, dataset, settings.max_unreadable)
     rows = np.concatenate([e.rows + s for e, (s, _) in zip(entries, shards, strict=True)])
     spent = sum(e.info.get("forward_seconds", 0.0) for e in entries)
+    hungriest = max((e.info for e in entries), key=lambda info: info.get("peak_memory", 0))
     result = replace(
         _blank(job),
         rows=rows,
         unreadable=unreadable,
         images_per_second=len(rows) / spent if spent else None,
+        peak_memory=hungriest.get("peak_memory"),
+        peak_batch=hungriest.get("peak_batch"),
         cached=job.cached,
         seconds=job.seconds,
     )

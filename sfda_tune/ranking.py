@@ -366,6 +366,8 @@ def _score(extraction: Extraction, scorer: Scorer) -> Score:
         "n_params": extraction.n_params,
         "input_size": extraction.input_size,
         "images_per_second": extraction.images_per_second,
+        "peak_memory": extraction.peak_memory,
+        "peak_batch": extraction.peak_batch,
         "cached": extraction.cached,
         "note": "cached" if extraction.cached else "",
     }
