@@ -25,8 +25,10 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     info = f"sfda_tune-{wheel.name.split('-')[1]}.dist-info"
-    assert tops == {"sfda_tune", "sfda_tune_optuna", info}
-    assert {"sfda_tune/py.typed", "sfda_tune_optuna/py.typed"} <= set(names)
+    packages = {"sfda_tune", "sfda_tune_optuna", "sfda_tune_ray", "sfda_tune_sklearn"}
+    assert tops == packages | {info}
+    assert {f"{package}/py.typed" for package in packages} <= set(names)
+    assert {"sfda_tune/report.html.j2", "sfda_tune/report.css", "sfda_tune/report.js"} <= set(names)
     assert "sfda_tune/metrics/imagenet.csv" in names
     assert sum(n.endswith("model.safetensors") for n in names) == 8
     assert "sfda_tune/demo/accuracies.json" in names
