@@ -2,11 +2,13 @@
 
 An engine is a function ``tune(job) -> trials``, registered as an entry point of the group
 ``sfda_tune.engines``. It chooses backbone and parameters of one `Trial` after the other, has each
-made by `attempt`, and returns all trials of the study, those of other workers too.
+made by `attempt`, and returns all trials of the study, those of other workers too. One with a true
+attribute ``spreads`` uses several machines by itself and is called by one process only.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +18,16 @@ from typing import Any, Literal
 
 from sfda_tune.spaces import Space
 
-__all__ = ["GROUP", "Engine", "Job", "OutOfTimeError", "Trial", "attempt", "load_engine"]
+__all__ = [
+    "GROUP",
+    "Engine",
+    "Job",
+    "OutOfTimeError",
+    "Trial",
+    "attempt",
+    "load_engine",
+    "read_trial",
+]
 
 GROUP = "sfda_tune.engines"
 
@@ -91,6 +102,8 @@ class Job:
     seed : int
     train : callable
         Trial → iterator of the same trial, an epoch richer each time; raises what goes wrong.
+    remake : callable
+        Makes `train` again in another process, which sees the folder; can be pickled.
     tell : callable
         To be called with all trials after every event.
     is_over : callable
@@ -107,6 +120,7 @@ class Job:
     storage: str | None
     seed: int
     train: Callable[[Trial], Iterator[Trial]] = field(repr=False)
+    remake: Callable[[], Callable[[Trial], Iterator[Trial]]] = field(repr=False)
     tell: Callable[[Sequence[Trial]], None] = field(repr=False)
     is_over: Callable[[], bool] = field(repr=False)
 
@@ -141,6 +155,13 @@ def attempt(
     return replace(trial, state=state, error=error, seconds=seconds)
 
 
+def read_trial(source: Path | Mapping[str, Any]) -> Trial:
+    """Return a trial from its JSON values, or from a file of these."""
+    entry = json.loads(source.read_text(encoding="utf-8")) if isinstance(source, Path) else source
+    values = entry["values"] and tuple(entry["values"])
+    return Trial(**{**entry, "values": values, "epochs": tuple(entry["epochs"])})
+
+
 def load_engine(name: str) -> Engine:
     """Return an engine by its name.
 
@@ -160,7 +181,8 @@ def load_engine(name: str) -> Engine:
     if name not in found:
         there = ", ".join(sorted(found)) or "(none is installed)"
         raise ValueError(
-            f"`engine` must be one of {there} but is {name!r}; pip install 'sfda-tune[optuna]'."
+            f"`engine` must be one of {there} but is {name!r}; pip install 'sfda-tune[optuna]' "
+            "or 'sfda-tune[ray]'."
         )
     try:
         return found[name].load()

@@ -782,6 +782,7 @@ class _Job:
     description: zoo.Description
     weights: str | None
     entries: dict[int, Entry | str] = field(default_factory=dict)  # or its key in the store
+    unkept: dict[int, Entry | str] = field(default_factory=dict)  # what the store refused
     cached: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -986,6 +987,7 @@ def _extract(
             known = len(plan.poison)
             for name in done:
                 _look_up(jobs[name], plan, store, settings)
+                jobs[name].entries.update(jobs[name].unkept)
                 yield _finish(jobs[name], plan, settings, store)
 
     everything = frozenset(range(len(shards)))
@@ -1026,6 +1028,7 @@ def _extract(
             for part, spent in outcome.seconds.items():
                 job.seconds[part] = job.seconds.get(part, 0.0) + spent
             if executor is not None:
+                job.unkept.update(outcome.entries)  # the others did not travel
                 job.entries.update(outcome.keys)
             if outcome.error is not None:
                 plan.failed.add(outcome.name)

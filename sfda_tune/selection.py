@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -40,15 +40,16 @@ import numpy as np
 import sfda_tune
 from sfda_tune.backbones import describe, load, resolve_backbones
 from sfda_tune.confidence import diagnose
-from sfda_tune.engines import Job, OutOfTimeError, Trial, attempt, load_engine
+from sfda_tune.engines import Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
 from sfda_tune.extraction import resolve_device
 from sfda_tune.finetuning import FineTuning, finetune
 from sfda_tune.predictions import load_model, predict
 from sfda_tune.ranking import RankingInterruptedError, rank
 from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
+from sfda_tune.report import write_report
 from sfda_tune.spaces import default_space, open_space
 from sfda_tune.splits import fingerprint, join, split_images, write_json, write_predictions
-from sfda_tune.stages import as_board
+from sfda_tune.stages import SilentBoard, as_board
 from sfda_tune.values import Backbone, Ranking
 
 __all__ = ["SearchResult", "measure_latency", "search"]
@@ -245,6 +246,16 @@ def _work(given: dict[str, Any], number: int) -> None:
     share = _share_cores(given["workers"])
     with as_board(False) as board, share, suppress(KeyboardInterrupt):
         _Search(given, board).run(number)
+
+
+def _open_training(given: dict[str, Any]) -> Callable[[Trial], Iterator[Trial]]:
+    """Return how a search under way trains, in another process that sees its folder."""
+    search = _Search(given, SilentBoard())
+    search.begin()
+    known = [t for t in map(read_trial, search.state["trials"]) if t.value is not None]
+    search.best = max(known, key=search.goodness, default=None)
+    search.limit()
+    return search.train_fully
 
 
 class _Search:
@@ -529,7 +540,7 @@ class _Search:
     def start_helpers(self) -> list[Any]:
         """Start the other workers: processes that make the same call."""
         workers = self.given["workers"]
-        if workers == 1:
+        if workers == 1 or getattr(self.engine, "spreads", False):
             return []
         spawn = multiprocessing.get_context("spawn")
         given = self.given | {"progress": False}
@@ -555,6 +566,7 @@ class _Search:
             name=self.name, folder=self.folder, scores=state["scores"], space=self.space,
             directions=self.directions, n_epochs=self.epochs, n_trials=g["trials"],
             storage=g["storage"], seed=g["seed"], train=self.train_fully, tell=self.tell,
+            remake=partial(_open_training, self.given | {"progress": False}),
             is_over=lambda: time.time() >= self.stop,
         )  # fmt: skip
         trials = self.engine(job)
@@ -716,7 +728,7 @@ class _Search:
         if self.is_done("test"):
             return
         if self.best is None:  # another process has tuned
-            trials = [_trial(entry) for entry in self.state["trials"]]
+            trials = [read_trial(entry) for entry in self.state["trials"]]
             self.best = max((t for t in trials if t.value is not None), key=self.goodness)
         if not self.is_done("train"):
             self.enter("train", "training")
@@ -731,6 +743,7 @@ class _Search:
                 "test": result,
                 "latency_ms": self.latency,
             }
+        write_report(self.folder)
 
     def train_winner(self, best: Trial) -> str:
         """Write RUN/model and return how it came about."""
@@ -928,8 +941,3 @@ def _environment(device: str, engine: str) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "gpu": gpu,
     }
-
-
-def _trial(entry: Mapping[str, Any]) -> Trial:
-    values = entry["values"] and tuple(entry["values"])
-    return Trial(**{**entry, "values": values, "epochs": tuple(entry["epochs"])})

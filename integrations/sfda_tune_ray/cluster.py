@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 
-__all__ = ["connect", "count_places"]
+__all__ = ["connect", "count_places", "share_cpus"]
 
 
 @contextmanager
@@ -56,6 +57,7 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
     options = {"log_to_driver": False, "logging_level": "ERROR", **options}
     with _same_signals():
         if address != "local":
+            _knock(address)
             ray.init(address, **options)
         else:
             _start(options)
@@ -65,6 +67,19 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
         ray.shutdown()
         if address == "local":
             _restore()
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds that nobody is there; Ray tries for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"`address` is {address!r} but no cluster answers there ({error}); 'auto' finds "
+                "the one that runs on this machine, 'local' starts one."
+            ) from error
 
 
 _BEFORE: dict[str, str | None] = {}
@@ -137,3 +152,15 @@ def count_places(num_gpus: float, num_cpus: float) -> int:
             room += [has.get("GPU", 0) // num_gpus] if num_gpus else []
             n += int(min(room, default=1))
     return n
+
+
+def share_cpus(machines: Sequence[Mapping[str, float]], num_gpus: float) -> float:
+    """Return how many CPUs an actor may have so that it fits on every machine with GPUs.
+
+    >>> share_cpus([{"CPU": 64}, {"CPU": 8, "GPU": 1}, {"CPU": 48, "GPU": 4}], 1)
+    8.0
+    """
+    if not num_gpus:
+        return 1.0
+    shares = [m.get("CPU", 0) * num_gpus // m["GPU"] for m in machines if m.get("GPU", 0)]
+    return max(1.0, float(min(shares, default=1)))

@@ -53,7 +53,7 @@ from sfda_tune.extraction import (
     shards_per_block,
 )
 from sfda_tune.images import UNREADABLE
-from sfda_tune_ray.cluster import connect, count_places
+from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
 
 __all__ = ["RayExecutor"]
@@ -61,6 +61,7 @@ __all__ = ["RayExecutor"]
 logger = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds between two looks at deadlines and machines
+PATIENCE = 60.0  # seconds without any actor before the user is told
 FAULTS_KEPT = 1000
 
 
@@ -309,11 +310,10 @@ class RayExecutor:
         if not self._depth:
             self._clear()
             self._stack.enter_context(connect(self.address, **self.options))
-            has = ray.cluster_resources()
-            gpus, cpus = has.get("GPU", 0), has.get("CPU", 1)
+            nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+            gpus = any(n.get("GPU") for n in nodes)
             self._gpus = (1.0 if gpus else 0.0) if self.num_gpus is None else self.num_gpus
-            per_gpu = max(1.0, cpus * self._gpus // gpus) if gpus else 1.0
-            self._cpus = self.cpus_per_actor or (per_gpu if self._gpus else 1.0)
+            self._cpus = self.cpus_per_actor or share_cpus(nodes, self._gpus)
         self._depth += 1
         return self
 
@@ -367,12 +367,14 @@ class RayExecutor:
         with self:
             started = time.monotonic()
             try:
-                self._alone = time.monotonic() + 60
+                self._alone = time.monotonic() + PATIENCE
                 self._hire(worker)
                 self._await_first()
                 yield from _Run(self, worker, plan, names).outcomes()
             finally:
                 self._counts["seconds"] += time.monotonic() - started
+                for member in self._members:  # of a run that ended early; not for the next one
+                    member.queue.clear()
                 self._forget_marker()
 
     # Actors --------------------------------------------------------------------------------
@@ -414,12 +416,12 @@ class RayExecutor:
     def _warn_if_alone(self) -> None:
         now = time.monotonic()
         if any(m.place for m in self._members):
-            self._alone = now + 60
+            self._alone = now + PATIENCE
         elif now > self._alone:
             self._alone = math.inf
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             warnings.warn(
-                f"no actor could start for a minute; each asks for {self._cpus:g} CPUs and "
+                f"no actor could start for {PATIENCE:g} s; each asks for {self._cpus:g} CPUs and "
                 f"{self._gpus:g} GPUs, free are {free}; the run waits for room",
                 stacklevel=2,
             )

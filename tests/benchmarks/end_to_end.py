@@ -185,6 +185,16 @@ class Bench:
             for epoch, _ in self.train(config["backbone"], params):
                 tune.report({"best": epoch.best, "number": epoch.best_number})
 
+        class Reached(tune.Stopper):
+            is_done = False
+
+            def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+                self.is_done |= result["best"] >= target
+                return self.is_done
+
+            def stop_all(self) -> bool:
+                return self.is_done
+
         space: dict[str, Any] = {"backbone": tune.choice(sorted(self.backbones))}
         for d in self.space.dimensions:
             draw = tune.loguniform if d.log else tune.uniform
@@ -194,10 +204,12 @@ class Bench:
             objective,
             param_space=space,
             tune_config=tune.TuneConfig(
-                "best", "max", num_samples=patience, max_concurrent_trials=1,
+                metric="best", mode="max", num_samples=patience, max_concurrent_trials=1,
                 scheduler=ASHAScheduler(max_t=self.epochs + 1),
             ),
-            run_config=tune.RunConfig(stop={"best": target}, verbose=0),
+            run_config=tune.RunConfig(
+                stop=Reached(), verbose=0, storage_path=tempfile.mkdtemp(prefix="end_to_end-")
+            ),
         )  # fmt: skip
         results = tuner.fit()
         top: Any = results.get_best_result("best", "max")

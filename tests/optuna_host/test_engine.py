@@ -40,8 +40,8 @@ def job(tmp_path):
         options = {
             "name": "a study", "folder": tmp_path, "scores": SCORES, "space": SPACE,
             "directions": ("maximize",), "n_epochs": 3, "n_trials": 8, "storage": None, "seed": 0,
-            "train": lambda t: one_value(learn(t)), "tell": lambda trials: None,
-            "is_over": lambda: False,
+            "train": lambda t: one_value(learn(t)), "remake": lambda: None,
+            "tell": lambda trials: None, "is_over": lambda: False,
         }  # fmt: skip
         return Job(**options | changes)
 

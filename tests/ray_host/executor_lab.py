@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,14 @@ class Item:
     pixels: np.ndarray
     driver: int
     once: str = ""  # a file: the first process only
+    later: str = ""  # a file: all but the first process
     hang: bool = False
 
     def __call__(self):
         if os.getpid() == self.driver or (self.once and os.path.exists(self.once)):
+            return self.pixels
+        if self.later and not os.path.exists(self.later):
+            Path(self.later).touch()
             return self.pixels
         if self.once:
             Path(self.once).touch()
@@ -44,8 +49,10 @@ class Net(torch.nn.Module):
     def forward(self, x):
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "slow":
+        if self.how == "slow" or (self.how.startswith("/") and not os.path.exists(self.how)):
             time.sleep(0.1)
+        if self.how == "exit":
+            sys.exit(3)
         if self.how == "raise":
             raise RuntimeError("a broken network")
         if len(x) > self.most:

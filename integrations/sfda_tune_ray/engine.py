@@ -1,0 +1,239 @@
+"""The Ray engine of `sfda_tune.search`: one `Tuner`, whose trials are actors anywhere.
+
+What a trial has reached stands in ``RUN/trials/ID/trial.json``, beside its checkpoints, so all
+machines must see the folder RUN. A trial whose actor was lost, or whose driver was killed, goes on
+from there. Trials are numbered as Tune began them, which ``RUN/ray-trials.json`` keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune as raytune
+from ray.tune.schedulers import ASHAScheduler
+
+from sfda_tune.engines import Job, Trial, attempt, read_trial
+from sfda_tune.spaces import Dimension, Space
+from sfda_tune.values import write_text
+from sfda_tune_ray.callbacks import SchedulerStateCallback
+from sfda_tune_ray.cluster import connect, count_places
+from sfda_tune_ray.searcher import SFDASearcher
+
+__all__ = ["tune"]
+
+RECORD, ORDER = "trial.json", "ray-trials.json"
+MORE = 1000  # trials, where only the time ends a search
+
+# Tune pickles callbacks and stoppers; what they report to stays in this process.
+_JOBS: dict[str, Job] = {}
+
+
+def tune(job: Job) -> list[Trial]:
+    """Run the trials that are not done yet on Ray; return all.
+
+    `Job.storage` is the address of the cluster, see `sfda_tune_ray.cluster.connect`.
+
+    Raises
+    ------
+    ValueError
+        If there are several objectives, which the searchers of Ray Tune do not know.
+    """
+    if len(job.directions) > 1:
+        raise ValueError(
+            "`objective` must be 'accuracy' where `engine` is 'ray'; take engine='optuna' for two."
+        )
+    job.tell(_read_all(job))
+    with connect(job.storage):
+        _JOBS[job.name] = job
+        try:
+            _open_tuner(job).fit()
+        finally:
+            del _JOBS[job.name]
+    return _read_all(job)
+
+
+tune.spreads = True  # type: ignore[attr-defined]  # needs no helper processes
+
+
+def _open_tuner(job: Job) -> raytune.Tuner:
+    """Return the tuner of a job, as it was left if it was begun before."""
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    train = raytune.with_resources(_make_trainable(job), {"cpu": 1, "gpu": gpus})
+    path = job.folder / "ray"
+    if raytune.Tuner.can_restore(path):
+        return raytune.Tuner.restore(str(path), train, resume_unfinished=True)
+    searcher = SFDASearcher(
+        job.scores,
+        base_searcher=_make_base(job),
+        points_to_evaluate=[{"backbone": b, **job.space.default()} for b in job.scores],
+        metric="value",
+        mode=job.directions[0][:3],
+        seed=job.seed,
+    )
+    scheduler = ASHAScheduler(
+        metric="value",
+        mode=job.directions[0][:3],
+        max_t=2 * job.n_epochs + 10,  # the trial knows its own end
+        grace_period=2,  # the linear probe and one epoch
+        reduction_factor=3,
+    )
+    return raytune.Tuner(
+        train,
+        param_space={"backbone": raytune.choice(sorted(job.scores)), **_convert(job.space)},
+        tune_config=raytune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=job.n_trials or MORE,
+            max_concurrent_trials=max(1, count_places(gpus, 1)),
+        ),
+        run_config=raytune.RunConfig(
+            name=path.name,
+            storage_path=str(path.parent),
+            stop=_Stop(job.name),
+            callbacks=[_Listener(job.name), SchedulerStateCallback(scheduler, searcher)],
+            failure_config=raytune.FailureConfig(max_failures=2),  # an actor may be lost
+            verbose=0,
+        ),
+    )
+
+
+def _make_base(job: Job) -> Any:
+    """Return Optuna's TPE if it is installed, else None: random."""
+    try:
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(metric="value", mode=job.directions[0][:3], seed=job.seed)
+    except (ImportError, AssertionError):  # Ray asserts that optuna is there
+        return None
+
+
+def _convert(space: Space) -> dict[str, Any]:
+    def domain(d: Dimension) -> Any:
+        if d.choices:
+            return raytune.choice(list(d.choices))
+        if d.is_integer:
+            make = raytune.lograndint if d.log else raytune.randint
+            return make(int(d.low), int(d.high) + 1)
+        return (raytune.loguniform if d.log else raytune.uniform)(d.low, d.high)
+
+    return {d.name: domain(d) for d in space.dimensions}
+
+
+def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
+    remake, folder, here = job.remake, job.folder, os.getcwd()
+
+    def train(config: dict[str, Any]) -> None:
+        with suppress(OSError):  # the data may have been given as a relative path
+            os.chdir(here)
+        own = folder / "trials" / raytune.get_context().get_trial_id()
+        own.mkdir(parents=True, exist_ok=True)
+        if (own / RECORD).is_file():
+            trial = read_trial(own / RECORD)
+            if trial.state != "running":  # it had ended, but nobody heard
+                _report(trial)
+                return
+        else:
+            params = {name: value for name, value in config.items() if name != "backbone"}
+            trial = Trial(-1, config["backbone"], params, own.name, started=time.time())
+        trial = replace(trial, worker=f"{ray.util.get_node_ip_address()}:{os.getpid()}")
+        _write(own, trial)
+
+        def note(now: Trial) -> bool:
+            _write(own, now)
+            if now.epochs:
+                raytune.report({"value": now.value})
+            return False
+
+        done = attempt(remake(), trial, note)
+        _write(own, done)
+        if done.state == "failed" and done.error != "no time for an epoch":
+            _report(done)
+
+    return train
+
+
+def _report(trial: Trial) -> None:
+    """Tell Tune what a trial has come to: not a number if it failed."""
+    raytune.report({"value": float("nan") if trial.state == "failed" else trial.value})
+
+
+def _write(folder: Path, trial: Trial) -> None:
+    write_text(folder / RECORD, json.dumps(asdict(trial)))
+
+
+def _read_all(job: Job) -> list[Trial]:
+    order = job.folder / ORDER
+    names = json.loads(order.read_text(encoding="utf-8")) if order.is_file() else []
+    files = [job.folder / "trials" / name / RECORD for name in names]
+    return [replace(read_trial(f), number=n) for n, f in enumerate(files) if f.is_file()]
+
+
+class _Listener(raytune.Callback):
+    """Passes the news on, and writes down how trials end that could not do so themselves."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def job(self) -> Job:
+        return _JOBS[self.name]
+
+    def _tell(self, trials: list[Any]) -> None:
+        write_text(self.job.folder / ORDER, json.dumps([trial.trial_id for trial in trials]))
+        self.job.tell(_read_all(self.job))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Hear of an epoch."""
+        self._tell(trials)
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Any], trial: Any, **info: Any
+    ) -> None:
+        """Hear that a trial is done, or that the scheduler has stopped it."""
+        self._end(trial, "pruned", None)
+        self._tell(trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Hear that the actor of a trial was lost too often."""
+        self._end(trial, "failed", "its process ended")
+        self._tell(trials)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Hear that all is done, or that the time is over."""
+        for trial in trials:
+            if trial.is_finished():
+                self._end(trial, "pruned", None)
+        self._tell(trials)
+
+    def _end(self, trial: Any, state: str, error: str | None) -> None:
+        folder = self.job.folder / "trials" / trial.trial_id
+        if (folder / RECORD).is_file():
+            known = read_trial(folder / RECORD)
+            if known.state == "running":  # else it said so itself
+                _write(folder, replace(known, state=state, error=error))
+
+
+class _Stop(raytune.Stopper):
+    """Ends the experiment with the time budget."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never stop one trial alone."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Tell whether the time is over."""
+        job = _JOBS.get(self.name)
+        return job is not None and job.is_over()

@@ -1,0 +1,88 @@
+"""`sfda_tune.search` on Ray: from the ranking to the tested winner, interrupted and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from sfda_tune_ray.engine import tune
+
+from sfda_tune.engines import load_engine
+from sfda_tune.selection import SearchResult, search
+
+QUICK = {"epochs": 2, "samples": 200, "keep": 2, "test": 0.2, "device": "cpu"}
+
+
+def test_it_is_registered_and_knows_one_objective():
+    assert load_engine("ray") is tune
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster(ray_cluster, tmp_path):
+    data = {"cache": tmp_path / "cache", "out": tmp_path / "run", "engine": "ray"}
+    backbones = ["demo:resnet_glyphs", "demo:convnext_glyphs", "demo:vit_untrained"]
+    found = search("digits", backbones, trials=4, **QUICK, **data)
+    assert found.summary["status"] == "done"
+    assert [t["number"] for t in found.trials] == [0, 1, 2, 3]
+    assert {t["state"] for t in found.trials} <= {"complete", "pruned"}
+    # The first trials are the defaults of the survivors, best first.
+    survivors = found.summary["survivors"]
+    assert [t["backbone"] for t in found.trials[:2]] == survivors
+    assert found.trials[0]["params"] == found.trials[1]["params"] != found.trials[2]["params"]
+    assert {t["backbone"] for t in found.trials} <= set(survivors)
+    assert found.best["trial"] in range(4)
+    assert found.test["accuracy"] > 0.6
+    assert (found.folder / "report.html").stat().st_size > 10_000
+    # Called again, it has nothing to do.
+    before = (found.folder / "search.json").read_bytes()
+    search("digits", backbones, trials=4, **QUICK, **data)
+    assert (found.folder / "search.json").read_bytes() == before
+    with pytest.raises(ValueError, match="`objective` must be 'accuracy' where"):
+        search(
+            "digits", backbones, trials=2, **QUICK,
+            **{**data, "out": tmp_path / "two"}, objective=("accuracy", "params"),
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on(tmp_path):
+    """In a process of its own, with a Ray of its own: the driver is killed in the third trial."""
+    run = tmp_path / "run"
+    code = f"""
+        from sfda_tune import search
+        if __name__ == "__main__":
+            search("digits", ["demo:resnet_glyphs", "demo:vit_glyphs"], trials=4, engine="ray",
+                   epochs=3, samples=200, keep=2, device="cpu", out={str(run)!r}, cache=False)
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    environment = os.environ | {"RAY_AUTH_MODE": "", "TUNE_GLOBAL_CHECKPOINT_S": "1"}
+    command = [sys.executable, str(script)]
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 240
+    try:
+        while sum(r["state"] != "running" for r in records(run)) < 2:
+            assert driver.poll() is None, driver.communicate()[1]
+            assert time.monotonic() < until
+            time.sleep(0.2)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+    done = [record for record in records(run) if record["state"] != "running"]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    found = SearchResult.open(run)
+    assert len(found.trials) == 4
+    for record in done:  # nothing that was finished has been done again
+        (same,) = [t for t in found.trials if t["folder"] == record["folder"]]
+        assert same["epochs"] == record["epochs"]
+
+
+def records(run):
+    found = []
+    for file in sorted(run.glob("trials/*/trial.json")):
+        found.append(json.loads(file.read_text()))
+    return found
