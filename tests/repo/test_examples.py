@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+SLOW = ("10_", "12_", "13_", "14_", "21_", "40_", "41_", "finetune_")
+EXAMPLES = [
+    pytest.param(file, marks=[pytest.mark.slow] if file.name.startswith(SLOW) else [])
+    for file in sorted((ROOT / "examples").glob("*.py"))
+]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.py")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
 def test_example_runs(file, clean_environment, tmp_path):
     done = subprocess.run(
         [sys.executable, str(file), "--smoke"],
