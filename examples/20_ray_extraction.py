@@ -20,10 +20,14 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--backbones", nargs="+", default=["demo:*"])
     parser.add_argument("--cache", default=True)
+    parser.add_argument("--actors", type=int, help="more than there is room for: it grows")
+    parser.add_argument("--gpus", type=float, help="per actor; default: 1 where there are any yet")
+    parser.add_argument("--cpus", type=float, help="per actor; default: what there is per GPU")
     parser.add_argument("--smoke", action="store_true", help="little, for the tests")
     o = parser.parse_args()
 
-    executor = RayExecutor(o.address, actors=1 if o.smoke else None)
+    actors = 1 if o.smoke else o.actors
+    executor = RayExecutor(o.address, actors=actors, num_gpus=o.gpus, cpus_per_actor=o.cpus)
     ranking = sfda_tune.rank(
         o.data,
         ["demo:*noise*", "demo:*untrained"] if o.smoke else o.backbones,

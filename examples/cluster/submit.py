@@ -1,9 +1,9 @@
 """Submit a ranking as a Ray job, and follow it.
 
-    python examples/cluster/submit.py http://127.0.0.1:8265 /data/photos /data/features
+    python examples/cluster/submit.py http://127.0.0.1:8265 /data/photos /data/features --actors 16
 
-The job runs ``20_ray_extraction.py`` on the head of the cluster. Where the cluster asks for a
-token, set RAY_AUTH_TOKEN here, too.
+The job runs ``20_ray_extraction.py``, with its further options, on the head of the cluster. Where
+the cluster asks for a token, set RAY_AUTH_TOKEN here, too.
 """
 
 import argparse
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("cache", help="folder that all machines share, or a bucket")
     parser.add_argument("--backbones", nargs="+", default=["demo:*"])
     parser.add_argument("--pip", action="store_true", help="install sfda-tune on the machines")
-    o = parser.parse_args()
+    o, more = parser.parse_known_args()
     command = ["python", "20_ray_extraction.py", "--address", "auto", "--data", o.data]
-    command += ["--cache", o.cache, "--backbones", *o.backbones]
+    command += ["--cache", o.cache, "--backbones", *o.backbones, *more]
     environment: dict = {"working_dir": str(HERE.parent), "excludes": ["cluster"]}
     if o.pip:
         environment["pip"] = ["sfda-tune[ray]"]

@@ -20,6 +20,7 @@ __all__ = ["Bundle", "Dispatcher", "Task", "make_bundles"]
 
 UNITS_PER_ACTOR = 16  # at least, where there are as many shards × backbones
 ENDING = 2.0  # largest units an actor has left when the order by size becomes strict
+STAYING = 3.0  # how much more another bundle must have left: to move is to load other networks
 DECODING = 5e6  # what decoding an image costs, in parameters × (pixels / 224²)
 
 
@@ -183,7 +184,7 @@ class Dispatcher:
         best, at, pull = None, 0, -1.0
         for i, bundle in enumerate(self._left):
             mine = bundle is old
-            strength = work[i] / (bundle.actors + (not mine)) * (1.5 if mine else 1.0)
+            strength = work[i] / (bundle.actors + (not mine)) * (STAYING if mine else 1.0)
             strength = costs[i] if ending else strength
             if strength > pull:
                 best, at, pull = bundle, i, strength

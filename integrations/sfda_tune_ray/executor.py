@@ -35,6 +35,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +282,13 @@ class RayExecutor:
             "image_seconds": image_seconds,
             "attempts": attempts,
         }.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive but is {value!r}.")
-        if num_gpus and abs((x := 1 / num_gpus if num_gpus < 1 else num_gpus) - round(x)) > 1e-6:
+            kind: Any = Integral if name in ("actors", "attempts") else Real
+            if value is not None and not (isinstance(value, kind) and value > 0):
+                rule = "a positive integer" if kind is Integral else "positive"
+                raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+        x = num_gpus or 0.0
+        x = 1 / x if 0 < x < 1 else x
+        if not 0 <= x < math.inf or abs(x - round(x)) > 1e-6:
             raise ValueError(
                 f"`num_gpus` must be 0, 1/n or a whole number but is {num_gpus!r}; take 0.5 or "
                 "0.25."

@@ -160,7 +160,8 @@ class PerBackboneScheduler(TrialScheduler):
     Parameters
     ----------
     factory : callable
-        Returns a new scheduler, for instance ``lambda: ASHAScheduler(max_t=20)``.
+        Returns a new scheduler, for instance ``lambda: ASHAScheduler(max_t=20)``. With several
+        brackets ASHA draws a trial's bracket from NumPy's global, unseeded generator.
     param_name : str, default "backbone"
         The parameter that holds the backbone, nested ones as ``"model/backbone"``.
 
@@ -175,6 +176,11 @@ class PerBackboneScheduler(TrialScheduler):
         self, factory: Callable[[], TrialScheduler], *, param_name: str = "backbone"
     ) -> None:
         super().__init__()
+        if not callable(factory):
+            raise ValueError(
+                "`factory` must return a new scheduler for each backbone but is one itself, "
+                f"{factory!r}; write `lambda: {type(factory).__name__}(...)`."
+            )
         self._factory = factory
         self._template = factory()
         _compat.check_base_scheduler(self._template)

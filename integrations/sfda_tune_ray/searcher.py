@@ -402,6 +402,11 @@ class SFDASearcher(Searcher):
             )
         domain = _read(config, self._path)
         if domain is None:
+            for path, other in _compat.parse_spec_vars(config)[1]:
+                if {*map(name_arm, getattr(other, "categories", ()))} & {*self._advisor.scores}:
+                    name = "/".join(map(str, path))
+                    rule = f"where `param_space` has the backbones: {name!r}"
+                    raise ValueError(f"`param_name` must be {rule}, but is {self.param_name!r}.")
             known = {n: s for n, s in self._advisor.scores.items() if math.isfinite(s)}
             choices = sorted(known, key=lambda n: (-known[n], n))
         elif isinstance(domain, _compat.Categorical):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,8 @@ def backbone_resources(
 def _find_best(
     ranking: Mapping[Any, float], top_k: int | None
 ) -> tuple[dict[str, float], list[str]]:
+    if top_k is not None and not (isinstance(top_k, Integral) and top_k > 0):
+        raise ValueError(f"`top_k` must be an integer ≥ 1 or None, but is {top_k!r}.")
     scores = {name_arm(name): float(score) for name, score in ranking.items()}
     names = list(survivors(scores, top_k))
     if not names:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import tune
 
+from sfda_tune.recipe import FinetuneConfig
 from sfda_tune_ray import _compat
 
 __all__ = ["finetune_trainable"]
@@ -57,16 +58,27 @@ def finetune_trainable(
     >>> tuner = tune.Tuner(trainable, param_space=space)
     """
     fixed = dict(config or {})
+    FinetuneConfig.from_dict(fixed)  # what is wrong is said here, not by every trial
 
     def train(config: dict[str, Any], data: Any = dataset) -> None:
         from sfda_tune import open_dataset, resolve_backbones
-        from sfda_tune.finetuning import FinetuneConfig, finetune
+        from sfda_tune.finetuning import finetune
 
         flat = _compat.flatten_dict(config)
+        if param_name not in flat:
+            raise ValueError(
+                f"`param_space` must hold {param_name!r} but has only {sorted(flat)}; "
+                "`param_name` says what the backbone is called."
+            )
         name = flat.pop(param_name)
         chosen = {key: v for key, v in flat.items() if not key.startswith("__")}  # of Repeater
         known = resolve_backbones(name if backbones is None else backbones)
-        backbone = next(b for b in known if b.name == name)
+        backbone = next((b for b in known if b.name == name), None)
+        if backbone is None:
+            found = [b.name for b in known]
+            raise ValueError(
+                f"{param_name!r} must be the name of one of {found}, but is {name!r}."
+            )
         _limit_memory()
         with tempfile.TemporaryDirectory() as folder:
             saved = tune.get_checkpoint()

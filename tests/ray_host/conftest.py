@@ -7,6 +7,7 @@ switched off here and nowhere else: nothing outside this machine can reach the c
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import socket
@@ -70,6 +71,7 @@ def ray_cluster() -> Iterator[Any]:
             cluster.shutdown()
             pytest.exit(f"the test cluster listens on {cluster.address}, not on loopback")
         ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        gc.collect()  # Ray leaves sockets open, of which nobody shall be told later
     yield cluster
     ray.shutdown()
     cluster.shutdown()

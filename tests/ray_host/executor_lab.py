@@ -49,8 +49,10 @@ class Net(torch.nn.Module):
     def forward(self, x):
         if self.how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "slow" or (self.how.startswith("/") and not os.path.exists(self.how)):
+        if self.how == "slow":
             time.sleep(0.1)
+        if self.how.startswith("/") and not os.path.exists(self.how):  # until the test says so
+            time.sleep(0.4)
         if self.how == "exit":
             sys.exit(3)
         if self.how == "raise":

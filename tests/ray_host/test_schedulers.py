@@ -201,6 +201,11 @@ def test_trap_C08_what_cannot_be_saved_is_said(caplog):
     SchedulerStateCallback(searcher=SFDASearcher(SCORES)).set_state({"unused": 1})
 
 
+def test_a_scheduler_is_no_factory():
+    with pytest.raises(ValueError, match=r"`factory` must .* write `lambda: AsyncHyperBandSched"):
+        PerBackboneScheduler(make_asha())
+
+
 def test_trap_C19_all_backbones_get_their_turn():
     scheduler = PerBackboneScheduler(make_asha)
     controller = Controller(scheduler)

@@ -256,6 +256,13 @@ def test_trap_S04_S18_unknown_trials_are_known_by_their_config(param):
     assert searcher._bases == {}
 
 
+def test_a_nested_parameter_that_is_not_named_is_found():
+    """Else it would be drawn at random, and the trial be told of another one."""
+    with pytest.raises(ValueError, match=r"`param_name` must .* has the backbones: 'model/net'"):
+        make(space={"model": {"net": backbone_space(SCORES)}, **LR})
+    assert make(space=LR).suggest("t0")["backbone"] == "a"  # not among the parameters at all
+
+
 def test_trap_S05_an_unknown_error_is_counted_and_may_be_explained():
     searcher = make(max_failures=1)
     searcher.on_trial_complete("new", error=True)

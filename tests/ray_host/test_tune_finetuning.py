@@ -34,3 +34,13 @@ def test_from_ranking_to_fine_tuned_survivors(ray_cluster, tmp_path):
     with best.checkpoint.as_directory() as folder:
         assert "best.safetensors" in os.listdir(folder)
     assert finetune_trainable("digits") is not finetune_trainable("digits")
+
+
+def test_wrong_configurations_are_named():
+    with pytest.raises(ValueError, match=r"only have the fields .* has \['epoch'\]"):
+        finetune_trainable("digits", config={"epoch": 1})
+    train = finetune_trainable("digits")
+    with pytest.raises(ValueError, match=r"must hold 'backbone' but has only .'lr', 'm/backbone'"):
+        train({"m": {"backbone": "demo:resnet_glyphs"}, "lr": 0.1})
+    with pytest.raises(ValueError, match=r"must be the name of one of .*, but is 'demo:\*glyphs'"):
+        train({"backbone": "demo:*glyphs"})
