@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune import backbones as zoo
-from sfda_tune.checkpoints import write_tensors
+from sfda_tune.checkpoints import share_file, write_tensors
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.values import Backbone
@@ -222,5 +222,6 @@ def write_model(backbone: Backbone, model: Model, folder: Path) -> None:
         more["architecture"] = name.partition(".")[0]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as new:
         save_for_hf(module, new, model_config=more, safe_serialization=True)
+        share_file(Path(new) / WEIGHTS)
         for file in (WEIGHTS, "config.json"):
             os.replace(Path(new) / file, folder / file)

@@ -17,7 +17,12 @@ def search(
     ],
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="RUN", help="Folder of the search; it is resumed."),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="RUN",
+            help="Folder of the search; the same command goes on, one with more --trials or --budget extends it.",
+        ),
     ],
     backbones: Annotated[
         list[str] | None,
@@ -30,7 +35,7 @@ def search(
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="For everything: 2h, 45m, 90s, 1h30m.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="What runs the trials: optuna, ….")] = "optuna",
+    engine: Annotated[str, typer.Option(help="What runs the trials: optuna or ray.")] = "optuna",
     storage: Annotated[
         str | None,
         typer.Option(metavar="URL", help="Database that workers share. Default: RUN/study.db."),
@@ -91,34 +96,41 @@ def search(
     from sfda_tune import cli, selection
     from sfda_tune.stages import Board
 
-    found = selection.search(
-        dataset,
-        ["demo:*"] if backbones is None else cli._split_commas(backbones),
-        trials=trials,
-        budget=budget,
-        engine=engine,
-        storage=storage,
-        workers=workers,
-        keep=keep,
-        objective=tuple(objective.replace(" ", "").split(",")),
-        metric=metric,
-        max_params=max_params,
-        max_latency=max_latency,
-        space=space,
-        epochs=epochs,
-        samples=samples,
-        test=_fraction(test),
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        device=device,
-        precision=precision,
-        plugins=imports or (),
-        cache=cache or True,
-        seed=seed,
-        out=out,
-        progress=False if quiet else Board(cli.messages),
-    )
+    try:
+        found = selection.search(
+            dataset,
+            ["demo:*"] if backbones is None else cli._split_commas(backbones),
+            trials=trials,
+            budget=budget,
+            engine=engine,
+            storage=storage,
+            workers=workers,
+            keep=keep,
+            objective=tuple(objective.replace(" ", "").split(",")),
+            metric=metric,
+            max_params=max_params,
+            max_latency=max_latency,
+            space=space,
+            epochs=epochs,
+            samples=samples,
+            test=_fraction(test),
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            device=device,
+            precision=precision,
+            plugins=imports or (),
+            cache=cache or True,
+            seed=seed,
+            out=out,
+            progress=False if quiet else Board(cli.messages),
+        )
+    except KeyboardInterrupt:
+        cli.messages.print(
+            f"The same command goes on from here; `sfda-tune report {out}` shows what there is.",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        raise
     cli.output.print(str(found), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -25,6 +25,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -57,6 +58,7 @@ __all__ = ["SearchResult", "measure_latency", "search"]
 KEEP = 3
 RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a budget
 FREE = ("workers", "progress", "out", "cache", "device")  # may differ when a search goes on
+LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
 
 
@@ -162,7 +164,7 @@ def search(
 
     The same call with the same `out` goes on with what was interrupted, and may run several times
     at once, on one machine or on several that share the folder (or, with `storage`, at least the
-    database).
+    database). With more `trials` or a larger `budget` it goes on where the smaller one ended.
 
     Parameters
     ----------
@@ -176,7 +178,7 @@ def search(
         Time for everything, in seconds or as "90s", "45m", "1h30m". Trials are stopped, inside an
         epoch if need be, so that final training and test fit in.
     engine : str, default "optuna"
-        See `sfda_tune.engines`.
+        See `sfda_tune.engines`. With "ray" only the `budget` can grow.
     storage : str, optional
         URL of the engine's database; default: SQLite in `out`.
     workers : int, default 1
@@ -354,6 +356,11 @@ class _Search:
         candidates = resolve_backbones(g["backbones"], plugins=g["plugins"])
         self.backbones = {b.name: b for b in candidates}
         self.engine = load_engine(g["engine"])
+        if len(self.directions) > getattr(self.engine, "most_objectives", math.inf):
+            raise ValueError(
+                f"`objective` must be 'accuracy' where `engine` is {g['engine']!r} but is "
+                f"{','.join(g['objective'])!r}; take engine='optuna' for two."
+            )
         self.parts, self.rows, self.test_source = split_images(g)
         config = {"format": 1, "sfda_tune": sfda_tune.__version__, **_jsonable(g)}
         config["data"] = fingerprint(self.parts)
@@ -362,19 +369,26 @@ class _Search:
         auto = max(5, round(30 * min(1, 200 / n) ** (1 / 3)))
         self.epochs = g["epochs"] or max(3, round(auto / 2))
         fixed = {k: v for k, v in config.items() if k not in FREE}
-        common = [[k, v] for k, v in sorted(fixed.items()) if k not in LOCAL]
+        common = [[k, v] for k, v in sorted(fixed.items()) if k not in (*LOCAL, *LIMITS)]
         digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=8)
         self.name = f"sfda-tune {digest.hexdigest()}"
         path = self.folder / "config.json"
         if path.is_file():
             old = json.loads(path.read_text(encoding="utf-8"))
+            may_grow = LIMITS[getattr(self.engine, "spreads", False) :]
+            grown = any(_ends_later(config[key], old[key]) for key in may_grow)
             for key in fixed:
-                if key != "sfda_tune" and old.get(key) != fixed[key]:
+                changed = key != "sfda_tune" and old.get(key) != fixed[key]
+                if changed and not (grown and key in may_grow):
                     raise ValueError(
                         f"`out` {str(self.folder)!r} holds a search with {key} {old.get(key)!r}, "
-                        f"but now {key} is {fixed[key]!r}; take the same, or another folder."
+                        f"but now {key} is {fixed[key]!r}; take the same"
+                        f"{', or more' if key in may_grow else ''}, or another folder."
                     )
             self.spent = self.state["seconds"]["total"]
+            if grown:
+                self.reopen()
+                write_json(path, config)
         else:
             self.create(config)
         if self.budget is not None:
@@ -399,6 +413,17 @@ class _Search:
         }  # fmt: skip
         write_json(self.folder / "search.json", state)
         write_json(self.folder / "config.json", config)  # last: whoever finds it finds all
+
+    def reopen(self) -> None:
+        """Undo what followed the last trial: more are to come."""
+        with self.edit() as state:
+            kept = ("rank", "shortlist", "tune") if state["trials"] else ()  # else all anew
+            state["stages"] = [s for s in state["stages"] if s["name"] in kept]
+            state["separable"] = state["separable"] if kept else None
+            for stage in state["stages"][2:]:
+                stage |= {"seconds": None, "note": ""}
+        for folder in (self.folder / "trials").glob("final" if kept else "*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     # Rank and shortlist -------------------------------------------------------------------------
     @cached_property
@@ -433,6 +458,9 @@ class _Search:
         ranking.to_json(self.folder / "ranking.json")
         excluded |= ranking.failed
         note = f"{len(ranking) - len(ranking.failed)} of {len(self.backbones)} backbones ranked"
+        note += ", then their part of the budget was spent" * watch.is_over
+        note += "".join(f"; without {name}: {why}" for name, why in list(excluded.items())[:3])
+        note += f"; and {len(excluded) - 3} more" * (len(excluded) > 3)
         self.leave("rank", note, excluded=excluded, costs=costs)
 
     def measure_costs(self) -> tuple[dict[str, Any], dict[str, str]]:
@@ -575,7 +603,11 @@ class _Search:
             failed = next((f": {t.error}" for t in trials if t.error), "")
             raise ValueError(
                 f"none of {len(trials)} trials came to a value{failed}"
-                + ("" if self.budget is None else f"; `budget` was {self.budget:.0f} s")
+                + (
+                    ""
+                    if self.budget is None
+                    else f"; `budget` was {self.budget:.0f} s: call it again with more"
+                )
             )
         spent = self.budget is not None and (g["trials"] or math.inf) > len(trials)
         note = f"{len(trials)} trials" + (", then the budget was spent" if spent else "")
@@ -749,24 +781,30 @@ class _Search:
         """Write RUN/model and return how it came about."""
         backbone, val = self.backbones[best.backbone], self.parts["val"]
         config, last = self.config(best.params, self.epochs), self.best_epoch(best)["number"]
+        why = "for want of time: the budget was spent"
         both = join(self.parts["train"], val)
         self.stop = self.deadline - self.seconds_to_test()
         has_checkpoint = any((self.folder / "trials" / best.folder).glob("*.safetensors"))
         if not has_checkpoint or time.time() + self.seconds_to_train() <= self.stop:
             folder = self.folder / "trials" / "final"
-            run = _ToTheEnd(backbone, (both, val), config, folder, True, self.device, None)
-            with suppress(OutOfTimeError, ValueError), stop_when(lambda: time.time() > self.stop):
-                with run:
+            try:
+                run = _ToTheEnd(backbone, (both, val), config, folder, True, self.device, None)
+                with run, stop_when(lambda: time.time() > self.stop):
                     while (run.history[-1].number if run.history else -1) < last:
                         next(run)
                 self.save(run, best, "train and val")
-                return f"{last} epochs on training and validation images"
+                what = f"{last} epoch{'s' * (last > 1)}" if last else "a linear probe, no epoch,"
+                return f"{what} on training and validation images"
+            except OutOfTimeError:
+                pass
+            except ValueError as error:  # it diverged with more images
+                why = " ".join(str(error).split())
         parts, folder = self.parts, self.folder / "trials" / best.folder
         run = finetune(
             backbone, parts["train"], config, val=val, checkpoint_dir=folder, device=self.device
         )
         self.save(run, best, "train")
-        return "the weights of the best trial, for want of time: the budget was spent"
+        return f"the weights of the best trial, {why}"
 
     def save(self, run: FineTuning, best: Trial, images: str) -> None:
         folder = run.save_model(self.folder / "model")
@@ -881,6 +919,12 @@ def parse_budget(budget: str | float | None) -> float | None:
     return None if seconds is None else float(seconds)
 
 
+def _ends_later(new: str | float | None, old: str | float | None) -> bool:
+    """Compare two numbers of trials or two budgets; None has no end."""
+    a, b = (math.inf if value is None else parse_budget(value) for value in (new, old))
+    return cast(float, a) > cast(float, b)
+
+
 def _check(g: Mapping[str, Any]) -> None:
     def require(name: str, rule: str, holds: bool) -> None:
         if not holds:
@@ -892,8 +936,8 @@ def _check(g: Mapping[str, Any]) -> None:
         require(name, "an integer ≥ 1", optional or (is_count and g[name] >= 1))
     for name in ("max_params", "max_latency"):
         require(name, "a number > 0", g[name] is None or g[name] > 0)
-    allowed = (("accuracy",), ("accuracy", "latency"), ("accuracy", "params"))
-    require("objective", f"one of {allowed}", g["objective"] in allowed)
+    allowed = ("accuracy", "accuracy,latency", "accuracy,params")
+    require("objective", f"one of {allowed}", ",".join(g["objective"]) in allowed)
     require("metric", f"one of {MONITORS}", g["metric"] in MONITORS)
     if isinstance(g["test"], float):
         require("test", "in (0, 1), or a data set", 0 < g["test"] < 1)

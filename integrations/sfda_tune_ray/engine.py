@@ -40,16 +40,7 @@ def tune(job: Job) -> list[Trial]:
     """Run the trials that are not done yet on Ray; return all.
 
     `Job.storage` is the address of the cluster, see `sfda_tune_ray.cluster.connect`.
-
-    Raises
-    ------
-    ValueError
-        If there are several objectives, which the searchers of Ray Tune do not know.
     """
-    if len(job.directions) > 1:
-        raise ValueError(
-            "`objective` must be 'accuracy' where `engine` is 'ray'; take engine='optuna' for two."
-        )
     job.tell(_read_all(job))
     with connect(job.storage):
         _JOBS[job.name] = job
@@ -61,6 +52,7 @@ def tune(job: Job) -> list[Trial]:
 
 
 tune.spreads = True  # type: ignore[attr-defined]  # needs no helper processes
+tune.most_objectives = 1  # type: ignore[attr-defined]  # as the searchers of Ray Tune
 
 
 def _open_tuner(job: Job) -> raytune.Tuner:

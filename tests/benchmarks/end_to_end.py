@@ -17,7 +17,8 @@ imagenet    (d) the 4 configurations of the backbone with the best published Ima
     python tests/benchmarks/end_to_end.py --dataset trashnet
 
 Seconds are CPU seconds of one process and one thread, so that a busy machine does not matter much;
-those of Ray are what its trials took, without the start of their processes. Finished arms are kept in `--out` and not repeated.
+those of Ray are what its trials took, without the start of their processes. Finished arms are kept
+in `--out` and not repeated.
 """
 
 import argparse
@@ -217,7 +218,7 @@ class Bench:
         params = {d.name: top.config[d.name] for d in self.space.dimensions}
         started = time.process_time()
         test = self.test(top.config["backbone"], params, top.metrics["number"])
-        seconds = time.process_time() - started + sum(r.metrics["spent"] for r in results)
+        seconds = time.process_time() - started + sum((r.metrics or {})["spent"] for r in results)
         found = {"backbone": top.config["backbone"], "trials": len(results)}
         return {"test": test, "val": top.metrics["best"], "seconds": seconds, **found}
 

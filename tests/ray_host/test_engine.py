@@ -17,8 +17,11 @@ from sfda_tune.selection import SearchResult, search
 QUICK = {"epochs": 2, "samples": 200, "keep": 2, "test": 0.2, "device": "cpu"}
 
 
-def test_it_is_registered_and_knows_one_objective():
+def test_it_is_registered_and_knows_one_objective(tmp_path):
     assert load_engine("ray") is tune
+    with pytest.raises(ValueError, match="`objective` must be 'accuracy' where `engine` is 'ray'"):
+        search("digits", engine="ray", objective=("accuracy", "params"), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()  # said before any work
 
 
 @pytest.mark.slow
@@ -41,11 +44,8 @@ def test_a_search_on_a_cluster(ray_cluster, tmp_path):
     before = (found.folder / "search.json").read_bytes()
     search("digits", backbones, trials=4, **QUICK, **data)
     assert (found.folder / "search.json").read_bytes() == before
-    with pytest.raises(ValueError, match="`objective` must be 'accuracy' where"):
-        search(
-            "digits", backbones, trials=2, **QUICK,
-            **{**data, "out": tmp_path / "two"}, objective=("accuracy", "params"),
-        )  # fmt: skip
+    with pytest.raises(ValueError, match="trials 4, but now trials is 5; take the same, or ano"):
+        search("digits", backbones, trials=5, **QUICK, **data)
 
 
 @pytest.mark.slow

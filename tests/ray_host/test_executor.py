@@ -335,7 +335,9 @@ def test_images_that_only_the_driver_has_end_the_run(executor, zoo, photos, tmp_
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's sockets
 def test_machines_come_and_go(ray_cluster, tmp_path):
     """One that joins gets an actor, without being asked for; its loss is nobody's fault."""
-    executor, end = RayExecutor(num_gpus=0, cpus_per_actor=1, unit_seconds=0.01), tmp_path / "end"
+    end = tmp_path / "end"
+    options = {"unit_seconds": 0.01, "memory": 1}  # short units of one backbone
+    executor = RayExecutor(num_gpus=4, cpus_per_actor=0.1, **options)  # one actor per machine
 
     class Cloud(Watch):
         node, lost = None, False
@@ -343,7 +345,7 @@ def test_machines_come_and_go(ray_cluster, tmp_path):
         def advance(self, name, n):
             super().advance(name, n)
             if self.node is None:
-                self.node = ray_cluster.add_node(num_cpus=1)
+                self.node = ray_cluster.add_node(num_cpus=1, num_gpus=4)
             placed = [m for m in executor._members if m.place is not None]
             if not self.lost and any(
                 m.images and m.place.node == self.node.node_id for m in placed

@@ -109,6 +109,7 @@ def test_who_ends_four_processes_has_failed_and_only_he():
     assert seen[:2] == [(together, False), (together, True)]  # at once, and the images first
     assert {names for names, _ in seen[2:]} == {("a",), ("guilty",), ("c",)}
     assert sum("guilty" in names for names, _ in seen) == 4
+    assert sum(paranoid for _, paranoid in seen) == 1
     assert dispatcher.failed == {"guilty"}
 
 
@@ -143,6 +144,11 @@ def test_what_nobody_began_comes_first_and_blameless():
     dispatcher.fault(first, "died", died=True)
     assert [dispatcher.next("y"), dispatcher.next("y")] == [first, ahead]
     assert ahead.attempts == 0
+    dispatcher.complete(first, 100.0)  # with what the search for the fault took
+    assert dispatcher.bundles[0].seconds is None
+    dispatcher.complete(ahead, 2.0)
+    assert dispatcher.bundles[0].seconds == 2.0
+    assert dispatcher.pending == 0
 
 
 def test_a_failed_backbone_gets_no_more_work():
@@ -169,3 +175,9 @@ def test_makespan_is_near_the_ideal(benchmark, actors, backbones, shards):
     ratio, units, _ = benchmark.simulate(backbones, shards, actors, seed=0)
     assert 1 <= ratio <= 1.05
     assert units > 10 * actors
+
+
+def test_actors_seldom_load_other_networks(benchmark):
+    """They stay with their bundle although another has somewhat more left."""
+    loads = [benchmark.simulate(50, 49, 8, seed, load=0.5)[2] for seed in range(4)]
+    assert np.mean(loads) < 0.02

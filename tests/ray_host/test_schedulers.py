@@ -165,7 +165,9 @@ def test_survivors_may_shrink_and_trials_without_backbone_pass():
     scheduler.set_survivors(["b"])
     assert controller.report(runs, 2, 0.9) == TrialScheduler.STOP
     assert scheduler.choose_trial_to_run(controller) is other
-    assert set(controller.stopped) == {runs, waits}
+    paused = controller.add("a", Trial.PAUSED)
+    assert scheduler.choose_trial_to_run(controller) is other
+    assert set(controller.stopped) == {runs, waits, paused}
     assert list(scheduler._base._trial_info) == [other.trial_id]  # the base heard of both ends
     with pytest.raises(ValueError, match="`survivors` must be a non-empty collection"):
         scheduler.set_survivors([])
@@ -217,3 +219,8 @@ def test_trap_C19_all_backbones_get_their_turn():
         order += trial.config["backbone"]
         controller.report(trial, 1, 0.5)
     assert order == "xyxyxy"
+    controller = Controller(scheduler := PerBackboneScheduler(make_asha))
+    controller.add("x", Trial.RUNNING)  # has not reported yet, and counts
+    for name in "xy":
+        controller.add(name)
+    assert scheduler.choose_trial_to_run(controller).config["backbone"] == "y"
