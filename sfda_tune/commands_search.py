@@ -21,7 +21,7 @@ def search(
             "--out",
             "-o",
             metavar="RUN",
-            help="Folder of the search; the same command goes on, one with more --trials or --budget extends it.",
+            help="Folder of the search. It is resumed, and extended by more --trials or --budget.",
         ),
     ],
     backbones: Annotated[
@@ -126,10 +126,7 @@ def search(
             progress=False if quiet else Board(cli.messages),
         )
     except KeyboardInterrupt:
-        cli.messages.print(
-            f"The same command goes on from here; `sfda-tune report {out}` shows what there is.",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        cli.messages.print("The same command goes on from here.")
         raise
     cli.output.print(str(found), markup=False, highlight=False, soft_wrap=True)
 

@@ -125,7 +125,7 @@ class SearchResult:
         b, s = self.best, self.summary
         numbers = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in b["test"].items())
         return (
-            f"{b['backbone']} (trial {b['trial']} of {len(s['trials'])}): {numbers} on "
+            f"{b['backbone']} (trial {b['trial']}, {len(s['trials'])} in all): {numbers} on "
             f"{s['n_images']['test']} test images; {s['decision']}; "
             f"{s['seconds']['total']:.0f} s; {self.folder}"
         )
@@ -414,6 +414,11 @@ class _Search:
         write_json(self.folder / "search.json", state)
         write_json(self.folder / "config.json", config)  # last: whoever finds it finds all
 
+    @property
+    def more_time(self) -> str:
+        seconds = self.budget
+        return "" if seconds is None else f"; `budget` was {seconds:g} s: call again with more"
+
     def reopen(self) -> None:
         """Undo what followed the last trial: more are to come."""
         with self.edit() as state:
@@ -454,7 +459,8 @@ class _Search:
             ranking = stop.ranking
         if len(ranking.failed) == len(ranking):
             name, why = next(iter(ranking.failed.items()))
-            raise ValueError(f"no backbone could be ranked; {name}: {why}")
+            hint = self.more_time if watch.is_over else ""
+            raise ValueError(f"no backbone could be ranked; {name}: {why}{hint}")
         ranking.to_json(self.folder / "ranking.json")
         excluded |= ranking.failed
         note = f"{len(ranking) - len(ranking.failed)} of {len(self.backbones)} backbones ranked"
@@ -602,12 +608,7 @@ class _Search:
         if self.best is None:
             failed = next((f": {t.error}" for t in trials if t.error), "")
             raise ValueError(
-                f"none of {len(trials)} trials came to a value{failed}"
-                + (
-                    ""
-                    if self.budget is None
-                    else f"; `budget` was {self.budget:.0f} s: call it again with more"
-                )
+                f"none of {len(trials)} trials came to a value{failed}{self.more_time}"
             )
         spent = self.budget is not None and (g["trials"] or math.inf) > len(trials)
         note = f"{len(trials)} trials" + (", then the budget was spent" if spent else "")

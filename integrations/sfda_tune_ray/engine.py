@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from sfda_tune_ray.searcher import SFDASearcher
 
 __all__ = ["tune"]
 
-RECORD, ORDER = "trial.json", "ray-trials.json"
+RECORD, ORDER, OUTPUT = "trial.json", "ray-trials.json", "RAY_AIR_NEW_OUTPUT"
 MORE = 1000  # trials, where only the time ends a search
 
 # Tune pickles callbacks and stoppers; what they report to stays in this process.
@@ -42,7 +42,7 @@ def tune(job: Job) -> list[Trial]:
     `Job.storage` is the address of the cluster, see `sfda_tune_ray.cluster.connect`.
     """
     job.tell(_read_all(job))
-    with connect(job.storage):
+    with connect(job.storage), _quietly():
         _JOBS[job.name] = job
         try:
             _open_tuner(job).fit()
@@ -53,6 +53,22 @@ def tune(job: Job) -> list[Trial]:
 
 tune.spreads = True  # type: ignore[attr-defined]  # needs no helper processes
 tune.most_objectives = 1  # type: ignore[attr-defined]  # as the searchers of Ray Tune
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave the terminal to the progress of the search."""
+    before = os.environ.get(OUTPUT)
+    os.environ[OUTPUT] = "0"  # only then "verbose=0" is heard
+    with suppress(ImportError):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        os.environ.pop(OUTPUT)
+        os.environ |= {} if before is None else {OUTPUT: before}
 
 
 def _open_tuner(job: Job) -> raytune.Tuner:
@@ -100,10 +116,8 @@ def _open_tuner(job: Job) -> raytune.Tuner:
 def _make_base(job: Job) -> Any:
     """Return Optuna's TPE if it is installed, else None: random."""
     try:
-        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         return OptunaSearch(metric="value", mode=job.directions[0][:3], seed=job.seed)
     except ImportError:
         return None
@@ -214,6 +228,8 @@ class _Listener(raytune.Callback):
         if (folder / RECORD).is_file():
             known = read_trial(folder / RECORD)
             if known.state == "running":  # else it said so itself
+                if not known.epochs:
+                    state, error = "failed", error or "no time for an epoch"
                 _write(folder, replace(known, state=state, error=error))
 
 

@@ -50,6 +50,12 @@ def finetune_trainable(
     callable
         A new one every time: ``tune.with_resources`` changes what it is given.
 
+    Notes
+    -----
+    Leave ``CheckpointConfig(num_to_keep=…)`` unset, or not below 2: Tune deletes and synchronises
+    each time, and a trial may be restored from what has just gone. ``checkpoint_frequency`` and
+    ``checkpoint_at_end`` are for classes. Several machines need one ``storage_path`` that all see.
+
     Examples
     --------
     >>> from ray import tune

@@ -270,6 +270,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_checkpoints_hold_no_pickle(tmp_path):
     train(folder=tmp_path, epochs=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", CHECKPOINT]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / CHECKPOINT).stat().st_mode == (tmp_path / "plain").stat().st_mode
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
         assert json.loads(file.metadata()["sfda_tune"])["notes"]["lr"] == FinetuneConfig().lr
 
@@ -291,6 +293,7 @@ def test_the_model_folder_opens_with_timm(tmp_path, name):
     folder = run.save_model(tmp_path / "model")
     files = ["config.json", "model.safetensors", "provenance.json"]
     assert sorted(p.name for p in folder.iterdir()) == files
+    assert len({(folder / name).stat().st_mode for name in files}) == 1  # as the umask says
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = torch.randn(3, *run.half.input_size)
     with torch.inference_mode():

@@ -25,6 +25,7 @@ pytest.importorskip("optuna")
 
 QUICK = {"trials": 3, "epochs": 2, "samples": 120}
 ONE = "demo:resnet_glyphs"
+STAGES = ["rank", "shortlist", "tune", "train", "test"]
 PAIR = ["demo:resnet_glyphs", "demo:regnet_shapes"]
 
 
@@ -45,7 +46,7 @@ def essence(result):
 def test_the_folder_says_all(found):
     state = read(found.folder)
     assert state["status"] == "done"
-    assert [s["name"] for s in state["stages"]] == ["rank", "shortlist", "tune", "train", "test"]
+    assert [s["name"] for s in state["stages"]] == STAGES
     assert all(s["seconds"] is not None and s["note"] for s in state["stages"])
     assert state["survivors"] == list(found.ranking)
     assert "all 2" in state["decision"]
@@ -128,6 +129,56 @@ def test_the_same_seed_gives_the_same_trials(found, tmp_path):
     again = search("digits", PAIR, **QUICK, cache=False, out=tmp_path)
     assert essence(again) == essence(found)
     assert again.test == found.test
+    assert [t["state"] for t in again.trials] == [t["state"] for t in found.trials]
+
+
+def test_more_trials_or_a_larger_budget_go_on(tmp_path):
+    few = {"epochs": 1, "samples": 120, "cache": False, "out": tmp_path}
+    first = search("digits", ONE, trials=1, **few)
+    more = search("digits", ONE, trials=3, **few)
+    assert more.summary["status"] == "done"
+    assert [t["number"] for t in more.trials] == [0, 1, 2]
+    assert more.trials[0] == first.trials[0]  # not trained again
+    assert [s["name"] for s in more.summary["stages"]] == STAGES
+    assert more.summary["stages"][:2] == first.summary["stages"][:2]
+    assert read(tmp_path, "config.json")["trials"] == 3
+    best = max(t["value"] for t in more.trials)
+    assert next(t for t in more.trials if t["number"] == more.best["trial"])["value"] == best
+    with pytest.raises(ValueError, match="trials 3, but now trials is 2; take the same, or more,"):
+        search("digits", ONE, trials=2, **few)
+    assert len(search("digits", ONE, trials=4, budget="1h", **few).trials) == 4
+
+
+def test_a_budget_that_was_too_small_may_grow(tmp_path):
+    few = {"trials": 2, "epochs": 1, "samples": 120, "cache": False, "out": tmp_path}
+    with pytest.raises(ValueError, match=r"`budget` was 0.05 s: call again with more"):
+        search("digits", PAIR, budget=0.05, **few)
+    found = search("digits", PAIR, budget="1h", **few)
+    assert found.summary["status"] == "done"
+    assert len(found.ranking) == 2  # ranked again, and all of them
+    assert len(found.trials) == 2
+
+
+def test_a_winner_that_training_made_worse_is_a_linear_probe(tmp_path):
+    how = {"trials": 1, "epochs": 1, "samples": 120, "space": {"lr": 0.5, "clip_grad": None}}
+    found = search("digits", ONE, **how, out=tmp_path)
+    assert found.best["epochs"] == 0
+    assert found.summary["stages"][3]["note"].startswith("a linear probe, no epoch, on training")
+    assert "with a linear probe on its frozen features" in (tmp_path / "report.html").read_text()
+
+
+def test_why_the_winner_could_not_be_trained_once_more_is_said(tmp_path):
+    class Spoiler(SilentBoard):
+        def leave(self, stage, note):
+            if stage == "tune":  # a checkpoint that is not of the final training
+                shutil.copytree(tmp_path / "trials" / "00000", tmp_path / "trials" / "final")
+
+    how = {"trials": 1, "epochs": 1, "samples": 120}
+    found = search("digits", ONE, **how, out=tmp_path, progress=Spoiler())
+    note = found.summary["stages"][3]["note"]
+    assert note.startswith("the weights of the best trial, `checkpoint_dir`")
+    assert "belongs to another run" in note
+    assert found.summary["status"] == "done"  # there is no budget that could be spent
 
 
 # Interrupted ------------------------------------------------------------------------------------
@@ -276,6 +327,9 @@ def test_one_bad_backbone_and_one_bad_trial_do_not_end_the_search(tmp_path, monk
         space=space, out=tmp_path / "run",
     )  # fmt: skip
     assert result.summary["excluded"].keys() == {"broken"}
+    note = result.summary["stages"][0]["note"]
+    assert note.startswith("1 of 2 backbones ranked; without broken: ")
+    assert result.summary["excluded"]["broken"] in note
     by_optimizer = {t["params"]["optimizer"]: t for t in result.trials}
     assert by_optimizer["fusedsgd"]["state"] == "failed"
     assert by_optimizer["fusedsgd"]["error"]
@@ -434,7 +488,7 @@ def test_the_command_line(tmp_path, capsys):
     command = "search digits --trials 1 --epochs 1 --samples 60 -q --out"
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), str(run), "--backbones", ONE])
-    assert f"{ONE} (trial 0 of 1): accuracy" in capsys.readouterr().out
+    assert f"{ONE} (trial 0, 1 in all): accuracy" in capsys.readouterr().out
     images.mkdir()
     data = open_dataset("digits")
     for row in range(3):

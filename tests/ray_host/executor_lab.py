@@ -66,16 +66,21 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image.resize((8, 8)), np.float32)).permute(2, 0, 1) / 255
 
 
+def to_small_tensor(image):
+    return torch.from_numpy(np.array(image.resize((4, 4)), np.float32)).permute(2, 0, 1) / 255
+
+
 @dataclass(frozen=True)
 class Load:
     how: str = ""
     most: int = 10**9
     scale: float = 1.0  # of the weights: equal networks share their features
+    small: bool = False  # another geometry: pixels and bundles are not shared
 
     def __call__(self):
         if self.how == "load":
             raise FileNotFoundError("no weights here")
-        return Net(self.how, self.most, self.scale), to_tensor
+        return Net(self.how, self.most, self.scale), to_small_tensor if self.small else to_tensor
 
 
 class FullStore(FeatureStore):
