@@ -4,7 +4,7 @@ An engine is a function ``tune(job) -> trials``, registered as an entry point of
 ``sfda_tune.engines``. It chooses backbone and parameters of one `Trial` after the other, has each
 made by `attempt`, and returns all trials of the study, those of other workers too. One with a true
 attribute ``spreads`` uses several machines by itself and is called by one process only, and its
-number of trials cannot grow; ``most_objectives`` says how many objectives it knows, if not any.
+searches cannot be extended; ``most_objectives`` says how many objectives it knows, if not any.
 """
 
 from __future__ import annotations

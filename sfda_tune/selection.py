@@ -178,7 +178,7 @@ def search(
         Time for everything, in seconds or as "90s", "45m", "1h30m". Trials are stopped, inside an
         epoch if need be, so that final training and test fit in.
     engine : str, default "optuna"
-        See `sfda_tune.engines`. With "ray" only the `budget` can grow.
+        See `sfda_tune.engines`. With "ray", `trials` and `budget` cannot grow.
     storage : str, optional
         URL of the engine's database; default: SQLite in `out`.
     workers : int, default 1
@@ -375,7 +375,7 @@ class _Search:
         path = self.folder / "config.json"
         if path.is_file():
             old = json.loads(path.read_text(encoding="utf-8"))
-            may_grow = LIMITS[getattr(self.engine, "spreads", False) :]
+            may_grow = () if getattr(self.engine, "spreads", False) else LIMITS
             grown = any(_ends_later(config[key], old[key]) for key in may_grow)
             for key in fixed:
                 changed = key != "sfda_tune" and old.get(key) != fixed[key]
@@ -417,7 +417,7 @@ class _Search:
     @property
     def more_time(self) -> str:
         seconds = self.budget
-        return "" if seconds is None else f"; `budget` was {seconds:g} s: call again with more"
+        return "" if seconds is None else f"; `budget` was {seconds:g} s: give more"
 
     def reopen(self) -> None:
         """Undo what followed the last trial: more are to come."""
@@ -737,7 +737,8 @@ class _Search:
         """Say when trials must stop, so that training and testing the best fits in."""
         if self.budget is None:
             return
-        needed = self.seconds_to_test() + self.seconds_to_train()
+        slack = 0.2 * self.seconds_to_train() + 0.01 * self.budget  # no trial stops at once
+        needed = self.seconds_to_test() + self.seconds_to_train() + slack
         if self.seconds_to_train() > RETRAIN_SHARE * self.budget:
             needed = self.seconds_to_test()  # its checkpoint will do
         self.stop = self.deadline - needed
@@ -754,7 +755,7 @@ class _Search:
             return 0.0
         last = self.best_epoch(self.best)["number"]
         spent = sum(e["seconds"] for e in self.best.epochs if e["number"] <= last)
-        return 0.5 + 1.2 * spent * (1 + len(self.parts["val"]) / len(self.parts["train"]))
+        return 0.5 + spent * (1 + len(self.parts["val"]) / len(self.parts["train"]))
 
     # Train and test -----------------------------------------------------------------------------
     def finish(self) -> None:

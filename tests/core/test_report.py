@@ -348,6 +348,11 @@ def log_loss(folder, search):
     return "Log-loss over time", "best log-loss", "): the scores helped."
 
 
+def one_backbone_tried(folder, search):
+    search["trials"] = [t for t in search["trials"] if t["backbone"] == NAMES[0]]
+    return ("of backbones: 1): so few backbones cannot tell whether the scores helped.",)
+
+
 def two_objectives(folder, search):
     for trial in search["trials"]:
         trial["values"] = trial["value"] and [trial["value"], 1.5]
@@ -356,7 +361,7 @@ def two_objectives(folder, search):
 
 
 ODD = [no_ranking, no_test, interrupted, all_failed, one_backbone, without_contributions,
-       an_empty_class, many_classes, log_loss, two_objectives]  # fmt: skip
+       an_empty_class, many_classes, log_loss, one_backbone_tried, two_objectives]  # fmt: skip
 
 
 @pytest.mark.parametrize("spoil", ODD)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import sfda_tune
-from sfda_tune import Backbone, demo, open_dataset
+from sfda_tune import Backbone, demo, open_dataset, selection
 from sfda_tune.datasets import DatasetError
 from sfda_tune.engines import OutOfTimeError, Trial, attempt
 from sfda_tune.finetuning import finetune
@@ -151,7 +151,7 @@ def test_more_trials_or_a_larger_budget_go_on(tmp_path):
 
 def test_a_budget_that_was_too_small_may_grow(tmp_path):
     few = {"trials": 2, "epochs": 1, "samples": 120, "cache": False, "out": tmp_path}
-    with pytest.raises(ValueError, match=r"`budget` was 0.05 s: call again with more"):
+    with pytest.raises(ValueError, match=r"`budget` was 0.05 s: give more"):
         search("digits", PAIR, budget=0.05, **few)
     found = search("digits", PAIR, budget="1h", **few)
     assert found.summary["status"] == "done"
@@ -288,6 +288,19 @@ def test_a_time_budget_is_kept(tmp_path):
     assert result.summary["status"] == "budget spent"
     assert result.summary["seconds"]["total"] > 12  # it used its time, too
     assert result.test["accuracy"] > 0.8
+
+
+def test_time_is_left_to_train_the_winner_once_more(tmp_path, monkeypatch):
+    seen, train = [], selection._Search.train_winner
+
+    def look(self, best):
+        seen.append((self.stop + self.seconds_to_train(), self.deadline - self.seconds_to_test()))
+        return train(self, best)
+
+    monkeypatch.setattr(selection._Search, "train_winner", look)
+    search("digits", ONE, trials=1, epochs=1, samples=60, budget="1h", out=tmp_path)
+    ((done, end),) = seen
+    assert done + 30 < end  # also if the last trial takes its time to stop
 
 
 def test_a_trial_stops_inside_an_epoch():
