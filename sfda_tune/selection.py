@@ -813,6 +813,8 @@ class _Search:
         path = folder / "provenance.json"
         note = {"trial": best.number, "images": images, "val": self.best_epoch(best)}
         provenance = json.loads(path.read_text(encoding="utf-8"))
+        if images != "train":  # `best` was measured on images that it was trained on
+            provenance["best"] = None
         write_json(path, {**provenance, "search": note})
 
     def test(self, best: Trial) -> dict[str, float]:

@@ -80,6 +80,7 @@ def test_no_stage_before_the_test_sees_test_images(found):
     assert ranked == sorted(data.labels[rows["train"]].tolist())
     provenance = read(found.folder / "model", "provenance.json")
     assert provenance["search"]["images"] == "train and val"
+    assert provenance["best"] is None  # measured on images that it was trained on
     assert provenance["train"]["images"] == 77 + 19
 
 
