@@ -190,6 +190,7 @@ def test_ema_is_evaluated_and_kept():
 # ---- determinism and resumption
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_result():
     a = train(workers=0, epochs=1, **LIVELY)
     b = train(workers=2, epochs=1, **LIVELY)

@@ -45,6 +45,7 @@ def make_trainer(digits, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_search_trains_the_backbone_that_the_trial_names(make_trainer):
     rate = FloatDistribution(1e-4, 1e-2, log=True)
     space = hp_space(RANKING, k=2, learning_rate=rate, weight_decay=0.01)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("10_", "12_", "13_", "14_", "21_", "22_", "40_", "41_", "finetune_")
+SLOW = ("1", "2", "31_", "4", "finetune_")
 EXAMPLES = [
     pytest.param(file, marks=[pytest.mark.slow] if file.name.startswith(SLOW) else [])
     for file in sorted((ROOT / "examples").glob("*.py"))
