@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"
+LOOPBACK = ("optuna_host", "ray_host")  # folders of tests that need servers on this machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,19 +38,26 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that reaches for the network fails as a machine without one does."""
-    connect = socket.socket.connect
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that reaches for the network fails as a machine without one does.
 
-    def local_only(self: socket.socket, address: object) -> None:
-        if self.family in (socket.AF_INET, socket.AF_INET6):
+    Databases, Ray, gRPC and the dashboard are reached on this machine, and only there.
+    """
+    connect = socket.socket.connect
+    loopback = request.path.parent.name in LOOPBACK
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        inet = self.family in (socket.AF_INET, socket.AF_INET6)
+        if inet and not (loopback and address[0] in ("127.0.0.1", "::1", "localhost")):
             raise OSError(f"the tests have no network: {address}")
-        connect(self, address)  # type: ignore[arg-type]
+        connect(self, address)
+
+    def know_nobody(*a: object, **k: object) -> None:
+        raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
-    monkeypatch.setattr(
-        socket, "getaddrinfo", lambda *a, **k: (_ for _ in ()).throw(socket.gaierror("no network"))
-    )
+    if not loopback:
+        monkeypatch.setattr(socket, "getaddrinfo", know_nobody)
 
 
 @pytest.fixture(autouse=True)
@@ -153,3 +162,41 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     return dict(os.environ)
+
+
+@pytest.fixture
+def digits() -> list[dict[str, Any]]:
+    """96 digits as a Trainer of Hugging Face takes them."""
+    import torch
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(return_X_y=True)
+    X = torch.tensor(X[:96] / 16, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+    return [{"pixel_values": x, "labels": int(c)} for x, c in zip(X, y[:96], strict=True)]
+
+
+@pytest.fixture
+def make_trainer(
+    digits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Make a real Trainer of Hugging Face that takes two steps on the digits, without network."""
+    transformers = pytest.importorskip("transformers")
+    from accelerate.state import GradientState
+
+    # a training that ended by `max_steps` leaves a weak reference there, which no Trainer of this
+    # process can be pickled with
+    GradientState._reset_state()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def make(space: Any, **arguments: Any) -> Any:
+        options = transformers.TrainingArguments(
+            str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=16, report_to=[],
+            eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        return transformers.Trainer(
+            model_init=space.model_init(10), args=options, train_dataset=digits[:64],
+            eval_dataset=digits[64:], **arguments,
+        )  # fmt: skip
+
+    return make

@@ -8,13 +8,16 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
 
 import pytest
+from rich.console import Console
 
 from sfda_tune import Ranking, __version__
+from sfda_tune import cli as commands
 from sfda_tune.cli import _spread
 
 COMMAND = [sys.executable, "-m", "sfda_tune"]
@@ -32,6 +35,25 @@ def cli(clean_environment):
         return done.stdout if code == 0 else done.stderr
 
     return run
+
+
+@pytest.fixture
+def cli_here(clean_environment, monkeypatch, capfd):
+    """The same in this process: imports are most of what a short command takes."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets both
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments, code=0):
+        with pytest.raises(SystemExit) as done:
+            commands.main(list(map(str, arguments)))
+        out, err = capfd.readouterr()
+        assert done.value.code == code, out + err
+        return out if code == 0 else err
+
+    monkeypatch.setattr(commands, "output", Console(width=200, no_color=True))
+    monkeypatch.setattr(commands, "messages", Console(stderr=True, width=200, no_color=True))
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 RANK = ["--device", "cpu", "--quiet"]
@@ -58,7 +80,7 @@ def test_rank_prints_and_writes_and_reuses(cli, photos, toy_zoo, tmp_path):
     assert "deleted 0 entries" in cli("cache", "clear", "--older-than", 1)
 
 
-def test_backbones_in_every_spelling(cli, photos, toy_zoo, tmp_path):
+def test_backbones_in_every_spelling(cli_here, photos, toy_zoo, tmp_path):
     a, b = toy_zoo / "vit", toy_zoo / "resnet"
     for k, spelling in enumerate(
         (
@@ -67,7 +89,7 @@ def test_backbones_in_every_spelling(cli, photos, toy_zoo, tmp_path):
             ["--backbones", f"{a},{b}"],
         )
     ):
-        cli("rank", photos, *spelling, *RANK, "--out", tmp_path / f"{k}.json")
+        cli_here("rank", photos, *spelling, *RANK, "--out", tmp_path / f"{k}.json")
         assert sorted(Ranking.from_json(tmp_path / f"{k}.json")) == ["resnet", "vit"]
 
 
@@ -110,8 +132,9 @@ def test_a_failed_backbone_is_shown_last_with_its_error(cli, photos, toy_zoo, tm
         (["digits", "--import", "nope.py"], "nope.py"),
     ],
 )
-def test_errors_are_one_clear_line(cli, arguments, message, tmp_path):
-    error = cli("rank", *arguments, code=1, cwd=tmp_path)
+def test_errors_are_one_clear_line(cli_here, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = cli_here("rank", *arguments, code=1)
     assert message in error
     assert error.startswith("error: ")
     assert len(error.strip().splitlines()) == 1

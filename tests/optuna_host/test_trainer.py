@@ -9,7 +9,6 @@ import timm
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sfda_tune_optuna import hp_space
-from sklearn.datasets import load_digits
 
 from sfda_tune import demo
 
@@ -18,38 +17,15 @@ RANKING = {"demo:resnet_glyphs": 2.0, "demo:vit_glyphs": 1.5, "demo:resnet_noise
 ARCHITECTURE = {"demo:resnet_glyphs": "resnet10t", "demo:vit_glyphs": "test_vit"}
 
 
-@pytest.fixture
-def digits():
-    X, y = load_digits(return_X_y=True)
-    X = torch.tensor(X[:96] / 16, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
-    return [{"pixel_values": x, "labels": int(c)} for x, c in zip(X, y[:96], strict=True)]
-
-
-@pytest.fixture
-def make_trainer(digits, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def make(space):
-        return transformers.Trainer(
-            model_init=space.model_init(10),
-            args=transformers.TrainingArguments(
-                str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=16, report_to=[],
-                eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True,
-                dataloader_pin_memory=False,
-            ),
-            train_dataset=digits[:64],
-            eval_dataset=digits[64:],
-            compute_metrics=lambda p: {"acc": (p.predictions.argmax(1) == p.label_ids).mean()},
-        )  # fmt: skip
-
-    return make
+def measure(prediction):
+    return {"acc": (prediction.predictions.argmax(1) == prediction.label_ids).mean()}
 
 
 @pytest.mark.slow
 def test_search_trains_the_backbone_that_the_trial_names(make_trainer):
     rate = FloatDistribution(1e-4, 1e-2, log=True)
     space = hp_space(RANKING, k=2, learning_rate=rate, weight_decay=0.01)
-    trainer = make_trainer(space)
+    trainer = make_trainer(space, compute_metrics=measure)
     seen = []
 
     class Watch(transformers.TrainerCallback):
@@ -71,7 +47,7 @@ def test_search_trains_the_backbone_that_the_trial_names(make_trainer):
     assert winner.config.architecture == architecture
 
 
-def test_model_is_the_pretrained_backbone_with_its_preprocessing(make_trainer, digits, tmp_path):
+def test_model_is_the_pretrained_backbone_with_its_preprocessing(digits, tmp_path):
     space = hp_space(RANKING, k=2)
     model = space.model_init(("zero", "one"))().eval()  # the best one
     assert model.config.architecture == "resnet10t"

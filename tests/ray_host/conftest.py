@@ -10,7 +10,6 @@ import atexit
 import gc
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import warnings
@@ -75,17 +74,3 @@ def ray_cluster() -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As elsewhere, but Ray may be reached on this machine."""
-    connect = socket.socket.connect
-
-    def local_only(self: socket.socket, address: object) -> None:
-        inet = self.family in (socket.AF_INET, socket.AF_INET6)
-        if inet and address[0] not in ("127.0.0.1", "::1", "localhost"):  # type: ignore[index]
-            raise OSError(f"the tests have no network: {address}")
-        connect(self, address)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket.socket, "connect", local_only)

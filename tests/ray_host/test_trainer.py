@@ -1,8 +1,6 @@
 """Hugging Face's own `Trainer.hyperparameter_search` on Ray Tune, without network."""
 
 import pytest
-import torch
-from sklearn.datasets import load_digits
 
 transformers = pytest.importorskip("transformers")
 RANKING = {"demo:resnet_glyphs": 2.0, "demo:vit_glyphs": 1.5, "demo:resnet_noise": 0.2}
@@ -20,28 +18,14 @@ class Note(transformers.TrainerCallback):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_search_trains_the_backbone_that_the_configuration_names(
-    ray_cluster, tmp_path, monkeypatch
+    ray_cluster, make_trainer, tmp_path, monkeypatch
 ):
     from ray import tune
     from sfda_tune_ray import hp_space
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    X, y = load_digits(return_X_y=True)
-    X = torch.tensor(X[:96] / 16, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
-    digits = [{"pixel_values": x, "labels": int(c)} for x, c in zip(X, y[:96], strict=True)]
     space = hp_space(RANKING, 2, learning_rate=tune.loguniform(1e-4, 1e-2), weight_decay=0.01)
-    trainer = transformers.Trainer(
-        model_init=space.model_init(10),
-        args=transformers.TrainingArguments(
-            str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=16, report_to=[],
-            eval_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=digits[:64],
-        eval_dataset=digits[64:],
-        callbacks=[Note()],
-    )  # fmt: skip
+    trainer = make_trainer(space, callbacks=[Note()])
     first = [{"backbone": name, "learning_rate": 1e-3} for name in ("demo:vit_glyphs",)]
     best = trainer.hyperparameter_search(
         space, backend="ray", n_trials=2, direction="minimize",
