@@ -31,6 +31,12 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "sfda_tune.features/1"  # raise the number when what an entry means changes
 SUFFIX = ".safetensors"
+# Protocols that know no folders: to make one would look at the whole bucket, or make a bucket.
+OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
+
+
+class UnreachableError(OSError):
+    """The host of a bucket does not answer, or not to us."""
 
 
 def default_root() -> Path:
@@ -115,6 +121,8 @@ class FeatureStore:
             entry = Entry(x, rows, json.loads(header["unreadable"]), json.loads(header["info"]))
         except FileNotFoundError:
             return None
+        except UnreachableError:
+            raise
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             logger.warning("ignoring the cache file %s: %s", path, error)
             return None
@@ -256,7 +264,8 @@ class RemoteStore(FeatureStore):
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[Path]:
         with self._copy() as (fs, root, copy):
-            fs.get_file(f"{root}/{self.path(key).as_posix()}", str(copy))
+            with self._speaking():
+                fs.get_file(f"{root}/{self.path(key).as_posix()}", str(copy))
             yield copy
 
     @contextlib.contextmanager
@@ -264,8 +273,23 @@ class RemoteStore(FeatureStore):
         with self._copy() as (fs, root, copy):
             yield copy
             path = f"{root}/{self.path(key).as_posix()}"
-            fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            fs.put_file(str(copy), path)
+            with self._speaking():
+                if not OBJECTS & {fs.protocol, *fs.protocol}:  # a text, or several
+                    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                fs.put_file(str(copy), path)
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """Give errors of a client library, other than those of a file system, a clear text."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise UnreachableError(
+                f"`cache` is {self.root!r} but it cannot be reached ({error}); look at the "
+                "address, the credentials and the network, or pass a folder."
+            ) from error
 
     @contextlib.contextmanager
     def _copy(self) -> Iterator[tuple[Any, str, Path]]:

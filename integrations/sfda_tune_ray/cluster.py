@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -41,15 +41,16 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
     Raises
     ------
     ValueError
-        If a local Ray is asked for while connected to another.
+        If another Ray is asked for than the one this process is connected to.
     ConnectionError
         If there is no cluster at the address.
     """
     if ray.is_initialized():
-        if address == "local":
+        here = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto") and _resolve(address) != _resolve(here):
             raise ValueError(
-                "`address` is 'local' but this process is connected to a Ray already; leave "
-                "`address` out to use that one, or call `ray.shutdown()` first."
+                f"`address` is {address!r} but this process is connected to a Ray already, at "
+                f"{here!r}; leave `address` out to use that one, or call `ray.shutdown()` first."
             )
         yield False
         return
@@ -67,6 +68,14 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
         ray.shutdown()
         if address == "local":
             _restore()
+
+
+def _resolve(address: str) -> str:
+    """Return an address by number, where it has a name that is known."""
+    host, _, port = address.rpartition(":")
+    with suppress(OSError):
+        host = socket.gethostbyname(host)
+    return f"{host}:{port}"
 
 
 def _knock(address: str) -> None:

@@ -58,6 +58,7 @@ class Task:
     attempts: int = 0  # that ended with the process, or with an error outside of any backbone
     paranoid: bool = False  # look for an image that ends the process, first
     reason: str = ""
+    parts: list[Task] = field(default_factory=list)  # what became of it, one backbone each
 
 
 def make_bundles(
@@ -237,6 +238,7 @@ class Dispatcher:
                 self._number += 1
                 part = Task(self._number, task.bundle, (name,), task.shards, task.attempts)
                 parts.append(part)
+            task.parts = parts
         if died:
             self.again.extendleft(reversed(parts))
         else:
@@ -245,8 +247,9 @@ class Dispatcher:
 
     def pardon(self, task: Task) -> None:
         """Take back the blame: the machine was lost, which is nobody's fault."""
-        task.attempts = max(task.attempts - 1, 0)
-        task.paranoid = False
+        for innocent in (task, *task.parts):
+            innocent.attempts = max(innocent.attempts - 1, 0)
+            innocent.paranoid = False
 
     def drop(self, name: str) -> None:
         """Give no more work to a backbone that failed."""

@@ -387,7 +387,7 @@ class RayExecutor:
         """Ask for the actors that are missing."""
         if self._store != worker.store:
             self._forget_marker()
-            self._store = worker.store
+            self._store, self._outside = worker.store, 0
             with contextlib.suppress(OSError, AttributeError):  # full, or no folder
                 marker = Path(worker.store.root) / f".{uuid.uuid4().hex}.tmp"  # type: ignore
                 marker.parent.mkdir(parents=True, exist_ok=True)

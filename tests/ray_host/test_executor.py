@@ -447,10 +447,15 @@ def test_an_address_where_nobody_is(monkeypatch):
             pass
 
 
-def test_local_is_refused_while_connected_elsewhere(ray_cluster):
-    with pytest.raises(ValueError, match="'local' but this process is connected"), \
-            RayExecutor("local"):  # fmt: skip
-        pass
+def test_another_ray_is_refused_while_connected(ray_cluster):
+    for address in ("local", "127.0.0.1:1", "ray://127.0.0.1:10001"):
+        with pytest.raises(ValueError, match=f"{address}' but this process is connected"), \
+                RayExecutor(address):  # fmt: skip
+            pass
+    local = ray_cluster.address.replace("127.0.0.1", "localhost")
+    for address in (None, "auto", ray_cluster.address, local):
+        with RayExecutor(address):
+            pass
 
 
 @pytest.mark.parametrize(

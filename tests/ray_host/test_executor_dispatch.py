@@ -137,6 +137,21 @@ def test_a_lost_machine_is_no_attempt():
     assert not task.paranoid
 
 
+def test_a_lost_machine_is_no_attempt_of_the_parts_either():
+    """That a machine is lost is often known after its task was parted and given out again."""
+    bundle = Bundle(("a", "b"), 1.0, deque([0]))
+    dispatcher = Dispatcher([bundle], attempts=3)
+    task = dispatcher.next("x")
+    dispatcher.fault(task, "died", died=True)
+    dispatcher.fault(dispatcher.next("x"), "node", died=True)
+    a, b = dispatcher.next("x"), dispatcher.next("x")
+    assert (a.names, b.names, a.attempts, b.attempts) == (("a",), ("b",), 2, 2)
+    dispatcher.pardon(task)
+    assert (a.attempts, b.attempts) == (1, 1)
+    assert dispatcher.fault(a, "died", died=True) == ()
+    assert dispatcher.fault(dispatcher.next("x"), "died", died=True) == ("a",)
+
+
 def test_what_nobody_began_comes_first_and_blameless():
     dispatcher = make(100)
     first, ahead = dispatcher.next("x"), dispatcher.next("x", ahead=True)
