@@ -261,12 +261,17 @@ class FineTuning(Iterator[Epoch]):
         try:
             started = time.perf_counter()
             with own_randomness(self.device):
-                first = self._begin(started)
+                self._open()
+                with extraction.few_threads(self.module, self.half):
+                    first = self._begin(started)
             if first is not None:
                 yield first
             while not self._finished():
                 started = time.perf_counter()
-                with own_randomness(self.device):
+                with (
+                    own_randomness(self.device),
+                    extraction.few_threads(self.module, self.half),
+                ):
                     epoch = self._epoch(started)
                 yield epoch
         finally:
@@ -279,13 +284,16 @@ class FineTuning(Iterator[Epoch]):
         stale = patience is not None and last - self.best.number >= patience
         return stale or last >= cast(int, self.config.epochs)
 
-    def _begin(self, started: float) -> Epoch | None:
-        """Open network and images, go back to the checkpoint or start the head; return epoch 0."""
+    def _open(self) -> None:
+        """Open the network."""
         import torch
 
         seed_streams(2, self.config.seed)
         self.module, self.half, self.head = with_head(self.backbone, len(self.train.classes))
         self.module.to(self.device).to(memory_format=cast(Any, torch.channels_last))
+
+    def _begin(self, started: float) -> Epoch | None:
+        """Open the images, go back to the checkpoint or start the head; return epoch 0."""
         geometry = self.half.geometry
         prepare = shrink(geometry, self.config.augmentation) if geometry else self.half.build()
         self._images: Any = Images(self.train, prepare, self.workers)

@@ -15,7 +15,7 @@ import numpy as np
 from sfda_tune import backbones as zoo
 from sfda_tune.classifiers import WEIGHTS, forward, probabilities, with_head
 from sfda_tune.datasets import EXTENSIONS, ImageDataset, UnreadableImage
-from sfda_tune.extraction import resolve_device
+from sfda_tune.extraction import few_threads, resolve_device
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.values import Backbone
 
@@ -136,9 +136,9 @@ def predict(
             except UnreadableImage as error:
                 unreadable.append(str(error))
         if rows:
-            p[rows] = probabilities(
-                forward(module, model.preprocessing, pixels, device, precision)
-            )
+            with few_threads(module, model.preprocessing):
+                logits = forward(module, model.preprocessing, pixels, device, precision)
+            p[rows] = probabilities(logits)
     if unreadable:
         warnings.warn(
             f"{len(unreadable)} of {n} images cannot be read; the first: {unreadable[0]}",

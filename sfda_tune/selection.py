@@ -375,15 +375,14 @@ class _Search:
         path = self.folder / "config.json"
         if path.is_file():
             old = json.loads(path.read_text(encoding="utf-8"))
-            may_grow = () if getattr(self.engine, "spreads", False) else LIMITS
-            grown = any(_ends_later(config[key], old[key]) for key in may_grow)
+            grown = any(_ends_later(config[key], old[key]) for key in LIMITS)
             for key in fixed:
                 changed = key != "sfda_tune" and old.get(key) != fixed[key]
-                if changed and not (grown and key in may_grow):
+                if changed and not (grown and key in LIMITS):
                     raise ValueError(
                         f"`out` {str(self.folder)!r} holds a search with {key} {old.get(key)!r}, "
                         f"but now {key} is {fixed[key]!r}; take the same"
-                        f"{', or more' if key in may_grow else ''}, or another folder."
+                        f"{', or more' if key in LIMITS else ''}, or another folder."
                     )
             self.spent = self.state["seconds"]["total"]
             if grown:

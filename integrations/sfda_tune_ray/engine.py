@@ -2,12 +2,14 @@
 
 What a trial has reached stands in ``RUN/trials/ID/trial.json``, beside its checkpoints, so all
 machines must see the folder RUN. A trial whose actor was lost, or whose driver was killed, goes on
-from there. Trials are numbered as Tune began them, which ``RUN/ray-trials.json`` keeps.
+from there. A search that is extended is another experiment, whose searcher knows the trials of the
+ones before. Trials are numbered as Tune began them, which ``RUN/ray-trials.json`` keeps.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +31,12 @@ from sfda_tune_ray.searcher import SFDASearcher
 
 __all__ = ["tune"]
 
-RECORD, ORDER, OUTPUT = "trial.json", "ray-trials.json", "RAY_AIR_NEW_OUTPUT"
+RECORD, ORDER = "trial.json", "ray-trials.json"
+TERMS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # only then "verbose=0" is heard
+    # Tune's own handler ends the running trials as if they were done, and tells nobody
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
 MORE = 1000  # trials, where only the time ends a search
 
 # Tune pickles callbacks and stoppers; what they report to stays in this process.
@@ -45,7 +52,8 @@ def tune(job: Job) -> list[Trial]:
     with connect(job.storage), _quietly():
         _JOBS[job.name] = job
         try:
-            _open_tuner(job).fit()
+            while not _is_done(job):
+                _open_tuner(job).fit()
         finally:
             del _JOBS[job.name]
     return _read_all(job)
@@ -57,9 +65,9 @@ tune.most_objectives = 1  # type: ignore[attr-defined]  # as the searchers of Ra
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Leave the terminal to the progress of the search."""
-    before = os.environ.get(OUTPUT)
-    os.environ[OUTPUT] = "0"  # only then "verbose=0" is heard
+    """Leave the terminal to the progress of the search, and Ctrl-C to the search itself."""
+    before = {name: os.environ.get(name) for name in TERMS}
+    os.environ |= TERMS
     with suppress(ImportError):
         import optuna
 
@@ -67,25 +75,47 @@ def _quietly() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.pop(OUTPUT)
-        os.environ |= {} if before is None else {OUTPUT: before}
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
+
+
+def _is_done(job: Job) -> bool:
+    past = _read_experiments(job)
+    ended = bool(past) and past[-1]["end"] == "trials" and past[-1]["n_trials"] == job.n_trials
+    return ended or job.is_over()
 
 
 def _open_tuner(job: Job) -> raytune.Tuner:
-    """Return the tuner of a job, as it was left if it was begun before."""
+    """Return the tuner of an experiment: the one that was left, or a new one."""
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     train = raytune.with_resources(_make_trainable(job), {"cpu": 1, "gpu": gpus})
-    path = job.folder / "ray"
-    if raytune.Tuner.can_restore(path):
+    past = _read_experiments(job)
+    begun = past.pop() if past and past[-1]["end"] is None else None
+    path = job.folder / f"ray-{len(past)}"
+    if begun and raytune.Tuner.can_restore(path):
         return raytune.Tuner.restore(str(path), train, resume_unfinished=True)
+    new = {"trials": [], "end": None, "n_trials": job.n_trials}
+    _write_experiments(job, [*past, new])
+    known = _read_all(job)
+    defaults = [{"backbone": b, **job.space.default()} for b in job.scores]
     searcher = SFDASearcher(
         job.scores,
-        base_searcher=_make_base(job),
-        points_to_evaluate=[{"backbone": b, **job.space.default()} for b in job.scores],
+        base_searcher=_make_base(job, job.seed + len(known)),  # other draws than before
+        points_to_evaluate=defaults[len(known) :],
         metric="value",
         mode=job.directions[0][:3],
         seed=job.seed,
     )
+    for trial in known:
+        values = [epoch["value"] for epoch in trial.epochs]
+        searcher.add_evaluated_point(
+            {"backbone": trial.backbone, **trial.params},
+            math.nan if trial.value is None else trial.value,
+            error=trial.state == "failed",
+            pruned=trial.state == "pruned",
+            intermediate_values=values,
+        )
     scheduler = ASHAScheduler(
         metric="value",
         mode=job.directions[0][:3],
@@ -99,7 +129,7 @@ def _open_tuner(job: Job) -> raytune.Tuner:
         tune_config=raytune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=job.n_trials or MORE,
+            num_samples=job.n_trials - len(known) if job.n_trials else MORE,
             max_concurrent_trials=max(1, count_places(gpus, 1)),
         ),
         run_config=raytune.RunConfig(
@@ -113,12 +143,12 @@ def _open_tuner(job: Job) -> raytune.Tuner:
     )
 
 
-def _make_base(job: Job) -> Any:
+def _make_base(job: Job, seed: int) -> Any:
     """Return Optuna's TPE if it is installed, else None: random."""
     try:
         from ray.tune.search.optuna import OptunaSearch
 
-        return OptunaSearch(metric="value", mode=job.directions[0][:3], seed=job.seed)
+        return OptunaSearch(metric="value", mode=job.directions[0][:3], seed=seed)
     except ImportError:
         return None
 
@@ -177,9 +207,22 @@ def _write(folder: Path, trial: Trial) -> None:
     write_text(folder / RECORD, json.dumps(asdict(trial)))
 
 
+def _read_experiments(job: Job) -> list[dict[str, Any]]:
+    """Return what is known of each experiment.
+
+    ``trials`` are in the order that Tune began them; ``end`` is "trials" if it had all it was to
+    have, "time" if the budget was spent before, None if it was interrupted.
+    """
+    file = job.folder / ORDER
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def _write_experiments(job: Job, experiments: list[dict[str, Any]]) -> None:
+    write_text(job.folder / ORDER, json.dumps(experiments))
+
+
 def _read_all(job: Job) -> list[Trial]:
-    order = job.folder / ORDER
-    names = json.loads(order.read_text(encoding="utf-8")) if order.is_file() else []
+    names = [name for past in _read_experiments(job) for name in past["trials"]]
     files = [job.folder / "trials" / name / RECORD for name in names]
     return [replace(read_trial(f), number=n) for n, f in enumerate(files) if f.is_file()]
 
@@ -194,8 +237,10 @@ class _Listener(raytune.Callback):
     def job(self) -> Job:
         return _JOBS[self.name]
 
-    def _tell(self, trials: list[Any]) -> None:
-        write_text(self.job.folder / ORDER, json.dumps([trial.trial_id for trial in trials]))
+    def _tell(self, trials: list[Any], end: str | None = None) -> None:
+        *past, now = _read_experiments(self.job)
+        now |= {"trials": [trial.trial_id for trial in trials], "end": end}
+        _write_experiments(self.job, [*past, now])
         self.job.tell(_read_all(self.job))
 
     def on_trial_result(
@@ -221,7 +266,7 @@ class _Listener(raytune.Callback):
         for trial in trials:
             if trial.is_finished():
                 self._end(trial, "pruned", None)
-        self._tell(trials)
+        self._tell(trials, "time" if self.job.is_over() else "trials")
 
     def _end(self, trial: Any, state: str, error: str | None) -> None:
         folder = self.job.folder / "trials" / trial.trial_id

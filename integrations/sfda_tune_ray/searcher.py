@@ -308,6 +308,59 @@ class SFDASearcher(Searcher):
         error = error or (raw is not None and not _is_finite(raw))  # Optuna would stumble over it
         self._tell(trial_id, old, new, None if error or raw is None else result, error)
 
+    def add_evaluated_point(
+        self,
+        parameters: dict[str, Any],
+        value: float,
+        error: bool = False,
+        pruned: bool = False,
+        intermediate_values: list[float] | None = None,
+    ) -> None:
+        """Learn from a trial of another experiment, before the first one of this.
+
+        Parameters
+        ----------
+        parameters : dict
+            The searched ones, with the backbone.
+        value : float
+            The metric.
+        error, pruned : bool
+            Whether it failed, or was stopped early.
+        intermediate_values : list of float, optional
+            All it has reported. Fewer than others did: it was stopped early.
+
+        Raises
+        ------
+        ValueError
+            If the backbone is not among the parameters, or `metric` and `mode` are not known yet.
+
+        Examples
+        --------
+        >>> searcher = SFDASearcher({"vit": 3.1, "resnet": 2.5}, metric="accuracy", mode="max")
+        >>> searcher.add_evaluated_point({"backbone": "vit", "lr": 1e-3}, 0.91)
+        >>> searcher.calibration().n_trials
+        1
+        """
+        flat = _compat.flatten_dict(dict(parameters))
+        _check(
+            "parameters", parameters, f"a dict with {self.param_name!r}", self.param_name in flat
+        )
+        _check("mode", self._mode, "given before trials are added", self._mode is not None)
+        arm = name_arm(flat.pop(self.param_name))
+        record = Record(
+            arm,
+            state="failed" if error else "complete",
+            value=None if error else self._sign * value,
+            iterations=len(intermediate_values or ()) or int(pruned),
+            settings={name: plain(v) for name, v in flat.items()},
+            told=True,
+        )
+        self._records[f"evaluated-{len(self._records)}"] = record
+        self._number += 1  # a choice that was made: the next draw is another
+        if record.state == "complete" and _is_finite(record.value):
+            for key in {self._find_key(arm), WHOLE} & self._bases.keys():
+                self._add(key, record)
+
     def explain_error(self, trial_id: str, backbone: Any, *, lost: bool) -> None:
         """Take in whether a failed trial was `lost` with its process or machine.
 

@@ -14,6 +14,8 @@ from sfda_tune_ray.engine import tune
 from sfda_tune.engines import load_engine
 from sfda_tune.selection import SearchResult, search
 
+# of sockets that Tune leaves open
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 QUICK = {"epochs": 2, "samples": 200, "keep": 2, "test": 0.2, "device": "cpu"}
 
 
@@ -44,13 +46,22 @@ def test_a_search_on_a_cluster(ray_cluster, tmp_path):
     before = (found.folder / "search.json").read_bytes()
     search("digits", backbones, trials=4, **QUICK, **data)
     assert (found.folder / "search.json").read_bytes() == before
-    with pytest.raises(ValueError, match="trials 4, but now trials is 5; take the same, or ano"):
-        search("digits", backbones, trials=5, **QUICK, **data)
+    # With more trials it goes on.
+    with pytest.raises(ValueError, match="trials 4, but now trials is 3; take the same, or more"):
+        search("digits", backbones, trials=3, **QUICK, **data)
+    more = search("digits", backbones, trials=6, **QUICK, **data)
+    assert [t["number"] for t in more.trials] == list(range(6))
+    assert more.trials[:4] == found.trials
+    params = [(t["backbone"], json.dumps(t["params"])) for t in more.trials]
+    assert len(set(params)) == 6  # neither the defaults nor other draws again
+    again = search("digits", backbones, trials=6, **QUICK, **data)
+    assert again.trials == more.trials
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on(tmp_path):
-    """In a process of its own, with a Ray of its own: the driver is killed in the third trial."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_ended_driver_goes_on(tmp_path, how):
+    """In a process of its own, with a Ray of its own: the driver is ended in the third trial."""
     run = tmp_path / "run"
     code = f"""
         from sfda_tune import search
@@ -70,8 +81,10 @@ def test_a_killed_driver_goes_on(tmp_path):
             assert time.monotonic() < until
             time.sleep(0.2)
     finally:
-        driver.send_signal(signal.SIGKILL)
+        driver.send_signal(how)
         driver.communicate()
+    assert driver.returncode not in (None, 0)
+    assert "final" not in [folder.name for folder in (run / "trials").iterdir()]
     done = [record for record in records(run) if record["state"] != "running"]
     subprocess.run(command, env=environment, check=True, timeout=300)
     found = SearchResult.open(run)
