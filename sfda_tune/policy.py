@@ -49,7 +49,7 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import kendalltau, rankdata
 
-from sfda_tune.values import Ranking
+from sfda_tune.values import Ranking, require
 
 __all__ = [
     "Advisor", "Calibration", "Observation", "calibrate", "choose", "estimate_errors",
@@ -100,7 +100,7 @@ class Observation:
     settings: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _check("state", self.state, f"one of {', '.join(STATES)}", self.state in STATES)
+        require("state", self.state, f"one of {', '.join(STATES)}", self.state in STATES)
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,11 @@ def choose(
     >>> choose(scores), choose(scores, [Observation("vit", "failed")])
     ('vit', 'resnet')
     """
-    _check("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
-    _check("exploration", exploration, "in [0, 1]", 0 <= exploration <= 1)
-    _check("cost_exponent", cost_exponent, "a number ≥ 0", 0 <= cost_exponent < math.inf)
+    require("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
+    require("exploration", exploration, "in [0, 1]", 0 <= exploration <= 1)
+    require("cost_exponent", cost_exponent, "a number ≥ 0", 0 <= cost_exponent < math.inf)
     names = sorted(set(scores if candidates is None else candidates))
-    _check("candidates", names, "the host's choices, at least one", names)
+    require("candidates", names, "the host's choices, at least one", names)
     history = list(history)
     barred = find_barred(history, number)
     fit = _fit(names, scores, history, prior_strength, errors)
@@ -221,12 +221,12 @@ def choose(
     if cost_exponent:
         cost = np.array([(costs or {}).get(n, c) for n, c in zip(names, fit.cost, strict=True)])
         known = np.isfinite(cost)
-        _check("costs", costs, "numbers > 0", (cost[known] > 0).all())
+        require("costs", costs, "numbers > 0", (cost[known] > 0).all())
         cost[~known] = np.median(cost[known]) if known.any() else 1.0
         gain = gain - cost_exponent * np.log(cost)
     if survivors is not None:
         stays = np.array([name in survivors for name in names])
-        _check("survivors", sorted(survivors), f"some of the candidates {names}", stays.any())
+        require("survivors", sorted(survivors), f"some of the candidates {names}", stays.any())
         gain[stays == (is_outside and not stays.all())] = -np.inf
     best = np.flatnonzero(gain >= gain.max() - 1e-12)
     return names[int(best[noise[best].argmax()])]
@@ -296,15 +296,15 @@ def survivors(
     if probability is not None:
         find = getattr(scores, "shortlist", None)
         usable = find is not None and keep is None
-        _check("probability", probability, "given with a Ranking and without `keep`", usable)
+        require("probability", probability, "given with a Ranking and without `keep`", usable)
         return tuple(find(probability=probability))  # type: ignore[misc]
     order = sorted((n for n in scores if math.isfinite(scores[n])), key=lambda n: (-scores[n], n))
     if isinstance(keep, Collection):
         names = set() if isinstance(keep, str) else set(keep)
-        _check("keep", keep, "names of scored backbones", names and names <= set(scores))
+        require("keep", keep, "names of scored backbones", names and names <= set(scores))
         return tuple(n for n in [*order, *sorted(set(scores) - set(order))] if n in names)
     if keep is not None:
-        _check("keep", keep, "an integer ≥ 1, or names", keep >= 1 and int(keep) == keep)
+        require("keep", keep, "an integer ≥ 1, or names", keep >= 1 and int(keep) == keep)
         keep = int(keep)
     return tuple(order[:keep])
 
@@ -338,7 +338,7 @@ def leaves_to_base(
     [8, 16, 24]
     """
     if share is not None:
-        _check("share", share, "in [0, 1]", 0 <= share <= 1)
+        require("share", share, "in [0, 1]", 0 <= share <= 1)
         return math.floor((number + 1) * share) > math.floor(number * share)
     place = number + seed
     if number < FREE or place % DOUBT:
@@ -403,26 +403,26 @@ class Advisor:
 
     def __post_init__(self) -> None:
         given: Any = self.scores
-        _check("scores", given, "a Ranking or a mapping", isinstance(given, Mapping))
+        require("scores", given, "a Ranking or a mapping", isinstance(given, Mapping))
         for name, value in given.items():
-            _check(f"scores[{name!r}]", value, "a number", isinstance(value, Real))
-        _check("policy", self.policy, f"one of {', '.join(POLICIES)}", self.policy in POLICIES)
+            require(f"scores[{name!r}]", value, "a number", isinstance(value, Real))
+        require("policy", self.policy, f"one of {', '.join(POLICIES)}", self.policy in POLICIES)
         strength, part = self.prior_strength, self.exploration
         mask: Any = self.survivors
         strong = isinstance(strength, Real) and 0 <= strength < math.inf
-        _check("prior_strength", strength, "a number ≥ 0", strong)
-        _check("exploration", part, "in [0, 1]", isinstance(part, Real) and 0 <= part <= 1)
+        require("prior_strength", strength, "a number ≥ 0", strong)
+        require("exploration", part, "in [0, 1]", isinstance(part, Real) and 0 <= part <= 1)
         if isinstance(mask, str) or not hasattr(mask, "__len__"):  # else names; an array, too
             count = isinstance(mask, Integral) and not isinstance(mask, bool) and int(mask) >= 1
-            _check("survivors", mask, "an integer ≥ 1, names or None", mask is None or count)
+            require("survivors", mask, "an integer ≥ 1, names or None", mask is None or count)
         else:
-            _check("survivors", mask, "an integer ≥ 1, names or None", len(mask))
+            require("survivors", mask, "an integer ≥ 1, names or None", len(mask))
             mask = tuple(sorted(name_arm(name) for name in mask))
         costs, exponent = self.costs, self.cost_exponent
         paid = costs is None or (isinstance(costs, Mapping) and all(v > 0 for v in costs.values()))
-        _check("costs", costs, "a mapping of names to numbers > 0, or None", paid)
+        require("costs", costs, "a mapping of names to numbers > 0, or None", paid)
         sound = isinstance(exponent, Real) and 0 <= exponent < math.inf
-        _check("cost_exponent", exponent, "a number ≥ 0", sound)
+        require("cost_exponent", exponent, "a number ≥ 0", sound)
         settled = {
             "errors": estimate_errors(given) if self.errors is None else self.errors,
             "scores": {name_arm(name): float(value) for name, value in given.items()},
@@ -530,7 +530,7 @@ def _fit(
     errors: Mapping[str, float] | None = None,
 ) -> _Fit:
     """Fit the model of the module's docstring, in its notation."""
-    _check("prior_strength", prior_strength, "a number ≥ 0", 0 <= prior_strength < math.inf)
+    require("prior_strength", prior_strength, "a number ≥ 0", 0 <= prior_strength < math.inf)
     # In one order always, so that even the rounding of sums does not depend on the caller's.
     trials = sorted(history, key=lambda o: (o.backbone, o.state, repr(o.value), repr(o.settings)))
     names = [*candidates, *sorted({o.backbone for o in trials} - set(candidates))]
@@ -673,8 +673,3 @@ def _log_improvement(fit: _Fit) -> np.ndarray:
     exact = np.log(np.exp(-(near**2) / 2) / math.sqrt(2 * math.pi) + near * ndtr(near))
     tail = -(d**2) / 2 - math.log(math.sqrt(2 * math.pi)) - 2 * np.log(np.maximum(-d, 1))
     return np.log(fit.sd) + np.where(d > -8, exact, tail)
-
-
-def _check(name: str, value: Any, rule: str, holds: Any) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {rule} but is {value!r}.")

@@ -131,6 +131,11 @@ def rank(
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
     if executor is None:
         settings = replace(settings, device=resolve_device(device))
+    elif isinstance(executor, type):
+        raise ValueError(
+            f"`executor` must be an executor but is the class {executor.__name__}; call it: "
+            f"{executor.__name__}()."
+        )
     elif map_fn is not None or not cache:
         raise ValueError(
             "`executor` needs a `cache`, where its workers leave the features, and no `map_fn`; "

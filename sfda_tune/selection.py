@@ -51,7 +51,7 @@ from sfda_tune.report import write_report
 from sfda_tune.spaces import default_space, open_space
 from sfda_tune.splits import fingerprint, join, split_images, write_json, write_predictions
 from sfda_tune.stages import SilentBoard, as_board
-from sfda_tune.values import Backbone, Ranking
+from sfda_tune.values import Backbone, Ranking, require
 
 __all__ = ["SearchResult", "measure_latency", "search"]
 
@@ -929,21 +929,17 @@ def _ends_later(new: str | float | None, old: str | float | None) -> bool:
 
 
 def _check(g: Mapping[str, Any]) -> None:
-    def require(name: str, rule: str, holds: bool) -> None:
-        if not holds:
-            raise ValueError(f"`{name}` must be {rule} but is {g[name]!r}.")
-
     for name in ("trials", "workers", "keep", "epochs", "samples"):
         is_count = isinstance(g[name], int) and not isinstance(g[name], bool)
         optional = g[name] is None and name not in ("workers", "keep")
-        require(name, "an integer ≥ 1", optional or (is_count and g[name] >= 1))
+        require(name, g[name], "an integer ≥ 1", optional or (is_count and g[name] >= 1))
     for name in ("max_params", "max_latency"):
-        require(name, "a number > 0", g[name] is None or g[name] > 0)
+        require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")
-    require("objective", f"one of {allowed}", ",".join(g["objective"]) in allowed)
-    require("metric", f"one of {MONITORS}", g["metric"] in MONITORS)
+    require("objective", g["objective"], f"one of {allowed}", ",".join(g["objective"]) in allowed)
+    require("metric", g["metric"], f"one of {MONITORS}", g["metric"] in MONITORS)
     if isinstance(g["test"], float):
-        require("test", "in (0, 1), or a data set", 0 < g["test"] < 1)
+        require("test", g["test"], "in (0, 1), or a data set", 0 < g["test"] < 1)
     parse_budget(g["budget"])
     if g["out"].exists() and not g["out"].is_dir():
         raise ValueError(f"`out` must be a folder but {str(g['out'])!r} is a file.")

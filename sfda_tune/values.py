@@ -50,6 +50,12 @@ def _rebuild(cls: type, values: dict[str, Any]) -> Any:
     return cls(**values)
 
 
+def require(name: str, value: Any, rule: str, holds: Any) -> None:
+    """Raise a ValueError that names argument, rule and value, unless the rule `holds`."""
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+
+
 def _read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False

@@ -18,6 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from sfda_tune.policy import Advisor, Calibration, Observation, find_barred, name_arm
+from sfda_tune.values import require
 from sfda_tune_optuna import _compat, store
 from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_arm
 from sfda_tune_optuna.pruner import SFDAPruner
@@ -107,9 +108,9 @@ class SFDASampler(BaseSampler):
         seed: int | None = None,
     ) -> None:
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
-        _check("base_sampler", base_sampler, "a sampler (not a class) or None", is_sampler)
+        require("base_sampler", base_sampler, "a sampler (not a class) or None", is_sampler)
         is_seed = isinstance(seed, Integral) and not isinstance(seed, bool) and int(seed) >= 0
-        _check("seed", seed, "an integer ≥ 0 or None", seed is None or is_seed)
+        require("seed", seed, "an integer ≥ 0 or None", seed is None or is_seed)
         self._seed = None if seed is None else int(seed)
         self._entropy = secrets.randbits(63) if self._seed is None else self._seed
         self._advisor = Advisor(
@@ -430,8 +431,3 @@ class SFDASampler(BaseSampler):
         """Make a lock of its own."""
         vars(self).update(state)
         self._lock = threading.RLock()
-
-
-def _check(name: str, value: Any, rule: str, holds: Any) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {rule} but is {value!r}.")

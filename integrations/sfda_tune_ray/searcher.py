@@ -21,7 +21,7 @@ import numpy as np
 from ray.tune.search import Searcher
 
 from sfda_tune.policy import Advisor, Calibration, find_barred, name_arm
-from sfda_tune.values import write_text
+from sfda_tune.values import require, write_text
 from sfda_tune_ray import _compat
 from sfda_tune_ray.history import Record, observe, plain
 
@@ -132,17 +132,17 @@ class SFDASearcher(Searcher):
         if base_searcher is not None:
             _compat.check_base_searcher(base_searcher)
             nested = isinstance(base_searcher, SFDASearcher)
-            _check("base_searcher", base_searcher, "another class than SFDASearcher", not nested)
+            require("base_searcher", base_searcher, "another class than SFDASearcher", not nested)
         single = metric is None or isinstance(metric, str)
-        _check("metric", metric, "one text: there is one objective", single)
-        _check("mode", mode, "min, max or None", mode in ("min", "max", None))
+        require("metric", metric, "one text: there is one objective", single)
+        require("mode", mode, "min, max or None", mode in ("min", "max", None))
         is_name = isinstance(param_name, str) and all(param_name.split("/"))
-        _check("param_name", param_name, 'a name, nested ones as "model/backbone"', is_name)
-        _check("max_failures", max_failures, "an integer ≥ 1", _is_integer(max_failures, 1))
-        _check("seed", seed, "an integer ≥ 0 or None", seed is None or _is_integer(seed, 0))
+        require("param_name", param_name, 'a name, nested ones as "model/backbone"', is_name)
+        require("max_failures", max_failures, "an integer ≥ 1", _is_integer(max_failures, 1))
+        require("seed", seed, "an integer ≥ 0 or None", seed is None or _is_integer(seed, 0))
         points = list(points_to_evaluate or [])
         dicts = all(isinstance(point, Mapping) for point in points)
-        _check("points_to_evaluate", points, "a list of dicts", dicts)
+        require("points_to_evaluate", points, "a list of dicts", dicts)
         self._advisor = Advisor(
             ranking,
             policy=policy,
@@ -186,12 +186,12 @@ class SFDASearcher(Searcher):
         for name, given in (("metric", metric), ("mode", mode)):
             own = getattr(self, f"_{name}")
             fits = own is None or given is None or own == given
-            _check(name, own, f"that of TuneConfig, {given!r}, or given once", fits)
+            require(name, own, f"that of TuneConfig, {given!r}, or given once", fits)
         if isinstance(metric, list) or isinstance(mode, list):
             raise ValueError(f"`metric` must be one text: there is one objective, not {metric!r}.")
         self._metric, self._mode = metric or self._metric, mode or self._mode
         known = self._metric and self._mode in ("min", "max")
-        _check(
+        require(
             "metric and mode", (self._metric, self._mode), "given, in TuneConfig or here", known
         )
         config = copy.deepcopy(config)
@@ -203,7 +203,7 @@ class SFDASearcher(Searcher):
         for name in [*self._spaces, *(p.get(self.param_name) for p in self._points)]:
             of = f"backbones among the choices of {self.param_name!r}"
             known = name is None or name_arm(name) in self._choices
-            _check("spaces and points_to_evaluate", name, of, known)
+            require("spaces and points_to_evaluate", name, of, known)
         self._config = config
         return True
 
@@ -342,10 +342,10 @@ class SFDASearcher(Searcher):
         1
         """
         flat = _compat.flatten_dict(dict(parameters))
-        _check(
+        require(
             "parameters", parameters, f"a dict with {self.param_name!r}", self.param_name in flat
         )
-        _check("mode", self._mode, "given before trials are added", self._mode is not None)
+        require("mode", self._mode, "given before trials are added", self._mode is not None)
         arm = name_arm(flat.pop(self.param_name))
         record = Record(
             arm,
@@ -423,9 +423,9 @@ class SFDASearcher(Searcher):
         with open(checkpoint_path, encoding="utf-8") as file:
             state = json.load(file)
         found, name = state.get("format"), type(self._base).__name__
-        _check("checkpoint_path", found, f"a file of the format {FORMAT!r}", found == FORMAT)
+        require("checkpoint_path", found, f"a file of the format {FORMAT!r}", found == FORMAT)
         was = state["base_searcher"]
-        _check("base_searcher", name, f"a {was}, as when the state was saved", name == was)
+        require("base_searcher", name, f"a {was}, as when the state was saved", name == was)
         if self._config is None and state["space"] is not None:
             space = _compat.unpack_space(state["space"])  # `Tuner.restore` does not tell it again
             self.set_search_properties(state["metric"], state["mode"], space)
@@ -681,8 +681,3 @@ def _is_finite(value: float | None) -> bool:
 
 def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
-def _check(name: str, value: Any, rule: str, holds: Any) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {rule}, but is {value!r}.")

@@ -177,6 +177,8 @@ def test_a_store_by_address(executor, dataset, zoo, tmp_path):
 
 
 def test_it_needs_a_store(executor, photos):
+    with pytest.raises(ValueError, match=r"is the class RayExecutor; call it: RayExecutor\(\)"):
+        sfda_tune.rank(photos, "demo:*noise*", executor=RayExecutor)
     with pytest.raises(ValueError, match=r"`executor` needs a `cache`.*cache=True"):
         sfda_tune.rank(photos, cache=False, executor=executor)
     with pytest.raises(ValueError, match="`executor` needs a `store`"):
