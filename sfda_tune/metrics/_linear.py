@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, eigh
 from scipy.special import log_softmax
+from threadpoolctl import ThreadpoolController
 
 from sfda_tune.metrics._input import Data
 
 __all__ = ["fit_softmax", "lda_directions", "lda_log_posterior", "shrunk", "within"]
+
+LARGE = 1e9  # multiplications of one product, from which more threads may help
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def within(data: Data, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,12 +106,14 @@ def fit_softmax(
 
     if start is None:
         start = np.zeros((D + 1, n_classes))
-    fit = minimize(
-        objective,
-        start.ravel(),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tolerance, "ftol": 0.0},
-    )
+    # On two idle cores a second thread made it slower at every size tried, up to 20 times.
+    with _blas().limit(limits=1 if N * D * n_classes < LARGE else None, user_api="blas"):
+        fit = minimize(
+            objective,
+            start.ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tolerance, "ftol": 0.0},
+        )
     converged = bool(np.abs(fit.jac).max() <= tolerance) and math.isfinite(fit.fun)
     return fit.x.reshape(D + 1, n_classes), converged
