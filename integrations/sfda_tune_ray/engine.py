@@ -81,9 +81,13 @@ def _quietly() -> Iterator[None]:
 
 
 def _is_done(job: Job) -> bool:
+    if job.is_over():
+        return True
     past = _read_experiments(job)
-    ended = bool(past) and past[-1]["end"] == "trials" and past[-1]["n_trials"] == job.n_trials
-    return ended or job.is_over()
+    if not past or past[-1]["end"] is None:
+        return False
+    complete = past[-1]["end"] == "trials" and past[-1]["n_trials"] == job.n_trials
+    return complete or len(_read_all(job)) >= (job.n_trials or math.inf)
 
 
 def _open_tuner(job: Job) -> raytune.Tuner:
@@ -108,6 +112,8 @@ def _open_tuner(job: Job) -> raytune.Tuner:
         seed=job.seed,
     )
     for trial in known:
+        if trial.state == "running":
+            continue
         values = [epoch["value"] for epoch in trial.epochs]
         searcher.add_evaluated_point(
             {"backbone": trial.backbone, **trial.params},

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import asdict
 
 import pytest
-from sfda_tune_ray.engine import tune
+from sfda_tune_ray.engine import _is_done, tune
 
-from sfda_tune.engines import load_engine
+from sfda_tune.engines import Job, Trial, load_engine
 from sfda_tune.selection import SearchResult, search
+from sfda_tune.spaces import default_space
 
 # of sockets that Tune leaves open
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -24,6 +26,35 @@ def test_it_is_registered_and_knows_one_objective(tmp_path):
     with pytest.raises(ValueError, match="`objective` must be 'accuracy' where `engine` is 'ray'"):
         search("digits", engine="ray", objective=("accuracy", "params"), out=tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()  # said before any work
+
+
+@pytest.mark.parametrize(
+    ("ends", "n_trials", "is_over", "done"),
+    [
+        ([], 4, False, False),
+        ([], 4, True, True),
+        ([("trials", 4)], 4, False, True),
+        ([("trials", 4)], 6, False, False),
+        ([("trials", 6)], 6, False, True),  # all backbones failed before
+        ([("time", 6)], 6, False, False),  # and now there is more
+        ([("time", 4)], 4, False, True),  # the last trial ended with the time
+        ([("time", None)], None, False, False),
+        ([("trials", 4), (None, 6)], 6, False, False),  # interrupted
+    ],
+)
+def test_what_is_left_to_do(tmp_path, ends, n_trials, is_over, done):
+    trial = Trial(0, "a", {}, state="complete", value=0.5)
+    for name in "1234":
+        (tmp_path / "trials" / name).mkdir(parents=True)
+        (tmp_path / "trials" / name / "trial.json").write_text(json.dumps(asdict(trial)))
+    past = [{"trials": list("1234") if k == 0 else [], "end": end, "n_trials": n}
+            for k, (end, n) in enumerate(ends)]  # fmt: skip
+    (tmp_path / "ray-trials.json").write_text(json.dumps(past))
+    job = Job(
+        "study", tmp_path, {"a": 1.0}, default_space(100), ("maximize",), 3, n_trials, None, 0,
+        train=iter, remake=lambda: iter, tell=lambda trials: None, is_over=lambda: is_over,
+    )  # fmt: skip
+    assert _is_done(job) is done
 
 
 @pytest.mark.slow
