@@ -167,6 +167,19 @@ class Extraction:
 
 
 @contextlib.contextmanager
+def use_threads(n: int) -> Iterator[None]:
+    """Let PyTorch compute with `n` threads, then with as many as before."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def few_threads(module: torch.nn.Module, preprocessing: Preprocessing) -> Iterator[None]:
     """Let PyTorch compute a small network with one thread.
 
@@ -178,12 +191,8 @@ def few_threads(module: torch.nn.Module, preprocessing: Preprocessing) -> Iterat
 
     _, height, width = preprocessing.input_size or (3, 224, 224)
     work = sum(p.numel() for p in module.parameters()) * height * width / 224**2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if work < SMALL else threads)
-    try:
+    with use_threads(1 if work < SMALL else torch.get_num_threads()):
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def resolve_device(device: str) -> str:

@@ -127,18 +127,19 @@ def predict(
     transform, n = model.preprocessing.build(), len(dataset)
     p = np.full((n, len(model.classes)), np.nan)
     unreadable: list[str] = []
-    for start in range(0, n, batch_size):
-        pixels, rows = [], []
-        for row in range(start, min(start + batch_size, n)):
-            try:
-                pixels.append(transform(dataset.load(row)))
-                rows.append(row)
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-        if rows:
-            with few_threads(module, model.preprocessing):
-                logits = forward(module, model.preprocessing, pixels, device, precision)
-            p[rows] = probabilities(logits)
+    with few_threads(module, model.preprocessing):
+        for start in range(0, n, batch_size):
+            pixels, rows = [], []
+            for row in range(start, min(start + batch_size, n)):
+                try:
+                    pixels.append(transform(dataset.load(row)))
+                    rows.append(row)
+                except UnreadableImage as error:
+                    unreadable.append(str(error))
+            if rows:
+                p[rows] = probabilities(
+                    forward(module, model.preprocessing, pixels, device, precision)
+                )
     if unreadable:
         warnings.warn(
             f"{len(unreadable)} of {n} images cannot be read; the first: {unreadable[0]}",

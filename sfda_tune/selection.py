@@ -42,7 +42,7 @@ import sfda_tune
 from sfda_tune.backbones import describe, load, resolve_backbones
 from sfda_tune.confidence import diagnose
 from sfda_tune.engines import Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
-from sfda_tune.extraction import resolve_device
+from sfda_tune.extraction import resolve_device, use_threads
 from sfda_tune.finetuning import FineTuning, finetune
 from sfda_tune.predictions import load_model, predict
 from sfda_tune.ranking import RankingInterruptedError, rank
@@ -178,7 +178,7 @@ def search(
         Time for everything, in seconds or as "90s", "45m", "1h30m". Trials are stopped, inside an
         epoch if need be, so that final training and test fit in.
     engine : str, default "optuna"
-        See `sfda_tune.engines`. With "ray", `trials` and `budget` cannot grow.
+        See `sfda_tune.engines`.
     storage : str, optional
         URL of the engine's database; default: SQLite in `out`.
     workers : int, default 1
@@ -871,12 +871,8 @@ def _share_cores(workers: int) -> Iterator[None]:
     """Leave every worker its part of the cores: threads that wait for each other are slow."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // workers))
-    try:
+    with use_threads(max(1, torch.get_num_threads() // workers)):
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def measure_latency(backbone: Backbone, device: str = "auto") -> float:
