@@ -3,9 +3,8 @@
 An engine is a function ``tune(job) -> trials``, registered as an entry point of the group
 ``sfda_tune.engines``. It chooses backbone and parameters of one `Trial` after the other, has each
 made by `attempt`, and returns all trials of the study, those of other workers too. One with a true
-attribute ``spreads`` uses several machines by itself and is called by one process only;
-``most_objectives`` says how many objectives it knows, if not any. It is called again with a larger
-`Job.n_trials` or a later end if a search is extended.
+attribute ``spreads`` uses several machines by itself and is called by one process only. It is
+called again with a larger `Job.n_trials` or a later end if a search is extended.
 """
 
 from __future__ import annotations

@@ -53,10 +53,11 @@ from sfda_tune.values import Ranking, require
 
 __all__ = [
     "Advisor", "Calibration", "Observation", "calibrate", "choose", "estimate_errors",
-    "find_barred", "leaves_to_base", "name_arm", "survivors",
+    "find_barred", "leaves_to_base", "name_arm", "rate", "survivors",
 ]  # fmt: skip
 
 POLICIES = ("calibrated", "prior", "greedy")
+_WEIGHTS = 3  # a random stream beside those of the hosts
 STATES = ("complete", "pruned", "failed", "running")
 
 # Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
@@ -481,6 +482,13 @@ class Advisor:
             return False  # follow the scores, or stay inside
         return leaves_to_base(number, seed=self.seed, history=history, scores=self.scores)
 
+    def weigh(self, number: int, n_objectives: int) -> list[float] | None:
+        """Return random weights of the objectives, so that all of a front is looked for."""
+        if n_objectives == 1:
+            return None
+        rng = np.random.default_rng([self.seed, _WEIGHTS, number])
+        return rng.dirichlet(np.ones(n_objectives)).tolist()
+
     def calibrate(self, history: Iterable[Observation]) -> Calibration:
         """Compare the scores with the values of the trials."""
         return calibrate(self.scores, history, prior_strength=self.prior_strength)
@@ -489,6 +497,30 @@ class Advisor:
 def name_arm(choice: Any) -> str:
     """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
     return str(choice) if isinstance(choice, str) else repr(choice)  # never an `np.str_`
+
+
+def rate(values: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> list[float]:
+    """Return one finite number per trial, higher is better.
+
+    Parameters
+    ----------
+    values : sequence of sequences of float, (n_trials, n_objectives)
+        Higher is better; not NaN.
+    weights : sequence of float, (n_objectives,), optional
+        The number is the weighted mean of the ranks, in (0, 1]. Default: it is the first
+        objective, infinite ones cut to the range of the others.
+
+    Examples
+    --------
+    >>> rate([[0.9, -30.0], [0.8, -10.0], [0.7, -20.0]], weights=[0.5, 0.5])
+    [0.6666666666666666, 0.8333333333333334, 0.5]
+    """
+    if weights is None or not values:
+        first = [value for value, *_ in values]
+        finite = [value for value in first if math.isfinite(value)] or [0.0]
+        return [min(max(value, min(finite)), max(finite)) for value in first]
+    ranks = np.apply_along_axis(rankdata, 0, np.asarray(values, dtype=float))
+    return (ranks @ np.asarray(weights) / len(values)).tolist()
 
 
 def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:

@@ -356,11 +356,6 @@ class _Search:
         candidates = resolve_backbones(g["backbones"], plugins=g["plugins"])
         self.backbones = {b.name: b for b in candidates}
         self.engine = load_engine(g["engine"])
-        if len(self.directions) > getattr(self.engine, "most_objectives", math.inf):
-            raise ValueError(
-                f"`objective` must be 'accuracy' where `engine` is {g['engine']!r} but is "
-                f"{','.join(g['objective'])!r}; take engine='optuna' for two."
-            )
         self.parts, self.rows, self.test_source = split_images(g)
         config = {"format": 1, "sfda_tune": sfda_tune.__version__, **_jsonable(g)}
         config["data"] = fingerprint(self.parts)

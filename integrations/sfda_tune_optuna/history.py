@@ -10,9 +10,8 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import rankdata
 
-from sfda_tune.policy import Observation, name_arm
+from sfda_tune.policy import Observation, name_arm, rate
 from sfda_tune_optuna._compat import is_feasible
 
 GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone
@@ -59,8 +58,7 @@ def observe(
     param_name : str
         The parameter that holds the backbone.
     weights : sequence of float, optional
-        Of the objectives, if there are several: the value is the weighted mean of the ranks.
-        Default: only the first objective counts.
+        Of the objectives, see `sfda_tune.policy.rate`.
     leave_out : int, default -1
         Number of the trial that is being sampled.
 
@@ -78,9 +76,8 @@ def observe(
         if trial.number != leave_out and (arm := read_arm(trial, param_name)) is not None
     ]
     complete = [trial for _, trial in known if trial.state == TrialState.COMPLETE]
-    utilities = dict(
-        zip([t.number for t in complete], _rate(complete, signs, weights), strict=True)
-    )
+    values = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in complete]
+    utilities = dict(zip([t.number for t in complete], rate(values, weights), strict=True))
     longest = max((_seconds(t) or 0.0 for t in complete), default=math.inf)
     last_step = max((t.last_step or 0 for t in complete), default=0)
     history = []
@@ -108,22 +105,6 @@ def observe(
         elif trial.state == TrialState.RUNNING and not _is_lost(trial, longest):
             history.append(Observation(arm, "running", settings=settings))
     return history
-
-
-def _rate(
-    trials: Sequence[FrozenTrial], signs: Sequence[float], weights: Sequence[float] | None
-) -> list[float]:
-    """Return one finite number per complete trial, higher is better."""
-    if len(signs) == 1 or weights is None or not trials:
-        values = [signs[0] * trial.values[0] for trial in trials]
-        finite = [value for value in values if math.isfinite(value)] or [0.0]
-        least, most = min(finite), max(finite)
-        return [min(max(value, least), most) for value in values]
-    ranks = [rankdata([sign * t.values[j] for t in trials]) for j, sign in enumerate(signs)]
-    return [
-        float(sum(w * r[i] for w, r in zip(weights, ranks, strict=True))) / len(trials)
-        for i in range(len(trials))
-    ]
 
 
 def _seconds(trial: FrozenTrial) -> float | None:

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, TPESampler
@@ -27,7 +26,7 @@ __all__ = ["SFDASampler"]
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 _MAX_DRAWS = 1000  # trials in flight that are remembered; asked and never told ones leak
-_ARM, _BASE, _WEIGHTS = 1, 2, 3  # what a random stream is for
+_ARM, _BASE = 1, 2  # what a random stream is for
 
 
 class _Draw(NamedTuple):
@@ -301,7 +300,7 @@ class SFDASampler(BaseSampler):
         names = self._let_run(study, names)
         if not names:
             return None
-        weights = self._weigh(study, trial)
+        weights = self._advisor.weigh(trial.number, len(study.directions))
         history = observe(study, trials, self._param_name, weights=weights, leave_out=trial.number)
         if not must and self._leaves(trial.number, history):
             return None
@@ -318,13 +317,6 @@ class SFDASampler(BaseSampler):
         if isinstance(_compat.unwrap(self._base), optuna.samplers.GridSampler):
             return False  # its grid need not have the backbone
         return self._advisor.leaves(history, number)
-
-    def _weigh(self, study: Study, trial: FrozenTrial) -> list[float] | None:
-        """Return random weights of the objectives, so that all of a front is looked for."""
-        if len(study.directions) == 1:
-            return None
-        rng = np.random.default_rng([self._entropy, _WEIGHTS, trial.number])
-        return rng.dirichlet(np.ones(len(study.directions))).tolist()
 
     def _hand_out(
         self, study: Study, trial: FrozenTrial, choices: Sequence[Any], draw: _Draw

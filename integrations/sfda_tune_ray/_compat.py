@@ -88,10 +88,16 @@ def copy_searcher(base: Searcher, key: str) -> Searcher:
     return fork
 
 
-def add_point(base: Searcher, params: dict[str, Any], value: float) -> bool:
+def add_point(base: Any, params: dict[str, Any], values: list[float]) -> bool:
     """Tell a searcher of a trial that is not its own; False if it cannot take it."""
     try:
-        base.add_evaluated_point(params, value)
+        if len(values) == 1:
+            base.add_evaluated_point(params, values[0])
+        else:  # of Ray's searchers only Optuna's knows several objectives, but not here
+            from optuna.trial import create_trial
+
+            trial = create_trial(values=values, params=params, distributions=base._space)
+            base._ot_study.add_trial(trial)
     except Exception:  # not implemented, or outside its space; must not end the experiment
         return False
     return True

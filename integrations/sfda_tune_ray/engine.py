@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 from ray import tune as raytune
-from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from sfda_tune.engines import Job, Trial, attempt, read_trial
 from sfda_tune.spaces import Dimension, Space
@@ -32,6 +32,7 @@ from sfda_tune_ray.searcher import SFDASearcher
 __all__ = ["tune"]
 
 RECORD, ORDER = "trial.json", "ray-trials.json"
+METRICS = ["value", "cost"]  # by objective
 TERMS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # only then "verbose=0" is heard
     # Tune's own handler ends the running trials as if they were done, and tells nobody
@@ -60,7 +61,6 @@ def tune(job: Job) -> list[Trial]:
 
 
 tune.spreads = True  # type: ignore[attr-defined]  # needs no helper processes
-tune.most_objectives = 1  # type: ignore[attr-defined]  # as the searchers of Ray Tune
 
 
 @contextmanager
@@ -107,28 +107,27 @@ def _open_tuner(job: Job) -> raytune.Tuner:
         job.scores,
         base_searcher=_make_base(job, job.seed + len(known)),  # other draws than before
         points_to_evaluate=defaults[len(known) :],
-        metric="value",
-        mode=job.directions[0][:3],
+        **_aims(job),
         seed=job.seed,
     )
     for trial in known:
         if trial.state == "running":
             continue
-        values = [epoch["value"] for epoch in trial.epochs]
         searcher.add_evaluated_point(
             {"backbone": trial.backbone, **trial.params},
-            math.nan if trial.value is None else trial.value,
-            error=trial.state == "failed",
+            trial.values or (),
+            error=trial.values is None,
             pruned=trial.state == "pruned",
-            intermediate_values=values,
+            intermediate_values=trial.epochs,
         )
-    scheduler = ASHAScheduler(
-        metric="value",
-        mode=job.directions[0][:3],
-        max_t=2 * job.n_epochs + 10,  # the trial knows its own end
-        grace_period=2,  # the linear probe and one epoch
-        reduction_factor=3,
-    )
+    scheduler = FIFOScheduler()  # nobody is hopeless where there is more than one objective
+    if len(job.directions) == 1:
+        scheduler = ASHAScheduler(
+            **_aims(job),
+            max_t=2 * job.n_epochs + 10,  # the trial knows its own end
+            grace_period=2,  # the linear probe and one epoch
+            reduction_factor=3,
+        )
     return raytune.Tuner(
         train,
         param_space={"backbone": raytune.choice(sorted(job.scores)), **_convert(job.space)},
@@ -149,12 +148,20 @@ def _open_tuner(job: Job) -> raytune.Tuner:
     )
 
 
+def _aims(job: Job) -> dict[str, Any]:
+    """Return `metric` and `mode`; lists if there is more than one."""
+    modes = [direction[:3] for direction in job.directions]
+    if len(modes) == 1:
+        return {"metric": METRICS[0], "mode": modes[0]}
+    return {"metric": METRICS[: len(modes)], "mode": modes}
+
+
 def _make_base(job: Job, seed: int) -> Any:
     """Return Optuna's TPE if it is installed, else None: random."""
     try:
         from ray.tune.search.optuna import OptunaSearch
 
-        return OptunaSearch(metric="value", mode=job.directions[0][:3], seed=seed)
+        return OptunaSearch(**_aims(job), seed=seed)
     except ImportError:
         return None
 
@@ -193,7 +200,7 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
         def note(now: Trial) -> bool:
             _write(own, now)
             if now.epochs:
-                raytune.report({"value": now.value})
+                _report(now)
             return False
 
         done = attempt(remake(), trial, note)
@@ -206,7 +213,8 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
 
 def _report(trial: Trial) -> None:
     """Tell Tune what a trial has come to: not a number if it failed."""
-    raytune.report({"value": float("nan") if trial.state == "failed" else trial.value})
+    values = trial.values if trial.values and trial.state != "failed" else [math.nan] * 2
+    raytune.report(dict(zip(METRICS, values, strict=False)))
 
 
 def _write(folder: Path, trial: Trial) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sfda_tune.policy import Observation
+from sfda_tune.policy import Observation, rate
 
 __all__ = ["Record", "observe"]
 
@@ -24,6 +24,8 @@ class Record:
         backbone, for instance stopped before it began, or its machine died.
     value : float, optional
         The last metric, higher is better; NaN if it diverged.
+    others : tuple of float
+        The further metrics, if there are several, likewise.
     seconds : float, optional
     iterations : int
         How often it has reported; 0: never, or nobody said.
@@ -42,6 +44,7 @@ class Record:
     backbone: str
     state: str = "running"
     value: float | None = None
+    others: tuple[float, ...] = ()
     seconds: float | None = None
     iterations: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -50,19 +53,29 @@ class Record:
     changed: bool = False
     foreign: bool = False
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All metrics; none if there is no value."""
+        return () if self.value is None else (self.value, *self.others)
+
     def pack(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self) | {"value": plain(self.value)}
+        numbers = {"value": plain(self.value), "others": [plain(v) for v in self.others]}
+        return asdict(self) | numbers
 
     @classmethod
     def unpack(cls, entry: Mapping[str, Any]) -> Record:
         """Read what `pack` returned."""
         value = entry["value"]
-        return cls(**{**entry, "value": None if value is None else float(value)})
+        others = tuple(float(v) for v in entry.get("others", ()))
+        value = None if value is None else float(value)
+        return cls(**{**entry, "value": value, "others": others})
 
 
-def observe(records: Iterable[Record]) -> list[Observation]:
-    """Translate trials to observations.
+def observe(
+    records: Iterable[Record], weights: Sequence[float] | None = None
+) -> list[Observation]:
+    """Translate trials to observations; `weights` are of the metrics, see `policy.rate`.
 
     A trial with fewer iterations than the longest one ended early: its value is a lower bound. A
     failed one that has reported before does run: a setting was at fault, not the backbone.
@@ -70,8 +83,9 @@ def observe(records: Iterable[Record]) -> list[Observation]:
     records = list(records)
     ended = [r for r in records if r.state == "complete" and r.value is not None]
     budget = max((r.iterations for r in ended), default=0)
-    full = [r.value for r in ended if r.iterations in (0, budget)]
-    finite = [value for value in full if value is not None and math.isfinite(value)] or [0.0]
+    full = {id(r): r.values for r in ended if r.iterations in (0, budget)}
+    sound = {key: v for key, v in full.items() if not any(map(math.isnan, v))}
+    rated = dict(zip(sound, rate(list(sound.values()), weights), strict=True))
     history = []
     for r in records:
         if r.state == "running":
@@ -80,14 +94,14 @@ def observe(records: Iterable[Record]) -> list[Observation]:
             history.append(Observation(r.backbone, "failed", settings=r.settings))
         elif r.state == "complete" and r.value is not None:
             about: dict[str, Any] = {"cost": r.seconds, "settings": r.settings}
-            if not r.iterations or r.iterations == budget:
-                value = min(max(r.value, min(finite)), max(finite))  # of infinite ones
-                value = r.value if math.isnan(r.value) else value
-                if not math.isnan(value) or r.iterations <= 1:
+            if id(r) in full:
+                if id(r) in rated or r.iterations <= 1:
+                    value = rated.get(id(r), math.nan)
                     history.append(Observation(r.backbone, "complete", value, **about))
             elif math.isfinite(r.value):
+                value = None if r.others else r.value  # ranks of less than a trial say nothing
                 step = r.iterations / budget
-                history.append(Observation(r.backbone, "pruned", r.value, step=step, **about))
+                history.append(Observation(r.backbone, "pruned", value, step=step, **about))
     return history
 
 

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -56,8 +56,11 @@ class SFDASearcher(Searcher):
         The parameter that holds the backbone, nested ones as ``"model/backbone"``. In
         ``param_space`` it is a ``tune.choice``, for instance of `backbone_space`; if it is not
         there, all scored backbones are the choices.
-    metric, mode : str, optional
+    metric, mode : str or list of str, optional
         Needed if ``param_space`` is empty: Tune then never passes on those of ``TuneConfig``.
+        Lists are several objectives, with their modes: give them here, not in ``TuneConfig``, and
+        no scheduler that compares values. Every trial weighs them anew (`sfda_tune.policy.rate`),
+        so that all of the front is looked for.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
         See `sfda_tune.policy.choose`. Only "calibrated" leaves trials to the base searcher.
     prior_strength : float, default 1.0
@@ -114,8 +117,8 @@ class SFDASearcher(Searcher):
         *,
         base_searcher: Searcher | None = None,
         param_name: str = "backbone",
-        metric: str | None = None,
-        mode: str | None = None,
+        metric: str | list[str] | None = None,
+        mode: str | list[str] | None = None,
         policy: str = "calibrated",
         prior_strength: float = 1.0,
         survivors: int | Collection[str] | None = None,
@@ -128,14 +131,18 @@ class SFDASearcher(Searcher):
         max_failures: int = 3,
         seed: int | None = None,
     ) -> None:
-        super().__init__(metric=metric, mode=mode)
+        if isinstance(metric, list) or isinstance(mode, list):
+            pair = isinstance(metric, list) and isinstance(mode, list)
+            rule = f"a list with one for each `metric`, which is {metric!r}"
+            require("mode", mode, rule, pair and len(mode) == len(metric))  # type: ignore[arg-type]
+        super().__init__(metric=metric, mode=mode)  # type: ignore[arg-type]  # it takes lists
         if base_searcher is not None:
             _compat.check_base_searcher(base_searcher)
             nested = isinstance(base_searcher, SFDASearcher)
             require("base_searcher", base_searcher, "another class than SFDASearcher", not nested)
-        single = metric is None or isinstance(metric, str)
-        require("metric", metric, "one text: there is one objective", single)
-        require("mode", mode, "min, max or None", mode in ("min", "max", None))
+        modes = mode if isinstance(mode, list) else [mode]
+        known = bool(modes) and all(m in ("min", "max") for m in modes)
+        require("mode", mode, "min, max or None, or a list of these", mode is None or known)
         is_name = isinstance(param_name, str) and all(param_name.split("/"))
         require("param_name", param_name, 'a name, nested ones as "model/backbone"', is_name)
         require("max_failures", max_failures, "an integer ≥ 1", _is_integer(max_failures, 1))
@@ -153,6 +160,7 @@ class SFDASearcher(Searcher):
             cost_exponent=cost_exponent,
             seed=secrets.randbits(63) if seed is None else int(seed),
         )
+        self._n_objectives = len(metric) if isinstance(metric, list) else 1
         self._base = base_searcher or RandomSearcher(self._advisor.seed)
         self._brings_space = _compat.brings_space(self._base)
         self.param_name = param_name
@@ -173,7 +181,10 @@ class SFDASearcher(Searcher):
         self._given: dict[str, dict[str, Any]] = {}  # answers, in case one is asked for twice
 
     def calibration(self) -> Calibration:
-        """Compare the scores with the trials so far; values are negated if ``mode="min"``."""
+        """Compare the scores with the trials so far, by the first metric.
+
+        Values are negated if its mode is "min".
+        """
         return self._advisor.calibrate(observe(self._records.values()))
 
     # What Tune calls ------------------------------------------------------------------------
@@ -187,10 +198,8 @@ class SFDASearcher(Searcher):
             own = getattr(self, f"_{name}")
             fits = own is None or given is None or own == given
             require(name, own, f"that of TuneConfig, {given!r}, or given once", fits)
-        if isinstance(metric, list) or isinstance(mode, list):
-            raise ValueError(f"`metric` must be one text: there is one objective, not {metric!r}.")
         self._metric, self._mode = metric or self._metric, mode or self._mode
-        known = self._metric and self._mode in ("min", "max")
+        known = self._metric and (isinstance(self._mode, list) or self._mode in ("min", "max"))
         require(
             "metric and mode", (self._metric, self._mode), "given, in TuneConfig or here", known
         )
@@ -219,7 +228,9 @@ class SFDASearcher(Searcher):
         if not names:
             _logger.warning("All backbones have failed: no more trials are suggested.")
             return Searcher.FINISHED
-        number, history = self._number, observe(self._records.values())
+        number = self._number
+        weights = self._advisor.weigh(number, self._n_objectives)
+        history = observe(self._records.values(), weights)
         point = self._points[self._n_points] if self._n_points < len(self._points) else {}
         arm = name_arm(point[self.param_name]) if self.param_name in point else None
         left = arm is None and self._advisor.leaves(history, number)
@@ -264,7 +275,7 @@ class SFDASearcher(Searcher):
         iterations = int(result.get("training_iteration", record.iterations + 1))
         if iterations <= record.iterations:  # again, after a restart
             return
-        value, raw = self._value(result)
+        values = self._read_values(result)
         seconds = result.get("time_total_s", record.seconds)
         # What was begun anew after an error may end unheard: ConcurrencyLimiter does not know it.
         heard = record.state == "running" and not record.foreign
@@ -272,10 +283,12 @@ class SFDASearcher(Searcher):
             record,
             state="running" if heard else "complete",
             iterations=iterations,
-            value=value,
+            value=values[0] if values else None,
+            others=values[1:],
             seconds=seconds,
         )
-        if record.key in self._bases and not (record.told or record.changed) and _is_finite(raw):
+        heeds = not (record.told or record.changed) and _are_finite(values)
+        if record.key in self._bases and heeds:
             self._bases[record.key].on_trial_result(trial_id, result)
 
     def on_trial_complete(
@@ -287,34 +300,32 @@ class SFDASearcher(Searcher):
         if old is None:  # an error of a trial that `Tuner.restore` began anew
             self._unattributed += 1
             return
-        value, raw = self._value(result or {})
-        if value is None and not error:  # stopped while it was waiting
-            value = old.value
+        told = self._read_values(result or {})
+        values = told or (() if error else old.values)  # stopped while it was waiting
         new = replace(old, told=True)
-        if old.state == "complete" and (error or not _is_finite(value)):
+        if old.state == "complete" and (error or not _are_finite(values)):
             pass  # it has a value already
         elif error:
-            new = replace(new, state="failed", value=None)
-        elif value is None:
+            new = replace(new, state="failed", value=None, others=())
+        elif not values:
             new = replace(new, state="lost")
         else:
             known = result or {}
             iterations = int(known.get("training_iteration", old.iterations))
             seconds = known.get("time_total_s", old.seconds)
-            new = replace(
-                new, state="complete", value=value, iterations=iterations, seconds=seconds
-            )
+            about: dict[str, Any] = {"iterations": iterations, "seconds": seconds}
+            new = replace(new, state="complete", value=values[0], others=values[1:], **about)
         self._records[trial_id] = new
-        error = error or (raw is not None and not _is_finite(raw))  # Optuna would stumble over it
-        self._tell(trial_id, old, new, None if error or raw is None else result, error)
+        error = error or bool(told and not _are_finite(told))  # Optuna would stumble over it
+        self._tell(trial_id, old, new, result if told and not error else None, error)
 
     def add_evaluated_point(
         self,
         parameters: dict[str, Any],
-        value: float,
+        value: float | Sequence[float],
         error: bool = False,
         pruned: bool = False,
-        intermediate_values: list[float] | None = None,
+        intermediate_values: Sequence[Any] | None = None,
     ) -> None:
         """Learn from a trial of another experiment, before the first one of this.
 
@@ -322,11 +333,11 @@ class SFDASearcher(Searcher):
         ----------
         parameters : dict
             The searched ones, with the backbone.
-        value : float
-            The metric.
+        value : float or sequence of float
+            The metric, or all of them.
         error, pruned : bool
             Whether it failed, or was stopped early.
-        intermediate_values : list of float, optional
+        intermediate_values : list, optional
             All it has reported. Fewer than others did: it was stopped early.
 
         Raises
@@ -346,18 +357,23 @@ class SFDASearcher(Searcher):
             "parameters", parameters, f"a dict with {self.param_name!r}", self.param_name in flat
         )
         require("mode", self._mode, "given before trials are added", self._mode is not None)
+        raw = (value,) if isinstance(value, Real) else tuple(value)  # type: ignore[arg-type]
+        fits = error or len(raw) == self._n_objectives
+        require("value", value, f"one for each metric, {self._metric!r}", fits)
+        values = [] if error else [s * float(v) for s, v in zip(self._signs, raw, strict=True)]
         arm = name_arm(flat.pop(self.param_name))
         record = Record(
             arm,
             state="failed" if error else "complete",
-            value=None if error else self._sign * value,
+            value=None if error else values[0],
+            others=tuple(values[1:]),
             iterations=len(intermediate_values or ()) or int(pruned),
             settings={name: plain(v) for name, v in flat.items()},
             told=True,
         )
         self._records[f"evaluated-{len(self._records)}"] = record
         self._number += 1  # a choice that was made: the next draw is another
-        if record.state == "complete" and _is_finite(record.value):
+        if record.state == "complete" and _are_finite(record.values):
             for key in {self._find_key(arm), WHOLE} & self._bases.keys():
                 self._add(key, record)
 
@@ -519,7 +535,7 @@ class SFDASearcher(Searcher):
                 return None
             self._bases[key] = self._make_base(key)
             for record in self._records.values():
-                if record.state == "complete" and _is_finite(record.value):
+                if record.state == "complete" and _are_finite(record.values):
                     self._add(key, record)
         return self._bases[key]
 
@@ -540,7 +556,7 @@ class SFDASearcher(Searcher):
                 heard = old.key
                 self._bases[heard].on_trial_complete(trial_id, result=result, error=error)
         is_new = old.state != "complete" or (old.foreign and not old.told)
-        if is_new and new.state == "complete" and _is_finite(new.value):
+        if is_new and new.state == "complete" and _are_finite(new.values):
             for key in {self._find_key(new.backbone), WHOLE} & self._bases.keys() - {heard}:
                 self._add(key, new)
 
@@ -551,8 +567,8 @@ class SFDASearcher(Searcher):
         params = dict(record.settings)
         whole = params | {self.param_name: self._choices[arm]}
         tries = [whole, params] if self._brings_space else [whole if key == WHOLE else params]
-        value = self._sign * float(record.value or 0.0)
-        any(_compat.add_point(self._bases[key], point, value) for point in tries)
+        values = [sign * v for sign, v in zip(self._signs, record.values, strict=True)]
+        any(_compat.add_point(self._bases[key], point, values) for point in tries)
 
     def _hand_through(self, method: str, trial_id: str) -> None:
         record = self._records.get(trial_id)
@@ -562,13 +578,17 @@ class SFDASearcher(Searcher):
 
     # Results --------------------------------------------------------------------------------
     @property
-    def _sign(self) -> float:
-        return -1.0 if self._mode == "min" else 1.0
+    def _signs(self) -> list[float]:
+        modes: Any = self._mode if isinstance(self._mode, list) else [self._mode]
+        return [-1.0 if mode == "min" else 1.0 for mode in modes]
 
-    def _value(self, result: Mapping[str, Any]) -> tuple[float | None, float | None]:
-        """Return the metric, higher is better, and as it is."""
-        raw = result.get(self._metric) if self._metric else None
-        return (None, None) if raw is None else (self._sign * float(raw), float(raw))
+    def _read_values(self, result: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return the metrics, higher is better; none if one is missing."""
+        names: Any = self._metric if isinstance(self._metric, list) else [self._metric]
+        raw = [result.get(name) for name in names]
+        if any(value is None for value in raw):
+            return ()
+        return tuple(s * float(v) for s, v in zip(self._signs, raw, strict=True))  # type: ignore[arg-type]
 
     def _find_record(self, trial_id: str, result: Mapping[str, Any]) -> Record | None:
         """Return what is known of a trial; of a foreign one what its results say."""
@@ -675,8 +695,8 @@ def _refuse_domains(config: Any) -> None:
         )
 
 
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _are_finite(values: Sequence[float]) -> bool:
+    return bool(values) and all(map(math.isfinite, values))
 
 
 def _is_integer(value: Any, least: int) -> bool:

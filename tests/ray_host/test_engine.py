@@ -21,11 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 QUICK = {"epochs": 2, "samples": 200, "keep": 2, "test": 0.2, "device": "cpu"}
 
 
-def test_it_is_registered_and_knows_one_objective(tmp_path):
+def test_it_is_registered():
     assert load_engine("ray") is tune
-    with pytest.raises(ValueError, match="`objective` must be 'accuracy' where `engine` is 'ray'"):
-        search("digits", engine="ray", objective=("accuracy", "params"), out=tmp_path / "run")
-    assert not (tmp_path / "run" / "config.json").exists()  # said before any work
 
 
 @pytest.mark.parametrize(
@@ -87,6 +84,25 @@ def test_a_search_on_a_cluster(ray_cluster, tmp_path):
     assert len(set(params)) == 6  # neither the defaults nor other draws again
     again = search("digits", backbones, trials=6, **QUICK, **data)
     assert again.trials == more.trials
+
+
+@pytest.mark.slow
+def test_two_objectives_give_a_front(ray_cluster, tmp_path):
+    data = {"cache": tmp_path / "cache", "out": tmp_path / "run", "engine": "ray"}
+    options = {**QUICK, "objective": ("accuracy", "params"), **data}
+    pair = ["demo:resnet_glyphs", "demo:convnext_glyphs"]
+    search("digits", pair, trials=2, **options)
+    found = search("digits", pair, trials=5, **options)  # the second experiment knows the first
+    trials = {t["number"]: t for t in found.trials}
+    costs = found.summary["costs"]
+    assert {t["state"] for t in trials.values()} == {"complete"}  # none is stopped
+    assert all(t["values"][1] == costs[t["backbone"]]["n_params"] for t in trials.values())
+    front = [trials[n]["values"] for n in found.summary["front"]]
+    assert front
+    for value, params in front:
+        better = [t["values"] for t in trials.values() if t["values"][0] > value]
+        assert all(p > params for _, p in better)
+    assert found.best["val"]["accuracy"] == max(t["value"] for t in trials.values())
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -199,6 +200,61 @@ def test_the_base_chooses_its_share_and_learns_from_the_others():
     assert sum(r.key == WHOLE for r in searcher._records.values()) == 2
 
 
+@each_base
+def test_several_objectives(base, tmp_path):
+    aims = {"metric": ["acc", "cost"], "mode": ["max", "min"]}
+    costs = {name: 10.0**k for k, name in enumerate(reversed(NAMES))}  # the better, the dearer
+    inner = OptunaSearch(seed=0) if base is BASES["optuna"] else base()
+    if base is BASES["hyperopt"]:
+        inner = None  # it knows one objective
+    searcher = SFDASearcher(SCORES, base_searcher=inner, seed=0, **aims)
+    assert searcher.set_search_properties(None, None, {"backbone": backbone_space(SCORES), **LR})
+    chosen = []
+    for k in range(24):
+        config = searcher.suggest(f"t{k}")
+        told = {"acc": VALUES[config["backbone"]], "cost": costs[config["backbone"]]}
+        searcher.on_trial_result(f"t{k}", told | {"training_iteration": 1})
+        searcher.on_trial_complete(f"t{k}", told | {"training_iteration": 1})
+        chosen.append(config["backbone"])
+    assert len(set(chosen)) == len(NAMES)  # all are of the front
+    searcher.on_trial_complete("unknown", {"acc": 1.0})  # half an answer is none
+    assert searcher.calibration().n_trials == 24
+    if isinstance(inner, OptunaSearch):
+        studies = {key: own._ot_study for key, own in searcher._bases.items()}
+        assert sum(len(s.trials) for key, s in studies.items() if key != WHOLE) >= 20
+        assert len(studies[WHOLE].best_trials) > 1
+    searcher.save(str(tmp_path / "state"))
+    again = SFDASearcher(SCORES, base_searcher=copy.deepcopy(inner), seed=9, **aims)
+    again.restore(str(tmp_path / "state"))
+    assert again._records == searcher._records
+    assert again.suggest("next") == searcher.suggest("next")
+    # Another experiment is learnt from, too.
+    other = SFDASearcher(SCORES, seed=0, **aims)
+    other.add_evaluated_point({"backbone": "a", "lr": 0.1}, [0.5, 3.0])
+    other.add_evaluated_point({"backbone": "b", "lr": 0.1}, (), error=True)
+    assert [r.values for r in other._records.values()] == [(0.5, -3.0), ()]
+    with pytest.raises(ValueError, match="`value` must be one for each metric"):
+        other.add_evaluated_point({"backbone": "a", "lr": 0.1}, 0.5)
+
+
+def test_the_weights_of_objectives_are_those_of_the_sampler():
+    """A complete history of two objectives leads to the same choices on both hosts."""
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=SFDASampler(SCORES, policy="prior", seed=3)
+    )
+    searcher = SFDASearcher(
+        SCORES, policy="prior", seed=3, metric=["acc", "cost"], mode=["max", "min"]
+    )
+    searcher.set_search_properties(None, None, {"backbone": backbone_space(SCORES)})
+    for k in range(30):
+        trial = study.ask()
+        backbone = trial.suggest_categorical("backbone", NAMES)
+        assert searcher.suggest(f"t{k}")["backbone"] == backbone
+        values = VALUES[backbone], (7 * k) % 11
+        study.tell(trial, values)
+        searcher.on_trial_complete(f"t{k}", {"acc": values[0], "cost": values[1]})
+
+
 def test_backbones_start_alike_and_one_base_may_serve_all():
     searcher = make(policy="greedy", conditional=True)
     first = {}
@@ -358,8 +414,9 @@ def test_trap_S11_S12_metric_mode_and_space_are_set_once():
     assert not searcher.set_search_properties("acc", "max", {})
     with pytest.raises(ValueError, match="`metric` must be that of TuneConfig, 'loss', or given"):
         SFDASearcher(SCORES, metric="acc").set_search_properties("loss", "max", {})
-    with pytest.raises(ValueError, match="one objective"):
-        SFDASearcher(SCORES).set_search_properties(["a", "b"], ["min", "max"], {})
+    for metric, mode in ((["a", "b"], ["min"]), (["a", "b"], "min"), ("a", ["min"])):
+        with pytest.raises(ValueError, match="`mode` must be a list with one for each `metric`"):
+            SFDASearcher(SCORES, metric=metric, mode=mode)
     with pytest.raises(ValueError, match="`metric and mode` must be given"):
         SFDASearcher(SCORES).suggest("t0")
     assert SFDASearcher(SCORES, metric="acc", mode="min", seed=0).suggest("t0") == {
@@ -557,7 +614,7 @@ def test_min_mode_and_a_searcher_can_be_pickled():
     ("options", "message"),
     [
         ({"mode": "most"}, "`metric and mode` must be given, .* but is .*'most'"),
-        ({"metric": ["a"]}, "`metric` must be one text"),
+        ({"metric": ["a"]}, "`mode` must be a list with one for each `metric`"),
         ({"param_name": "a//b"}, "`param_name` must be a name"),
         ({"max_failures": 0}, "`max_failures` must be an integer ≥ 1"),
         ({"seed": -1}, "`seed` must be an integer ≥ 0 or None"),
