@@ -1,9 +1,11 @@
 """The Ray engine of `sfda_tune.search`: one `Tuner`, whose trials are actors anywhere.
 
-What a trial has reached stands in ``RUN/trials/ID/trial.json``, beside its checkpoints, so all
-machines must see the folder RUN. A trial whose actor was lost, or whose driver was killed, goes on
-from there. A search that is extended is another experiment, whose searcher knows the trials of the
-ones before. Trials are numbered as Tune began them, which ``RUN/ray-trials.json`` keeps.
+What a trial has reached stands in ``RUN/trials/NAME/trial.json``, beside its checkpoints, so all
+machines must see the folder RUN. A trial whose actor was lost goes on from there. A search that
+was interrupted, or is extended, is another experiment: its searcher knows the trials of the ones
+before, and it begins with those that were left. Tune's own snapshots are not used: they are taken
+now and then, so the last trials might be missing. Trials are numbered as Tune began them, which
+``RUN/ray-trials.json`` keeps.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock
 from ray import tune as raytune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
@@ -33,10 +36,13 @@ __all__ = ["tune"]
 
 RECORD, ORDER = "trial.json", "ray-trials.json"
 METRICS = ["value", "cost"]  # by objective
+FOLDER = "folder"  # of a trial that goes on in another experiment
 TERMS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # only then "verbose=0" is heard
     # Tune's own handler ends the running trials as if they were done, and tells nobody
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # a trial that the end of the time finds before its first epoch has nothing to report
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 MORE = 1000  # trials, where only the time ends a search
 
@@ -49,7 +55,14 @@ def tune(job: Job) -> list[Trial]:
 
     `Job.storage` is the address of the cluster, see `sfda_tune_ray.cluster.connect`.
     """
+    with FileLock(job.folder / "ray.lock"):  # whoever makes the same call waits for the result
+        return _tune(job)
+
+
+def _tune(job: Job) -> list[Trial]:
     job.tell(_read_all(job))
+    if _is_done(job):
+        return _read_all(job)
     with connect(job.storage), _quietly():
         _JOBS[job.name] = job
         try:
@@ -84,35 +97,35 @@ def _is_done(job: Job) -> bool:
     if job.is_over():
         return True
     past = _read_experiments(job)
-    if not past or past[-1]["end"] is None:
-        return False
-    complete = past[-1]["end"] == "trials" and past[-1]["n_trials"] == job.n_trials
-    return complete or len(_read_all(job)) >= (job.n_trials or math.inf)
+    if past and past[-1]["end"] == "trials" and past[-1]["n_trials"] == job.n_trials:
+        return True
+    ended = [trial for trial in _read_all(job) if trial.state != "running"]
+    return len(ended) >= (job.n_trials or math.inf)
 
 
 def _open_tuner(job: Job) -> raytune.Tuner:
-    """Return the tuner of an experiment: the one that was left, or a new one."""
+    """Return the tuner of the next experiment."""
     gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
     train = raytune.with_resources(_make_trainable(job), {"cpu": 1, "gpu": gpus})
-    past = _read_experiments(job)
-    begun = past.pop() if past and past[-1]["end"] is None else None
+    past, known = _read_experiments(job), _read_all(job)
     path = job.folder / f"ray-{len(past)}"
-    if begun and raytune.Tuner.can_restore(path):
-        return raytune.Tuner.restore(str(path), train, resume_unfinished=True)
     new = {"trials": [], "end": None, "n_trials": job.n_trials}
     _write_experiments(job, [*past, new])
-    known = _read_all(job)
+    ended = [trial for trial in known if trial.state != "running"]
+    left = [
+        {"backbone": t.backbone, **t.params, FOLDER: t.folder}
+        for t in known
+        if t.state == "running"
+    ]
     defaults = [{"backbone": b, **job.space.default()} for b in job.scores]
     searcher = SFDASearcher(
         job.scores,
         base_searcher=_make_base(job, job.seed + len(known)),  # other draws than before
-        points_to_evaluate=defaults[len(known) :],
+        points_to_evaluate=[*left, *defaults[len(known) :]],
         **_aims(job),
         seed=job.seed,
     )
-    for trial in known:
-        if trial.state == "running":
-            continue
+    for trial in ended:
         searcher.add_evaluated_point(
             {"backbone": trial.backbone, **trial.params},
             trial.values or (),
@@ -134,8 +147,9 @@ def _open_tuner(job: Job) -> raytune.Tuner:
         tune_config=raytune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
-            num_samples=job.n_trials - len(known) if job.n_trials else MORE,
+            num_samples=job.n_trials - len(ended) if job.n_trials else MORE,
             max_concurrent_trials=max(1, count_places(gpus, 1)),
+            reuse_actors=True,  # to import torch takes longer than a small trial
         ),
         run_config=raytune.RunConfig(
             name=path.name,
@@ -184,7 +198,7 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
     def train(config: dict[str, Any]) -> None:
         with suppress(OSError):  # the data may have been given as a relative path
             os.chdir(here)
-        own = folder / "trials" / raytune.get_context().get_trial_id()
+        own = folder / "trials" / _name(config, raytune.get_context().get_trial_id())
         own.mkdir(parents=True, exist_ok=True)
         if (own / RECORD).is_file():
             trial = read_trial(own / RECORD)
@@ -192,7 +206,7 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
                 _report(trial)
                 return
         else:
-            params = {name: value for name, value in config.items() if name != "backbone"}
+            params = {key: value for key, value in config.items() if key != "backbone"}
             trial = Trial(-1, config["backbone"], params, own.name, started=time.time())
         trial = replace(trial, worker=f"{ray.util.get_node_ip_address()}:{os.getpid()}")
         _write(own, trial)
@@ -213,8 +227,14 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
 
 def _report(trial: Trial) -> None:
     """Tell Tune what a trial has come to: not a number if it failed."""
+    told = {"training_iteration": max(1, len(trial.epochs))}  # those of a lost actor count, too
     values = trial.values if trial.values and trial.state != "failed" else [math.nan] * 2
-    raytune.report(dict(zip(METRICS, values, strict=False)))
+    raytune.report(told | dict(zip(METRICS, values, strict=False)))
+
+
+def _name(config: dict[str, Any], trial_id: str) -> str:
+    """Return the folder of a trial in ``RUN/trials``."""
+    return config.get(FOLDER) or f"ray-{trial_id}"
 
 
 def _write(folder: Path, trial: Trial) -> None:
@@ -236,9 +256,12 @@ def _write_experiments(job: Job, experiments: list[dict[str, Any]]) -> None:
 
 
 def _read_all(job: Job) -> list[Trial]:
+    """Return all trials: in the order that Tune began them, then those that it never noted."""
     names = [name for past in _read_experiments(job) for name in past["trials"]]
-    files = [job.folder / "trials" / name / RECORD for name in names]
-    return [replace(read_trial(f), number=n) for n, f in enumerate(files) if f.is_file()]
+    found = {f.parent.name: read_trial(f) for f in (job.folder / "trials").glob(f"ray-*/{RECORD}")}
+    rest = sorted(found.keys() - {*names}, key=lambda name: found[name].started)
+    order = [name for name in dict.fromkeys([*names, *rest]) if name in found]
+    return [replace(found[name], number=n) for n, name in enumerate(order)]
 
 
 class _Listener(raytune.Callback):
@@ -253,7 +276,7 @@ class _Listener(raytune.Callback):
 
     def _tell(self, trials: list[Any], end: str | None = None) -> None:
         *past, now = _read_experiments(self.job)
-        now |= {"trials": [trial.trial_id for trial in trials], "end": end}
+        now |= {"trials": [_name(t.config, t.trial_id) for t in trials], "end": end}
         _write_experiments(self.job, [*past, now])
         self.job.tell(_read_all(self.job))
 
@@ -283,7 +306,7 @@ class _Listener(raytune.Callback):
         self._tell(trials, "time" if self.job.is_over() else "trials")
 
     def _end(self, trial: Any, state: str, error: str | None) -> None:
-        folder = self.job.folder / "trials" / trial.trial_id
+        folder = self.job.folder / "trials" / _name(trial.config, trial.trial_id)
         if (folder / RECORD).is_file():
             known = read_trial(folder / RECORD)
             if known.state == "running":  # else it said so itself

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from sfda_tune_ray.engine import _is_done, tune
@@ -28,7 +28,7 @@ def test_it_is_registered():
 @pytest.mark.parametrize(
     ("ends", "n_trials", "is_over", "done"),
     [
-        ([], 4, False, False),
+        ([], 6, False, False),
         ([], 4, True, True),
         ([("trials", 4)], 4, False, True),
         ([("trials", 4)], 6, False, False),
@@ -37,14 +37,15 @@ def test_it_is_registered():
         ([("time", 4)], 4, False, True),  # the last trial ended with the time
         ([("time", None)], None, False, False),
         ([("trials", 4), (None, 6)], 6, False, False),  # interrupted
+        ([(None, 4)], 4, False, True),  # interrupted after the last trial
     ],
 )
 def test_what_is_left_to_do(tmp_path, ends, n_trials, is_over, done):
     trial = Trial(0, "a", {}, state="complete", value=0.5)
-    for name in "1234":
+    for name in (names := [f"ray-{k}" for k in range(4)]):
         (tmp_path / "trials" / name).mkdir(parents=True)
         (tmp_path / "trials" / name / "trial.json").write_text(json.dumps(asdict(trial)))
-    past = [{"trials": list("1234") if k == 0 else [], "end": end, "n_trials": n}
+    past = [{"trials": names if k == 0 else [], "end": end, "n_trials": n}
             for k, (end, n) in enumerate(ends)]  # fmt: skip
     (tmp_path / "ray-trials.json").write_text(json.dumps(past))
     job = Job(
@@ -87,6 +88,36 @@ def test_a_search_on_a_cluster(ray_cluster, tmp_path):
 
 
 @pytest.mark.slow
+def test_trials_without_time_for_an_epoch(ray_cluster, tmp_path):
+    """They report nothing, are no evidence, and do not end the others."""
+
+    def remake():
+        from sfda_tune.engines import OutOfTimeError
+
+        def train(trial):
+            if trial.backbone == "late":
+                raise OutOfTimeError
+            yield replace(
+                trial,
+                value=0.5,
+                values=(0.5,),
+                epochs=({"number": 0, "value": 0.5, "seconds": 1},),
+            )
+
+        return train
+
+    job = Job(
+        "study", tmp_path, {"late": 2.0, "soon": 1.0}, default_space(100), ("maximize",), 3, 4,
+        None, 0, train=iter, remake=remake, tell=lambda trials: None, is_over=lambda: False,
+    )  # fmt: skip
+    trials = tune(job)
+    ends = {(t.backbone, t.state, t.error) for t in trials}
+    assert ends == {("late", "failed", "no time for an epoch"), ("soon", "complete", None)}
+    assert len(trials) == 4
+    assert len({t.worker for t in trials}) < 4  # small trials share a process
+
+
+@pytest.mark.slow
 def test_two_objectives_give_a_front(ray_cluster, tmp_path):
     data = {"cache": tmp_path / "cache", "out": tmp_path / "run", "engine": "ray"}
     options = {**QUICK, "objective": ("accuracy", "params"), **data}
@@ -118,7 +149,7 @@ def test_an_ended_driver_goes_on(tmp_path, how):
     """
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(code))
-    environment = os.environ | {"RAY_AUTH_MODE": "", "TUNE_GLOBAL_CHECKPOINT_S": "1"}
+    environment = os.environ | {"RAY_AUTH_MODE": ""}
     command = [sys.executable, str(script)]
     driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 240
@@ -133,12 +164,16 @@ def test_an_ended_driver_goes_on(tmp_path, how):
     assert driver.returncode not in (None, 0)
     assert "final" not in [folder.name for folder in (run / "trials").iterdir()]
     done = [record for record in records(run) if record["state"] != "running"]
+    left = [record for record in records(run) if record["state"] == "running"]
     subprocess.run(command, env=environment, check=True, timeout=300)
     found = SearchResult.open(run)
     assert len(found.trials) == 4
     for record in done:  # nothing that was finished has been done again
         (same,) = [t for t in found.trials if t["folder"] == record["folder"]]
         assert same["epochs"] == record["epochs"]
+    for record in left:  # and what had begun has gone on
+        (same,) = [t for t in found.trials if t["folder"] == record["folder"]]
+        assert same["epochs"][: len(record["epochs"])] == record["epochs"]
 
 
 def records(run):
