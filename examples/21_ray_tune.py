@@ -62,6 +62,7 @@ def main() -> None:
                     scheduler=scheduler,
                     num_samples=trials,
                     max_concurrent_trials=2,
+                    reuse_actors=True,  # they need not import torch again
                 ),
                 run_config=tune.RunConfig(
                     name="digits",

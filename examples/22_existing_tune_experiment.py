@@ -51,6 +51,7 @@ def main() -> None:
                 mode="max",
                 num_samples=4 if smoke else 24,
                 max_concurrent_trials=2,
+                reuse_actors=True,  # they need not import torch again
                 scheduler=scheduler,
             ),
             run_config=tune.RunConfig(verbose=0, callbacks=[SchedulerStateCallback(scheduler)]),
