@@ -228,6 +228,7 @@ def render(run: Run) -> str:
     )
     env.filters |= {"count": _count, "duration": _duration, "number": _number}
     env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
+    env.filters["soft"] = _soften
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
     script = (HERE / "report.js").read_text("utf-8")
@@ -545,6 +546,13 @@ def _command(run: Run) -> str:
 
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def _soften(name: Any) -> Any:
+    """Let a long name go on in the next line after its punctuation, rather than inside a word."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[._:/-])(?=\w)", "<wbr>", str(escape(name))))
 
 
 def _words(key: Any) -> str:

@@ -127,7 +127,7 @@ class SearchResult:
         return (
             f"{b['backbone']} (trial {b['trial']}, {len(s['trials'])} in all): {numbers} on "
             f"{s['n_images']['test']} test images; {s['decision']}; "
-            f"{s['seconds']['total']:.0f} s; {self.folder}"
+            f"{s['seconds']['total']:.0f} s" + f"; {self.folder}" * self.folder.is_dir()
         )
 
 
@@ -254,10 +254,14 @@ def _open_training(given: dict[str, Any]) -> Callable[[Trial], Iterator[Trial]]:
     """Return how a search under way trains, in another process that sees its folder."""
     search = _Search(given, SilentBoard())
     search.begin()
-    known = [t for t in map(read_trial, search.state["trials"]) if t.value is not None]
-    search.best = max(known, key=search.goodness, default=None)
-    search.limit()
-    return search.train_fully
+
+    def train(trial: Trial) -> Iterator[Trial]:
+        known = [t for t in map(read_trial, search.state["trials"]) if t.value is not None]
+        search.best = max(known, key=search.goodness, default=None)
+        search.limit()
+        return search.train_fully(trial)
+
+    return train
 
 
 class _Search:
@@ -390,6 +394,13 @@ class _Search:
 
     def create(self, config: dict[str, Any]) -> None:
         g = self.given
+        getattr(self.engine, "check_storage", lambda url: None)(g["storage"])
+        costs, excluded = self.measure_costs()
+        if len(excluded) == len(self.backbones):  # nothing is written: it may be called otherwise
+            name, why = next(iter(excluded.items()))
+            raise ValueError(
+                f"`backbones` leave none to rank, all {len(excluded)} are excluded; {name}: {why}"
+            )
         write_json(self.folder / "environment.json", _environment(self.device, g["engine"]))
         write_json(
             self.folder / "splits.json",
@@ -399,10 +410,10 @@ class _Search:
             "format": 1, "status": "ranking", "dataset": self.parts["train"].name,
             "classes": list(self.parts["train"].classes),
             "n_images": {name: len(part) for name, part in self.parts.items()},
-            "stages": [], "candidates": list(self.backbones), "excluded": {}, "survivors": [],
-            "separable": None, "decision": "", "objectives": list(g["objective"]),
+            "stages": [], "candidates": list(self.backbones), "excluded": excluded,
+            "survivors": [], "separable": None, "decision": "", "objectives": list(g["objective"]),
             "metric": g["metric"], "engine": g["engine"], "storage": _redact(g["storage"]),
-            "trials": [], "short_trials": [], "best": None, "front": [], "costs": {},
+            "trials": [], "short_trials": [], "best": None, "front": [], "costs": costs,
             "seconds": {"total": 0.0, "train_everything_estimate": None},
         }  # fmt: skip
         write_json(self.folder / "search.json", state)
@@ -415,8 +426,12 @@ class _Search:
 
     def reopen(self) -> None:
         """Undo what followed the last trial: more are to come."""
+        fresh: dict[str, Any] = {}
+        if not self.state["trials"]:
+            fresh["costs"], fresh["excluded"] = self.measure_costs()
         with self.edit() as state:
-            kept = ("rank", "shortlist", "tune") if state["trials"] else ()  # else all anew
+            state |= fresh
+            kept = () if fresh else ("rank", "shortlist", "tune")
             state["stages"] = [s for s in state["stages"] if s["name"] in kept]
             state["separable"] = state["separable"] if kept else None
             for stage in state["stages"][2:]:
@@ -434,13 +449,8 @@ class _Search:
             return
         g = self.given
         self.enter("rank", "ranking")
-        costs, excluded = self.measure_costs()
+        excluded = self.state["excluded"]
         admitted = [b for name, b in self.backbones.items() if name not in excluded]
-        if not admitted:
-            name, why = next(iter(excluded.items()))
-            raise ValueError(
-                f"`backbones` leave none to rank, all {len(excluded)} are excluded; {name}: {why}"
-            )
         watch = _Watch(self.board, self.begun + RANK_SHARE * (self.deadline - self.begun))
         try:
             ranking = rank(
@@ -461,7 +471,7 @@ class _Search:
         note += ", then their part of the budget was spent" * watch.is_over
         note += "".join(f"; without {name}: {why}" for name, why in list(excluded.items())[:3])
         note += f"; and {len(excluded) - 3} more" * (len(excluded) > 3)
-        self.leave("rank", note, excluded=excluded, costs=costs)
+        self.leave("rank", note, excluded=excluded)
 
     def measure_costs(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return parameters and, if they matter, latencies; and who breaks a constraint."""

@@ -56,6 +56,28 @@ def tune(job: Job) -> list[Trial]:
     return read_trials(study)
 
 
+def check_storage(url: str | None) -> None:
+    """Refuse a URL that no database understands, or whose driver is missing.
+
+    Raises
+    ------
+    ValueError
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        if url is not None:
+            make_url(url).get_dialect().import_dbapi()
+    except (ArgumentError, ImportError) as error:
+        raise ValueError(
+            f"`storage` must be a URL such as sqlite:///study.db or postgresql://… but: {error}"
+        ) from error
+
+
+tune.check_storage = check_storage  # type: ignore[attr-defined]
+
+
 def open_study(job: Job) -> Study:
     """Open or begin the study of a job; its first trials are the defaults, best backbone first."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)

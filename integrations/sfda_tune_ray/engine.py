@@ -194,6 +194,7 @@ def _convert(space: Space) -> dict[str, Any]:
 
 def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
     remake, folder, here = job.remake, job.folder, os.getcwd()
+    made: list[Any] = []  # once in each actor
 
     def train(config: dict[str, Any]) -> None:
         with suppress(OSError):  # the data may have been given as a relative path
@@ -217,7 +218,8 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
                 _report(now)
             return False
 
-        done = attempt(remake(), trial, note)
+        made[:] = made or [remake()]
+        done = attempt(made[0], trial, note)
         _write(own, done)
         if done.state == "failed" and done.error != "no time for an epoch":
             _report(done)

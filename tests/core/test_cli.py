@@ -59,7 +59,7 @@ def cli_here(clean_environment, monkeypatch, capfd):
 RANK = ["--device", "cpu", "--quiet"]
 
 
-def test_rank_prints_and_writes_and_reuses(cli, photos, toy_zoo, tmp_path):
+def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_path):
     arguments = [photos, "--backbones", toy_zoo, *RANK]
     out = cli("rank", *arguments, "--out", tmp_path / "r.json")
     assert "my photos: 36 images, 3 classes" in out
@@ -67,17 +67,17 @@ def test_rank_prints_and_writes_and_reuses(cli, photos, toy_zoo, tmp_path):
         assert word in out
     ranking = Ranking.from_json(tmp_path / "r.json")
     assert [line.split("│")[2].strip() for line in out.splitlines() if "│ " in line] == [*ranking]
-    again = cli("rank", *arguments, "--out", tmp_path / "r.csv")
+    again = cli_here("rank", *arguments, "--out", tmp_path / "r.csv")
     assert again.count("cached") == 4
     csv = (tmp_path / "r.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in csv[1:]] == list(ranking)
-    fresh = cli("rank", *arguments, "--no-cache")
+    fresh = cli_here("rank", *arguments, "--no-cache")
     assert "cached" not in fresh
-    shown = cli("cache", "show")
+    shown = cli_here("cache", "show")
     assert "convnext" in shown
     assert "144" not in shown.split("all")[0]
-    assert "deleted 4 entries" in cli("cache", "clear")
-    assert "deleted 0 entries" in cli("cache", "clear", "--older-than", 1)
+    assert "deleted 4 entries" in cli_here("cache", "clear")
+    assert "deleted 0 entries" in cli_here("cache", "clear", "--older-than", 1)
 
 
 def test_backbones_in_every_spelling(cli_here, photos, toy_zoo, tmp_path):
@@ -101,16 +101,16 @@ def test_spread():
     assert _spread(["rank", "-b", "x", "--", "y"]) == ["rank", "-b", "x", "--", "y"]
 
 
-def test_a_failed_backbone_is_shown_last_with_its_error(cli, photos, toy_zoo, tmp_path):
+def test_a_failed_backbone_is_shown_last_with_its_error(cli_here, photos, toy_zoo, tmp_path):
     bare = shutil.copytree(toy_zoo / "vit", tmp_path / "bare")
     (bare / "model.safetensors").unlink()
-    out = cli("rank", photos, "-b", bare, toy_zoo / "vit", "resnet10t.c3_in1k", *RANK)
+    out = cli_here("rank", photos, "-b", bare, toy_zoo / "vit", "resnet10t.c3_in1k", *RANK)
     lines = [line for line in out.splitlines() if "│ " in line]
     assert "vit" in lines[0]
     assert "failed" in lines[1]
     assert "No suitable checkpoints" in out
     assert "the hub cannot be reached" in out
-    error = cli("rank", photos, "-b", bare, *RANK, code=1)
+    error = cli_here("rank", photos, "-b", bare, *RANK, code=1)
     assert "no backbone could be ranked" in error
 
 
@@ -234,13 +234,13 @@ def test_help_is_quick(cli):
     assert out.stdout.strip().endswith("[]")
 
 
-def test_backbones_lists_what_is_there(cli, toy_zoo):
-    out = cli("backbones", toy_zoo, "resnet18.*")
+def test_backbones_lists_what_is_there(cli_here, toy_zoo):
+    out = cli_here("backbones", toy_zoo, "resnet18.*")
     assert "32×32" in out
     assert "resnet18.a1_in1k" in out
     assert "11.2M" in out  # without the classifier
     assert "512" in out
-    assert "no model" in cli("backbones", "zzz*", code=1)
+    assert "no model" in cli_here("backbones", "zzz*", code=1)
 
 
 def test_unreadable_images_are_named_in_a_warning(
