@@ -415,6 +415,15 @@ class Ranking(_Value, Mapping[str, float]):
         """The backbones that could not be scored, each with its error."""
         return {s.backbone: s.error for s in self.scores if s.error is not None}
 
+    @property
+    def costs(self) -> dict[str, float]:
+        """Seconds of a forward pass of one image, of every backbone for which they were measured.
+
+        What a trial costs is nearly proportional; see `costs` of the sampler and the searcher.
+        """
+        speeds = {s.backbone: s.details.get("images_per_second") for s in self.scores}
+        return {name: 1 / float(speed) for name, speed in speeds.items() if speed}
+
     def shortlist(self, k: int | None = None, *, probability: float | None = None) -> list[str]:
         """Return the best backbones: the first `k`, or as many as the images make necessary.
 

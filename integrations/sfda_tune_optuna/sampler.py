@@ -66,7 +66,8 @@ class SFDASampler(BaseSampler):
         may then have parameters of its own, even with GP or CMA-ES. NSGA-II/III, Grid and
         BruteForce always see all trials.
     costs : mapping of str to float, optional
-        Cost of a trial of each backbone; default: the durations of its trials.
+        Cost of a trial of each backbone, in any unit, such as `Ranking.costs`; default:
+        the durations of its trials.
     cost_exponent : float, default 0.0
         How much costs count; 0 is not at all.
     seed : int, optional

@@ -77,7 +77,8 @@ class SFDASearcher(Searcher):
     points_to_evaluate : sequence of dict, optional
         Tried first; the base searcher and the policy fill in what a point leaves out.
     costs : mapping of str to float, optional
-        Cost of a trial of each backbone; default: the times of its trials.
+        Cost of a trial of each backbone, in any unit, such as `Ranking.costs`; default:
+        the times of its trials.
     cost_exponent : float, default 0.0
         How much costs count; 0 is not at all.
     max_failures : int, default 3

@@ -6,7 +6,8 @@ Trials to the goal of the searcher over those of `SFDASampler` on the same cases
 and 95 % of a paired bootstrap over seeds, which decide on the first settings in all tables. Both
 make the same choices from the same history, but the base draws other settings, so single cases
 differ and the mean should not. The searcher is called as Tune calls it, without the process that
-Tune spends on every trial; ``--fit n`` runs n cases through ``Tuner.fit`` as well.
+Tune spends on every trial; ``--fit n`` runs n cases through ``Tuner.fit`` as well, and
+``--seeds 0 --fit n`` these only.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def main() -> None:
     tables = tables[:: max(1, len(tables) // arguments.tables)][: arguments.tables]
     rng = np.random.default_rng(0)
     print("ρ     cases  sampler  searcher  ratio")
-    for rho in (-0.5, 0.0, 0.5, 0.9):
+    for rho in (-0.5, 0.0, 0.5, 0.9) if arguments.seeds else ():
         cases = [make_case(t, rho, seed, 30) for t in tables for seed in range(arguments.seeds)]
         a = np.array([ours(case)[0] for case in cases], dtype=float)
         b = np.array([call(case) for case in cases], dtype=float)
@@ -111,9 +112,16 @@ def main() -> None:
         )
     if arguments.fit:
         with connect("local", num_cpus=2):
-            for seed in range(arguments.fit):
-                case = make_case(tables[seed % len(tables)], 0.9, seed, 30)
-                print(f"{case.table.name}: {call(case)} called, {fit(case)} through Tuner.fit")
+            logs = []
+            for k in range(arguments.fit):
+                case = make_case(tables[k % len(tables)], (0.0, 0.5, 0.9)[k % 3], k, 30)
+                sampler, called, fitted = ours(case)[0], call(case), fit(case)
+                logs.append(np.log(fitted / sampler))
+                line = f"{case.table.name}: {sampler} by the sampler, {called} called, "
+                print(f"{line}{fitted} through Tuner.fit", flush=True)
+        means = [np.exp(rng.choice(logs, len(logs)).mean()) for _ in range(2000)]
+        low, high = np.quantile(means, [0.025, 0.975])
+        print(f"Tuner.fit ÷ sampler: {np.exp(np.mean(logs)):.3f} [{low:.3f}, {high:.3f}]")
 
 
 if __name__ == "__main__":

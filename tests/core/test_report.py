@@ -148,7 +148,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.elements, self.open, self.texts, self.scripts = [], [], [], []
-        self.feed(text)
+        self.feed(text.replace("<wbr>", ""))  # no text: only where a line may end
         self.close()
         assert self.open == []
 

@@ -354,7 +354,7 @@ def test_constraints_leave_backbones_out(tmp_path):
     result = search("digits", PAIR, **QUICK, max_params=100e3, out=tmp_path / "a")
     assert list(result.ranking) == ["demo:regnet_shapes"]
     assert result.summary["excluded"] == {ONE: "0.195 M parameters > 0.1 M"}
-    with pytest.raises(ValueError, match=r"`storage` must be a URL .* dialects:abacus"):
+    with pytest.raises(ValueError, match=r"`storage` must be a URL .*dialects:abacus"):
         search("digits", PAIR, **QUICK, storage="abacus://x", out=tmp_path / "b")
     with pytest.raises(ValueError, match=r"all 2 are excluded; .* > 1e-06 ms on this device"):
         search("digits", PAIR, **QUICK, max_latency=1e-6, out=tmp_path / "b")

@@ -38,6 +38,7 @@ def test_ranking_is_a_mapping_best_first_ties_by_name_failures_last():
     assert "low" in r
     assert dict(r.items())["tie a"] == 0.9
     assert r.failed == {"broken": "OSError: <no> weights"}
+    assert r.costs == {"tie b": 1 / 99.6}
     with pytest.raises(KeyError):
         r["unknown"]
 
