@@ -22,6 +22,7 @@ from sfda_tune.spaces import Space
 
 __all__ = [
     "GROUP",
+    "NO_TIME",
     "Engine",
     "Job",
     "OutOfTimeError",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 GROUP = "sfda_tune.engines"
+NO_TIME = "no time for an epoch"  # the error of a trial that says nothing of its backbone
 
 
 class OutOfTimeError(Exception):
@@ -146,7 +148,7 @@ def attempt(
                 state = "pruned"
                 break
     except OutOfTimeError:
-        state, error = ("pruned", None) if trial.epochs else ("failed", "no time for an epoch")
+        state, error = ("pruned", None) if trial.epochs else ("failed", NO_TIME)
     except Exception as problem:  # one bad trial never ends a search
         text = " ".join(str(problem).split())[:300]
         state, error = "failed", f"{type(problem).__name__}: {text}"

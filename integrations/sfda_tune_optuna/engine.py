@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.engines import Job, Trial, attempt
+from sfda_tune.engines import NO_TIME, Job, Trial, attempt
 from sfda_tune.spaces import Dimension
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.pruner import SFDAPruner
@@ -173,7 +173,7 @@ def _end(study: Study, ours: optuna.Trial, trial: Trial) -> None:
         study.tell(ours, trial.values)
     elif trial.state == "pruned":
         study.tell(ours, state=TrialState.PRUNED)
-    elif trial.error == "no time for an epoch":
+    elif trial.error == NO_TIME:
         _abandon(study, ours.number)
     else:
         study.tell(ours, state=TrialState.FAIL)

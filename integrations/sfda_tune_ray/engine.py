@@ -25,7 +25,7 @@ from filelock import FileLock
 from ray import tune as raytune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from sfda_tune.engines import Job, Trial, attempt, read_trial
+from sfda_tune.engines import NO_TIME, Job, Trial, attempt, read_trial
 from sfda_tune.spaces import Dimension, Space
 from sfda_tune.values import write_text
 from sfda_tune_ray.callbacks import SchedulerStateCallback
@@ -126,10 +126,12 @@ def _open_tuner(job: Job) -> raytune.Tuner:
         seed=job.seed,
     )
     for trial in ended:
+        if trial.error == NO_TIME:
+            continue
         searcher.add_evaluated_point(
             {"backbone": trial.backbone, **trial.params},
             trial.values or (),
-            error=trial.values is None,
+            error=trial.state == "failed",
             pruned=trial.state == "pruned",
             intermediate_values=trial.epochs,
         )
@@ -221,7 +223,7 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
         made[:] = made or [remake()]
         done = attempt(made[0], trial, note)
         _write(own, done)
-        if done.state == "failed" and done.error != "no time for an epoch":
+        if done.state == "failed" and done.error != NO_TIME:
             _report(done)
 
     return train
@@ -313,7 +315,7 @@ class _Listener(raytune.Callback):
             known = read_trial(folder / RECORD)
             if known.state == "running":  # else it said so itself
                 if not known.epochs:
-                    state, error = "failed", error or "no time for an epoch"
+                    state, error = "failed", error or NO_TIME
                 _write(folder, replace(known, state=state, error=error))
 
 
