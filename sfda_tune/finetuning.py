@@ -29,10 +29,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -51,6 +52,7 @@ from sfda_tune.classifiers import (
 from sfda_tune.datasets import DatasetError, ImageDataset
 from sfda_tune.predictions import PROVENANCE, Model
 from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, measure
+from sfda_tune.sharing import SharedWork
 from sfda_tune.training_images import (
     Images,
     Order,
@@ -73,9 +75,12 @@ __all__ = [
     "Epoch",
     "FineTuning",
     "FinetuneConfig",
+    "SharedWork",
     "finetune",
     "measure",
 ]
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +102,7 @@ def finetune(
     resume: bool = True,
     device: str = "auto",
     workers: int | None = None,
+    shared: SharedWork | None = None,
 ) -> FineTuning:
     """Fine-tune a backbone; iterate over the result to make it happen.
 
@@ -117,6 +123,8 @@ def finetune(
     device : str, default "auto"
     workers : int, optional
         Processes that decode and augment; has no influence on the result.
+    shared : SharedWork, optional
+        Spares this run what earlier runs on the same images have done; no influence on the result.
 
     Returns
     -------
@@ -136,14 +144,17 @@ def finetune(
     they were after every epoch, but runs in two *threads* of one process disturb each other.
     """
     config = config or FinetuneConfig()
+    parts = partial(split, dataset, val, config)
+    how = ("split", config.val_fraction, config.seed)
     return FineTuning(
         backbone,
-        split(dataset, val, config),
+        shared.recall((dataset, val), how, parts) if shared else parts(),
         config,
         None if checkpoint_dir is None else Path(checkpoint_dir),
         resume,
         extraction.resolve_device(device),
         workers,
+        shared,
     )
 
 
@@ -164,9 +175,11 @@ class FineTuning(Iterator[Epoch]):
         resume: bool,
         device: str,
         workers: int | None,
+        shared: SharedWork | None = None,
     ) -> None:
         self.backbone, self.folder, self.device, self.workers = backbone, folder, device, workers
         self.train, self.val = parts
+        self._shared = shared
         if config.epochs == "auto":
             epochs = round(30 * min(1, 200 / len(self.train)) ** (1 / 3))
             config = replace(config, epochs=max(5, epochs))
@@ -177,7 +190,6 @@ class FineTuning(Iterator[Epoch]):
         self._weights: dict[str, Any] = {}  # of the best epoch
         self._state: dict[str, Any] | None = None  # of the checkpoint
         self._micro = config.batch_size  # images that go through the network at a time
-        self._prints: list[str] = []
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if resume and (folder / CHECKPOINT).is_file() and (folder / BEST).is_file():
@@ -225,7 +237,7 @@ class FineTuning(Iterator[Epoch]):
         import torch
 
         assert self.best is not None
-        train, val = self._fingerprints()
+        train, val = self._fingerprints
         return {
             "format": FORMAT,
             "backbone": self.backbone.name,
@@ -247,12 +259,30 @@ class FineTuning(Iterator[Epoch]):
             },
         }
 
+    @cached_property
     def _fingerprints(self) -> list[str]:
-        if not self._prints:
-            for part in (self.train, self.val):
-                text = json.dumps([part.digests(), part.labels.tolist(), part.classes])
-                self._prints.append(hashlib.blake2b(text.encode(), digest_size=20).hexdigest())
-        return self._prints
+        def digest(part: ImageDataset) -> str:
+            text = json.dumps([part.digests(), part.labels.tolist(), part.classes])
+            return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+        parts = (self.train, self.val)
+        return [self._once((part,), "digest", partial(digest, part)) for part in parts]
+
+    def _once(self, owners: tuple[Any, ...], key: Hashable, make: Callable[[], T]) -> T:
+        """Make what other runs with the same objects need, too, unless one has made it already."""
+        return self._shared.recall(owners, key, make) if self._shared else make()
+
+    def _start_once(self, what: str, make: Callable[[], T]) -> T:
+        """Make what depends on the backbone and the images, but not on how it is trained."""
+
+        def note() -> tuple[T, dict[str, str]]:
+            return make(), dict(self.unreadable)
+
+        b, config = self.backbone, self.config
+        named = (b.name, b.spec, config.batch_size, config.seed, self.device)
+        found, unreadable = self._once((self.train, self.val, b.load), (what, *named), note)
+        self.unreadable.update(unreadable)
+        return found
 
     # One epoch after the other ------------------------------------------------------------------
     def _run(self) -> Generator[Epoch, None, None]:
@@ -294,10 +324,10 @@ class FineTuning(Iterator[Epoch]):
 
     def _begin(self, started: float) -> Epoch | None:
         """Open the images, go back to the checkpoint or start the head; return epoch 0."""
-        geometry = self.half.geometry
-        prepare = shrink(geometry, self.config.augmentation) if geometry else self.half.build()
-        self._images: Any = Images(self.train, prepare, self.workers)
-        self._unseen: Any = Images(self.val, self.half.build(), self.workers)
+        geometry, view = self.half.geometry, self.half.build()
+        prepare = shrink(geometry, self.config.augmentation) if geometry else view
+        self._images: Any = self._prepare(self.train, prepare)
+        self._unseen: Any = self._prepare(self.val, view)
         for images in (self._images, self._unseen):
             kept = enumerate(images.kept or ())
             self._report(images, {row: why for row, why in kept if isinstance(why, str)})
@@ -312,6 +342,14 @@ class FineTuning(Iterator[Epoch]):
         if fresh and self.config.head == "probe":
             return self._finish(0, started, math.nan, math.nan)
         return None
+
+    def _prepare(self, part: ImageDataset, prepare: Any) -> Images:
+        """Return the images as they are before what differs between epochs."""
+        images = partial(Images, part, prepare, self.workers)
+        if self._shared is None:
+            return images()
+        how = prepare.side if isinstance(prepare, shrink) else self.half.key
+        return self._shared.recall_images(part, (how, self.workers), images)
 
     def _report(self, images: Images, unreadable: Mapping[int, str]) -> None:
         """Take down unreadable images; refuse the data set if there are too many."""
@@ -364,6 +402,12 @@ class FineTuning(Iterator[Epoch]):
 
     def _probe(self) -> None:
         """Start the head as logistic regression on the frozen features of the training images."""
+        states = self._start_once("head", self._fit_head)
+        for layer, state in zip(self.head, states, strict=True):
+            layer.load_state_dict(state)
+
+    def _fit_head(self) -> list[dict[str, torch.Tensor]]:
+        """Return the state of the classifier layers."""
         import torch
 
         layers: list[Any] = self.head
@@ -384,6 +428,10 @@ class FineTuning(Iterator[Epoch]):
         if not start_head(layers, x, self.train.labels[rows]):
             kinds = ", ".join(type(layer).__name__ for layer in layers)
             logger.warning("%s: its head (%s) starts at random", self.backbone.name, kinds)
+        return [
+            {k: v.detach().cpu().clone() for k, v in layer.state_dict().items()}
+            for layer in layers
+        ]
 
     def _epoch(self, started: float) -> Epoch:
         """Train and validate once more."""
@@ -499,7 +547,8 @@ class FineTuning(Iterator[Epoch]):
     # After an epoch -----------------------------------------------------------------------------
     def _finish(self, number: int, started: float, loss: float, rate: float) -> Epoch:
         """Validate, keep the best weights, write the checkpoint."""
-        rows, p = self._predict(self._unseen)
+        predict = partial(self._predict, self._unseen)
+        rows, p = predict() if number else self._start_once("epoch 0", predict)
         self._require_finite(p.sum(), number)
         values = measure(self.val.labels[rows], p)
         epoch = Epoch(
@@ -546,7 +595,7 @@ class FineTuning(Iterator[Epoch]):
         return {
             "format": FORMAT,
             "backbone": self.backbone.name,
-            "images": self._fingerprints(),
+            "images": self._fingerprints,
             **self.config.to_dict(),
         }
 

@@ -48,6 +48,7 @@ from sfda_tune.predictions import load_model, predict
 from sfda_tune.ranking import RankingInterruptedError, rank
 from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
 from sfda_tune.report import write_report
+from sfda_tune.sharing import SharedWork
 from sfda_tune.spaces import default_space, open_space
 from sfda_tune.splits import fingerprint, join, split_images, write_json, write_predictions
 from sfda_tune.stages import SilentBoard, as_board
@@ -256,9 +257,7 @@ def _open_training(given: dict[str, Any]) -> Callable[[Trial], Iterator[Trial]]:
     search.begin()
 
     def train(trial: Trial) -> Iterator[Trial]:
-        known = [t for t in map(read_trial, search.state["trials"]) if t.value is not None]
-        search.best = max(known, key=search.goodness, default=None)
-        search.limit()
+        search.hear(map(read_trial, search.state["trials"]))
         return search.train_fully(trial)
 
     return train
@@ -276,7 +275,9 @@ class _Search:
         self.directions = (first, "minimize")[: len(given["objective"])]
         self.device = resolve_device(given["device"])
         self.stop = self.deadline = math.inf  # no forward pass after `stop`
-        self.best: Trial | None = None
+        self.known: list[Trial] = []  # trials with a value
+        self.best: Trial | None = None  # of these
+        self.shared = SharedWork()
 
     def run(self, number: int = 0) -> None:
         """Go through the stages that are not done yet; helpers (`number` > 0) only tune."""
@@ -641,6 +642,7 @@ class _Search:
                 val=self.parts["val"],
                 checkpoint_dir=self.folder / "trials" / trial.folder,
                 device=self.device,
+                shared=self.shared,
             ) as run,
         ):
             if run.history:  # of a dead worker
@@ -667,20 +669,23 @@ class _Search:
         seconds = max(time.time() - trial.started, sum(e["seconds"] for e in epochs))
         return replace(trial, value=last.best, values=values, seconds=seconds, epochs=epochs)
 
+    def hear(self, trials: Iterable[Trial]) -> None:
+        self.known = [t for t in trials if t.value is not None]
+        self.best = max(self.known, key=self.goodness, default=None)
+        self.limit()
+
     def tell(self, trials: Sequence[Trial]) -> None:
         """Hear of all trials: write them down, show them, delete weights nobody needs any more."""
-        known = [t for t in trials if t.value is not None]
-        self.best = max(known, key=self.goodness, default=None)
-        self.limit()
+        self.hear(trials)
         with self.edit() as state:
             if any(s["name"] == "train" for s in state["stages"]):  # another process was quicker
                 return
             state["trials"] = [asdict(t) for t in trials]
-            state["front"] = self.find_front(known)
+            state["front"] = self.find_front()
             for name, cost in state["costs"].items():
-                spent = [e["seconds"] for t in known if t.backbone == name for e in t.epochs[1:]]
+                spent = [e["seconds"] for t in self.of(name) for e in t.epochs[1:]]
                 cost["seconds_per_epoch"] = float(np.mean(spent)) if spent else None
-            state["seconds"]["train_everything_estimate"] = self.estimate(state["costs"], known)
+            state["seconds"]["train_everything_estimate"] = self.estimate(state["costs"])
             if self.best is not None:
                 state["best"] = self.summarise(self.best, state["costs"])
         for t in trials:
@@ -688,6 +693,9 @@ class _Search:
                 for weights in (self.folder / "trials" / t.folder).glob("*.safetensors"):
                     weights.unlink(missing_ok=True)
         self.board.show(trials, self.best, self.given["trials"], self.stop)
+
+    def of(self, backbone: str) -> list[Trial]:
+        return [trial for trial in self.known if trial.backbone == backbone]
 
     def goodness(self, trial: Trial) -> tuple[float, float, int]:
         """Return what to compare trials by: the value; equal ones by the log-loss there."""
@@ -711,24 +719,24 @@ class _Search:
             **{k: costs[trial.backbone][k] for k in ("latency_ms", "n_params")},
         }
 
-    def find_front(self, trials: Sequence[Trial]) -> list[int]:
+    def find_front(self) -> list[int]:
         """Return the trials that no other one beats in all objectives."""
         if len(self.directions) == 1:
             return []
         signs = np.array([1.0 if d == "maximize" else -1.0 for d in self.directions])
-        points = {t.number: signs * np.array(t.values) for t in trials}
+        points = {t.number: signs * np.array(t.values) for t in self.known}
         return [
             n
             for n, p in points.items()
             if not any((q >= p).all() and (q > p).any() for q in points.values())
         ]
 
-    def estimate(self, costs: Mapping[str, Any], trials: Sequence[Trial]) -> float | None:
+    def estimate(self, costs: Mapping[str, Any]) -> float | None:
         """Return what as many epochs for every candidate as the longest trial had would take.
 
         A backbone that was not tuned: by its forward speed, compared with those that were.
         """
-        longest = max((t.epochs[-1]["number"] for t in trials), default=0)
+        longest = max((t.epochs[-1]["number"] for t in self.known), default=0)
         speed = {s.backbone: s.details.get("images_per_second") for s in self.ranking.scores}
         known = {n: c["seconds_per_epoch"] for n, c in costs.items() if c["seconds_per_epoch"]}
         ratios = [seconds * speed[n] for n, seconds in known.items() if speed.get(n)]
@@ -757,17 +765,19 @@ class _Search:
         """Return how long the best takes on training and validation images."""
         if self.best is None:
             return 0.0
-        last = self.best_epoch(self.best)["number"]
-        spent = sum(e["seconds"] for e in self.best.epochs if e["number"] <= last)
-        return 0.5 + spent * (1 + len(self.parts["val"]) / len(self.parts["train"]))
+        last, probe = self.best_epoch(self.best)["number"], 0.0
+        spent = sum(e["seconds"] for e in self.best.epochs if 0 < e["number"] <= last)
+        for trial in self.of(self.best.backbone):  # the first of them started the head for all
+            probe = max([probe, *(e["seconds"] for e in trial.epochs if e["number"] == 0)])
+        return 0.5 + (probe + spent) * (1 + len(self.parts["val"]) / len(self.parts["train"]))
 
     # Train and test -----------------------------------------------------------------------------
     def finish(self) -> None:
         if self.is_done("test"):
             return
         if self.best is None:  # another process has tuned
-            trials = [read_trial(entry) for entry in self.state["trials"]]
-            self.best = max((t for t in trials if t.value is not None), key=self.goodness)
+            self.hear(map(read_trial, self.state["trials"]))
+        assert self.best is not None
         if not self.is_done("train"):
             self.enter("train", "training")
             self.leave("train", self.train_winner(self.best))

@@ -113,6 +113,7 @@ class Images:
             workers = 0
         self.workers = min(workers, -(-len(dataset) // extraction.DECODE_BATCH))
         self.kept: list[Any] | None = None
+        self.nbytes = 0  # of those that are kept
         self._keep()
 
     def _keep(self) -> None:
@@ -126,7 +127,7 @@ class Images:
             size += sum(getattr(item, "nbytes", 0) for item in batch)
             if size / len(kept) * len(self) > budget:
                 return
-        self.kept = kept
+        self.kept, self.nbytes = kept, size
 
     def __len__(self) -> int:
         return len(self.dataset)

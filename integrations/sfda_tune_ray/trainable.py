@@ -11,6 +11,7 @@ from typing import Any
 from ray import tune
 
 from sfda_tune.recipe import FinetuneConfig
+from sfda_tune.sharing import SharedWork
 from sfda_tune_ray import _compat
 
 __all__ = ["finetune_trainable"]
@@ -34,7 +35,8 @@ def finetune_trainable(
     Parameters
     ----------
     dataset : str, path or anything that `sfda_tune.open_dataset` takes
-        A name or a path is opened by every trial; an object travels through the object store.
+        A name or a path is opened by every actor; an object travels through the object store.
+        With ``TuneConfig(reuse_actors=True)`` trials share decoded images and starts of heads.
     backbones : optional
         Those that can be chosen, as for `sfda_tune.rank`, if their names are not what
         `sfda_tune.resolve_backbones` understands.
@@ -63,7 +65,7 @@ def finetune_trainable(
     >>> space = {"backbone": tune.choice(["demo:resnet_glyphs"]), "lr": tune.uniform(0, 0.1)}
     >>> tuner = tune.Tuner(trainable, param_space=space)
     """
-    fixed = dict(config or {})
+    fixed, shared = dict(config or {}), SharedWork()  # one in each actor: it travels empty
     FinetuneConfig.from_dict(fixed)  # what is wrong is said here, not by every trial
 
     def train(config: dict[str, Any], data: Any = dataset) -> None:
@@ -92,11 +94,12 @@ def finetune_trainable(
                 saved.to_directory(folder)
             for epoch in finetune(
                 backbone,
-                open_dataset(data),
+                shared.recall((), "dataset", lambda: open_dataset(data)),
                 FinetuneConfig.from_dict({**fixed, **chosen}),
                 checkpoint_dir=folder,
                 device=device,
                 workers=workers,
+                shared=shared,
             ):
                 tune.report(asdict(epoch), checkpoint=tune.Checkpoint.from_directory(folder))
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from sfda_tune import (
     BackboneError,
     DatasetError,
     ImageDataset,
+    extraction,
+    finetuning,
     open_dataset,
     resolve_backbones,
 )
@@ -31,6 +34,7 @@ from sfda_tune.finetuning import (
     DivergedError,
     Epoch,
     FinetuneConfig,
+    SharedWork,
     finetune,
     measure,
 )
@@ -50,13 +54,17 @@ def digits(n=60):
     return open_dataset("digits", samples=n)
 
 
-def train(backbone=None, data=None, *, stop=None, val=None, folder=None, workers=None, **config):
+def train(backbone=None, data=None, *, stop=None, folder=None, **config):
     """Run until `stop` epochs (None: to the end); return the run."""
-    config = {"epochs": 2, **config}
+    options = {k: config.pop(k) for k in ("val", "workers", "shared") if k in config}
     run = finetune(
-        backbone or demo(), data if data is not None else digits(), FinetuneConfig(**config),
-        val=val, checkpoint_dir=folder, device="cpu", workers=workers,
-    )  # fmt: skip
+        backbone or demo(),
+        data if data is not None else digits(),
+        FinetuneConfig(**{"epochs": 2, **config}),
+        checkpoint_dir=folder,
+        device="cpu",
+        **options,
+    )
     with run:
         for epoch in run:
             if epoch.number == stop:
@@ -518,3 +526,106 @@ def test_real_weights_on_real_photos(tmp_path, name):
     x = torch.randn(2, *run.half.input_size)
     with torch.inference_mode():
         assert torch.equal(plain(x), run.model().module(x))
+
+
+# ---- shared work
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Count decoded images, forward passes of whole networks and fits of heads."""
+    done = {"decoded": 0, "passes": 0, "heads": 0}
+
+    def count(owner, name, what):
+        original = getattr(owner, name)
+
+        def counted(*args, **options):
+            done[what] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(ImageDataset, "load", "decoded")
+    count(finetuning, "forward", "passes")
+    count(finetuning, "start_head", "heads")
+
+    def since():
+        now = dict(done)
+        done.update(dict.fromkeys(done, 0))
+        return now
+
+    return since
+
+
+@pytest.mark.parametrize("make", [demo, own], ids=["timm", "own"])
+def test_runs_that_share_work_end_like_those_that_do_not(make, work, tmp_path):
+    data, backbone, shared = digits(), make(), SharedWork()
+    configs = [{"lr": 1e-3, **LIVELY}, {"lr": 3e-3}, {"lr": 1e-3, "freeze": "backbone"}]
+    alone = [train(backbone, digits(), workers=0, **config) for config in configs]
+    work()
+    runs, costs = [], []
+    for k, config in enumerate(configs):
+        folder = tmp_path / str(k)
+        runs.append(train(backbone, data, folder=folder, workers=0, shared=shared, **config))
+        costs.append(work())
+    for a, b in zip(alone, runs, strict=True):
+        assert metrics(a) == metrics(b)
+        assert equal(weights(a), weights(b))
+    assert costs[0]["decoded"] >= len(data)
+    assert costs[0]["heads"] == 1
+    # the first has smaller crops, so larger images
+    assert costs[1]["decoded"] == (make is demo) * len(runs[0].train)
+    assert costs[2]["decoded"] == costs[1]["heads"] == costs[2]["heads"] == 0
+    # two batches of training images for the head, one of validation images before any epoch
+    assert costs[1]["passes"] == costs[0]["passes"] - 3 == 2
+
+
+def test_what_differs_is_not_shared(work):
+    data, shared = digits(), SharedWork()
+    train(demo(), data, workers=0, epochs=0, shared=shared)
+    for name, changed in (
+        ("resnet_glyphs", {"seed": 1}),
+        ("resnet_glyphs", {"val_fraction": 0.3}),
+        ("resnet_glyphs", {"batch_size": 8}),
+        ("vit_glyphs", {}),
+    ):
+        alone = train(demo(name), digits(), workers=0, epochs=0, **changed)
+        work()
+        run = train(demo(name), data, workers=0, epochs=0, shared=shared, **changed)
+        assert work()["heads"] == 1
+        assert metrics(run) == metrics(alone)
+    train(demo(), digits(), workers=0, epochs=0, shared=shared)  # another object
+    assert work()["heads"] == 1
+
+
+def test_unreadable_images_are_told_by_every_run_that_shares_work(monkeypatch, tmp_path):
+    data, shared = digits(), SharedWork()
+    items = list(data.items)
+    items[7] = tmp_path / "gone.png"
+    broken = ImageDataset("broken", items, data.labels, data.classes)
+    runs = [train(demo(), broken, workers=0, epochs=0, shared=shared) for _ in range(2)]
+    assert list(runs[0].unreadable) == [str(tmp_path / "gone.png")]
+    assert runs[0].unreadable == runs[1].unreadable
+    monkeypatch.setattr(extraction, "PIXEL_BYTES", 1)  # too little memory to keep any image
+    shared = SharedWork()
+    runs = [train(demo(), broken, workers=0, epochs=0, shared=shared) for _ in range(2)]
+    assert runs[0].unreadable == runs[1].unreadable != {}
+
+
+def test_shared_images_take_no_more_memory_than_those_of_one_run(monkeypatch):
+    data, shared = digits(), SharedWork()
+    for scale in (0.9, 0.5, 0.3, 0.9):
+        train(demo(), data, workers=0, epochs=0, shared=shared, augmentation={"scale": (scale, 1)})
+    kept = [images.nbytes for images in shared._images.values()]
+    assert len(kept) == 4  # three sizes for training, one for validation
+    limit = sum(kept) - 1
+    monkeypatch.setattr(extraction, "PIXEL_BYTES", limit)
+    train(demo(), data, workers=0, epochs=0, shared=shared, augmentation={"scale": (0.2, 1)})
+    assert 0 < sum(images.nbytes for images in shared._images.values()) <= limit
+
+
+def test_shared_work_travels_empty():
+    shared = SharedWork()
+    train(demo(), digits(), epochs=0, shared=shared)
+    assert shared._images
+    assert not pickle.loads(pickle.dumps(shared))._images

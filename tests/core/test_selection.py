@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import sfda_tune
-from sfda_tune import Backbone, demo, open_dataset, selection
+from sfda_tune import Backbone, demo, finetuning, open_dataset, selection
 from sfda_tune.datasets import DatasetError
 from sfda_tune.engines import OutOfTimeError, Trial, attempt
 from sfda_tune.finetuning import finetune
@@ -126,8 +126,12 @@ def test_the_same_call_repeats_nothing_and_another_one_is_refused(found):
         search("digits", PAIR, **QUICK, cache=False, out=found.folder, space={"lr": 0.001})
 
 
-def test_the_same_seed_gives_the_same_trials(found, tmp_path):
+def test_the_same_seed_gives_the_same_trials(found, tmp_path, monkeypatch):
+    heads, fit = [], finetuning.start_head
+    monkeypatch.setattr(finetuning, "start_head", lambda *x: heads.append(x) or fit(*x))
     again = search("digits", PAIR, **QUICK, cache=False, out=tmp_path)
+    n_backbones = len({t["backbone"] for t in again.trials})
+    assert len(heads) == n_backbones + 1 < len(again.trials) + 1  # shared, but by the winner
     assert essence(again) == essence(found)
     assert again.test == found.test
     assert [t["state"] for t in again.trials] == [t["state"] for t in found.trials]
