@@ -34,6 +34,8 @@ class FinetuneConfig:
     optimizer : str
         Any name that `timm.optim.create_optimizer_v2` knows.
     lr, weight_decay : float
+        The default rate is what fine-tuning pretrained networks without any tuning went best with
+        (``tests/benchmarks/learning_rate.py``); small networks can do with ten times as much.
     layer_decay : float, optional
         The learning rate of a layer is lr·layer_decay^(layers above it).
     head_lr_ratio : float, default 1
@@ -81,7 +83,7 @@ class FinetuneConfig:
     epochs: int | str = "auto"
     batch_size: int = 32
     optimizer: str = "adamw"
-    lr: float = 1e-3
+    lr: float = 3e-4
     weight_decay: float = 0.01
     layer_decay: float | None = None
     head_lr_ratio: float = 1.0
