@@ -83,7 +83,7 @@ class FinetuneConfig:
     epochs: int | str = "auto"
     batch_size: int = 32
     optimizer: str = "adamw"
-    lr: float = 3e-4
+    lr: float = 5e-4
     weight_decay: float = 0.01
     layer_decay: float | None = None
     head_lr_ratio: float = 1.0
