@@ -438,9 +438,7 @@ class FineTuning(Iterator[Epoch]):
         import torch
 
         number = self.history[-1].number + 1 if self.history else 1
-        self.module.train(self.config.freeze == "none")
-        for layer in self.head:
-            layer.train()
+        self._train_mode()
         self._order.epoch = number
         total, n = torch.zeros((), device=self.device), 0
         for step, (rows, pixels, unreadable) in enumerate(self._loader):
@@ -460,6 +458,16 @@ class FineTuning(Iterator[Epoch]):
                 self._require_finite(total.item(), number)
         seconds = time.perf_counter() - started
         return self._finish(number, started, total.item() / max(n, 1), n / seconds)
+
+    def _train_mode(self) -> None:
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        self.module.train(self.config.freeze == "none")
+        for layer in self.module.modules():
+            if self.config.batch_norm == "frozen" and isinstance(layer, _BatchNorm):
+                layer.eval()
+        for layer in self.head:
+            layer.train()
 
     def _require_finite(self, loss: float, number: int) -> None:
         if not math.isfinite(loss):

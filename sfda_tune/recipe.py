@@ -35,7 +35,7 @@ class FinetuneConfig:
         Any name that `timm.optim.create_optimizer_v2` knows.
     lr, weight_decay : float
         The default rate is what fine-tuning pretrained networks without any tuning went best with
-        (``tests/benchmarks/learning_rate.py``); small networks can do with ten times as much.
+        (``tests/benchmarks/finetuning_defaults.py``); small networks can do with ten times as much.
     layer_decay : float, optional
         The learning rate of a layer is lr·layer_decay^(layers above it).
     head_lr_ratio : float, default 1
@@ -47,6 +47,9 @@ class FinetuneConfig:
         How the classifier starts.
     freeze : {"none", "backbone"}
         "backbone" trains the head only, with the backbone in eval mode.
+    batch_norm : {"frozen", "train"}
+        "frozen" keeps the statistics of the pretraining, with which the head was started, and
+        trains scale and shift; "train" normalises by each batch and learns new statistics.
     label_smoothing, mixup, cutmix : float, default 0
         The last two are the α of `timm.data.Mixup`.
     augmentation : mapping
@@ -91,6 +94,7 @@ class FinetuneConfig:
     warmup_epochs: float = 0.5
     head: str = "probe"
     freeze: str = "none"
+    batch_norm: str = "frozen"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -109,6 +113,7 @@ class FinetuneConfig:
             ("schedule", SCHEDULES),
             ("head", ("probe", "random")),
             ("freeze", ("none", "backbone")),
+            ("batch_norm", ("frozen", "train")),
             ("class_weights", ("balanced", None)),
             ("precision", PRECISIONS),
             ("monitor", MONITORS),

@@ -629,3 +629,14 @@ def test_shared_work_travels_empty():
     train(demo(), digits(), epochs=0, shared=shared)
     assert shared._images
     assert not pickle.loads(pickle.dumps(shared))._images
+
+
+@pytest.mark.parametrize("mode", ["frozen", "train"])
+def test_batch_norm_keeps_the_statistics_of_the_pretraining_or_learns_others(mode):
+    before, after = train(epochs=0), train(epochs=1, batch_norm=mode)
+    a, b = weights(before), weights(after)
+    statistics = [name for name in a if "running_" in name]
+    assert statistics
+    assert equal(*({k: w[k] for k in statistics} for w in (a, b))) == (mode == "frozen")
+    scales = [k.replace("running_mean", "weight") for k in statistics if "mean" in k]
+    assert not any(torch.equal(a[k], b[k]) for k in scales)  # they learn either way
