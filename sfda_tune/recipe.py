@@ -34,8 +34,8 @@ class FinetuneConfig:
     optimizer : str
         Any name that `timm.optim.create_optimizer_v2` knows.
     lr, weight_decay : float
-        The default rate is what fine-tuning pretrained networks without any tuning went best with
-        (``tests/benchmarks/finetuning_defaults.py``); small networks can do with ten times as much.
+        The default rate is the one with which pretrained networks went best untuned, see
+        ``tests/benchmarks/finetuning_defaults.py``; very small ones can do with ten times as much.
     layer_decay : float, optional
         The learning rate of a layer is lr·layer_decay^(layers above it).
     head_lr_ratio : float, default 1
