@@ -5,7 +5,8 @@ stage       what happens
 ==========  =======================================================================================
 rank        candidates that break a constraint are left out, the others ranked on training images
 shortlist   the best `keep` go on; where the ranking cannot tell them apart, it abstains, and a
-            short fine-tuning of each plausible candidate decides
+            short fine-tuning of each plausible candidate decides: the first epochs of its first
+            trial, which goes on from there
 tune        an engine (`sfda_tune.engines`) fine-tunes the survivors with varying parameters
 train       the winner once more, on training and validation images, for its best number of epochs
 test        on images that nothing above has seen
@@ -28,8 +29,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -43,7 +44,7 @@ from sfda_tune.backbones import describe, load, resolve_backbones
 from sfda_tune.confidence import diagnose
 from sfda_tune.engines import Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
 from sfda_tune.extraction import resolve_device, use_threads
-from sfda_tune.finetuning import FineTuning, finetune
+from sfda_tune.finetuning import BEST, CHECKPOINT, FineTuning, finetune
 from sfda_tune.predictions import load_model, predict
 from sfda_tune.ranking import RankingInterruptedError, rank
 from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
@@ -569,6 +570,9 @@ class _Search:
         with self.edit() as state:
             state["short_trials"] = short
         kept = order[:keep]
+        for trial in short:
+            if trial["backbone"] not in kept:
+                self.forget(trial["folder"])
         decision = (
             f"{state['decision']}; short fine-tunings of {len(values)} candidates decided "
             f"for {', '.join(kept)}"
@@ -620,25 +624,49 @@ class _Search:
         self.leave("tune", note)
 
     def train_shortly(self, trial: Trial) -> Iterator[Trial]:
-        return self.train(trial, max(1, min(3, self.epochs // 4)))
+        """Train the first epochs of a full fine-tuning."""
+        last = max(1, min(3, self.epochs // 4))
+        with closing(self.train(trial)) as steps:
+            for now in steps:
+                yield now
+                if now.epochs[-1]["number"] >= last:
+                    return
 
     def train_fully(self, trial: Trial) -> Iterator[Trial]:
-        return self.train(trial, self.epochs)
+        self.take_over(trial)
+        yield from self.train(trial)
 
-    def config(self, params: Mapping[str, Any], epochs: int) -> FinetuneConfig:
+    def take_over(self, trial: Trial) -> None:
+        """Give a trial the epochs that its backbone had with the same parameters before."""
+        assert self.space is not None
+        plausible, own = self.state.get("plausible", []), self.folder / "trials" / trial.folder
+        if trial.backbone not in plausible or dict(trial.params) != self.space.default():
+            return
+        short = self.folder / "trials" / f"short-{plausible.index(trial.backbone)}"
+        if not (own / CHECKPOINT).is_file():
+            for name in (BEST, CHECKPOINT):  # without the latter, the former is not looked at
+                with suppress(FileNotFoundError):
+                    os.replace(short / name, own / name)
+
+    def forget(self, folder: str) -> None:
+        """Delete the weights of a trial."""
+        for weights in (self.folder / "trials" / folder).glob("*.safetensors"):
+            weights.unlink(missing_ok=True)
+
+    def config(self, params: Mapping[str, Any]) -> FinetuneConfig:
         assert self.space is not None
         g = self.given
         more = {"monitor": g["metric"], "seed": g["seed"], "precision": g["precision"]}
-        return self.space.config(params, epochs=epochs, **more)
+        return self.space.config(params, epochs=self.epochs, **more)
 
-    def train(self, trial: Trial, epochs: int) -> Iterator[Trial]:
+    def train(self, trial: Trial) -> Generator[Trial, None, None]:
         """Fine-tune on the training images; yield the trial after every epoch."""
         with (
             stop_when(lambda: time.time() >= self.stop),
             finetune(
                 self.backbones[trial.backbone],
                 self.parts["train"],
-                self.config(trial.params, epochs),
+                self.config(trial.params),
                 val=self.parts["val"],
                 checkpoint_dir=self.folder / "trials" / trial.folder,
                 device=self.device,
@@ -690,8 +718,7 @@ class _Search:
                 state["best"] = self.summarise(self.best, state["costs"])
         for t in trials:
             if t.state != "running" and t != self.best:
-                for weights in (self.folder / "trials" / t.folder).glob("*.safetensors"):
-                    weights.unlink(missing_ok=True)
+                self.forget(t.folder)
         self.board.show(trials, self.best, self.given["trials"], self.stop)
 
     def of(self, backbone: str) -> list[Trial]:
@@ -796,7 +823,7 @@ class _Search:
     def train_winner(self, best: Trial) -> str:
         """Write RUN/model and return how it came about."""
         backbone, val = self.backbones[best.backbone], self.parts["val"]
-        config, last = self.config(best.params, self.epochs), self.best_epoch(best)["number"]
+        config, last = self.config(best.params), self.best_epoch(best)["number"]
         why = "for want of time: the budget was spent"
         both = join(self.parts["train"], val)
         self.stop = self.deadline - self.seconds_to_test()

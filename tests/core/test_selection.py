@@ -378,6 +378,27 @@ def test_it_abstains_where_the_ranking_cannot_tell(tmp_path):
     assert [t["backbone"] for t in state["short_trials"]] == list(names)
     assert len(state["survivors"]) == 2
     assert {t["backbone"] for t in state["trials"]} == set(state["survivors"])
+    assert not list((tmp_path / "r" / "trials").glob("short-*/*.safetensors"))
+
+
+@pytest.mark.parametrize("engine", ["optuna", "ray"])
+def test_the_first_trial_goes_on_from_the_short_fine_tuning(tmp_path, engine):
+    pytest.importorskip(engine)
+    for name in "ab":
+        shutil.copytree(demo.folder("resnet_glyphs"), tmp_path / name)
+    given = {"trials": 2, "epochs": 4, "samples": 120, "keep": 1, "engine": engine}
+    result = search("digits", [str(tmp_path / n) for n in "ab"], **given, out=tmp_path / "r")
+    state = result.summary
+    winner = state["survivors"][0]
+    short = next(t for t in state["short_trials"] if t["backbone"] == winner)
+    first = state["trials"][0]
+    assert [e["number"] for e in short["epochs"]] == [0, 1]
+    assert [e["number"] for e in first["epochs"]][:2] == [0, 1]
+    assert len(first["epochs"]) == 5 or first["state"] == "pruned"
+    assert first["epochs"][:2] == short["epochs"]  # with their seconds: nothing was repeated
+    second = state["trials"][1]
+    assert second["params"] != first["params"]
+    assert second["epochs"][1]["seconds"] != first["epochs"][1]["seconds"]
 
 
 def test_two_objectives_give_a_front(tmp_path):
