@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -202,7 +203,10 @@ def _revive(study: Study, job: Job) -> None:
         except Timeout:
             continue
         lock.release()
-        _abandon(study, t.number)
+        try:
+            _abandon(study, t.number)
+        except UpdateFinishedTrialError:  # it ended after we had looked
+            continue
         if "backbone" in t.params and all(d.name in t.params for d in job.space.dimensions):
             study.enqueue_trial(t.params, user_attrs={FOLDER: folder})
 
