@@ -75,6 +75,7 @@ class NumpyOps:
     """BLAS and LAPACK on the host; every large operand is passed without a copy."""
 
     device = "cpu"
+    block = 2**14, 2**20  # numbers in a block of rows, at least and at most: of the caches' size
 
     def asarray(self, array: Array) -> Array:
         return np.asarray(array)
@@ -100,6 +101,20 @@ class NumpyOps:
         for i in range(0, len(out), step):
             out[i : i + step] = features[order[i : i + step]]
         return out
+
+    def split(self, Z: Array, counts: np.ndarray) -> Array:
+        """Subtract the mean of each class from its rows; return the means."""
+        M = np.empty((len(counts), Z.shape[1]))
+        for c, (i, j) in enumerate(_bounds(counts)):
+            Z_c = Z[i:j]
+            # Relative to a sample of the class: rounding cannot turn a constant class into one
+            # with variance, nor can a large common offset cost digits.
+            origin = Z_c[0].copy()
+            Z_c -= origin
+            mean = Z_c.mean(0)
+            Z_c -= mean
+            M[c] = origin + mean
+        return M
 
     def gram(self, Z: Array, dual: bool) -> Array:
         """Lower triangle of ZZᵀ/N if `dual`, else of ZᵀZ/N."""
@@ -152,7 +167,12 @@ class NumpyOps:
 
 
 class TorchOps:
-    """The same on a torch device; always float64, since `float32` loses λ at its floor."""
+    """The same on a torch device; always float64, since `float32` loses λ at its floor.
+
+    No loop over classes: with 1,000 of them a GPU would do nothing but begin.
+    """
+
+    block = 2**22, 2**24
 
     def __init__(self, device: Any) -> None:
         import torch  # imported already by whoever made the tensor
@@ -176,6 +196,22 @@ class TorchOps:
 
     def take(self, features: Array, order: Array) -> Array:
         return features.index_select(0, self.asarray(order)).to(self.torch.float64)
+
+    def split(self, Z: Array, counts: np.ndarray) -> Array:
+        n = self.asarray(counts)
+        origin = Z[self.asarray(np.cumsum(counts) - counts)]
+        for rows, c in self._by_class(n, len(Z)):
+            Z[rows] -= origin[c]
+        mean = self.torch.segment_reduce(Z, "sum", lengths=n, axis=0) / n[:, None]
+        for rows, c in self._by_class(n, len(Z)):
+            Z[rows] -= mean[c]
+        return origin + mean
+
+    def _by_class(self, counts: Array, N: int) -> Iterator[tuple[slice, Array]]:
+        """Some rows at a time, with the class of each: no second array of the size of Z."""
+        y, step = self.torch.repeat_interleave(counts), 2**13
+        for i in range(0, N, step):
+            yield slice(i, i + step), y[i : i + step]
 
     def gram(self, Z: Array, dual: bool) -> Array:
         return (Z @ Z.T if dual else Z.T @ Z).div_(len(Z))  # torch has no rank-k update
@@ -214,6 +250,11 @@ class TorchOps:
 
 
 Ops: TypeAlias = NumpyOps | TorchOps
+
+
+def _bounds(counts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First row and end of each class."""
+    return pairwise(np.concatenate([[0], np.cumsum(counts)]).tolist())
 
 
 def _singular(pivots: Array, diagonal: Array) -> bool:
@@ -323,33 +364,23 @@ class Samples:
         self.dual = self.N < self.D  # tests and benchmarks force the other path
         self.q = counts / self.N
         self.y = ops.asarray(np.repeat(np.arange(self.C), counts))
-        self.M = ops.zeros(self.C, self.D)
         self._split()
 
     def of_each_class(self) -> Iterator[tuple[int, slice]]:
         """Classes and the slices of their rows."""
-        bounds = np.concatenate([[0], np.cumsum(self.counts)]).tolist()
-        for c, (i, j) in enumerate(pairwise(bounds)):
+        for c, (i, j) in enumerate(_bounds(self.counts)):
             yield c, slice(i, j)
 
     def _split(self) -> None:
         """Turn the rows in `Z` into class means and deviations from them."""
-        copy = self.ops.copy
-        for c, rows in self.of_each_class():
-            Z_c = self.Z[rows]
-            # Relative to a sample of the class: rounding cannot turn a constant class into one
-            # with variance, nor can a large common offset cost digits.
-            origin = copy(Z_c[0])
-            Z_c -= origin
-            mean = Z_c.mean(0)
-            Z_c -= mean
-            self.M[c] = origin + mean
-        self.M -= copy(self.M[0])
+        self.M = self.ops.split(self.Z, self.counts)
+        self.M -= self.ops.copy(self.M[0])
         self.M -= self.ops.asarray(self.q) @ self.M
 
     def blocks(self) -> Iterator[slice]:
         """Slices of rows, small beside a D × D (N × N) matrix."""
-        budget = min(max(min(self.N, self.D) ** 2 // 2, 2**14), 2**20)
+        least, most = self.ops.block
+        budget = min(max(min(self.N, self.D) ** 2 // 2, least), most)
         step = max(1, budget // max(self.C, self.D))
         yield from (slice(i, min(i + step, self.N)) for i in range(0, self.N, step))
 
@@ -382,13 +413,13 @@ class Samples:
 
     def mix(self, p: Array) -> None:
         """Replace x_n by p_n·x_n + (1 − p_n)·(unweighted mean of the other class means)."""
-        total = self.M.sum(0)
-        for c, rows in self.of_each_class():
-            others = (total - self.M[c]) / (self.C - 1)
-            Z_c = self.Z[rows]
-            Z_c += self.M[c] - others
-            Z_c *= p[rows, None]
-            Z_c += others
+        others = (self.M.sum(0) - self.M) / (self.C - 1)
+        shift = self.M - others
+        for rows in self.blocks():
+            c, Z = self.y[rows], self.Z[rows]
+            Z += shift[c]
+            Z *= p[rows, None]
+            Z += others[c]
         self._split()
 
     def unsorted(self, values: Array) -> np.ndarray:
