@@ -19,6 +19,7 @@ is fetched unless a spec names remote weights that are not in the local cache ye
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import fnmatch
@@ -403,11 +404,25 @@ def _create(backbone: Backbone, *, pretrained: bool) -> Any:
         with nullcontext() if local else cache_only_if_unreachable():
             # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
             # error; with num_classes=0 it would silently leave what is missing at random.
-            module: Any = timm.create_model(name, pretrained=pretrained)
+            module: Any = _build(name) if pretrained else timm.create_model(name)
     except Exception as error:
         raise BackboneError(_explain(backbone, error)) from error
     module.reset_classifier(0)
     return module
+
+
+def _build(name: str) -> Any:
+    """Build a network and load its weights, without drawing random ones first if it can be."""
+    import timm
+    import torch
+
+    from sfda_tune.initialization import NoRandomWeights
+
+    with NoRandomWeights() as blank, contextlib.suppress(torch.linalg.LinAlgError):
+        module = timm.create_model(name, pretrained=True)
+        if not blank.incomplete():
+            return module
+    return timm.create_model(name, pretrained=True)  # an architecture that loads no weights
 
 
 def timm_name(spec: str) -> str:

@@ -261,7 +261,7 @@ class _Run:
                 if seen is not None:
                     extraction = seen[name] = _join(seen.get(name), extraction)
                 begun = time.perf_counter()
-                result = _score(extraction, self.scorer)
+                result = _score(extraction, self.scorer, self.settings.device)
                 self.seconds["score"] += time.perf_counter() - begun
                 if extraction.features is not None:
                     if self.rows is None or name in ranked:  # again: some rows turned out bad
@@ -357,14 +357,14 @@ def _join(old: Extraction | None, new: Extraction) -> Extraction:
     )
 
 
-def _score(extraction: Extraction, scorer: Scorer) -> Score:
+def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
     """Score an extraction and add to the score's details what the extraction measured."""
     name = extraction.backbone.name
     spent = sum(extraction.seconds.get(part, 0.0) for part in ("load", "decode", "forward"))
     if extraction.features is None:
         result = Score(name, error=extraction.error or "failed", seconds=spent)
     else:
-        result = scorer.score(extraction.features)
+        result = scorer.score(extraction.features, device)
         result = replace(result, seconds=result.seconds + spent)
     measured = {
         "spec": extraction.backbone.spec,

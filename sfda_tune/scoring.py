@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.devices import scores_faster
 from sfda_tune.metrics import combine, combine_hub, describe_metrics, get_metric
 from sfda_tune.metrics.priors import PRIORS
 from sfda_tune.metrics.sfda import VARIANTS, sfda
@@ -88,13 +89,16 @@ class Scorer:
         """Whether a value depends on the other backbones."""
         return len(self.terms) > 1 or self.terms[0].hub
 
-    def score(self, features: Features) -> Score:
-        """Score the features of one backbone; a metric that fails gives a score with its error."""
+    def score(self, features: Features, device: str = "cpu") -> Score:
+        """Score the features of one backbone; a metric that fails gives a score with its error.
+
+        SFDA computes on `device` where that is faster, `details["device"]` says where it did.
+        """
         started = time.perf_counter()
         problem = None
         try:
             results = {
-                term.name: _result(term.function(features.x, features.y))
+                term.name: _result(_compute(term.function, features, device))
                 for term in self.terms
                 if term.function
             }
@@ -226,6 +230,19 @@ def _bare(function: Any) -> Any:
 
 def _result(value: Any) -> MetricResult:
     return value if isinstance(value, MetricResult) else MetricResult(float(value))
+
+
+def _compute(function: Callable[[Any, Any], Any], features: Features, device: str) -> Any:
+    x, y = features.x, features.y
+    if device != "cpu" and _bare(function) is sfda and scores_faster(x.shape, device):
+        import torch
+
+        try:
+            return function(torch.as_tensor(x, device=device), y)
+        except RuntimeError as error:  # too little memory, or lost to another's fault
+            why = " ".join(str(error).split())[:200]
+            logger.warning("%s is scored on the CPU (%s)", features.backbone, why)
+    return function(x, y)
 
 
 def _noted(details: Mapping[str, Any], priors: list[str] | None) -> dict[str, Any]:
