@@ -418,7 +418,7 @@ def _build(name: str) -> Any:
 
     from sfda_tune.initialization import NoRandomWeights
 
-    with NoRandomWeights() as blank, contextlib.suppress(torch.linalg.LinAlgError):
+    with NoRandomWeights() as blank, contextlib.suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
         module = timm.create_model(name, pretrained=True)
         if not blank.incomplete():
             return module

@@ -12,6 +12,7 @@ import numpy as np
 
 from sfda_tune import backbones as zoo
 from sfda_tune.checkpoints import share_file, write_tensors
+from sfda_tune.devices import compute
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.values import Backbone
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WEIGHTS",
-    "autocast",
     "fit_head",
     "forward",
     "make_optimizer",
@@ -84,14 +84,6 @@ def _pool(features: torch.Tensor) -> torch.Tensor:
     return features.mean((2, 3)) if features.ndim == 4 else features
 
 
-def autocast(device: str, precision: str) -> Any:
-    """Return torch's context of mixed precision, or one that does nothing."""
-    import torch
-
-    dtype = getattr(torch, precision)
-    return torch.autocast(torch.device(device).type, dtype, enabled=precision != "float32")
-
-
 def forward(
     module: nn.Module,
     preprocessing: Preprocessing,
@@ -102,7 +94,7 @@ def forward(
     """Return the logits of decoded images, on the CPU."""
     import torch
 
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.inference_mode(), compute(device, precision, exact=False):
         batch = preprocessing.normalize(torch.stack(pixels).to(device))
         return module(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
 

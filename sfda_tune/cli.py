@@ -114,7 +114,7 @@ def rank(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16 (autocast).")
+        str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
     ] = "float32",
     batch_size: Annotated[
         int | None, typer.Option(help="Images per forward pass. Default: automatic.")

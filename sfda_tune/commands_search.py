@@ -74,7 +74,9 @@ def search(
     image_column: Annotated[str | None, typer.Option(help="Column of the paths.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
+    ] = "float32",
     seed: Annotated[int, typer.Option(help="Of the splits and of the trials.")] = 0,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the kept features.")

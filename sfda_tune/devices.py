@@ -7,13 +7,26 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["compute", "has_fast_float64", "is_working", "scores_faster"]
+__all__ = ["check_precision", "compute", "has_fast_float64", "is_working", "scores_faster"]
 
 logger = logging.getLogger(__name__)
 
 # Multiplications of a score from which a GPU repays the transfer of the features and the start of
 # its libraries; below, a CPU takes some hundredths of a second.
 WORTH_A_TRANSFER = 2e9
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse what only CUDA devices do on any other; ``"auto"`` is not known yet.
+
+    Raises
+    ------
+    ValueError
+    """
+    if precision == "tf32" and device != "auto" and not device.startswith("cuda"):
+        raise ValueError(
+            f"`precision` 'tf32' needs a CUDA device but `device` is {device!r}; take 'float32'."
+        )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ An `Executor` runs the same units elsewhere: it is handed the `Plan` of what is 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import pickle
@@ -28,7 +29,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -36,6 +37,7 @@ import numpy as np
 
 from sfda_tune import backbones as zoo
 from sfda_tune.datasets import DatasetError, ImageDataset, UnreadableImage
+from sfda_tune.devices import check_precision, compute, is_working
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.store import Entry, FeatureStore, make_key
 from sfda_tune.values import Backbone, Features
@@ -67,7 +69,11 @@ SMALL = 5e5  # parameters × (pixels / 224²): below, one thread computes
 SHARD = 1024  # images in one entry of the store; part of what `store.FORMAT` means
 PIXEL_BYTES = 4 << 30  # at most so much memory for decoded pixels, and a quarter of what is free
 DECODE_BATCH = 16
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+# What lets a GPU compute all the time; `tests/benchmarks/gpu.py` measures each of them alone.
+LANES = 2  # units under way: while one computes, the next one's network is opened
+PIN = True  # decoded pixels lie in memory that the device reads by itself
+SIDE_STREAM = True  # and are read while it computes
 
 
 class Map(Protocol):
@@ -86,8 +92,9 @@ class Settings:
     ----------
     device : str, default "auto"
         Any torch device; ``"auto"`` is CUDA, else MPS, else the CPU.
-    precision : {"float32", "bfloat16", "float16"}
-        Of the forward pass (autocast); features are always returned as float32.
+    precision : {"float32", "tf32", "bfloat16", "float16"}
+        Of the forward pass, see `sfda_tune.devices.compute`; ``"tf32"`` is for CUDA devices.
+        Features are always returned as float32.
     batch_size : int, optional
         Default: by input size and device. Halved for as long as the memory does not suffice.
     workers : int, optional
@@ -113,6 +120,7 @@ class Settings:
             raise ValueError(
                 f"`precision` must be one of {', '.join(PRECISIONS)} but is {self.precision!r}."
             )
+        check_precision(self.precision, self.device)
         for name, least in (("batch_size", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
@@ -361,7 +369,7 @@ class PixelBlock:
                 continue
             if key not in self._pixels:
                 shape = (self.n, *stack.shape[1:])
-                self._pixels[key] = torch.empty(shape, dtype=stack.dtype, pin_memory=self._pin)
+                self._pixels[key] = _empty(shape, stack.dtype, pin=self._pin)
             if stack.shape[1:] != self._pixels[key].shape[1:]:
                 self._faults[key] = "its results differ in shape from image to image"
                 continue
@@ -490,6 +498,31 @@ class Outcome:
     not_kept: str | None = None  # why the store refused them
 
 
+class _Turn:
+    """Lets one unit after the other compute, in their order; entered before a unit does."""
+
+    def __init__(self, before: _Turn | None, stop: threading.Event) -> None:
+        self._before, self._stop, self._over = before, stop, threading.Event()
+
+    def __enter__(self) -> None:
+        while self._before is not None and not self._before._over.wait(0.1):
+            self.check()
+        self._before = None  # or the turns of a long run would hang on each other
+        self.check()
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def check(self) -> None:
+        """Raise if the run has ended; threads cannot be interrupted."""
+        if self._stop.is_set():
+            raise RuntimeError("the run has ended")
+
+
+# Held while a network comes to a device or leaves it, and while a batch's memory is measured.
+_MOVES = threading.Lock()
+
+
 @dataclass(frozen=True, eq=False)
 class Worker:
     """Runs a unit; can be sent to another process."""
@@ -499,9 +532,10 @@ class Worker:
     advance: Callable[[str, int], None] | None = None
     threads: int | None = None  # decode in so many threads, not in processes
     resident: dict[str, Any] | None = None  # keeps the networks from one unit to the next
+    turn: _Turn | None = None  # for the device, where several units are under way
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "advance": None, "resident": None}
+        return {**self.__dict__, "advance": None, "resident": None, "turn": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -521,71 +555,101 @@ class Worker:
         return outcome
 
     def _run(self, unit: Unit, outcome: Outcome) -> None:
-        seconds = outcome.seconds
         started = time.perf_counter()
-        forward, weights, n_params = self._load(unit)
-        seconds["load"] = time.perf_counter() - started
-        with few_threads(forward.module, unit.preprocessing):
-            self._forward(unit, outcome, forward, weights, n_params)
+        forward, outcome.weights, n_params = self._load(unit)
+        outcome.seconds["load"] = time.perf_counter() - started
+        on_gpu = forward.device.type == "cuda"
+        under_way: deque[_Shard] = deque()
+        with (
+            self.turn or contextlib.nullcontext(),
+            few_threads(forward.module, unit.preprocessing),
+        ):
+            block = self._block(unit, pin=on_gpu and PIN)
+            filled = block.filled
+            half = unit.preprocessing.fingerprint()
+            try:
+                for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
+                    key = make_key(images, outcome.weights, half, self.settings.precision)
+                    outcome.n_images += stop - start
+                    if unit.retry and self.store is not None and (entry := self.store.get(key)):
+                        outcome.entries[shard], outcome.keys[shard] = entry, key
+                        continue
+                    rows = range(start, stop)
+                    under_way.append(self._forward(unit, outcome, forward, block, rows))
+                    under_way[-1].number, under_way[-1].key = shard, key
+                    while len(under_way) > on_gpu:  # which computes the next one meanwhile
+                        self._keep(under_way.popleft(), unit, outcome, n_params)
+            finally:
+                outcome.n_decoded = block.filled - filled
+        while under_way:
+            self._keep(under_way.popleft(), unit, outcome, n_params)
+        with _MOVES:
+            del forward
 
     def _forward(
-        self, unit: Unit, outcome: Outcome, forward: _Forward, weights: str, n_params: int
-    ) -> None:
-        seconds = outcome.seconds
-        outcome.weights = weights
-        block = self._block(unit, pin=forward.device.type == "cuda")
-        filled = block.filled
-        half = unit.preprocessing.fingerprint()
-        for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
-            key = make_key(images, weights, half, self.settings.precision)
-            outcome.n_images += stop - start
-            if unit.retry and self.store is not None and (entry := self.store.get(key)):
-                outcome.entries[shard], outcome.keys[shard] = entry, key
-                continue
-            waited, started = seconds["decode"], time.perf_counter()
-            base = _reset_peak(forward.device)
-            parts, good = [], []
-            position = start
-            while position < stop:
-                end = min(position + forward.batch_size, stop)
-                rows = block.rows(position, end, seconds)
-                if len(block.unreadable) > unit.max_unreadable:
-                    raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
-                if len(rows):
-                    parts.append(forward(block.pixels(unit.preprocessing.key, rows)))
-                    good.append(rows - start)
-                if self.advance is not None:
-                    self.advance(unit.backbone.name, end - position)
-                outcome.n_decoded = block.filled - filled
-                position = end
-            x = _to_numpy(parts)
-            forward_seconds = time.perf_counter() - started - (seconds["decode"] - waited)
-            seconds["forward"] += forward_seconds
-            rows = np.concatenate(good) if good else np.empty(0, np.int64)
-            entry = Entry(
-                x,
-                rows,
-                block.reasons(start, stop),
-                {
-                    "backbone": unit.backbone.name,
-                    "n_params": n_params,
-                    "forward_seconds": forward_seconds,
-                    "device": self.settings.device,
-                    **_read_peak(forward, base, len(rows)),
-                },
+        self,
+        unit: Unit,
+        outcome: Outcome,
+        forward: _Forward,
+        block: PixelBlock,
+        shard: range,
+    ) -> _Shard:
+        """Compute the rows of a shard; on a GPU only begin to."""
+        seconds, start, stop = outcome.seconds, shard.start, shard.stop
+        waited, started = seconds["decode"], time.perf_counter()
+        parts, good, peak = [], [], {}
+        forward.begin()
+        position = start
+        while position < stop:
+            if self.turn is not None:
+                self.turn.check()
+            end = min(position + forward.batch_size, stop)
+            rows = block.rows(position, end, seconds)
+            if len(block.unreadable) > unit.max_unreadable:
+                raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
+            if len(rows):
+                pixels = block.pixels(unit.preprocessing.key, rows)
+                if forward.device.type == "cuda" and not parts:
+                    with _MOVES:
+                        base = _reset_peak(forward.device)
+                        parts.append(forward(pixels))
+                        peak = _read_peak(forward, base, len(rows))
+                else:
+                    parts.append(forward(pixels))
+                good.append(rows - start)
+            if self.advance is not None:
+                self.advance(unit.backbone.name, end - position)
+            position = end
+        features = _to_host(parts)
+        spent = time.perf_counter() - started - (seconds["decode"] - waited)
+        rows = np.concatenate(good) if good else np.empty(0, np.int64)
+        unreadable = block.reasons(start, stop)
+        return _Shard(features, rows, unreadable, peak, forward.clock(spent))
+
+    def _keep(self, done: _Shard, unit: Unit, outcome: Outcome, n_params: int) -> None:
+        """Wait for the features of a shard and put them into the store."""
+        x, forward_seconds = done.features(), done.seconds()
+        outcome.seconds["forward"] += forward_seconds
+        info = {
+            "backbone": unit.backbone.name,
+            "n_params": n_params,
+            "forward_seconds": forward_seconds,
+            "device": self.settings.device,
+            **done.peak,
+        }
+        entry = Entry(x, done.rows, done.unreadable, info)
+        if not np.isfinite(x).all():
+            raise ValueError(
+                f"its features are not finite in {self.settings.precision}"
+                + ("" if self.settings.precision == "float32" else "; try float32")
             )
-            if not np.isfinite(x).all():
-                raise ValueError(
-                    f"its features are not finite in {self.settings.precision}"
-                    + ("" if self.settings.precision == "float32" else "; try float32")
-                )
-            outcome.entries[shard] = entry
-            if self.store is not None:
-                try:
-                    self.store.put(key, entry)
-                    outcome.keys[shard] = key
-                except OSError as error:  # a full disk costs the cache, not the result
-                    outcome.not_kept = str(error)
+        outcome.entries[done.number] = entry
+        if self.store is not None:
+            try:
+                self.store.put(done.key, entry)
+                outcome.keys[done.number] = done.key
+            except OSError as error:  # a full disk costs the cache, not the result
+                outcome.not_kept = str(error)
 
     def _load(self, unit: Unit) -> tuple[_Forward, str, int]:
         import torch
@@ -597,7 +661,8 @@ class Worker:
         module, preprocessing = zoo.load(unit.backbone)
         weights = unit.weights or zoo.fingerprint(unit.backbone, module) or ""
         n_params = sum(p.numel() for p in module.parameters())
-        module = module.to(device).to(memory_format=torch.channels_last)
+        with _MOVES:
+            module = module.to(device).to(memory_format=torch.channels_last)
         loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
         if self.resident is not None:
             self.resident[name] = loaded
@@ -622,15 +687,45 @@ class Worker:
             return block
 
 
+@dataclass(eq=False)
+class _Shard:
+    """What a device has computed, or is about to: `features` and `seconds` wait for it."""
+
+    features: Callable[[], np.ndarray]
+    rows: np.ndarray
+    unreadable: dict[str, str]
+    peak: dict[str, int]
+    seconds: Callable[[], float]
+    number: int = 0
+    key: str = ""
+
+
 class _Forward:
     """Batches of pixels to features on the device, with as large a batch as fits."""
 
     def __init__(
         self, module: Any, preprocessing: Preprocessing, device: torch.device, settings: Settings
     ) -> None:
+        import torch
+
         self.module, self.preprocessing = module, preprocessing
         self.device, self.precision = device, settings.precision
         self.batch_size = settings.batch_size or _default_batch(preprocessing, device)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._copies = None
+        if device.type == "cuda" and SIDE_STREAM:
+            self._copies = torch.cuda.Stream(device)
+
+    def begin(self) -> None:
+        """Begin to measure the time that the device computes."""
+        self._events = []
+
+    def clock(self, spent: float) -> Callable[[], float]:
+        """Return what tells how long a GPU computed since `begin`; others tell the `spent`."""
+        events = self._events
+        if self.device.type != "cuda":
+            return lambda: spent
+        return lambda: sum(a.elapsed_time(b) for a, b in events) / 1000
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
@@ -657,13 +752,35 @@ class _Forward:
     def _run(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
-        autocast = (
-            contextlib.nullcontext()
-            if self.precision == "float32"
-            else torch.autocast(self.device.type, getattr(torch, self.precision))
-        )
-        with torch.inference_mode(), autocast:
-            batch = self.preprocessing.normalize(pixels.to(self.device, non_blocking=True))
+        if self.device.type != "cuda":
+            return self._compute(pixels.to(self.device))
+        with torch.cuda.device(self.device):
+            moved = self._move(pixels)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            features = self._compute(moved)
+            end.record()
+        self._events.append((begin, end))
+        return features
+
+    def _move(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Copy pixels to the GPU, beside what it computes for the batch before."""
+        import torch
+
+        if self._copies is None:
+            return pixels.to(self.device, non_blocking=True)
+        with torch.cuda.stream(self._copies):
+            moved = pixels.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        moved.record_stream(computing)
+        return moved
+
+    def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode(), compute(self.device, self.precision):
+            batch = self.preprocessing.normalize(pixels)
             features = self.module(batch.contiguous(memory_format=torch.channels_last))
             if isinstance(features, torch.Tensor) and features.ndim == 4:
                 features = features.mean((2, 3))
@@ -677,32 +794,53 @@ class _Forward:
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Begin to watch the device's memory, where it can be; return what it holds already."""
+    """Begin to watch the memory of a GPU; return what it holds already."""
     import torch
 
-    if device.type != "cuda":
-        return 0
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
 
 def _read_peak(forward: _Forward, base: int, n: int) -> dict[str, int]:
-    """Return what the forward passes took at most beyond `base`, in bytes, with which batch."""
+    """Return what a batch of `n` took at most beyond `base`, in bytes."""
     import torch
 
-    if forward.device.type != "cuda" or not n:
-        return {}
     peak = torch.cuda.max_memory_allocated(forward.device) - base
     return {"peak_memory": peak, "peak_batch": min(forward.batch_size, n)}
 
 
-def _to_numpy(parts: list[torch.Tensor]) -> np.ndarray:
-    """Collect a shard's features; on CUDA this is where the host waits for the device."""
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
+    """Return host memory, pinned if it may be: some containers limit how much."""
+    import torch
+
+    if pin:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            logger.info("without pinned memory: %s", _one_line(error))
+    return torch.empty(shape, dtype=dtype)
+
+
+def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:
+    """Begin to copy a shard's features to the host; return what waits for them."""
     import torch
 
     if not parts:
-        return np.empty((0, 0), np.float32)
-    return torch.cat(parts).cpu().numpy()
+        return lambda: np.empty((0, 0), np.float32)
+    features = torch.cat(parts)
+    if features.device.type != "cuda":
+        return lambda: features.cpu().numpy()
+    host = _empty(tuple(features.shape), features.dtype, pin=PIN)
+    with torch.cuda.device(features.device):
+        host.copy_(features, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def wait() -> np.ndarray:
+        arrived.synchronize()
+        return host.numpy().copy()  # pinned memory is for passage only
+
+    return wait
 
 
 def _default_batch(preprocessing: Preprocessing, device: torch.device) -> int:
@@ -1043,7 +1181,7 @@ def _extract(
     tell = progress.advance if progress and map_fn is None and executor is None else None
     worker = Worker(settings, store, tell)
     outcomes: Any = (
-        (map_fn or map)(worker, _plan(plan)) if executor is None else executor.run(worker, plan)
+        executor.run(worker, plan) if executor else (map_fn or _run_here)(worker, _plan(plan))
     )
     try:
         for outcome in outcomes:
@@ -1076,7 +1214,7 @@ def _extract(
             else:  # until its other blocks are done the features need no memory
                 job.entries.update(outcome.keys)
     finally:
-        if executor is not None:
+        if isinstance(outcomes, Generator):
             outcomes.close()
         with _BLOCKS_LOCK:
             _BLOCKS.pop(plan.run, None)
@@ -1106,6 +1244,91 @@ def _plan(plan: Plan) -> Iterator[Unit]:
     per_block = shards_per_block(map(plan.preprocessing, users))
     for first in range(0, len(needed), per_block):
         yield from plan.units(users, needed[first : first + per_block], first)
+
+
+def _run_here(worker: Worker, units: Iterable[Unit]) -> Generator[Outcome, None, None]:
+    """Run units in this process; if a network breaks the device's context, the rest in others."""
+    waiting: deque[Unit] = deque()
+    units = iter(units)
+
+    def given() -> Iterator[Unit]:
+        for unit in units:
+            waiting.append(unit)
+            yield unit
+
+    on_gpu = worker.settings.device.startswith("cuda")
+    outcomes = _overlap(worker, given(), LANES) if on_gpu and LANES > 1 else map(worker, given())
+    try:
+        for outcome in outcomes:
+            if outcome.error is not None and not is_working(worker.settings.device):
+                break
+            waiting.popleft()
+            yield outcome
+        else:
+            return
+    finally:
+        if isinstance(outcomes, Generator):
+            outcomes.close()
+    logger.warning("%s left %s unusable; the others go on in a fresh process",
+                   outcome.name, worker.settings.device)  # fmt: skip
+    yield from _run_apart(worker, itertools.chain(waiting, units))
+
+
+def _overlap(worker: Worker, units: Iterable[Unit], lanes: int) -> Generator[Outcome, None, None]:
+    """Like `map`, but some units are under way at a time, of which one computes.
+
+    The next one's network is opened meanwhile, and the last one's features come back.
+    """
+    stop, last = threading.Event(), None
+
+    def run(unit: Unit, turn: _Turn) -> Outcome:
+        try:
+            return replace(worker, turn=turn)(unit)
+        finally:
+            turn.__exit__()  # also if it failed before its turn
+
+    pool = ThreadPoolExecutor(lanes, "extraction")
+    ahead: deque[Any] = deque()
+    try:
+        for unit in units:
+            last = _Turn(last, stop)
+            ahead.append(pool.submit(run, unit, last))
+            if len(ahead) == lanes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:  # whoever interrupts a run need not wait for the download of a network
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_apart(worker: Worker, units: Iterable[Unit]) -> Generator[Outcome, None, None]:
+    """Run units in a process of their own, and in another one after each that failed."""
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as processes:
+        pool = None
+        for unit in units:  # the pixels of what cannot travel would keep the others from it
+            unit = replace(unit, halves=tuple(filter(_can_travel, unit.halves)))
+            pool = pool or processes.enter_context(ProcessPoolExecutor(1, spawn))
+            try:
+                outcome = pool.submit(worker, unit).result()
+            except DatasetError:
+                raise
+            except Exception as error:  # it died, or the backbone cannot be sent to it
+                outcome = Outcome(unit.backbone.name, error=_one_line(error))
+            if worker.advance is not None:
+                worker.advance(outcome.name, outcome.n_images)
+            if outcome.error is not None:
+                processes.close()
+                pool = None
+            yield outcome
+
+
+def _can_travel(half: Preprocessing) -> bool:
+    try:
+        return bool(pickle.dumps(half))
+    except Exception:  # a transform of the user's own may raise anything
+        return False
 
 
 def _length(shard: tuple[int, int]) -> int:

@@ -30,6 +30,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,7 +42,6 @@ import sfda_tune
 from sfda_tune import extraction
 from sfda_tune.checkpoints import read_state, write_state
 from sfda_tune.classifiers import (
-    autocast,
     forward,
     make_optimizer,
     probabilities,
@@ -50,6 +50,7 @@ from sfda_tune.classifiers import (
     write_model,
 )
 from sfda_tune.datasets import DatasetError, ImageDataset
+from sfda_tune.devices import check_precision, compute
 from sfda_tune.predictions import PROVENANCE, Model
 from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, measure
 from sfda_tune.sharing import SharedWork
@@ -144,6 +145,8 @@ def finetune(
     they were after every epoch, but runs in two *threads* of one process disturb each other.
     """
     config = config or FinetuneConfig()
+    device = extraction.resolve_device(device)
+    check_precision(config.precision, device)
     parts = partial(split, dataset, val, config)
     how = ("split", config.val_fraction, config.seed)
     return FineTuning(
@@ -152,7 +155,7 @@ def finetune(
         config,
         None if checkpoint_dir is None else Path(checkpoint_dir),
         resume,
-        extraction.resolve_device(device),
+        device,
         workers,
         shared,
     )
@@ -301,11 +304,18 @@ class FineTuning(Iterator[Epoch]):
                 with (
                     own_randomness(self.device),
                     extraction.few_threads(self.module, self.half),
+                    self._tf32(),
                 ):
                     epoch = self._epoch(started)
                 yield epoch
         finally:
             self._loader = self._images = self._unseen = None  # lets workers and pixels go
+
+    def _tf32(self) -> AbstractContextManager[None]:
+        """Cut products in the backward pass, too; autocast knows by itself what it did."""
+        if self.config.precision == "tf32":
+            return compute(self.device, "tf32")
+        return nullcontext()
 
     def _finished(self) -> bool:
         if not self.history or self.best is None:
@@ -517,7 +527,7 @@ class FineTuning(Iterator[Epoch]):
         total = torch.zeros((), device=self.device)
         for start in range(0, len(x), self._micro):
             part = slice(start, start + self._micro)
-            with autocast(self.device, self.config.precision):
+            with compute(self.device, self.config.precision, exact=False):
                 logits = self.module(x[part].contiguous(memory_format=torch.channels_last))
             smoothing = self.config.label_smoothing
             losses = cross_entropy(

@@ -37,9 +37,7 @@ class NoRandomWeights(TorchFunctionMode):
         super().__init__()
         self._blank: dict[int, torch.Tensor] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take the place of a function of torch."""
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in RANDOM:

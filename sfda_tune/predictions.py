@@ -15,6 +15,7 @@ import numpy as np
 from sfda_tune import backbones as zoo
 from sfda_tune.classifiers import WEIGHTS, forward, probabilities, with_head
 from sfda_tune.datasets import EXTENSIONS, ImageDataset, UnreadableImage
+from sfda_tune.devices import check_precision
 from sfda_tune.extraction import few_threads, resolve_device
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.values import Backbone
@@ -112,7 +113,7 @@ def predict(
         bytes, uint8 arrays ``(h, w[, c])`` or PIL images.
     batch_size : int, default 32
     device : str, default "auto"
-    precision : {"float32", "bfloat16", "float16"}
+    precision : {"float32", "tf32", "bfloat16", "float16"}
 
     Returns
     -------
@@ -123,6 +124,7 @@ def predict(
     model = model if isinstance(model, Model) else load_model(model)
     dataset = _images(images)
     device = resolve_device(device)
+    check_precision(precision, device)
     module = model.module.to(device)
     transform, n = model.preprocessing.build(), len(dataset)
     p = np.full((n, len(model.classes)), np.nan)

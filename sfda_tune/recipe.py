@@ -61,7 +61,7 @@ class FinetuneConfig:
         Weight of a class ∝ 1 / its images, 1 on the average image.
     ema_decay : float, optional
         Evaluate and keep a moving average of the weights (`timm.utils.ModelEmaV3`, warmed up).
-    precision : {"float32", "bfloat16", "float16"}
+    precision : {"float32", "tf32", "bfloat16", "float16"}
     clip_grad : float or None, default 1
         Largest norm of the gradient.
     patience : int, optional

@@ -44,6 +44,7 @@ from ray.cloudpickle import dumps  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 
 from sfda_tune.datasets import DatasetError
+from sfda_tune.devices import is_working
 from sfda_tune.extraction import (
     Outcome,
     Plan,
@@ -147,8 +148,8 @@ class _Extractor:
                 resident.clear()
                 _free()
                 outcome = worker(unit)
-            if "CUDA error" in (outcome.error or ""):  # which every later call would see, too
-                os._exit(1)
+            if outcome.error is not None and not is_working(worker.settings.device):
+                os._exit(1)  # every later call would fail, too
             if outcome.error is not None:
                 resident.pop(unit.backbone.name, None)
             # what is in the store need not travel

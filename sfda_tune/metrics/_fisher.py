@@ -208,7 +208,7 @@ class TorchOps:
         return origin + mean
 
     def _by_class(self, counts: Array, N: int) -> Iterator[tuple[slice, Array]]:
-        """Some rows at a time, with the class of each: no second array of the size of Z."""
+        """Yield some rows at a time with their classes: no second array of the size of Z."""
         y, step = self.torch.repeat_interleave(counts), 2**13
         for i in range(0, N, step):
             yield slice(i, i + step), y[i : i + step]

@@ -1,10 +1,12 @@
 """The truth on real input: fine-tune the zoo's backbones on its data sets.
 
-    python tests/benchmarks/real_zoo.py [--device cuda] [--minutes 60]
+    python tests/benchmarks/real_zoo.py [--device cuda] [--jobs 6] [--minutes 60] [--out FILE]
+    python tests/benchmarks/real_zoo.py --merge FILE [FILE ...]
     python tests/benchmarks/real_zoo.py --report [--cache DIR]
 
-It fills ``real_zoo.json`` beside this file, one pair of backbone and data set after the
-other; it can be stopped at any time and goes on where it was. Recipe, the same for all: 500
+It fills ``real_zoo.json`` beside this file (or the pairs it lacks into another FILE, which
+``--merge`` adds to it), one data set after the other, the most complete first, its cheap backbones
+first; it can be stopped at any time and goes on where it was. Recipe, the same for all: 500
 training images (stratified, seed 0), of which 100 choose the learning rate; all weights, SGD with
 Nesterov momentum .9, weight decay 1e-4, cosine schedule, batch 32, 6 epochs, horizontal flips and
 shifts by up to 1/8; the accuracy is that of the chosen learning rate on the data set's whole
@@ -24,9 +26,11 @@ import csv
 import functools
 import json
 import logging
+import multiprocessing
 import sys
 import tempfile
 import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +52,10 @@ from sfda_tune.values import write_text
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 RESULTS = Path(__file__).with_name("real_zoo.json")
-DATASETS = ("trashnet", "clothing", "signdigits", "omniglot8")
+DATASETS = (
+    "trashnet", "clothing", "signdigits", "omniglot8", "rsscn7", "neusteel", "grocery", "magtile",
+    "wbc",
+)  # fmt: skip
 RECIPE = {
     "train_images": 500, "chosen_on": 100, "learning_rates": [0, 0.003, 0.01, 0.05], "epochs": 6,
     "batch_size": 32, "weight_decay": 1e-4, "seed": 0,
@@ -57,20 +64,44 @@ RECIPE = {
 logger = logging.getLogger("real_zoo")
 
 
-def read_results() -> dict:
+def read_results(file: Path = RESULTS) -> dict:
     """Return ``{"recipe": …, "accuracies": {dataset: {backbone: {…}}}}``."""
-    if RESULTS.is_file():
-        results = json.loads(RESULTS.read_text())
+    if file.is_file():
+        results = json.loads(file.read_text())
         if results["recipe"] == RECIPE:
             return results
-        sys.exit(f"{RESULTS} was made with another recipe; move it away first")
+        sys.exit(f"{file} was made with another recipe; move it away first")
     return {"recipe": RECIPE, "accuracies": {}}
+
+
+def is_complete(entry: dict) -> bool:
+    """Whether every learning rate was tried."""
+    return {run["lr"] for run in entry["runs"]} >= set(RECIPE["learning_rates"])
+
+
+def merge(files: list[Path]) -> None:
+    """Add the pairs of other files to ``real_zoo.json``; what is complete there stays."""
+    results, new = read_results(), 0
+    for file in files:
+        if not file.is_file():
+            sys.exit(f"{file} is no file; pass one that --out has written")
+        for name, found in read_results(file)["accuracies"].items():
+            mine = results["accuracies"].setdefault(name, {})
+            for backbone, entry in found.items():
+                if not is_complete(mine.get(backbone, {"runs": []})):
+                    new += is_complete(entry)
+                    mine[backbone] = entry
+    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
+    print(f"{new} complete pairs are new in {RESULTS}")
 
 
 def decode(dataset, preprocessing) -> torch.Tensor:
     """Return the pixels of all images, uint8 (n, channels, height, width)."""
     transform = preprocessing.build()
-    return torch.stack([transform(dataset.load(row)) for row in range(len(dataset))])
+    with ThreadPoolExecutor(8) as pool:  # Pillow lets other threads run
+        return torch.stack(
+            list(pool.map(lambda r: transform(dataset.load(r)), range(len(dataset))))
+        )
 
 
 def augment(batch: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -168,7 +199,12 @@ def measure(backbone, name: str, device: str, runs: list[dict]) -> dict:
         ]
     runs = sorted(runs, key=lambda run: run["lr"])
     best = max(runs, key=lambda run: run["held_out"])
-    return {"accuracy": best["accuracy"], "runs": runs, "seconds": time.perf_counter() - started}
+    return {
+        "accuracy": best["accuracy"],
+        "runs": runs,
+        "seconds": time.perf_counter() - started,
+        "device": device,
+    }
 
 
 def _cost(backbone) -> int:
@@ -178,25 +214,39 @@ def _cost(backbone) -> int:
     return height * width * about.n_params
 
 
-def fill(device: str, minutes: float) -> None:
-    """Measure every pair that is not there yet."""
-    results = read_results()
+def fill(device: str, minutes: float, jobs: int, out: Path) -> None:
+    """Measure every pair that neither ``real_zoo.json`` nor `out` has."""
+    results, known = read_results(out), read_results()["accuracies"]
     deadline = time.monotonic() + 60 * minutes
     plugins = [str(ZOO / "zoo_models.py")]
-    backbones = resolve_backbones(str(ZOO / "models"), plugins=plugins)
-    pairs = [(name, backbone) for name in DATASETS for backbone in backbones]
-    # The last data set comes last; within the others the cheap backbones come first.
-    for name, backbone in sorted(pairs, key=lambda p: (p[0] == DATASETS[-1], _cost(p[1]))):
-        found = results["accuracies"].setdefault(name, {})
-        runs = found.get(backbone.name, {"runs": []})["runs"]
-        if {run["lr"] for run in runs} >= set(RECIPE["learning_rates"]):
-            continue
-        if time.monotonic() > deadline:
-            return
-        found[backbone.name] = measure(backbone, name, device, runs)
-        write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-        accuracy, seconds = (found[backbone.name][key] for key in ("accuracy", "seconds"))
-        logger.info("%s × %s: %.3f in %.0f s", name, backbone.name, accuracy, seconds)
+    backbones = sorted(resolve_backbones(str(ZOO / "models"), plugins=plugins), key=_cost)
+    todo = []
+    for name in DATASETS:
+        for backbone in backbones:
+            entries = (a.get(name, {}).get(backbone.name) for a in (results["accuracies"], known))
+            entry = next(filter(None, entries), {"runs": []})
+            if not is_complete(entry):
+                todo.append((name, backbone, entry["runs"]))
+    left = {name: sum(n == name for n, *_ in todo) for name in DATASETS}
+    todo.sort(key=lambda pair: (left[pair[0]], DATASETS.index(pair[0]), _cost(pair[1])))
+    logger.info("%d pairs to measure", len(todo))
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        running: dict = {}
+        while todo or running:
+            while todo and len(running) < jobs and time.monotonic() < deadline:
+                name, backbone, runs = todo.pop(0)
+                running[pool.submit(measure, backbone, name, device, runs)] = name, backbone
+            if not running:
+                return
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                name, backbone = running.pop(done)
+                entry = results["accuracies"].setdefault(name, {})[backbone.name] = done.result()
+                write_text(out, json.dumps(results, indent=1) + "\n")
+                logger.info(
+                    "%s × %s: %.3f in %.0f s", name, backbone.name, entry["accuracy"],
+                    entry["seconds"],
+                )  # fmt: skip
 
 
 def columns(cache: str | None) -> dict[str, dict[str, dict[str, float]]]:
@@ -305,17 +355,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=600)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, a process each")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--cache", help="where the features for the report are kept")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     if options.report:
         report(options.cache)
+    elif options.merge:
+        merge(options.merge)
     else:
-        fill(options.device, options.minutes)
+        fill(options.device, options.minutes, options.jobs, options.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -407,7 +408,7 @@ def test_a_missing_checkpoint_is_that_backbone_s_error(dataset, zoo, toy_zoo, tm
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "int8"}, "`precision` must be one of float32, bfloat16, float16"),
+        ({"precision": "int8"}, "`precision` must be one of float32, tf32, bfloat16, float16"),
         ({"batch_size": 0}, "`batch_size` must be an integer ≥ 1 but is 0"),
         ({"workers": -1}, "`workers` must be an integer ≥ 0"),
         ({"max_unreadable": 2}, r"`max_unreadable` must lie in 0 … 1"),
@@ -438,3 +439,85 @@ def test_cuda_gives_the_features_of_the_cpu(dataset, zoo):
     on_cuda = features(run(dataset, zoo, Settings(device="cuda", workers=2)))
     for name, x in on_cpu.items():
         assert np.abs(on_cuda[name] - x).max() <= 1e-3 * np.abs(x).max()
+
+
+# What a GPU needs, on a CPU ---------------------------------------------------------------------
+def test_overlapping_units_give_the_same_features_in_the_same_order(dataset, zoo, monkeypatch):
+    monkeypatch.setattr(extraction, "SHARD", 10)
+    expected = run(dataset, zoo)
+    for lanes in (2, 3):
+        overlap = partial(extraction._overlap, lanes=lanes)
+        found = run(dataset, zoo, map_fn=overlap)
+        assert list(found) == list(expected)
+        for name, x in features(expected).items():
+            assert np.array_equal(found[name].features.x, x)
+
+
+class Order:
+    """A transform of one backbone that takes down who computes, and may break."""
+
+    def __init__(self, name, log, broken=False):
+        self.name, self.log, self.broken = name, log, broken
+
+    def __call__(self, image):
+        self.log.append(self.name)
+        if self.broken:
+            raise ArithmeticError("no such picture")
+        return torch.zeros(3, 8, 8)
+
+
+def test_overlapping_units_compute_one_after_the_other(dataset):
+    log = []
+    backbones = {name: (Net(), Order(name, log, name == "b")) for name in "abcde"}
+    overlap = partial(extraction._overlap, lanes=2)
+    results = run(dataset, resolve_backbones(backbones), map_fn=overlap)
+    assert [name for name, e in results.items() if e.error] == ["b"]
+    assert "".join(dict.fromkeys(log)) == "abcde"
+
+
+def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
+    stop, log = threading.Event(), []
+
+    def interrupt(worker, units):
+        def advance(*step):
+            log.append(step)
+            stop.set()
+
+        for unit in units:
+            yield replace(worker, turn=extraction._Turn(None, stop), advance=advance)(unit)
+
+    results = run(dataset, zoo[:2], replace(CPU, batch_size=4), map_fn=interrupt)
+    assert [e.error for e in results.values()] == ["RuntimeError: the run has ended"] * 2
+    assert log == [(zoo[0].name, 4)]  # the other one's turn never came
+
+
+def test_who_breaks_the_device_fails_and_the_others_go_on_in_a_fresh_process(
+    dataset, zoo, toy_zoo, monkeypatch, tmp_path, caplog
+):
+    """The device is said to be broken as soon as anything has failed here."""
+    shutil.copytree(toy_zoo / "vit", tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors").write_bytes(b"nothing")
+    broken = resolve_backbones(tmp_path / "bad")
+    alive = {"cpu": True}
+
+    def is_working(device):
+        alive[device] = False
+        return False
+
+    monkeypatch.setattr(extraction, "is_working", is_working)
+    in_memory = resolve_backbones({"here": (Net(), lambda image: torch.zeros(3, 8, 8))})
+    expected = run(dataset, zoo)
+    results = run(dataset, [zoo[0], *broken, *zoo[1:], *in_memory])
+    assert not alive["cpu"]
+    assert list(results) == [zoo[0].name, "bad", *(b.name for b in zoo[1:]), "here"]
+    assert results["bad"].error is not None
+    assert "pickle" in results["here"].error  # it cannot travel, and that is said
+    for name, x in features(expected).items():
+        assert np.array_equal(results[name].features.x, x)
+    assert "bad left cpu unusable; the others go on in a fresh process" in caplog.text
+
+
+def test_tf32_is_for_cuda_devices(dataset, zoo):
+    with pytest.raises(ValueError, match="`precision` 'tf32' needs a CUDA device but"):
+        run(dataset, zoo, Settings(device="cpu", precision="tf32"))
+    assert Settings(precision="tf32").device == "auto"  # not known yet
