@@ -37,7 +37,7 @@ import numpy as np
 
 from sfda_tune import backbones as zoo
 from sfda_tune.datasets import DatasetError, ImageDataset, UnreadableImage
-from sfda_tune.devices import check_precision, compute, is_working
+from sfda_tune.devices import check_precision, compute, is_working, pin
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.store import Entry, FeatureStore, make_key
 from sfda_tune.values import Backbone, Features
@@ -369,7 +369,9 @@ class PixelBlock:
                 continue
             if key not in self._pixels:
                 shape = (self.n, *stack.shape[1:])
-                self._pixels[key] = _empty(shape, stack.dtype, pin=self._pin)
+                self._pixels[key] = torch.empty(shape, dtype=stack.dtype)
+                if self._pin:
+                    pin(self._pixels[key])
             if stack.shape[1:] != self._pixels[key].shape[1:]:
                 self._faults[key] = "its results differ in shape from image to image"
                 continue
@@ -559,32 +561,39 @@ class Worker:
         forward, outcome.weights, n_params = self._load(unit)
         outcome.seconds["load"] = time.perf_counter() - started
         on_gpu = forward.device.type == "cuda"
-        under_way: deque[_Shard] = deque()
-        with (
-            self.turn or contextlib.nullcontext(),
-            few_threads(forward.module, unit.preprocessing),
-        ):
-            block = self._block(unit, pin=on_gpu and PIN)
-            filled = block.filled
-            half = unit.preprocessing.fingerprint()
-            try:
-                for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
-                    key = make_key(images, outcome.weights, half, self.settings.precision)
-                    outcome.n_images += stop - start
-                    if unit.retry and self.store is not None and (entry := self.store.get(key)):
-                        outcome.entries[shard], outcome.keys[shard] = entry, key
+        kept: deque[Any] = deque()
+        with ThreadPoolExecutor(1) as keeper:  # a thread starts with the first task
+            threads = few_threads(forward.module, unit.preprocessing)
+            with self.turn or contextlib.nullcontext(), threads:
+                for shard in self._forward_all(unit, outcome, forward):
+                    if not on_gpu:
+                        self._keep(shard, outcome, n_params)
                         continue
-                    rows = range(start, stop)
-                    under_way.append(self._forward(unit, outcome, forward, block, rows))
-                    under_way[-1].number, under_way[-1].key = shard, key
-                    while len(under_way) > on_gpu:  # which computes the next one meanwhile
-                        self._keep(under_way.popleft(), unit, outcome, n_params)
-            finally:
-                outcome.n_decoded = block.filled - filled
-        while under_way:
-            self._keep(under_way.popleft(), unit, outcome, n_params)
+                    kept.append(keeper.submit(self._keep, shard, outcome, n_params))
+                    if len(kept) > 2:
+                        kept.popleft().result()
+            for task in kept:
+                task.result()
         with _MOVES:
             del forward
+
+    def _forward_all(self, unit: Unit, outcome: Outcome, forward: _Forward) -> Iterator[_Shard]:
+        """Compute the shards of a unit, but for those that are in the store."""
+        block = self._block(unit, pin=forward.device.type == "cuda" and PIN)
+        filled = block.filled
+        half = unit.preprocessing.fingerprint()
+        try:
+            for (number, start, stop), images in zip(unit.shards, unit.images, strict=True):
+                key = make_key(images, outcome.weights or "", half, self.settings.precision)
+                outcome.n_images += stop - start
+                if unit.retry and self.store is not None and (entry := self.store.get(key)):
+                    outcome.entries[number], outcome.keys[number] = entry, key
+                    continue
+                shard = self._forward(unit, outcome, forward, block, range(start, stop))
+                shard.number, shard.key = number, key
+                yield shard
+        finally:
+            outcome.n_decoded = block.filled - filled
 
     def _forward(
         self,
@@ -626,12 +635,12 @@ class Worker:
         unreadable = block.reasons(start, stop)
         return _Shard(features, rows, unreadable, peak, forward.clock(spent))
 
-    def _keep(self, done: _Shard, unit: Unit, outcome: Outcome, n_params: int) -> None:
+    def _keep(self, done: _Shard, outcome: Outcome, n_params: int) -> None:
         """Wait for the features of a shard and put them into the store."""
         x, forward_seconds = done.features(), done.seconds()
         outcome.seconds["forward"] += forward_seconds
         info = {
-            "backbone": unit.backbone.name,
+            "backbone": outcome.name,
             "n_params": n_params,
             "forward_seconds": forward_seconds,
             "device": self.settings.device,
@@ -712,17 +721,19 @@ class _Forward:
         self.device, self.precision = device, settings.precision
         self.batch_size = settings.batch_size or _default_batch(preprocessing, device)
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._moved: deque[torch.Tensor] = deque(maxlen=2)  # what the device may still read
         self._copies = None
         if device.type == "cuda" and SIDE_STREAM:
             self._copies = torch.cuda.Stream(device)
 
     def begin(self) -> None:
         """Begin to measure the time that the device computes."""
-        self._events = []
+        self._events = self._events[-2:]
+        self._first = len(self._events)
 
     def clock(self, spent: float) -> Callable[[], float]:
         """Return what tells how long a GPU computed since `begin`; others tell the `spent`."""
-        events = self._events
+        events = self._events[self._first :]
         if self.device.type != "cuda":
             return lambda: spent
         return lambda: sum(a.elapsed_time(b) for a, b in events) / 1000
@@ -755,11 +766,14 @@ class _Forward:
         if self.device.type != "cuda":
             return self._compute(pixels.to(self.device))
         with torch.cuda.device(self.device):
+            if len(self._moved) == self._moved.maxlen:  # two batches ahead, no more
+                self._events[-2][1].synchronize()
             moved = self._move(pixels)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             features = self._compute(moved)
             end.record()
+        self._moved.append(moved)
         self._events.append((begin, end))
         return features
 
@@ -769,11 +783,10 @@ class _Forward:
 
         if self._copies is None:
             return pixels.to(self.device, non_blocking=True)
+        # No `record_stream`: where a context is broken it ends the process.
         with torch.cuda.stream(self._copies):
             moved = pixels.to(self.device, non_blocking=True)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._copies)
-        moved.record_stream(computing)
+        torch.cuda.current_stream(self.device).wait_stream(self._copies)
         return moved
 
     def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -809,20 +822,8 @@ def _read_peak(forward: _Forward, base: int, n: int) -> dict[str, int]:
     return {"peak_memory": peak, "peak_batch": min(forward.batch_size, n)}
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, *, pin: bool) -> torch.Tensor:
-    """Return host memory, pinned if it may be: some containers limit how much."""
-    import torch
-
-    if pin:
-        try:
-            return torch.empty(shape, dtype=dtype, pin_memory=True)
-        except RuntimeError as error:
-            logger.info("without pinned memory: %s", _one_line(error))
-    return torch.empty(shape, dtype=dtype)
-
-
 def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:
-    """Begin to copy a shard's features to the host; return what waits for them."""
+    """Join a shard's features; return what waits for them and brings them to the host."""
     import torch
 
     if not parts:
@@ -830,17 +831,16 @@ def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:
     features = torch.cat(parts)
     if features.device.type != "cuda":
         return lambda: features.cpu().numpy()
-    host = _empty(tuple(features.shape), features.dtype, pin=PIN)
     with torch.cuda.device(features.device):
-        host.copy_(features, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        computed = torch.cuda.Event()
+        computed.record()
 
-    def wait() -> np.ndarray:
-        arrived.synchronize()
-        return host.numpy().copy()  # pinned memory is for passage only
+    def fetch() -> np.ndarray:  # in a stream of its own, beside what is computed next
+        with torch.cuda.device(features.device), torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_event(computed)
+            return features.cpu().numpy()
 
-    return wait
+    return fetch
 
 
 def _default_batch(preprocessing: Preprocessing, device: torch.device) -> int:

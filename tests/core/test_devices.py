@@ -1,0 +1,97 @@
+import importlib
+
+import pytest
+import timm
+import torch
+from timm.models import register_model
+
+from sfda_tune import devices, extraction
+from sfda_tune.backbones import load, resolve_backbones
+from sfda_tune.extraction import Settings
+from sfda_tune.initialization import NoRandomWeights
+from sfda_tune.values import Backbone
+
+
+# Networks without random weights ----------------------------------------------------------------
+def test_a_network_with_weights_draws_none(toy_zoo):
+    (backbone,) = resolve_backbones(toy_zoo / "vit")
+    plain = timm.create_model(f"local-dir:{toy_zoo / 'vit'}", pretrained=True, num_classes=0)
+    state = torch.random.get_rng_state()
+    module, _ = load(backbone)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    expected = plain.state_dict()
+    assert module.state_dict().keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224"]
+)
+def test_what_nobody_loads_is_noticed(name):
+    with NoRandomWeights() as blank:
+        module = timm.create_model(name)
+    assert blank.incomplete()
+    module.load_state_dict(timm.create_model(name).state_dict())
+    assert not blank.incomplete()
+    assert not any(p.isnan().any() for p in module.parameters())
+
+
+def test_an_architecture_that_loads_no_weights_is_still_random():
+    @register_model
+    def devices_untrained(pretrained=False, **kwargs):
+        return timm.create_model("test_resnet", **kwargs)
+
+    module, _ = load(Backbone("devices_untrained"))
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert next(module.parameters()).std() > 0
+
+
+# Which device, and how ---------------------------------------------------------------------------
+def test_precisions_of_a_cpu():
+    with devices.compute("cpu", "bfloat16"):
+        assert torch.is_autocast_enabled("cpu")
+    with devices.compute("cpu", "float32"):
+        assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(ValueError, match="`precision` 'tf32' needs a CUDA device but `device` is"):
+        devices.check_precision("tf32", "cpu")
+
+
+def test_products_are_cut_only_meanwhile():
+    owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [owner.fp32_precision for owner in owners]
+    for tf32, value in ((True, "tf32"), (False, "ieee")):
+        with devices._multiply(tf32=tf32):
+            assert [owner.fp32_precision for owner in owners] == [value] * 3
+        assert [owner.fp32_precision for owner in owners] == before
+
+
+@pytest.mark.parametrize(
+    ("capability", "fast"),
+    [((9, 0), True), ((8, 0), True), ((10, 0), True), ((8, 6), False), ((8, 9), False),
+     ((10, 3), False), ((12, 0), False), ((5, 0), False)],
+)  # fmt: skip
+def test_scores_go_to_cards_that_compute_float64(capability, fast, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.scores_faster((5000, 2048), "cuda") == fast
+    assert not devices.scores_faster((500, 256), "cuda")
+    assert not devices.scores_faster((5000, 2048), "cpu")
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
+def test_mps_is_refused_where_it_is_not():
+    with pytest.raises(ValueError, match="`device` must be 'auto' or a device torch can use"):
+        extraction.resolve_device("mps")
+
+
+def test_what_mps_needs_is_there():
+    """Nothing on the way to an MPS device asks for CUDA."""
+    for name in ("devices", "extraction", "finetuning", "predictions", "scoring"):
+        importlib.import_module(f"sfda_tune.{name}")
+    assert Settings(device="mps").device == "mps"
+    assert devices.is_working("mps")
+    assert not devices.scores_faster((50000, 2048), "mps")
+    with devices.compute("mps", "float32"):
+        pass
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        Settings(device="mps", precision="tf32")
