@@ -37,6 +37,7 @@ import numpy as np
 
 from sfda_tune import backbones as zoo
 from sfda_tune.datasets import DatasetError, ImageDataset, UnreadableImage
+from sfda_tune.decoding import BATCH, Loader, count_workers, is_in_memory
 from sfda_tune.devices import check_precision, compute, is_working, pin
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.store import Entry, FeatureStore, make_key
@@ -68,7 +69,6 @@ B = TypeVar("B")
 SMALL = 5e5  # parameters × (pixels / 224²): below, one thread computes
 SHARD = 1024  # images in one entry of the store; part of what `store.FORMAT` means
 PIXEL_BYTES = 4 << 30  # at most so much memory for decoded pixels, and a quarter of what is free
-DECODE_BATCH = 16
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 # What lets a GPU compute all the time; `tests/benchmarks/gpu.py` measures each of them alone.
 LANES = 2  # units under way: while one computes, the next one's network is opened
@@ -243,6 +243,9 @@ class _Decoder:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def name(self, row: int) -> str:
+        return self.dataset.item_name(row)
+
     def __getitem__(self, row: int) -> tuple[list[Any], str | None, float]:
         started = time.perf_counter()
         tensors: list[Any] = []
@@ -274,6 +277,8 @@ def _collate(items: list[tuple[list[Any], str | None, float]]) -> tuple[Any, ...
         try:
             stacks.append(faults[0] if faults else torch.stack(list(tensors)))
         except (RuntimeError, TypeError) as error:
+            if _out_of_memory(error):  # which is not the transform's fault
+                raise
             stacks.append(f"the transform's results cannot be stacked: {error}")
     return stacks, [problem for _, problem, _ in items], sum(seconds for *_, seconds in items)
 
@@ -304,11 +309,14 @@ class PixelBlock:
         self._faults: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._batches: Iterator[Any] | None = None
-        decoder = _Decoder(dataset, halves, poison)
-        if threads is None:
-            self._start = lambda: _decode(decoder, settings, plugins)
-        else:
-            self._start = lambda: _decode_in_threads(decoder, threads)
+        self._decoder = _Decoder(dataset, halves, poison)
+        workers = count_workers(dataset, settings.workers) if threads is None else 0
+        self._options: dict[str, Any] = {
+            "workers": workers,
+            "threads": threads or 0,
+            "direct": not workers and is_in_memory(dataset),
+            "plugins": plugins,
+        }
 
     def rows(self, start: int, stop: int, seconds: dict[str, float]) -> np.ndarray:
         """Decode up to `stop` and return the readable rows in [start, stop).
@@ -318,12 +326,14 @@ class PixelBlock:
         """
         started = time.perf_counter()
         with self._lock:
-            if self._batches is None:
-                self._batches = self._start()
-            while self.filled < stop:
-                seconds["decode_work"] += self._take(next(self._batches))
+            try:
+                while self.filled < stop:
+                    seconds["decode_work"] += self._fill()
+            except BaseException:  # what was under way is lost; whoever asks next begins with it
+                self._batches = None
+                raise
             if self.filled == self.n:
-                self._batches = iter(())  # lets the workers go
+                self._batches = None  # lets the workers go
         seconds["decode"] += time.perf_counter() - started
         return np.array([r for r in range(start, stop) if r not in self.unreadable], np.int64)
 
@@ -350,17 +360,20 @@ class PixelBlock:
             return pixels[rows[0] : rows[-1] + 1]
         return pixels[torch.from_numpy(rows)]
 
-    def _take(self, batch: tuple[Any, ...]) -> float:
+    def _fill(self) -> float:
+        """Take in the next batch, as a whole or not at all; return the work that it took."""
         import torch
 
-        stacks, problems, work = batch
-        rows = np.arange(self.filled, self.filled + len(problems))
-        self.unreadable.update(
-            (int(row), problem)
-            for row, problem in zip(rows, problems, strict=True)
-            if problem is not None
-        )
-        good = torch.from_numpy(rows[[problem is None for problem in problems]])
+        if self._batches is None:
+            starts = range(self.filled, self.n, BATCH)
+            batches = [range(start, min(start + BATCH, self.n)) for start in starts]
+            self._batches = iter(Loader(self._decoder, batches, _collate, **self._options))
+        nothing: Any = (), ((), (), 0.0)
+        rows, (stacks, problems, work) = next(self._batches, nothing)
+        if not len(rows) or rows[0] != self.filled or len(rows) != len(problems):
+            raise RuntimeError(f"the decoding went astray at row {self.filled}: got {list(rows)}")
+        bad = {row: why for row, why in zip(rows, problems, strict=True) if why is not None}
+        good = torch.tensor([row for row in rows if row not in bad], dtype=torch.int64)
         for key, stack in zip(self.keys, stacks, strict=False):  # no stacks: none was readable
             if key in self._faults:
                 continue
@@ -376,87 +389,9 @@ class PixelBlock:
                 self._faults[key] = "its results differ in shape from image to image"
                 continue
             self._pixels[key][good] = stack
-        self.filled += len(problems)
+        self.unreadable.update(bad)
+        self.filled += len(rows)
         return work
-
-
-def _decode(decoder: Any, settings: Settings, plugins: Sequence[str]) -> Iterator[Any]:
-    from torch.utils.data import DataLoader
-
-    dataset, workers = decoder.dataset, settings.workers
-    if workers is None:  # a pool's processes share the cores already
-        pooled = multiprocessing.parent_process() is not None
-        workers = 0 if pooled or _in_memory(dataset) else _cores()
-    if multiprocessing.current_process().daemon:  # `multiprocessing.Pool`: may have no children
-        workers = 0
-    workers = min(workers, -(-len(dataset) // DECODE_BATCH))
-    options: dict[str, Any] = {"batch_size": DECODE_BATCH, "collate_fn": _collate}
-    started = False
-    try:
-        init = _Plugins(tuple(plugins)) if workers else None
-        for batch in DataLoader(decoder, num_workers=workers, worker_init_fn=init, **options):
-            started = True
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        if started or multiprocessing.get_start_method() == "fork":
-            raise DatasetError(
-                f"a decoding process died ({' '.join(str(error).split())}); an image may crash "
-                "the decoder, or memory is short: try `workers=0` (--workers 0) to see which"
-            ) from error
-        warnings.warn(
-            "the decoding processes could not start, so this process decodes; a script needs its "
-            "`if __name__ == '__main__':` where processes are spawned (macOS, Windows)",
-            stacklevel=2,
-        )
-        yield from DataLoader(decoder, **options)
-
-
-def _decode_in_threads(decoder: _Decoder, threads: int) -> Iterator[Any]:
-    """Decode ahead without processes: an actor may neither fork (CUDA, gRPC) nor spawn."""
-
-    def batch(start: int) -> tuple[Any, ...]:
-        return _collate([decoder[row] for row in range(start, min(start + DECODE_BATCH, n))])
-
-    n = len(decoder)
-    if not threads or _in_memory(decoder.dataset):
-        yield from map(batch, range(0, n, DECODE_BATCH))
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Any] = deque()
-        for start in range(0, n, DECODE_BATCH):
-            ahead.append(pool.submit(batch, start))
-            if len(ahead) > 2 * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-@dataclass(frozen=True)
-class _Plugins:
-    """Runs the plug-ins in a worker process; a class, because a closure cannot be pickled."""
-
-    plugins: tuple[str, ...]
-
-    def __call__(self, worker: int) -> None:
-        for plugin in self.plugins:
-            zoo.load_plugin(plugin)
-
-
-def _in_memory(dataset: ImageDataset) -> bool:
-    """Small arrays take longer to send to a worker than to resize."""
-    item = dataset.items[0] if len(dataset) else None
-    return isinstance(item, np.ndarray) and item.size < 128 * 128 * 3
-
-
-def _cores() -> int:
-    import psutil
-
-    try:
-        return min(len(psutil.Process().cpu_affinity() or [0]), 8)
-    except AttributeError:  # macOS
-        return min(psutil.cpu_count() or 1, 8)
 
 
 # Run → number and pixels of the block it works on, in this process. A run that ends elsewhere (the
@@ -941,7 +876,8 @@ def _watch(content: bytes, timeout: float) -> tuple[int | None, int | None]:
 
 
 def _check(dataset: Any, halves: Any, plugins: Any, poison: dict[int, str], start: int) -> None:
-    _Plugins(tuple(plugins))(0)
+    for plugin in plugins:
+        zoo.load_plugin(plugin)
     decoder = _Decoder(dataset, halves, poison)
     for row in range(start, len(dataset)):
         sys.stdout.write(f"row {row}\n")
@@ -1213,6 +1149,10 @@ def _extract(
                 yield _finish(job, plan, settings, store)
             else:  # until its other blocks are done the features need no memory
                 job.entries.update(outcome.keys)
+        for name in [n for n in jobs if n not in plan.failed and n not in done]:
+            n = len(shards) - len(jobs[name].entries)
+            error = f"`map_fn` returned nothing for {n} of its {len(shards)} parts; rank again"
+            yield replace(_blank(jobs[name]), error=error, seconds=jobs[name].seconds)
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()

@@ -451,7 +451,7 @@ class FineTuning(Iterator[Epoch]):
         self._train_mode()
         self._order.epoch = number
         total, n = torch.zeros((), device=self.device), 0
-        for step, (rows, pixels, unreadable) in enumerate(self._loader):
+        for step, (_, (rows, pixels, unreadable)) in enumerate(self._loader):
             done = (number - 1) * len(self._order) + step
             self._schedule.step_update(done)
             if unreadable:

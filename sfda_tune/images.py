@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import threading
 import warnings
@@ -33,6 +34,13 @@ UNREADABLE = "unreadable"
 # Neither Pillow's list of formats, nor a file that Pillow opened but did not decode yet, nor
 # somebody's data set may be used by two threads at a time.
 _LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):  # whoever holds it does not exist in the new process
+
+    def _renew_lock() -> None:
+        global _LOCK
+        _LOCK = threading.RLock()
+
+    os.register_at_fork(after_in_child=_renew_lock)
 _QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `warnings.filters`
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from sfda_tune import extraction
 from sfda_tune.datasets import ImageDataset, UnreadableImage
+from sfda_tune.decoding import BATCH, Loader, count_workers, is_in_memory
 from sfda_tune.images import one_line
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.recipe import FinetuneConfig
@@ -106,12 +106,7 @@ class Images:
         self, dataset: ImageDataset, prepare: Callable[[Any], Any], workers: int | None
     ) -> None:
         self.dataset, self.prepare = dataset, prepare
-        if workers is None:  # as the extraction does
-            pooled = multiprocessing.parent_process() is not None
-            workers = 0 if pooled or extraction._in_memory(dataset) else extraction._cores()
-        if multiprocessing.current_process().daemon:  # may have no children
-            workers = 0
-        self.workers = min(workers, -(-len(dataset) // extraction.DECODE_BATCH))
+        self.workers = count_workers(dataset, workers)
         self.kept: list[Any] | None = None
         self.nbytes = 0  # of those that are kept
         self._keep()
@@ -122,7 +117,9 @@ class Images:
         budget = min(extraction.PIXEL_BYTES, psutil.virtual_memory().available // 4)
         kept: list[Any] = []
         size = 0
-        for batch in _loader(self, extraction.DECODE_BATCH, list, self.workers):
+        for rows, batch in self.loader(self, _cut(len(self), BATCH), list, self.workers):
+            if rows[0] != len(kept) or len(rows) != len(batch):
+                raise RuntimeError(f"the decoding went astray at row {len(kept)}")
             kept += batch
             size += sum(getattr(item, "nbytes", 0) for item in batch)
             if size / len(kept) * len(self) > budget:
@@ -131,6 +128,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def name(self, row: int) -> str:
+        """Return what to call an image."""
+        return self.dataset.item_name(row)
 
     def __getitem__(self, row: int) -> Any:
         """Return the prepared image, or the reason why there is none."""
@@ -146,20 +147,19 @@ class Images:
     def batches(self, size: int, view: Callable[[Any], Any]) -> Iterator[Batch]:
         """Yield all images in order, `view` applied."""
         workers = 0 if self.kept is not None else self.workers
-        yield from _loader(_Viewed(self, view), size, collate, workers)
+        for _, batch in self.loader(_Viewed(self, view), _cut(len(self), size), collate, workers):
+            yield batch
+
+    def loader(
+        self, items: Any, batches: Iterable[Any], collate: Callable[[Any], Any], workers: int
+    ) -> Loader:
+        """Return what makes batches of `items` that are made of these images."""
+        direct = not workers and (self.kept is not None or is_in_memory(self.dataset))
+        return Loader(items, batches, collate, workers=workers, direct=direct)
 
 
-def _loader(items: Any, size: int, collate_fn: Callable[[Any], Any], workers: int) -> Any:
-    import torch
-    from torch.utils.data import DataLoader
-
-    return DataLoader(
-        items,
-        batch_size=size,
-        collate_fn=collate_fn,
-        num_workers=workers,
-        generator=torch.Generator(),  # the caller's stream stays as it is
-    )
+def _cut(n: int, size: int) -> list[range]:
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class _Viewed:
@@ -168,6 +168,10 @@ class _Viewed:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def name(self, key: Any) -> str:
+        """Return what to call an image."""
+        return self.images.name(key)
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
         item = self.images[row]
@@ -180,6 +184,10 @@ class Augmented(_Viewed):
     def __init__(self, images: Images, view: Callable[[Any], Any], seed: int) -> None:
         super().__init__(images, view)
         self.seed = seed
+
+    def name(self, key: Any) -> str:
+        """Return what to call an image."""
+        return self.images.name(key[1])
 
     def __getitem__(self, key: Any) -> tuple[int, Any]:
         epoch, row = key
@@ -220,22 +228,13 @@ def train_loader(
     config: FinetuneConfig,
     workers: int | None,
     device: str,
-) -> Any:
+) -> Loader:
     """Return the batches of an epoch, augmented, again and again."""
-    from torch.utils.data import DataLoader
-
     # On a CPU the training itself keeps the cores busy, if nothing needs decoding.
     spare = images.kept is None or device != "cpu"
     workers = images.workers if spare or workers is not None else 0
-    items: Any = Augmented(images, augmentation(half, config.augmentation), config.seed)
-    return DataLoader(
-        items,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.startswith("cuda"),
-    )
+    items = Augmented(images, augmentation(half, config.augmentation), config.seed)
+    return images.loader(items, order, collate, workers)
 
 
 class shrink:  # noqa: N801 - used as a function; a class, because a closure cannot be pickled

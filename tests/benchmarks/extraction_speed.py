@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from sfda_tune import extraction, open_dataset, resolve_backbones
 from sfda_tune.backbones import load_plugin, timm_name
 from sfda_tune.datasets import ImageDataset
+from sfda_tune.decoding import count_cores
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 ARCHITECTURES = [
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=extraction._cores())
+    parser.add_argument("--workers", type=int, default=count_cores())
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", default="float32", choices=extraction.PRECISIONS)
     parser.add_argument("--backbones", default="*", help="glob within the zoo")

@@ -1,5 +1,7 @@
 import multiprocessing
+import os
 import shutil
+import signal
 import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -134,6 +136,43 @@ def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, mon
         np.testing.assert_allclose(small[name], x, atol=2e-6)
         np.testing.assert_array_equal(blocks[name], small[name])  # to the last bit
         np.testing.assert_array_equal(workers[name], small[name])
+
+
+def test_a_failed_allocation_shifts_no_pixels(dataset, zoo, tmp_path, monkeypatch):
+    whole, store, empty = features(run(dataset, zoo[:3])), FeatureStore(tmp_path), torch.empty
+
+    def fails_once(*args, **kwargs):
+        if "pin_memory" in kwargs:
+            monkeypatch.setattr(torch, "empty", empty)
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", fails_once)
+    first = run(dataset, zoo[:3], store=store)
+    assert [e.error is None for e in first.values()] == [False, True, True]
+    second = run(dataset, zoo[:3], store=store)
+    for name, x in whole.items():
+        np.testing.assert_allclose(second[name].features.x, x, atol=2e-6)
+
+
+def test_an_outcome_that_never_comes_is_an_error(dataset, zoo):
+    results = run(dataset, zoo[:2], map_fn=lambda fn, units: map(fn, list(units)[1:]))
+    assert "`map_fn` returned nothing for 1 of its 1 parts" in results["convnext"].error
+    assert results["efficientnet"].error is None
+
+
+def test_an_image_that_ends_the_decoding_is_named(photos, zoo, tmp_path):
+    data = open_dataset(photos)
+    items = [*data.items[:20], partial(_end, os.getpid(), data.items[20]), *data.items[21:]]
+    deadly = replace(data, items=items)
+    with pytest.raises(DatasetError, match=r"died while it decoded row 20 \(SIGKILL\)"):
+        run(deadly, zoo[:2], replace(CPU, workers=2))
+
+
+def _end(parent, item):
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
 
 
 def test_threads_and_processes_give_the_same(dataset, zoo, plugged_in):
