@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gpu.py [--minutes 8] [--out DIR] [--parts tests scores …]
     python tests/benchmarks/gpu.py --device cpu --tiny     # all of it where there is no GPU
+    python tests/benchmarks/gpu.py --pack DIR              # what a bare machine needs, in pieces
 
 Each part runs in a process of its own within its share of the time (what one leaves is for the
 others) and writes ``DIR/<part>.json`` after every figure, so that an end at any moment costs only
@@ -11,6 +12,7 @@ images are drawn and all networks have random weights.
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
@@ -18,11 +20,13 @@ import signal
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +58,13 @@ SMALL = (
     "regnetx_002.atu_pycls_in1k_224", "tf_mobilenetv3_small_100.atu_tfhub_in1k_224",
     "mobilenet_edgetpu_075.coral_in1k_224",
 )  # fmt: skip
+# What a bare machine with PyTorch, timm and scikit-learn lacks; Ray's wheel is large.
+WHEELS = (
+    "platformdirs", "timm", "optuna", "alembic", "colorlog", "mako", "sqlalchemy", "cloudpickle",
+    "jsonschema", "jsonschema-specifications", "referencing", "rpds-py", "annotated-types",
+    "pydantic", "pydantic-core", "tensorboardX", "typing-inspection", "ray",
+)  # fmt: skip
+PIECE = 55 << 20  # bytes that travel at a time, beside the repository
 TINY = ("test_resnet", "test_convnext", "test_vit", "test_efficientnet")
 HALF = ("bfloat16", "float16")
 
@@ -450,10 +461,10 @@ def ray_(part: Part) -> None:
         result = search(
             dataset, [b.spec for b in backbones if not b.plugins][:2], engine="ray",
             trials=trials, out=Path(folder) / "run", device=part.device,
-            space={"epochs": 1} if part.tiny else {"epochs": 2},
+            epochs=1 if part.tiny else 2,
         )  # fmt: skip
         part.add(f"search --engine ray, {trials} trials", time.perf_counter() - started, "s")
-        part.add("search: accuracy on its test images", float(result.accuracy))
+        part.add("search: accuracy on its test images", result.test["accuracy"])
 
 
 def _infos(store: FeatureStore) -> list[dict]:
@@ -557,6 +568,62 @@ FUNCTIONS = {
 }  # fmt: skip
 
 
+# What travels ------------------------------------------------------------------------------------
+class Pieces(io.RawIOBase):
+    """A file in pieces: part.00, part.01, …"""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.size, self.files = folder, 0, []
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data)
+        while len(data):
+            if self.size % PIECE == 0:
+                self.files.append((self.folder / f"part.{len(self.files):02d}").open("wb"))
+            n = min(len(data), PIECE - self.size % PIECE)
+            self.files[-1].write(data[:n])
+            self.size, data = self.size + n, data[n:]
+        return 0
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def pack(folder: Path, python: str) -> None:
+    """Write wheels and zoo into pieces, by what they are worth: a tail may stay behind."""
+    wheels = folder / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    for file in (*folder.glob("part.*"), *wheels.glob("*.whl")):
+        file.unlink()
+    tags = [f"manylinux_2_{n}_x86_64" for n in (34, 28, 27, 24, 17, 12)]
+    platforms = [f"--platform={tag}" for tag in (*tags, "manylinux2014_x86_64")]
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:",
+            f"--python-version={python}", "--implementation=cp", *platforms, "-d", str(wheels),
+            *(f"{name}=={version(name)}" for name in WHEELS),
+        ],
+        check=True,
+    )  # fmt: skip
+    large = list(wheels.glob("ray-*.whl"))
+    files = [f for f in sorted(wheels.iterdir()) if f not in large]
+    first = [ZOO / f for f in ("zoo_models.py", "models.csv", "datasets.csv")]
+    first += [ZOO / "models" / name for name in SMALL]
+    first += [ZOO / "datasets" / name for name in ("clothing", "trashnet")]
+    rest = [f for f in (*ZOO.glob("models/*"), *ZOO.glob("datasets/*")) if f not in first]
+    pieces = Pieces(folder)
+    with contextlib.closing(pieces), tarfile.open(fileobj=pieces, mode="w|") as tar:
+        for file in (*files, *first, *large, *sorted(rest)):
+            if file.exists():
+                inside = file.suffix == ".whl"
+                name = (
+                    f"gpu_wheels/{file.name}" if inside else f"shared/zoo/{file.relative_to(ZOO)}"
+                )
+                tar.add(file, name)
+    print(f"{len(pieces.files)} pieces, {pieces.size / 2**20:.0f} MiB in all, in {folder}")
+
+
 # One process for each ---------------------------------------------------------------------------
 def run_part(options: argparse.Namespace) -> None:
     """Run one part in this process."""
@@ -621,10 +688,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small input, to try the script")
+    parser.add_argument("--pack", type=Path, metavar="DIR")
+    parser.add_argument("--python", default="3.12", help="the version there, for --pack")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = options.out.resolve()
+    if options.pack:
+        pack(options.pack, options.python)
+        return
     try:
         options.device = extraction.resolve_device(options.device)
     except ValueError as error:
