@@ -5,8 +5,8 @@
     python tests/benchmarks/gpu.py --pack DIR              # what a bare machine needs, in pieces
 
 Each part runs in a process of its own within its share of the time (what one leaves is for the
-others) and writes ``DIR/<part>.json`` after every figure, so that an end at any moment costs only
-the part at hand. What the machine lacks is skipped, with the reason. Without ``../shared/zoo`` the
+others) and writes ``DIR/<part>.json`` after every figure; ``DIR/gpu.json`` takes in the parts that
+are done. So an end at any moment costs only the part at hand. What the machine lacks is skipped, with the reason. Without ``../shared/zoo`` the
 images are drawn and all networks have random weights.
 """
 
@@ -153,7 +153,7 @@ def measure(function, device: str, repeats: int = 3) -> tuple[float, Any]:
 # Inputs -----------------------------------------------------------------------------------------
 def make_inputs(part: Part) -> tuple[Any, list]:
     """Return photos and backbones that coexist; made once for all parts."""
-    root = part.options.out / "inputs"
+    root = part.options.inputs
     n, size = (48, (80, 60)) if part.tiny else (2000, (500, 375))
     if not (root / "whole").is_file():
         save_photos(root / "photos", n, size)
@@ -643,6 +643,8 @@ def run_part(options: argparse.Namespace) -> None:
 def run_all(options: argparse.Namespace) -> int:
     """Run the parts one after the other; return how many did not come to their end."""
     options.out.mkdir(parents=True, exist_ok=True)
+    whole = options.out / "gpu.json"  # in one file: some machines give back only a few
+    parts = json.loads(whole.read_text()) if whole.is_file() else {}
     end = time.monotonic() + 60 * options.minutes
     print(f"{describe(options.device)}, torch {torch.__version__}, timm {timm.__version__}")
     failed = 0
@@ -658,6 +660,7 @@ def run_all(options: argparse.Namespace) -> int:
         command = [
             sys.executable, __file__, "--part", name, "--seconds", f"{seconds - 3:.0f}",
             "--device", options.device, "--out", str(options.out),
+            "--inputs", str(options.inputs),
             *(["--tiny"] if options.tiny else []),
         ]  # fmt: skip
         child = subprocess.Popen(command, start_new_session=True)
@@ -670,6 +673,9 @@ def run_all(options: argparse.Namespace) -> int:
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         found = json.loads(file.read_text()) if file.is_file() else {}
+        parts[name] = found
+        write_text(whole, json.dumps(parts, indent=1) + "\n")
+        file.unlink(missing_ok=True)
         if reason := found.get("skipped"):
             print(f"{name:<11} skipped: {reason}")
         elif code:
@@ -691,6 +697,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, metavar="DIR")
     parser.add_argument("--python", default="3.12", help="the version there, for --pack")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=600, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out = options.out.resolve()
@@ -704,7 +711,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.part:
         run_part(options)
-    elif failed := run_all(options):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options.inputs = Path(folder)
+        failed = run_all(options)
+    if failed:
         sys.exit(f"{failed} parts did not come to their end")
 
 
