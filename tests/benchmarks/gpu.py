@@ -6,8 +6,9 @@
 
 Each part runs in a process of its own within its share of the time (what one leaves is for the
 others) and writes ``DIR/<part>.json`` after every figure; ``DIR/gpu.json`` takes in the parts that
-are done. So an end at any moment costs only the part at hand. What the machine lacks is skipped, with the reason. Without ``../shared/zoo`` the
-images are drawn and all networks have random weights.
+are done. So an end at any moment costs only the part at hand. What the machine lacks is skipped,
+with the reason. Without ``../shared/zoo`` the images are drawn and all networks have random
+weights.
 """
 
 import argparse
