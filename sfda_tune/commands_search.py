@@ -95,6 +95,7 @@ def search(
     """
     from sfda_tune import cli, selection
     from sfda_tune.stages import Board
+    from sfda_tune.terminal import say
 
     try:
         found = selection.search(
@@ -126,9 +127,9 @@ def search(
             progress=False if quiet else Board(cli.messages),
         )
     except KeyboardInterrupt:
-        cli.messages.print("The same command goes on from here.")
+        say(cli.messages, "The same command goes on from here.")
         raise
-    cli.output.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    say(cli.output, found)
 
 
 def predict(

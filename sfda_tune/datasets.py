@@ -36,10 +36,9 @@ from sfda_tune.images import (
     deep_to_uint8,
     digest,
     explain,
-    one_line,
-    printable,
     to_rgb,
 )
+from sfda_tune.texts import one_line, printable, read_csv_cell
 
 __all__ = [
     "UNREADABLE",

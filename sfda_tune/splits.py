@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.datasets import DatasetError, ImageDataset, open_dataset
+from sfda_tune.texts import csv_line, json_text
 from sfda_tune.values import write_text
 
 __all__ = ["fingerprint", "join", "split_images", "write_csv", "write_json", "write_predictions"]
@@ -92,14 +91,12 @@ def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON, atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value) + "\n")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Write a table, atomically."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, "".join(map(csv_line, rows)))
 
 
 def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: Any) -> None:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from sfda_tune import extraction
 from sfda_tune.datasets import ImageDataset, UnreadableImage
-from sfda_tune.images import one_line
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.recipe import FinetuneConfig
+from sfda_tune.texts import one_line
 
 __all__ = [
     "Augmented",

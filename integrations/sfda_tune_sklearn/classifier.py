@@ -21,6 +21,7 @@ from sfda_tune.classifiers import write_model
 from sfda_tune.datasets import ImageDataset, open_dataset
 from sfda_tune.finetuning import FinetuneConfig, finetune
 from sfda_tune.predictions import PROVENANCE, Model, load_model, predict
+from sfda_tune.texts import json_text
 from sfda_tune.values import Backbone, Ranking, write_text
 from sfda_tune_sklearn.images import as_dataset, read_images
 
@@ -222,7 +223,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
             "fitted": {name: getattr(self, name) for name in _FITTED if hasattr(self, name)},
         }
         try:
-            text = json.dumps(state, indent=1, ensure_ascii=False, default=os.fspath)
+            text = json_text(state, default=os.fspath)
         except TypeError as error:
             raise ValueError(
                 "`save` needs parameters and classes that are numbers or text, and backbones that "
