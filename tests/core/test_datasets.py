@@ -517,7 +517,9 @@ def test_parquet_of_paths(tmp_path):
     data = open_dataset(_parquet(tmp_path / "t.parquet", {"file": paths, "target": [10, 9, 10]}))
     assert (data.name, data.classes, data.labels.tolist()) == ("t", ("9", "10"), [1, 0, 1])
     assert UNREADABLE not in data.digests()
-    assert "`split` cannot be used with a table" in message(tmp_path / "t.parquet", split="val")
+    assert "has only 'file', 'target'; leave `split` out" in message(
+        tmp_path / "t.parquet", split="val"
+    )
 
 
 def test_parquet_of_encoded_images(tmp_path):
