@@ -159,7 +159,9 @@ def rank(
       sfda-tune rank photos/ -b resnet50 'convnext_*.fb_in22k*' -o r.json
     """
     if out is not None:
-        _check_out(out)
+        if out.suffix.lower() not in (".json", ".csv"):
+            _fail(f"--out must end in .json or .csv but is {str(out)!r}.")
+        _check_out(out, "--out")
     if cache is not None and no_cache:
         _fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
@@ -226,14 +228,12 @@ def _bar() -> Any:
     return Bar(messages)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, option: str) -> None:
     """Refuse before the work what could not be written after it."""
-    if out.suffix.lower() not in (".json", ".csv"):
-        _fail(f"--out must end in .json or .csv but is {str(out)!r}.")
     if not out.parent.is_dir():
-        _fail(f"--out: there is no folder {str(out.parent)!r}; create it first.")
+        _fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
     if not os.access(out.parent, os.W_OK) or out.is_dir():
-        _fail(f"--out: {str(out)!r} cannot be written.")
+        _fail(f"{option}: {str(out)!r} cannot be written.")
 
 
 def _write(ranking: Ranking, out: Path) -> str | None:

@@ -758,7 +758,9 @@ def _doubt_classes(inside: Mapping[str, Sequence[str]]) -> str:
     else:
         these = [f for f, names in inside.items() if part_of(f) and len(names) > 1]
         shared = [name for f in these for name in inside[f]]
-    return these and (
+    if not these:
+        return ""
+    return (
         f"{_some(map(repr, these))} are taken to be classes, but hold sub-folders "
         f"{_some(map(repr, shared))}; if those are the classes, pass one of the folders, "
         "`split` if they are parts, or a .csv table of paths and labels."

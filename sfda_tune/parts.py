@@ -1,8 +1,8 @@
 """The parts of a data set (training, validation, test) by the names that people give them.
 
 Folders and splits of the Hugging Face hub have a name each; of a table a column may say it row by
-row: ``split``, ``fold``, ``set``, ``subset``, ``partition``, … with names of parts, or ``is_valid``,
-``is_test``, … with truth values.
+row: ``split``, ``fold``, ``set``, ``subset``, ``partition``, … with names of parts, or
+``is_valid``, ``is_test``, … with truth values.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _check_full(distinct: Mapping[str, int], column: str, where: str) -> None:
 
 def _from_flags(flags: Mapping[str, tuple[str, list[bool]]]) -> list[str]:
     """Return the part of each row; what no flag claims is for training, or else for the test."""
-    by_part = {part: values for part, values in flags.values()}
+    by_part = dict(flags.values())
     rest = "test" if "train" in by_part and "test" not in by_part else "train"
     order = [part for part in ("test", "val", "train") if part in by_part]
     return [

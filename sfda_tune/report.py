@@ -30,6 +30,7 @@ from scipy.stats import binomtest
 from sfda_tune.confidence import Confidence, confidence, diagnose, shortlist
 from sfda_tune.plots import STATES, count_confusions, find_front, fit_line
 from sfda_tune.policy import Calibration, Observation, calibrate
+from sfda_tune.splits import describe_images
 from sfda_tune.tables import listed
 from sfda_tune.texts import printable, read_csv_cell
 from sfda_tune.values import Ranking, format_count, write_text
@@ -249,6 +250,7 @@ def render(run: Run) -> str:
         calibration=_calibration(run),
         test=_test(run),
         command=_command(run),
+        images=describe_images(run.search) if run.search and run.search.get("n_images") else "",
         Axis=Axis,
     )
 

@@ -15,7 +15,16 @@ from sfda_tune.texts import printable
 
 __all__ = ["Terminal", "hang_up", "say", "spell_out", "text"]
 
-_SPELLINGS = {"–": "-", "×": "x", "…": "...", "≥": ">=", "≤": "<=", "›": ">", "—": "-", "\xa0": " "}
+_SPELLINGS = {
+    "–": "-",
+    "×": "x",
+    "…": "...",
+    "≥": ">=",
+    "≤": "<=",
+    "›": ">",
+    "—": "-",
+    "\xa0": " ",
+}
 
 
 class Terminal(Console):
@@ -56,7 +65,7 @@ def spell_out() -> None:
     """Let the standard streams show what their encoding lacks, instead of raising an error."""
     codecs.register_error("sfda_tune.spell_out", _spell)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError, OSError):  # replaced by something else, or closed
+        with suppress(AttributeError, ValueError, OSError):  # something else, or closed
             stream.reconfigure(errors="sfda_tune.spell_out")  # type: ignore[union-attr]
 
 

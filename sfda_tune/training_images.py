@@ -24,6 +24,7 @@ __all__ = [
     "Order",
     "augmentation",
     "collate",
+    "find_unreadable",
     "own_randomness",
     "plain_view",
     "same",
@@ -147,6 +148,19 @@ class Images:
         """Yield all images in order, `view` applied."""
         workers = 0 if self.kept is not None else self.workers
         yield from _loader(_Viewed(self, view), size, collate, workers)
+
+
+def find_unreadable(dataset: ImageDataset) -> dict[int, str]:
+    """Return the rows that cannot be read, each with the reason, by decoding every image."""
+    if isinstance(dataset.items, np.ndarray):  # pixels
+        return {}
+    images = Images(dataset, _forget, None)
+    found = ((row, images[row]) for row in range(len(images)))
+    return {row: why for row, why in found if why is not None}
+
+
+def _forget(image: Image.Image) -> None:
+    """Keep nothing of an image that could be decoded."""
 
 
 def _loader(items: Any, size: int, collate_fn: Callable[[Any], Any], workers: int) -> Any:

@@ -591,7 +591,8 @@ class Ranking(_Value, Mapping[str, float]):
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([f"Ranking by {printable(self.metric) or 'score'} ({self._summary()})", *lines])
+        metric = printable(self.metric) or "score"
+        return "\n".join([f"Ranking by {metric} ({self._summary()})", *lines])
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(h)}</th>" for h in HEADINGS)
