@@ -1035,7 +1035,7 @@ def _open_hf(
         if named is None and only is not None:
             chosen = _pick(choose, {only: part_of(only)}, split, where)
             name += "" if split is None or chosen == ["train"] else f"/{split}"
-        elif named is None:
+        elif named is None and split != "all":
             _refuse(f"{where}, which is a single split", split=split)
     features = data.features
     kind = {column: type(feature).__name__ for column, feature in features.items()}

@@ -78,7 +78,8 @@ def choose(parts: Mapping[str, str | None], split: str | None, where: str) -> li
         )
     if len(found) > 1:
         raise ValueError(f"`split` must be one of {_some(found)} for {where} but is {split!r}.")
-    if others := [name for name in same if name not in found]:
+    others = [name for name in same if name not in found]
+    if others and wanted in _WORDS:  # else it is exactly what was asked for
         text = f"{where}: its part {found[0]!r} is used, {_some(others)} is left out."
         warnings.warn(text, UserWarning, stacklevel=2)
     return found

@@ -68,14 +68,8 @@ __all__ = ["SearchResult", "measure_latency", "search"]
 
 KEEP = 3
 RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a budget
-FREE = (
-    "workers",
-    "progress",
-    "out",
-    "cache",
-    "device",
-    "max_unreadable",
-)  # may differ when a search goes on
+# may differ when a search goes on
+FREE = ("workers", "progress", "out", "cache", "device", "max_unreadable")
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
 

@@ -126,7 +126,8 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         X : images, see `sfda_tune_sklearn.images`; or labelled images
         y : sequence of labels, shape (n_images,)
             Left out where X is what `sfda_tune.open_dataset` opens: a folder with one sub-folder
-            per class, a table, a data set by name.
+            per class, a table, a data set by name. Of its own parts the training part is used,
+            and by the fine-tuning also those for validation and test.
         """
         dataset = self._label(X, y)
         candidates = sfda_tune.resolve_backbones(self.backbones, plugins=self.plugins)
@@ -138,13 +139,14 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
             **(self.options or {}),
         }
         train = self._search if self.finetune else self._probe
-        name, model = train(dataset, candidates, how)
+        has_parts = self.finetune and y is None and isinstance(X, str | os.PathLike)
+        name, model = train(X if has_parts else dataset, candidates, how)
         self._backbone = next(b for b in candidates if b.name == name)
         self.backbone_, self.model_ = name, model
         return self
 
     def _search(
-        self, dataset: ImageDataset, candidates: list[Backbone], how: dict[str, Any]
+        self, dataset: Any, candidates: list[Backbone], how: dict[str, Any]
     ) -> tuple[str, Model]:
         from sfda_tune.selection import search
 
