@@ -1035,6 +1035,8 @@ def _check(g: Mapping[str, Any]) -> None:
                     f"`out` must not lie in the folder of the images, {str(folder)!r}, but is "
                     f"{str(g['out'])!r}; take a folder beside it."
                 )
+    if any(0xDC80 <= ord(c) <= 0xDCFF for c in str(g["out"])):  # safetensors cannot read there
+        raise ValueError(f"`out` must be a name in UTF-8 but is {str(g['out'])!r}.")
     if g["out"].exists() and not g["out"].is_dir():
         raise ValueError(f"`out` must be a folder but {str(g['out'])!r} is a file.")
 
