@@ -160,7 +160,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
             return name, load_model(found.folder / "model", backbone=own, plugins=self.plugins)
 
     def _probe(
-        self, dataset: ImageDataset, candidates: list[Backbone], how: dict[str, Any]
+        self, dataset: Any, candidates: list[Backbone], how: dict[str, Any]
     ) -> tuple[str, Model]:
         self.result_, self.ranking_ = None, sfda_tune.rank(dataset, candidates, **how)
         best = self.ranking_.shortlist(1)
