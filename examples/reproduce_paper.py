@@ -26,9 +26,9 @@ import numpy as np
 from sfda_tune import Backbone, ImageDataset, demo, open_dataset, rank
 from sfda_tune.backbones import fingerprint
 from sfda_tune.evaluation import static_order, weighted_tau
-from sfda_tune.images import one_line
 from sfda_tune.metrics import nleep, sfda
 from sfda_tune.tables import read_truth
+from sfda_tune.texts import one_line
 from sfda_tune.values import MetricResult
 
 ROOT, NAN = Path(__file__).resolve().parents[1], float("nan")

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any
 from sfda_tune import demo
 from sfda_tune.hub import cache_only_if_unreachable
 from sfda_tune.preprocessing import Preprocessing
+from sfda_tune.texts import printable
 from sfda_tune.values import Backbone
 
 if TYPE_CHECKING:
@@ -257,7 +258,8 @@ def _expand(spec: str) -> list[tuple[str, str]]:
 
 def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
     path = os.path.expanduser(path)
-    folders = sorted(globbing.glob(path)) if globbing.has_magic(path) else [path]
+    literal = os.path.isdir(path) or not globbing.has_magic(path)  # "runs [v1]" may be there
+    folders = [path] if literal else sorted(globbing.glob(path))
     folders = [Path(os.path.abspath(folder)) for folder in folders if os.path.isdir(folder)]
     if not folders:
         hub = f", or hf-hub:{spec} for one on the hub" if spec.count("/") == 1 else ""
@@ -272,7 +274,7 @@ def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
         if bare:
             warnings.warn(
                 "left out, for want of a config.json beside the weights: "
-                + ", ".join(f.name for f in bare),
+                + ", ".join(printable(f.name) for f in bare),
                 stacklevel=2,
             )
     if not found:

@@ -7,15 +7,17 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from sfda_tune import __version__, commands_search
+from sfda_tune.terminal import Terminal, hang_up, say, spell_out, text
+from sfda_tune.texts import printable
 from sfda_tune.values import HEADINGS, format_count
 
 if TYPE_CHECKING:
@@ -33,8 +35,8 @@ cache_app = typer.Typer(help="Look at the kept features, or delete them.", no_ar
 app.add_typer(cache_app, name="cache")
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's; recent typers bring their own click
-output = Console()  # results, on standard output
-messages = Console(stderr=True)  # everything else
+output = Terminal()  # results, on standard output
+messages = Terminal(stderr=True)  # everything else
 
 Imports = Annotated[
     list[str] | None,
@@ -157,7 +159,9 @@ def rank(
       sfda-tune rank photos/ -b resnet50 'convnext_*.fb_in22k*' -o r.json
     """
     if out is not None:
-        _check_out(out)
+        if out.suffix.lower() not in (".json", ".csv"):
+            _fail(f"--out must end in .json or .csv but is {str(out)!r}.")
+        _check_out(out, "--out")
     if cache is not None and no_cache:
         _fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
@@ -195,11 +199,12 @@ def rank(
         if dataset == "digits" and len(specs) > 1 and os.path.exists(specs[-1]):
             _fail(f"{error}; if {specs[-1]!r} is the data set: it stands before --backbones.")
         raise
+    problem = None if out is None else _write(ranking, out)  # before anything is shown
     _show(ranking)
-    if out is not None:
-        _write(ranking, out)
+    if problem:
+        _fail(problem)
     if interrupted:
-        messages.print("Interrupted: the same command goes on from here.")
+        say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
     if len(ranking.failed) == len(ranking):
         _fail("no backbone could be ranked; each one's error stands below the table.")
@@ -223,24 +228,24 @@ def _bar() -> Any:
     return Bar(messages)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, option: str) -> None:
     """Refuse before the work what could not be written after it."""
-    if out.suffix.lower() not in (".json", ".csv"):
-        _fail(f"--out must end in .json or .csv but is {str(out)!r}.")
     if not out.parent.is_dir():
-        _fail(f"--out: there is no folder {str(out.parent)!r}; create it first.")
+        _fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
     if not os.access(out.parent, os.W_OK) or out.is_dir():
-        _fail(f"--out: {str(out)!r} cannot be written.")
+        _fail(f"{option}: {str(out)!r} cannot be written.")
 
 
-def _write(ranking: Ranking, out: Path) -> None:
+def _write(ranking: Ranking, out: Path) -> str | None:
+    """Write the ranking; return what went wrong: it is still to be shown."""
     try:
         if out.suffix.lower() == ".csv":
             ranking.to_csv(out)
         else:
             ranking.to_json(out)
     except OSError as error:
-        _fail(f"{str(out)!r} could not be written ({error.strerror or error}).")
+        return f"{str(out)!r} could not be written ({error.strerror or error})."
+    return None
 
 
 def _split_commas(specs: list[str] | None) -> list[str]:
@@ -256,41 +261,36 @@ def _show(ranking: Ranking) -> None:
 
     info = ranking.info
     title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
-    table = Table(title=f"{title}; {ranking.metric}", title_justify="left")
+    table = Table(title=text(f"{title}; {ranking.metric}"), title_justify="left")
     sure = _confidence(ranking)
-    shown = _columns([len(name) for name in ranking], [*HEADINGS[:3], *_SURE[: 2 * bool(sure)]])
+    widths = [len(printable(name)) for name in ranking]
+    shown = _columns(widths, [*HEADINGS[:3], *_SURE[: 2 * bool(sure)]])
     for name in shown:
         if name == "backbone":  # folded where the terminal is narrow
             table.add_column(name, overflow="fold", min_width=12)
         else:
             left = name == "note"
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for cells in ranking.cells():
+    for score, cells in zip(ranking.scores, ranking.cells(), strict=True):
         row: dict[str, str] = dict(zip(HEADINGS, cells, strict=True))
-        row |= sure.get(row["backbone"], dict.fromkeys(_SURE, ""))
-        row["note"] = "see below" if row["backbone"] in ranking.failed else row["note"]
-        table.add_row(*(_escape(row[name]) for name in shown))
+        row |= sure.get(score.backbone, dict.fromkeys(_SURE, ""))
+        row["note"] = row["note"] if score.error is None else "see below"
+        table.add_row(*(text(row[name]) for name in shown))
     _print(table)
     for name, error in ranking.failed.items():
-        output.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
+        say(output, f"{name}: {error}")
     for line in _findings(ranking):
-        output.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(output, line)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
-            messages.print(
-                f"{diagnostic.severity}: {diagnostic.message}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(messages, f"{diagnostic.severity}: {diagnostic.message}")
     seconds = info["seconds"]
-    messages.print(
+    say(
+        messages,
         f"{seconds['total']:.1f} s in all on {info['device']}: "
         f"waiting for pixels {seconds['decode']:.1f} (decoding itself "
         f"{seconds['decode_work']:.1f}), forward passes {seconds['forward']:.1f}, "
         f"loading {seconds['load']:.1f}, scoring {seconds['score']:.1f}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -348,8 +348,8 @@ def _print(table: Table) -> None:
     if output.is_terminal:
         output.print(table)
     else:
-        wide = Console(width=10_000)
-        Console(width=wide.measure(table).maximum).print(table)
+        wide = Terminal(width=10_000)
+        Terminal(width=wide.measure(table).maximum).print(table)
 
 
 def _columns(names: list[int], first: list[str]) -> list[str]:
@@ -360,12 +360,6 @@ def _columns(names: list[int], first: list[str]) -> list[str]:
         if name in shown and max(names, default=0) + 9 * len(shown) > room:
             shown.remove(name)
     return shown
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 @app.command("backbones")
@@ -395,12 +389,12 @@ def list_backbones(
             d = describe(backbone)
         except ValueError as error:
             failures += 1
-            table.add_row(_escape(backbone.name), "failed")
-            messages.print(f"{backbone.name}: {error}", markup=False, highlight=False)
+            table.add_row(text(backbone.name), "failed")
+            say(messages, f"{backbone.name}: {error}")
             continue
         _, height, width = d.preprocessing.input_size or (0, 0, 0)
         table.add_row(
-            _escape(backbone.name),
+            text(backbone.name),
             format_count(d.n_params),
             f"{d.n_params * 4 / 1e6:.1f}",
             "" if d.n_dims is None else str(d.n_dims),
@@ -439,7 +433,8 @@ def evaluate_scores(
     nested = any(isinstance(value, Mapping) for value in known.values())
     judge: Any = evaluate_many if nested else evaluate
     result = judge(read_scores(scores), known, seed=seed)
-    output.print(repr(result), markup=False, highlight=False, soft_wrap=True)
+    for line in repr(result).splitlines():
+        say(output, line)
 
 
 @app.command("report")
@@ -467,7 +462,7 @@ def report_on(
 
     files = [write_report(source, out)]
     for path in files + ([] if plots is None else save_plots(source, plots)):
-        output.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        say(output, path)
 
 
 app.command("search")(commands_search.search)
@@ -479,12 +474,12 @@ def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
     """Show where the features are kept and what they take."""
     store = _store(cache)
     totals = store.summary()
-    table = Table(title=str(store.root), title_justify="left")
+    table = Table(title=text(store.root), title_justify="left")
     for name in ("backbone", "entries", "images", "MB"):
         table.add_column(name, justify="left" if name == "backbone" else "right")
     for name, total in sorted(totals.items()):
         megabytes = f"{total['bytes'] / 1e6:.1f}"
-        table.add_row(_escape(name), str(total["entries"]), str(total["images"]), megabytes)
+        table.add_row(text(name), str(total["entries"]), str(total["images"]), megabytes)
     size = sum(total["bytes"] for total in totals.values()) / 1e6
     table.add_section()
     table.add_row("all", str(sum(t["entries"] for t in totals.values())), "", f"{size:.1f}")
@@ -503,9 +498,7 @@ def clear_cache(
     """Delete kept features; they are computed again when needed."""
     store = _store(cache)
     count, size = store.clear(older_than)
-    output.print(
-        f"deleted {count} entries, {size / 1e6:.1f} MB, from {store.root}", soft_wrap=True
-    )
+    say(output, f"deleted {count} entries, {size / 1e6:.1f} MB, from {store.root}")
 
 
 def _store(cache: str | None) -> Any:
@@ -516,7 +509,7 @@ def _store(cache: str | None) -> Any:
 
 def _version(show: bool) -> None:
     if show:
-        output.print(f"sfda-tune {__version__}", highlight=False)
+        say(output, f"sfda-tune {__version__}")
         raise typer.Exit
 
 
@@ -535,9 +528,8 @@ def _fail(message: str) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    messages.print("[bold red]error:[/]", end=" ")
-    text = " ".join(message.split())  # one line, whatever a plug-in or a library says
-    messages.print(text, markup=False, highlight=False, soft_wrap=True)
+    say(messages, "error:", style="bold red", end=" ")
+    say(messages, " ".join(message.split()))  # one line, whatever a plug-in or a library says
 
 
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/]+:\d+")
@@ -575,34 +567,46 @@ def _on_terminate(signum: int, frame: Any) -> NoReturn:
 
 def _show_warning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
     if issubclass(category, UserWarning):
-        messages.print("[yellow]warning:[/]", end=" ")
-        messages.print(str(message), markup=False, highlight=False, soft_wrap=True)
+        say(messages, "warning:", style="yellow", end=" ")
+        say(messages, message)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors are one line, and a traceback with ``--debug``."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
+    spell_out()
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Printable(logging.BASIC_FORMAT))
     if not debug:
         warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _on_terminate)  # `kill` keeps what is finished, as Ctrl-C does
     try:
         code = app(_spread(arguments), prog_name="sfda-tune", standalone_mode=False)
-        sys.stdout.flush()
-        sys.exit(code or 0)
     except UsageError as error:
         _print_error(f"{error.format_message()} (see `sfda-tune --help`)")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        messages.print("Interrupted.")
+        say(messages, "Interrupted.")
         sys.exit(130)
-    except BrokenPipeError:  # `sfda-tune … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         if debug:
-            raise
-        text = str(error) if isinstance(error, (ValueError, OSError)) else ""
-        _print_error(text or f"{type(error).__name__}: {error} (--debug shows the traceback)")
+            for line in traceback.format_exc().splitlines():
+                say(messages, line)
+            sys.exit(1)
+        known = str(error) if isinstance(error, (ValueError, OSError)) else ""
+        _print_error(known or f"{type(error).__name__}: {error} (--debug shows the traceback)")
         sys.exit(1)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # `sfda-tune … | head`
+        hang_up(sys.stdout)
+    sys.exit(code or 0)
+
+
+class _Printable(logging.Formatter):
+    """What libraries log holds names, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).splitlines()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +76,9 @@ def search(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the paths.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    max_unreadable: Annotated[
+        float, typer.Option(help="Fraction of unreadable images that is tolerated.")
+    ] = 0.1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
         str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
@@ -97,6 +103,7 @@ def search(
     """
     from sfda_tune import cli, selection
     from sfda_tune.stages import Board
+    from sfda_tune.terminal import say
 
     try:
         found = selection.search(
@@ -119,6 +126,7 @@ def search(
             split=split,
             image_column=image_column,
             label_column=label_column,
+            max_unreadable=max_unreadable,
             device=device,
             precision=precision,
             plugins=imports or (),
@@ -128,16 +136,25 @@ def search(
             progress=False if quiet else Board(cli.messages),
         )
     except KeyboardInterrupt:
-        cli.messages.print("The same command goes on from here.")
+        say(cli.messages, "The same command goes on from here.")
         raise
-    cli.output.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    say(cli.output, found)
+    say(cli.output, found.images)
 
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished search.")],
-    images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Files or folders.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES...", help="Files, or folders: as for `rank`.")
+    ],
     csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write all probabilities there.")
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="FILE",
+            help="Write all probabilities there, as they become known. Names that a spreadsheet "
+            "would run begin with an apostrophe; bytes that are no UTF-8 are kept.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     imports: Annotated[
@@ -146,34 +163,83 @@ def predict(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Classify IMAGES with the winner of the search in RUN."""
-    import numpy as np
-
     from sfda_tune import cli
-    from sfda_tune.predictions import image_files, load_model
-    from sfda_tune.predictions import predict as classify
+    from sfda_tune.datasets import image_files
+    from sfda_tune.predictions import load_model, predict_batches
     from sfda_tune.selection import SearchResult
+    from sfda_tune.terminal import say
 
+    if csv is not None:
+        cli._check_out(csv, "--csv")
     model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
     files: list[str] = []
     for given in images:
-        files += map(str, image_files(given)) if os.path.isdir(given) else [given]
+        found = list(image_files(given)) if os.path.isdir(given) else [given]
+        if not found:
+            warnings.warn(f"{given!r} holds no image files", stacklevel=2)
+        files += found
     if not files:
         raise ValueError(f"`IMAGES` must be image files, or folders that hold some: {images!r}.")
-    p = classify(model, files, device=device)
-    rows: list[list[Any]] = []
-    for file, row in zip(files, p, strict=True):
-        known = bool(np.isfinite(row).all())
-        numbers = [f"{x:.6g}" for x in (row.max(), *row)] if known else [""] * (len(row) + 1)
-        rows.append([file, model.classes[row.argmax()] if known else "", *numbers])
-        shown = f"{rows[-1][1]}  {row.max():.3f}" if known else "cannot be read"
-        cli.output.print(f"{file}  {shown}", markup=False, highlight=False, soft_wrap=True)
-    if csv is not None:
-        from sfda_tune.splits import write_csv
-
-        head = ["item", "predicted", "confidence", *(f"p_{name}" for name in model.classes)]
-        write_csv(csv, [head, *rows])
-    if not np.isfinite(p).any():
+    table = _Table(csv, ["item", "predicted", "confidence", *(f"p_{c}" for c in model.classes)])
+    unreadable: dict[int, str] = {}
+    known = 0
+    with table:
+        for rows, p, bad in predict_batches(model, files, device=device):
+            lines, shown = [], []
+            for row, numbers in zip(rows, p.tolist(), strict=True):
+                is_known = all(map(math.isfinite, numbers))
+                best = max(range(len(numbers)), key=numbers.__getitem__)
+                name = model.classes[best] if is_known else ""
+                cells = [f"{x:.6g}" if is_known else "" for x in (numbers[best], *numbers)]
+                lines.append([files[row], name, *cells])
+                why = f"cannot be read: {bad[row]}" if row in bad else "has no finite numbers"
+                said = f"{name}  {numbers[best]:.3f}" if is_known else why
+                shown.append(f"{files[row]}  {said}")
+                known += is_known
+            table.write(lines)  # before they are shown: a kill loses nothing that was
+            for line in shown:
+                say(cli.output, line)
+            unreadable |= bad
+    if unreadable:
+        text = f"{len(unreadable)} of {len(files)} images cannot be read"
+        warnings.warn(text, stacklevel=2)
+    if table.problem:
+        cli._fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
+    if not known:
         raise typer.Exit(1)
+
+
+class _Table:
+    """A CSV file that grows with what is known; what goes wrong is kept for later."""
+
+    def __init__(self, path: Path | None, head: list[str]) -> None:
+        self.path, self.head, self.problem = path, head, ""
+        self._file: Any = None
+
+    def __enter__(self) -> _Table:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # what cannot be flushed was told already
+                self._file.close()
+
+    def write(self, rows: list[list[Any]]) -> None:
+        """Append rows; the first ones replace what the file held."""
+        from sfda_tune.texts import csv_line
+
+        if self.path is None or self.problem:
+            return
+        try:
+            if self._file is None:
+                self._file = open(  # noqa: SIM115 - closed at the end
+                    self.path, "w", encoding="utf-8", errors="surrogateescape", newline=""
+                )
+                rows = [self.head, *rows]
+            self._file.write("".join(map(csv_line, rows)))
+            self._file.flush()
+        except OSError as error:
+            self.problem = error.strerror or str(error)
 
 
 def _fraction(text: str | None) -> float | str | None:

@@ -36,17 +36,20 @@ from sfda_tune.images import (
     deep_to_uint8,
     digest,
     explain,
-    one_line,
-    printable,
     to_rgb,
 )
+from sfda_tune.parts import choose, choose_rows, hint_at, part_of, read_parts
+from sfda_tune.texts import one_line, printable, read_csv_cell
 
 __all__ = [
     "UNREADABLE",
     "DatasetError",
     "ImageDataset",
+    "NoPartError",
     "UnreadableImage",
+    "image_files",
     "open_dataset",
+    "open_part",
     "to_rgb",
 ]
 
@@ -60,7 +63,6 @@ EXTENSIONS = frozenset(
 )
 IMAGE_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "file_name")
 LABEL_COLUMNS = ("label", "class", "target", "category", "y")
-_SPLITS = (("train",), ("val", "valid", "validation"), ("test",))  # names of one split
 _JUNK = {"__MACOSX", "@eaDir"}  # archives of macOS, thumbnails of Synology
 _CHANNELS = (1, 3, 4)
 _FORMS = (
@@ -73,6 +75,10 @@ _FORMS = (
 
 class DatasetError(ValueError):
     """The images or labels cannot be used as they are; the message says what to do."""
+
+
+class NoPartError(DatasetError):
+    """The data set has no such part, or comes in none."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -220,10 +226,13 @@ def open_dataset(
     ----------
     spec : object
         - ``"digits"``: scikit-learn's 1,797 digits, 8×8, grey levels 0 … 16 as round(255·v/16).
-        - Folder ``root/<class>/**/*.jpg``, or ``root/{train,val,test}/<class>/**/*.jpg``; hidden
-          files do not count.
+        - Folder ``root/<class>/**/*.jpg``, or ``root/{train,val,test}/<class>/**/*.jpg``, also
+          under other names of these (``Training``, ``valid``, ``dev``, ``test_images``, …) and
+          beside other folders, which are left out with a warning. Hidden files do not count, nor
+          do folders that `sfda_tune.search` wrote.
         - ``.csv``, ``.tsv`` (UTF-8, with a header, separated by comma, semicolon or tab) or
-          ``.parquet`` with paths, relative to the table, or encoded images, and labels.
+          ``.parquet`` with paths, relative to the table, or encoded images, and labels. A column
+          such as ``split``, ``fold``, ``subset`` or ``is_valid`` says which part a row is of.
         - ``"hf:NAME"``, ``"hf:NAME:CONFIG"``, ``"hf:folder"``, or a Hugging Face `Dataset` or
           `DatasetDict`. Its format or transform is not applied.
         - Torchvision-style data set: ``spec[i]`` → (image, label); labels from `targets`, `labels`
@@ -235,9 +244,9 @@ def open_dataset(
           floating point in [0, 1]; or a list of such images, PIL images, paths, encoded bytes.
         - An `ImageDataset`: returned as it is.
     split : str, optional
-        "train" (default), "val", "test" or "all" of a folder or Hugging Face data set that has
-        splits; for ``"hf:…"`` also a slice such as ``"train[:10%]"``. Rank on the training images:
-        the validation images stay unseen then.
+        "train" (default), "val", "test" or "all" of a folder, table or Hugging Face data set that
+        has such parts, or the name of one; for ``"hf:…"`` also a slice such as ``"train[:10%]"``.
+        Rank on the training images: the validation images stay unseen then.
     samples, seed : int, optional
         Draw this many images, see `ImageDataset.sample`.
     image_column, label_column : str, optional
@@ -258,12 +267,26 @@ def open_dataset(
     >>> open_dataset("digits", samples=500)
     ImageDataset('digits', 500 images, 10 classes)
     """
-    form, opener, usable = _form(spec, labels)
     columns = {"image_column": image_column, "label_column": label_column}
-    options = {"split": split, **columns, "labels": labels}
-    _refuse(form, **{name: value for name, value in options.items() if name not in usable})
-    dataset = opener(spec, **{name: options[name] for name in usable})
+    dataset = _open(spec, 2, split=split, **columns, labels=labels)
     return dataset if samples is None else dataset.sample(samples, seed)
+
+
+def open_part(spec: Any, split: str | None = None, **columns: str | None) -> ImageDataset:
+    """Open images to validate or test with, which may be of a single class.
+
+    `NoPartError` if the data set has no part of that name.
+    """
+    return _open(spec, 1, split=split, **columns)
+
+
+def _open(spec: Any, least: int, *, labels: Any = None, **options: Any) -> ImageDataset:
+    """Open a data set of at least so many classes."""
+    form, opener, usable = _form(spec, labels)
+    options |= {"labels": labels, "least": least}
+    refused = {name: options[name] for name in options if name not in (*usable, "least")}
+    _refuse(form, **refused)
+    return opener(spec, **{name: options.get(name) for name in usable})
 
 
 def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tuple[str, ...]]:
@@ -274,28 +297,28 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
     if isinstance(spec, str) and spec == "digits":
         return "'digits' (a folder of that name is './digits')", _open_digits, ()
     if isinstance(spec, str) and spec.startswith("hf:"):
-        return "'hf:…'", _open_hub, ("split", *columns)
+        return "'hf:…'", _open_hub, ("split", *columns, "least")
     if isinstance(spec, str | os.PathLike):
         path = _absolute(spec)
         if os.path.isdir(path) and os.fspath(spec):  # "" is not the current folder
-            return "a folder (the labels are the folder names)", _open_folder, ("split",)
+            return "a folder (the labels are the folder names)", _open_folder, ("split", "least")
         suffix = os.path.splitext(path)[1].lower()
         if not os.path.isfile(path):
             fact = f"{str(spec)!r} does not exist{_close_matches(path)}"
         elif suffix in (".csv", ".tsv", ".parquet", ".pq"):
-            return "a table", _open_table, columns
+            return "a table", _open_table, ("split", *columns, "least")
         else:
             archive = suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
             fact = f"It is the file {path!r}" + ("; unpack it first" if archive else "")
         raise DatasetError(f"{fact}. A data set is one of: {_FORMS}.")
     if hasattr(spec, "cast_column"):
-        return "a Hugging Face data set", _open_hf, ("split", *columns)
+        return "a Hugging Face data set", _open_hf, ("split", *columns, "least")
     arrays = isinstance(spec, list | tuple | Mapping | np.ndarray) or hasattr(spec, "detach")
     if arrays or labels is not None:
-        return "arrays", _open_arrays, ("labels",)
+        return "arrays", _open_arrays, ("labels", "least")
     foreign = isinstance(spec, bytes | bytearray | memoryview | range) or hasattr(spec, "iloc")
     if hasattr(spec, "__getitem__") and hasattr(spec, "__len__") and not foreign:
-        return "a torchvision-style data set", _open_map, ()
+        return "a torchvision-style data set", _open_map, ("least",)
     more = "; pass its `.dataset`" if hasattr(spec, "dataset") else ""  # of a DataLoader
     if hasattr(spec, "iloc"):
         more = "; pass (table['path'].tolist(), table['label'])"
@@ -324,7 +347,18 @@ def _refuse(form: str, **options: Any) -> None:
     """Raise if an option is given that means nothing for this form."""
     given = [f"`{name}`" for name, value in options.items() if value is not None]
     if given:
-        raise DatasetError(f"{' and '.join(given)} cannot be used with {form}; leave it out.")
+        kind = NoPartError if given == ["`split`"] else DatasetError
+        raise kind(f"{' and '.join(given)} cannot be used with {form}; leave it out.")
+
+
+def _pick(pick: Callable[..., Any], *args: Any) -> Any:
+    """Pick a part, with errors of data sets."""
+    try:
+        return pick(*args)
+    except LookupError as error:
+        raise NoPartError(error.args[0]) from None
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
 
 
 def _need(module: str, purpose: str) -> Any:
@@ -378,6 +412,7 @@ def _encode(
     rows: Sequence[int] | None = None,
     unit: str = "row",
     hint: str = "",
+    least: int = 2,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels of any hashable type → codes 0 … C−1 and class names; all checks are here.
 
@@ -412,7 +447,7 @@ def _encode(
             f"{where} must hold a label for every image, but {len(bad)} of {len(labels)} are "
             f"missing ({_some(places)}); fill them in or remove these images."
         )
-    if len(classes) < 2:
+    if len(classes) < least:
         raise DatasetError(
             f"{where} must have at least 2 classes to rank backbones, but all {len(labels)} "
             f"images are of class {', '.join(classes)!r}.{hint}"
@@ -486,7 +521,9 @@ def _item(value: Any, what: str) -> Any:
     )
 
 
-def _open_arrays(images: Any, labels: Any = None, name: str = "arrays") -> ImageDataset:
+def _open_arrays(
+    images: Any, labels: Any = None, least: int = 2, name: str = "arrays"
+) -> ImageDataset:
     if labels is None and isinstance(images, Mapping):
         if set(images) != {"images", "labels"}:
             raise DatasetError(
@@ -524,7 +561,7 @@ def _open_arrays(images: Any, labels: Any = None, name: str = "arrays") -> Image
             f"`labels` must have one label per image, but there are {len(items)} images and "
             f"{len(values)} labels."
         )
-    return ImageDataset(name, items, *_encode(values, "`labels`"))
+    return ImageDataset(name, items, *_encode(values, "`labels`", least=least))
 
 
 def _open_digits(spec: str) -> ImageDataset:
@@ -533,7 +570,7 @@ def _open_digits(spec: str) -> ImageDataset:
     digits = cast("Any", load_digits())
     # 17 grey levels, 0 … 16, spread evenly over 0 … 255
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return _open_arrays(images, digits.target, spec)
+    return _open_arrays(images, digits.target, name=spec)
 
 
 # ---- folders
@@ -543,68 +580,135 @@ def _is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
-def _walk(folder: str, entered: Iterable[str] = ()) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in natural order, without hidden ones; no folder twice, nor those `entered`."""
+def _is_run(folder: str) -> bool:
+    """Tell the folder of a search (`sfda_tune.selection`)."""
+    return all(os.path.isfile(os.path.join(folder, f)) for f in ("search.json", "config.json"))
 
-    def left_out(error: OSError) -> None:
-        text = f"{str(error.filename)!r} is left out: {error.strerror}"
-        warnings.warn(text, UserWarning, stacklevel=2)
+
+def _walk(
+    folder: str, entered: Iterable[str] = (), *, silent: bool = False
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in natural order, without hidden ones; no folder twice, nor those `entered`.
+
+    What is left out and not hidden is said, unless `silent`.
+    """
+
+    def leave_out(name: Any, why: str | None) -> None:
+        if not silent:
+            warnings.warn(f"{str(name)!r} is left out: {why}", UserWarning, stacklevel=3)
+
+    def fail(error: OSError) -> None:
+        leave_out(error.filename, error.strerror)
 
     seen = {os.path.realpath(path) for path in entered}  # a link up would mix the classes
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=left_out):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         for names in folders, files:
             shown = (n for n in names if not n.startswith(".") and n not in _JUNK)
             names[:] = sorted(shown, key=_natural)
         if (real := os.path.realpath(parent)) in seen:
             folders.clear()
-        else:
-            seen.add(real)
-            yield parent, folders, files
+            continue
+        seen.add(real)
+        for run in [path for n in folders if _is_run(path := os.path.join(parent, n))]:
+            folders.remove(os.path.basename(run))
+            leave_out(run, "it is the folder of a search, not of images")
+        yield parent, folders, files
 
 
-def _list(folder: str) -> tuple[list[str], list[str]]:
+def _list(folder: str, *, silent: bool = False) -> tuple[list[str], list[str]]:
     """Names of the sub-folders and files of a folder."""
-    return next(((folders, files) for _, folders, files in _walk(folder)), ([], []))
+    found = _walk(folder, silent=silent)
+    return next(((folders, files) for _, folders, files in found), ([], []))
 
 
-def _pick_split(names: Sequence[str], split: str | None, where: str) -> list[str]:
-    """Names of the splits meant; default "train", or the only one there is."""
-    if split == "all" or (split is None and len(names) == 1):
-        return list(names)
-    wanted = "train" if split is None else split.lower()
-    same = next((group for group in _SPLITS if wanted in group), ())
-    for name in (wanted, *same):
-        for candidate in names:
-            if candidate.lower() == name:
-                return [candidate]
-    raise DatasetError(
-        f"`split` must be one of {', '.join(map(repr, names))} or 'all' for {where} but is "
-        f"{split!r}."
-    )
+def image_files(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield the images below a folder in the order in which a data set has them."""
+    for parent, _, files in _walk(os.fspath(folder)):
+        yield from (os.path.join(parent, name) for name in files if _is_image(name))
 
 
-def _open_folder(spec: Any, split: str | None) -> ImageDataset:
+def _unwrap(folder: str) -> str:
+    """Go down where a folder holds nothing but one of its own name, as archives have it."""
+    folders, files = _list(folder, silent=True)
+    if len(folders) == 1 and folders[0].casefold() == os.path.basename(folder).casefold():
+        return folder if any(map(_is_image, files)) else _unwrap(os.path.join(folder, folders[0]))
+    return folder
+
+
+def _find_parts(root: str, folders: Sequence[str], split: str | None) -> dict[str, str]:
+    """Return the part behind each folder that is one; none if the folders are classes.
+
+    Folders are parts if all have names of parts, one of them "train"; beside others, if there is
+    more to it than the name, which may be that of a class: class folders inside.
+    """
+
+    def classes(folder: str) -> set[str]:
+        return set(_list(_unwrap(os.path.join(root, folder)), silent=True)[0])
+
+    def holds_images(folder: str) -> bool:
+        tree = _walk(os.path.join(root, folder), {root}, silent=True)
+        return any(_is_image(name) for _, _, files in tree for name in files)
+
+    exact = {f: part for f in folders if (part := part_of(f))}
+    trains = [f for f, part in exact.items() if part == "train"]
+    if trains and len(exact) == len(folders):
+        return exact
+    inside = {f: classes(f) for f in folders if hint_at(f)}
+    split_up = [f for f in trains if any(holds_images(os.path.join(f, c)) for c in inside[f])]
+    if split_up and (
+        len(set(exact.values())) > 1
+        or not any(holds_images(f) for f in folders if f not in exact)
+        or (split is not None and part_of(split) == "train")
+    ):
+        return exact
+    for named in exact, {f: part for f in folders if (part := hint_at(f))}:
+        if any(
+            part != other and inside[f] & inside[g]
+            for f, part in named.items()
+            for g, other in named.items()
+        ):
+            return named
+    return {}
+
+
+def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
     root = _absolute(spec)
     name, where = printable(os.path.basename(root) or root), f"Folder {root!r}"
-    folders, _ = _list(root)
-    lower = {folder.lower() for folder in folders}
+    if _is_run(root):
+        raise DatasetError(f"{where} must hold labelled images but is the folder of a search.")
+    folders, files = _list(root)
     tops = [root]
-    if "train" in lower and lower <= {name for names in _SPLITS for name in names}:
-        chosen = _pick_split(folders, split, where)
-        if split is not None and [c.lower() for c in chosen] != ["train"]:
+    if parts := _find_parts(root, folders, split):
+        chosen = _pick(choose, parts, split, where)
+        if split is not None and parts[chosen[0]] != "train":
             name = f"{name}/{split}"
-        tops = [os.path.join(root, c) for c in chosen]
+        elif split == "all":
+            name = f"{name}/all"
+        tops = [_unwrap(os.path.join(root, c)) for c in chosen]
+        beside = [f for f in folders if f not in parts]
+        loose = sum(map(_is_image, files))
+        if beside or loose:
+            what = [_some(map(repr, beside))] * bool(beside)
+            what += [f"{loose} images directly in it"] * bool(loose)
+            warnings.warn(
+                f"{where} has the parts {_some(map(repr, parts))}; left out is what lies beside "
+                f"them: {' and '.join(what)}.",
+                UserWarning,
+                stacklevel=2,
+            )
     elif split not in (None, "all"):
-        raise DatasetError(
-            f"`split` can only be used if every sub-folder is a split (train, val, valid, "
-            f"validation, test) and one is train, but {where} has {_some(map(repr, folders))}; "
+        raise NoPartError(
+            f"`split` can only be used if the sub-folders are parts (train, val, test, …) with "
+            f"class folders inside, but {where} has {_some(map(repr, folders))}; "
             "leave `split` out."
         )
     paths: list[str] = []
     labels: list[str] = []
     empty: list[str] = []
+    inside: dict[str, list[str]] = {}
     for top in tops:
-        folders, files = _list(top)
+        if top != root:
+            folders, files = _list(top)
         loose = sum(map(_is_image, files))
         if not folders:
             raise DatasetError(
@@ -617,9 +721,15 @@ def _open_folder(spec: Any, split: str | None) -> ImageDataset:
             text = f"{loose} images directly in {top!r} are left out: they are in no class folder."
             warnings.warn(text, UserWarning, stacklevel=2)
         for label in folders:
-            tree = _walk(os.path.join(top, label), {root, top})
-            found = [os.path.join(at, n) for at, _, names in tree for n in names if _is_image(n)]
+            found: list[str] = []
+            folder = os.path.join(top, label)
+            for at, within, names in _walk(folder, {root, top}):
+                found += [os.path.join(at, n) for n in names if _is_image(n)]
+                if at == folder:
+                    inside[label] = list(within)
             empty += [] if found else [label]
+            if not found:
+                inside.pop(label, None)
             paths += found
             labels += [label] * len(found)
     if not paths:
@@ -630,11 +740,31 @@ def _open_folder(spec: Any, split: str | None) -> ImageDataset:
     if empty:
         text = f"class folders without images are left out ({_some(map(repr, empty))})"
         warnings.warn(f"{where}: {len(empty)} {text}.", UserWarning, stacklevel=2)
+    if doubt := _doubt_classes(inside):
+        warnings.warn(f"{where}: {doubt}", UserWarning, stacklevel=2)
     hint = " Put the images of each class into a sub-folder of their own."
     inner = os.path.join(tops[0], labels[0])
-    if len(_list(inner)[0]) > 1:
+    if len(_list(inner, silent=True)[0]) > 1:
         hint = f" Its sub-folders look like classes: try {inner!r}."
-    return ImageDataset(name, paths, *_encode(labels, where, hint=hint))
+    return ImageDataset(name, paths, *_encode(labels, where, hint=hint, least=least))
+
+
+def _doubt_classes(inside: Mapping[str, Sequence[str]]) -> str:
+    """Say if the class folders may be something else, for what they have `inside`."""
+    count = Counter(name for names in inside.values() for name in names)
+    shared = [name for name, n in count.items() if n > 1]
+    if shared:
+        these = [label for label, names in inside.items() if set(names) & set(shared)]
+    else:
+        these = [f for f, names in inside.items() if part_of(f) and len(names) > 1]
+        shared = [name for f in these for name in inside[f]]
+    if not these:
+        return ""
+    return (
+        f"{_some(map(repr, these))} are taken to be classes, but hold sub-folders "
+        f"{_some(map(repr, shared))}; if those are the classes, pass one of the folders, "
+        "`split` if they are parts, or a .csv table of paths and labels."
+    )
 
 
 # ---- tables
@@ -667,7 +797,13 @@ def _cell(value: Any, base: str) -> str | bytes | None:
     return value if isinstance(value, bytes) and value else None
 
 
-def _open_table(spec: Any, image_column: str | None, label_column: str | None) -> ImageDataset:
+def _open_table(
+    spec: Any,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    least: int,
+) -> ImageDataset:
     path = _absolute(spec)
     where, base = f"Table {path!r}", os.path.dirname(path)
     read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
@@ -675,12 +811,29 @@ def _open_table(spec: Any, image_column: str | None, label_column: str | None) -
     note = where + " (its first line must name the columns)" * (read is _read_csv)
     image = _column("image_column", image_column, columns, note)
     label = _column("label_column", label_column, columns, note)
-    what = f"{where}, column {label!r},"
-    codes, classes = _encode(cells(label), what, names=names(label), **places)
-    items = [_cell(value, base) for value in cells(image)]
-    _check_some_exist(items, base, f"{where}, column {image!r},")
     name = printable(os.path.splitext(os.path.basename(path))[0])
-    return ImageDataset(name, items, codes, classes)
+    labels, values = cells(label), cells(image)
+    rows = list(range(len(labels)))
+    if split != "all":
+        free = [column for column in columns if column not in (image, label)]
+        named = _pick(read_parts, free, cells, where)
+        if named is not None:
+            rows, part = _pick(choose_rows, named, split, where)
+            name += "" if split is None or part == "train" else f"/{split}"
+        elif split is not None:
+            raise NoPartError(
+                "`split` can only be used if a column such as split, fold or is_valid names the "
+                f"part of each row, but {where} has only {_some(map(repr, columns), 20)}; leave "
+                "`split` out."
+            )
+    lines = places.get("rows")
+    places["rows"] = [lines[row] for row in rows] if lines else rows
+    what = f"{where}, column {label!r},"
+    labels = [labels[row] for row in rows]
+    codes, classes = _encode(labels, what, names=names(label), least=least, **places)
+    items = [_cell(values[row], base) for row in rows]
+    _check_some_exist(items, base, f"{where}, column {image!r},")
+    return ImageDataset(name, items, codes, classes, np.array(rows))
 
 
 def _read_csv(path: str, where: str) -> tuple[Any, ...]:
@@ -706,7 +859,11 @@ def _read_csv(path: str, where: str) -> tuple[Any, ...]:
             f"{_some(long)} has more; put names that hold {delimiter!r} between double quotes."
         )
     places = {"rows": lines, "unit": "line"}
-    return columns, lambda name: [row[name] for row in rows], lambda name: None, places
+
+    def cells(name: str) -> list[str]:
+        return [read_csv_cell(row[name]) for row in rows]
+
+    return columns, cells, lambda name: None, places
 
 
 def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
@@ -778,7 +935,7 @@ def _map_labels(dataset: Any, name: str) -> Sequence[Any]:
         ) from error
 
 
-def _open_map(dataset: Any) -> ImageDataset:
+def _open_map(dataset: Any, least: int) -> ImageDataset:
     rows = list(range(len(dataset)))
     torch = sys.modules.get("torch")  # whoever has a Subset has imported it
     while torch is not None and type(dataset) is torch.utils.data.Subset:
@@ -803,7 +960,8 @@ def _open_map(dataset: Any) -> ImageDataset:
     if convert := getattr(dataset, "target_transform", None):
         names, labels = None, [convert(label) for label in labels]
     names = names if isinstance(names, list | tuple) else None
-    codes, classes = _encode(labels, f"The labels of {name}", names=names, rows=rows)
+    where = f"The labels of {name}"
+    codes, classes = _encode(labels, where, names=names, rows=rows, least=least)
     return ImageDataset(name, items, codes, classes, np.array(rows))
 
 
@@ -811,7 +969,11 @@ def _open_map(dataset: Any) -> ImageDataset:
 
 
 def _open_hub(
-    spec: str, split: str | None, image_column: str | None, label_column: str | None
+    spec: str,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    least: int,
 ) -> ImageDataset:
     """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder."""
     datasets, text = _need("datasets", "'hf:'"), spec[3:]
@@ -836,7 +998,7 @@ def _open_hub(
             f"`spec` 'hf:{printable(text)}' cannot be loaded: {type(error).__name__}: "
             f"{one_line(error)}"
         ) from error
-    return _open_hf(data, split, image_column, label_column, shown)
+    return _open_hf(data, split, image_column, label_column, least, shown)
 
 
 def _hf_item(data: Any, column: str, base: str, row: int) -> str | bytes | None:
@@ -848,6 +1010,7 @@ def _open_hf(
     split: str | None,
     image_column: str | None,
     label_column: str | None,
+    least: int,
     name: str = "",
 ) -> ImageDataset:
     import datasets
@@ -860,12 +1023,20 @@ def _open_hf(
             f"{where} must not be streamed, for images are read in any order; load it without "
             "streaming=True."
         )
-    if isinstance(data, Mapping):
-        chosen = _pick_split(list(data), split, where)
-        name += "" if split is None or chosen == ["train"] else f"/{split}"
+    if isinstance(data, Mapping) and len(data) > 1:
+        parts = {c: part_of(c) for c in data}
+        chosen = _pick(choose, parts, split, where)
+        name += "" if split is None or parts[chosen[0]] == "train" else f"/{split}"
         data = datasets.concatenate_datasets([data[c] for c in chosen])
+        named = None
     else:
-        _refuse(f"{where}, which is a single split", split=split)
+        only, data = next(iter(data.items())) if isinstance(data, Mapping) else (None, data)
+        named = _name_parts(data, (image_column, label_column), split, where)
+        if named is None and only is not None:
+            chosen = _pick(choose, {only: part_of(only)}, split, where)
+            name += "" if split is None or chosen == ["train"] else f"/{split}"
+        elif named is None and split != "all":
+            _refuse(f"{where}, which is a single split", split=split)
     features = data.features
     kind = {column: type(feature).__name__ for column, feature in features.items()}
     images = [column for column in kind if kind[column] == "Image"]
@@ -875,7 +1046,14 @@ def _open_hf(
     data = data.with_format(None)
     names = getattr(features[label], "names", None)
     labels = data.select_columns([label])[:][label]
-    codes, class_names = _encode(labels, f"{where}, column {label!r},", names=names)
+    wanted = np.arange(len(labels))
+    if named is not None:
+        rows, part = _pick(choose_rows, named, split, where)
+        name += "" if split is None or part == "train" else f"/{split}"
+        wanted = np.array(rows)
+    labels = [labels[row] for row in wanted]
+    what = f"{where}, column {label!r},"
+    codes, class_names = _encode(labels, what, names=names, rows=wanted.tolist(), least=least)
     rows = data.select_columns([image])
     if kind[image] == "Image":
         rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -884,5 +1062,21 @@ def _open_hf(
             f"`image_column` must hold images, paths or bytes, but {image!r} of {where} is "
             f"{one_line(features[image], 80)}; cast it to datasets.Image()."
         )
-    items = [partial(_hf_item, rows, image, os.getcwd(), row) for row in range(len(codes))]
-    return ImageDataset(name, items, codes, class_names)
+    items = [partial(_hf_item, rows, image, os.getcwd(), row) for row in wanted.tolist()]
+    return ImageDataset(name, items, codes, class_names, wanted)
+
+
+def _name_parts(data: Any, taken: Iterable[str | None], split: str | None, where: str) -> Any:
+    """Return what `read_parts` finds in the columns of numbers and text; None for all rows."""
+    if split == "all":
+        return None
+    features = {c: f for c, f in data.features.items() if c not in taken}
+    plain = [c for c, f in features.items() if type(f).__name__ in ("Value", "ClassLabel")]
+    bare = data.with_format(None)
+
+    def cells(column: str) -> list[Any]:
+        names = getattr(features[column], "names", None)
+        values = bare.select_columns([column])[:][column]
+        return [names[v] if names and v is not None and v >= 0 else v for v in values]
+
+    return _pick(read_parts, plain, cells, where)

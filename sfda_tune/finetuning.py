@@ -103,6 +103,7 @@ def finetune(
     resume: bool = True,
     device: str = "auto",
     workers: int | None = None,
+    max_unreadable: float = 0.1,
     shared: SharedWork | None = None,
 ) -> FineTuning:
     """Fine-tune a backbone; iterate over the result to make it happen.
@@ -124,6 +125,8 @@ def finetune(
     device : str, default "auto"
     workers : int, optional
         Processes that decode and augment; has no influence on the result.
+    max_unreadable : float, default 0.1
+        Fraction of unreadable images, of both parts, above which they are refused.
     shared : SharedWork, optional
         Spares this run what earlier runs on the same images have done; no influence on the result.
 
@@ -136,8 +139,8 @@ def finetune(
     Raises
     ------
     ValueError, DatasetError, BackboneError
-        Fewer than two classes or images; classes in `val` that `dataset` lacks; more than a tenth
-        of the images unreadable; a checkpoint of another run. `DivergedError` while iterating.
+        Fewer than two classes or images; classes in `val` that `dataset` lacks; too many images
+        unreadable; a checkpoint of another run. `DivergedError` while iterating.
 
     Notes
     -----
@@ -158,6 +161,7 @@ def finetune(
         device,
         workers,
         shared,
+        max_unreadable,
     )
 
 
@@ -179,7 +183,9 @@ class FineTuning(Iterator[Epoch]):
         device: str,
         workers: int | None,
         shared: SharedWork | None = None,
+        max_unreadable: float = 0.1,
     ) -> None:
+        self._max_unreadable = max_unreadable
         self.backbone, self.folder, self.device, self.workers = backbone, folder, device, workers
         self.train, self.val = parts
         self._shared = shared
@@ -365,11 +371,11 @@ class FineTuning(Iterator[Epoch]):
         """Take down unreadable images; refuse the data set if there are too many."""
         data, n = images.dataset, len(self.train) + len(self.val)
         self.unreadable.update({data.item_name(row): why for row, why in unreadable.items()})
-        if len(self.unreadable) > extraction.Settings().max_unreadable * n:
+        if len(self.unreadable) > self._max_unreadable * n:
             name, why = next(iter(self.unreadable.items()))
             raise DatasetError(
-                f"{len(self.unreadable)} of the {n} images cannot be read, more than a tenth; the "
-                f"first is {name} ({why})"
+                f"{len(self.unreadable)} of the {n} images cannot be read, more than "
+                f"max_unreadable={self._max_unreadable:g} allows; the first is {name} ({why})"
             )
 
     def _build(self) -> None:

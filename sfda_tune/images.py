@@ -26,6 +26,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sfda_tune.texts import one_line
+
 __all__ = ["UNREADABLE", "UnreadableImage", "decode", "digest", "explain", "to_rgb"]
 
 UNREADABLE = "unreadable"
@@ -163,14 +165,3 @@ def _prepare_pillow() -> None:
         Image.init()
         if not warnings.filters or warnings.filters[0] != _QUIET:
             warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def printable(text: str) -> str:
-    """`text` with line breaks, control characters and undecodable bytes escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def one_line(text: object, limit: int = 300) -> str:
-    """First line of `text`, printable and not too long."""
-    line = (str(text).strip().splitlines() or [""])[0]
-    return printable(line if len(line) <= limit else line[:limit] + " …")

@@ -14,16 +14,17 @@ import numpy as np
 
 from sfda_tune import backbones as zoo
 from sfda_tune.classifiers import WEIGHTS, forward, probabilities, with_head
-from sfda_tune.datasets import EXTENSIONS, ImageDataset, UnreadableImage
+from sfda_tune.datasets import ImageDataset, UnreadableImage, image_files
 from sfda_tune.devices import check_precision
 from sfda_tune.extraction import few_threads, resolve_device
 from sfda_tune.preprocessing import Preprocessing
+from sfda_tune.texts import one_line
 from sfda_tune.values import Backbone
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["PROVENANCE", "Model", "load_model", "predict"]
+__all__ = ["PROVENANCE", "Model", "load_model", "predict", "predict_batches"]
 
 PROVENANCE = "provenance.json"
 
@@ -109,8 +110,9 @@ def predict(
     model : Model, str or path
         What `load_model` returns or opens.
     images : ImageDataset, path, or sequence
-        A folder (all images below it, sorted by path), a file, or a sequence of paths, encoded
-        bytes, uint8 arrays ``(h, w[, c])`` or PIL images.
+        A folder (all images below it, hidden ones left out, in natural order, as `open_dataset`
+        finds them), a file, or a sequence of paths, encoded bytes, uint8 arrays ``(h, w[, c])``
+        or PIL images.
     batch_size : int, default 32
     device : str, default "auto"
     precision : {"float32", "tf32", "bfloat16", "float16"}
@@ -123,38 +125,50 @@ def predict(
     """
     model = model if isinstance(model, Model) else load_model(model)
     dataset = _images(images)
-    device = resolve_device(device)
-    check_precision(precision, device)
-    module = model.module.to(device)
-    transform, n = model.preprocessing.build(), len(dataset)
-    p = np.full((n, len(model.classes)), np.nan)
-    unreadable: list[str] = []
-    with few_threads(module, model.preprocessing):
-        for start in range(0, n, batch_size):
-            pixels, rows = [], []
-            for row in range(start, min(start + batch_size, n)):
-                try:
-                    pixels.append(transform(dataset.load(row)))
-                    rows.append(row)
-                except UnreadableImage as error:
-                    unreadable.append(str(error))
-            if rows:
-                p[rows] = probabilities(
-                    forward(module, model.preprocessing, pixels, device, precision)
-                )
+    p = np.full((len(dataset), len(model.classes)), np.nan)
+    unreadable: dict[int, str] = {}
+    for rows, found, bad in predict_batches(model, dataset, batch_size, device, precision):
+        p[rows] = found
+        unreadable |= bad
     if unreadable:
+        row, why = next(iter(unreadable.items()))
         warnings.warn(
-            f"{len(unreadable)} of {n} images cannot be read; the first: {unreadable[0]}",
+            f"{len(unreadable)} of {len(p)} images cannot be read; the first: "
+            f"{dataset.item_name(row)}: {why}",
             stacklevel=2,
         )
     return p
 
 
-def image_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield the images below a folder, hidden files left out."""
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            yield path
+def predict_batches(
+    model: Model,
+    images: Any,
+    batch_size: int = 32,
+    device: str = "auto",
+    precision: str = "float32",
+) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
+    """Yield rows, their probabilities and what cannot be read, batch by batch; see `predict`."""
+    dataset, device = _images(images), resolve_device(device)
+    check_precision(precision, device)
+    module = model.module.to(device)
+    transform, n = model.preprocessing.build(), len(dataset)
+    for start in range(0, n, batch_size):
+        pixels, rows, bad = [], list(range(start, min(start + batch_size, n))), {}
+        for row in rows:
+            try:
+                pixels.append(transform(dataset.load(row)))
+            except UnreadableImage as error:
+                bad[row] = error.reason
+            except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
+                bad[row] = one_line(f"{type(error).__name__}: {error}")
+        p = np.full((len(rows), len(model.classes)), np.nan)
+        if pixels:
+            with few_threads(module, model.preprocessing):
+                good = [row not in bad for row in rows]
+                p[good] = probabilities(
+                    forward(module, model.preprocessing, pixels, device, precision)
+                )
+        yield rows, p, bad
 
 
 def _images(images: Any) -> ImageDataset:

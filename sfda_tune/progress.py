@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sfda_tune.texts import printable
 from sfda_tune.values import Score
 
 __all__ = ["Bar", "Silent", "as_progress"]
@@ -28,7 +29,6 @@ class Bar(Silent):
     """A `rich` progress bar on standard error."""
 
     def __init__(self, console: Any = None) -> None:
-        from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -38,15 +38,17 @@ class Bar(Silent):
             TimeRemainingColumn,
         )
 
+        from sfda_tune.terminal import Terminal
+
         self.rich = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("images"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=console or Terminal(stderr=True),
             transient=True,
         )
         self._task: Any = None
@@ -64,7 +66,7 @@ class Bar(Silent):
     def advance(self, backbone: str, n_images: int) -> None:
         """Move the bar on and name the backbone at work."""
         if self._task is not None:
-            self.rich.update(self._task, advance=n_images, description=backbone)
+            self.rich.update(self._task, advance=n_images, description=printable(backbone))
 
 
 @contextmanager

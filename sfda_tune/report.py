@@ -30,7 +30,9 @@ from scipy.stats import binomtest
 from sfda_tune.confidence import Confidence, confidence, diagnose, shortlist
 from sfda_tune.plots import STATES, count_confusions, find_front, fit_line
 from sfda_tune.policy import Calibration, Observation, calibrate
+from sfda_tune.splits import describe_images
 from sfda_tune.tables import listed
+from sfda_tune.texts import printable, read_csv_cell
 from sfda_tune.values import Ranking, format_count, write_text
 
 __all__ = ["Run", "read_run", "render", "save_plots", "write_report"]
@@ -159,8 +161,9 @@ def _read_predictions(path: Path) -> list[dict[str, str]]:
         return []
     columns = ("item", "label", "predicted")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [{c: str(row[c] or "") for c in columns} for row in csv.DictReader(file)]
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            table = list(csv.DictReader(file))
+        rows = [{c: read_csv_cell(row[c] or "") for c in columns} for row in table]
     except (KeyError, ValueError, csv.Error) as error:
         raise ValueError(f"{os.fspath(path)}: must be CSV with {columns} ({error}).") from None
     return rows
@@ -223,6 +226,7 @@ def render(run: Run) -> str:
     env = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -233,7 +237,7 @@ def render(run: Run) -> str:
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
     script = (HERE / "report.js").read_text("utf-8")
     sure = _confidence(run.ranking)
-    page = env.get_template("report.html.j2").render(
+    return env.get_template("report.html.j2").render(
         run=run,
         search=run.search or {},
         style=style,
@@ -246,9 +250,9 @@ def render(run: Run) -> str:
         calibration=_calibration(run),
         test=_test(run),
         command=_command(run),
+        images=describe_images(run.search) if run.search and run.search.get("n_images") else "",
         Axis=Axis,
     )
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")  # names may hold surrogates
 
 
 def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:
@@ -544,6 +548,13 @@ def _command(run: Run) -> str:
     return re.sub(r"(://[^:/@\s]+):[^@\s]+@", r"\1:***@", shlex.join(words))
 
 
+def _printable(value: Any) -> Any:
+    """Let no name turn the text around it, or hide in it; markup of the template stays."""
+    from markupsafe import Markup
+
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
@@ -552,7 +563,7 @@ def _soften(name: Any) -> Any:
     """Let a long name go on in the next line after its punctuation, rather than inside a word."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"(?<=[._:/-])(?=\w)", "<wbr>", str(escape(name))))
+    return Markup(re.sub(r"(?<=[._:/-])(?=\w)", "<wbr>", str(escape(printable(name)))))
 
 
 def _words(key: Any) -> str:

@@ -42,6 +42,7 @@ import numpy as np
 import sfda_tune
 from sfda_tune.backbones import describe, load, resolve_backbones
 from sfda_tune.confidence import diagnose
+from sfda_tune.datasets import DatasetError
 from sfda_tune.engines import Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
 from sfda_tune.extraction import resolve_device, use_threads
 from sfda_tune.finetuning import BEST, CHECKPOINT, FineTuning, finetune
@@ -51,15 +52,24 @@ from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
 from sfda_tune.report import write_report
 from sfda_tune.sharing import SharedWork
 from sfda_tune.spaces import default_space, open_space
-from sfda_tune.splits import fingerprint, join, split_images, write_json, write_predictions
+from sfda_tune.splits import (
+    describe_images,
+    fingerprint,
+    join,
+    split_images,
+    write_json,
+    write_predictions,
+)
 from sfda_tune.stages import SilentBoard, as_board
+from sfda_tune.training_images import find_unreadable
 from sfda_tune.values import Backbone, Ranking, require
 
 __all__ = ["SearchResult", "measure_latency", "search"]
 
 KEEP = 3
 RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a budget
-FREE = ("workers", "progress", "out", "cache", "device")  # may differ when a search goes on
+# may differ when a search goes on
+FREE = ("workers", "progress", "out", "cache", "device", "max_unreadable")
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
 
@@ -119,6 +129,11 @@ class SearchResult:
         """The classes behind the columns of `predict`."""
         return self.summary["classes"]
 
+    @property
+    def images(self) -> str:
+        """Which images trained, validated and tested, in a sentence."""
+        return describe_images(self.summary)
+
     def predict(self, images: Any, **options: Any) -> np.ndarray:
         """Return class probabilities (n_images, n_classes); see `predictions.predict`."""
         return predict(self.folder / "model", images, **options)
@@ -154,6 +169,7 @@ def search(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    max_unreadable: float = 0.1,
     device: str = "auto",
     precision: str = "float32",
     plugins: Iterable[str] = (),
@@ -203,7 +219,10 @@ def search(
     test : float or data set, optional
         Part to hold out, or the test images. Default: the data set's own test part, else 0.2.
     split, image_column, label_column
-        See `open_dataset`.
+        See `open_dataset`. Without `split` the data set's own validation part is used, too.
+    max_unreadable : float, default 0.1
+        Fraction of unreadable images, of all, above which the data set is refused. They are looked
+        for once, before anything is ranked, and left out of everything.
     device, precision, plugins, cache
         See `rank`.
     seed : int, default 0
@@ -362,7 +381,7 @@ class _Search:
         candidates = resolve_backbones(g["backbones"], plugins=g["plugins"])
         self.backbones = {b.name: b for b in candidates}
         self.engine = load_engine(g["engine"])
-        self.parts, self.rows, self.test_source = split_images(g)
+        self.parts, self.rows, self.sources = split_images(g, self.look)
         config = {"format": 1, "sfda_tune": sfda_tune.__version__, **_jsonable(g)}
         config["data"] = fingerprint(self.parts)
         n = len(self.parts["train"])
@@ -394,6 +413,27 @@ class _Search:
         if self.budget is not None:
             self.deadline = self.begun + self.budget - self.spent
 
+    def look(self, opened: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return the rows that can be read; they are looked at when the search begins."""
+        if (self.folder / "config.json").is_file():
+            splits = json.loads((self.folder / "splits.json").read_text(encoding="utf-8"))
+            bad = splits.get("left_out", {})
+        else:
+            limit = self.given["max_unreadable"]
+            bad = self.unreadable = {name: find_unreadable(d) for name, d in opened.items()}
+            self.unreadable_names = {
+                opened[name].item_name(row): why for name in bad for row, why in bad[name].items()
+            }
+            n, total = sum(map(len, bad.values())), sum(map(len, opened.values()))
+            if n > limit * total:
+                item, why = next(iter(self.unreadable_names.items()))
+                raise DatasetError(
+                    f"{n} of the {total} images cannot be read, more than "
+                    f"max_unreadable={limit:g} allows; the first is {item} ({why})"
+                )
+        rows = {name: np.arange(len(data)) for name, data in opened.items()}
+        return {name: np.setdiff1d(rows[name], list(bad.get(name, ()))) for name in rows}
+
     def create(self, config: dict[str, Any]) -> None:
         g = self.given
         getattr(self.engine, "check_storage", lambda url: None)(g["storage"])
@@ -406,12 +446,14 @@ class _Search:
         write_json(self.folder / "environment.json", _environment(self.device, g["engine"]))
         write_json(
             self.folder / "splits.json",
-            {"fingerprint": config["data"], **self.rows, "test_source": self.test_source},
+            {"fingerprint": config["data"], **self.rows, "test_source": self.sources["test"]}
+            | {"left_out": {name: sorted(rows) for name, rows in self.unreadable.items()}},
         )
         state = {
             "format": 1, "status": "ranking", "dataset": self.parts["train"].name,
             "classes": list(self.parts["train"].classes),
             "n_images": {name: len(part) for name, part in self.parts.items()},
+            "sources": self.sources, "unreadable": self.unreadable_names,
             "stages": [], "candidates": list(self.backbones), "excluded": excluded,
             "survivors": [], "separable": None, "decision": "", "objectives": list(g["objective"]),
             "metric": g["metric"], "engine": g["engine"], "storage": _redact(g["storage"]),
@@ -458,6 +500,7 @@ class _Search:
             ranking = rank(
                 self.parts["train"], admitted, seed=g["seed"], device=self.device,
                 precision=g["precision"], cache=g["cache"], plugins=g["plugins"], progress=watch,
+                max_unreadable=g["max_unreadable"],
             )  # fmt: skip
         except RankingInterruptedError as stop:
             if not watch.is_over:
@@ -670,6 +713,7 @@ class _Search:
                 val=self.parts["val"],
                 checkpoint_dir=self.folder / "trials" / trial.folder,
                 device=self.device,
+                max_unreadable=self.given["max_unreadable"],
                 shared=self.shared,
             ) as run,
         ):
@@ -978,7 +1022,21 @@ def _check(g: Mapping[str, Any]) -> None:
     require("metric", g["metric"], f"one of {MONITORS}", g["metric"] in MONITORS)
     if isinstance(g["test"], float):
         require("test", g["test"], "in (0, 1), or a data set", 0 < g["test"] < 1)
+    limit = g["max_unreadable"]
+    is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1
+    require("max_unreadable", limit, "in 0 … 1", is_share)
     parse_budget(g["budget"])
+    for name in ("dataset", "test"):  # or the next look at the images would find the search there
+        spec, out = g[name], g["out"].resolve()
+        if isinstance(spec, (str, os.PathLike)) and spec != "digits":
+            folder = Path(os.fspath(spec).removeprefix("hf:")).expanduser().resolve()
+            if folder.is_dir() and folder in (out, *out.parents):
+                raise ValueError(
+                    f"`out` must not lie in the folder of the images, {str(folder)!r}, but is "
+                    f"{str(g['out'])!r}; take a folder beside it."
+                )
+    if any(0xDC80 <= ord(c) <= 0xDCFF for c in str(g["out"])):  # safetensors cannot read there
+        raise ValueError(f"`out` must be a name in UTF-8 but is {str(g['out'])!r}.")
     if g["out"].exists() and not g["out"].is_dir():
         raise ValueError(f"`out` must be a folder but {str(g['out'])!r} is a file.")
 

@@ -2,63 +2,117 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sfda_tune.datasets import DatasetError, ImageDataset, open_dataset
+from sfda_tune.datasets import (
+    DatasetError,
+    ImageDataset,
+    NoPartError,
+    open_dataset,
+    open_part,
+)
+from sfda_tune.texts import csv_line, json_text
 from sfda_tune.values import write_text
 
-__all__ = ["fingerprint", "join", "split_images", "write_csv", "write_json", "write_predictions"]
+__all__ = [
+    "describe_images",
+    "fingerprint",
+    "join",
+    "open_own_part",
+    "split_images",
+    "write_csv",
+    "write_json",
+    "write_predictions",
+]
 
 HELD_OUT = 0.2  # of the images for the test, then of the others for validation
 
 
 def split_images(
     g: Mapping[str, Any],
-) -> tuple[dict[str, ImageDataset], dict[str, list[int]], str]:
-    """Return the parts "train", "val" and "test", their rows, and where the test part is from.
+    look: Callable[[Mapping[str, ImageDataset]], Mapping[str, np.ndarray]] | None = None,
+) -> tuple[dict[str, ImageDataset], dict[str, list[int]], dict[str, str]]:
+    """Return the parts "train", "val" and "test", their rows, and where each is from.
 
     The data set's own parts, where it has them; else stratified ones. `g` are arguments of
-    `sfda_tune.search`.
+    `sfda_tune.search`. What is opened goes through `look`, which returns the rows to use.
     """
-    columns = {k: g[k] for k in ("image_column", "label_column")}
-    whole = open_dataset(g["dataset"], split=g["split"], **columns)
-    whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
-    own: dict[str, ImageDataset] = {}
-    for name in ("val", "test") if g["split"] is None else ():
-        with suppress(DatasetError):  # it has no such part, or one without labels
-            own[name] = open_dataset(g["dataset"], split=name, **columns)
-    source, fraction = "own part" if "test" in own else "held out", HELD_OUT
-    if isinstance(g["test"], float):
-        own.pop("test", None)
-        source, fraction = "held out", g["test"]
-    elif g["test"] is not None:
-        own["test"], source = open_dataset(g["test"], **columns), "given"
+    opened, sources = _open_parts(g)
+    kept = {name: np.arange(len(part)) for name, part in opened.items()}
+    kept |= look(opened) if look else {}
+    whole, rest = opened["train"], kept["train"]
     parts: dict[str, ImageDataset] = {}
     rows: dict[str, list[int]] = {}
-    rest = np.arange(len(whole))
+    fraction = g["test"] if isinstance(g["test"], float) else HELD_OUT
     for name, share in (("test", fraction), ("val", HELD_OUT)):
-        if name in own:
-            parts[name] = _relabel(own[name], whole)
-            rows[name] = list(range(len(own[name])))
+        if name in opened:
+            parts[name] = _relabel(opened[name].subset(kept[name]), whole)
+            rows[name] = kept[name].tolist()
             continue
-        kept = whole.subset(rest).sample_rows(round(len(rest) * (1 - share)), g["seed"])
-        out = np.setdiff1d(np.arange(len(rest)), kept)
+        taken = whole.subset(rest).sample_rows(round(len(rest) * (1 - share)), g["seed"])
+        out = np.setdiff1d(np.arange(len(rest)), taken)
         parts[name], rows[name] = whole.subset(rest[out]), rest[out].tolist()
-        rest = rest[kept]
+        rest = rest[taken]
+        sources[name] = "held out"
     parts["train"], rows["train"] = whole.subset(rest), rest.tolist()
     empty = [name for name, part in parts.items() if len(part) == 0]
     if empty:
         raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
-    return parts, rows, source
+    return parts, rows, sources
+
+
+def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
+    """Open the images to train on, and those for validation and test that are not held out."""
+    columns = {k: g[k] for k in ("image_column", "label_column")}
+    whole = open_dataset(g["dataset"], split=g["split"], **columns)
+    whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
+    parts, sources = {"train": whole}, {"train": "own part" if g["split"] else "all images"}
+    own = ["val"] + ["test"] * (g["test"] is None) if g["split"] is None else []
+    for name in own:
+        part = open_own_part(g["dataset"], name, **columns)
+        if part is not None:
+            parts[name], sources[name] = part, "own part"
+            sources["train"] = "own part"
+    if g["test"] is not None and not isinstance(g["test"], float):
+        parts["test"], sources["test"] = open_part(g["test"], **columns), "given"
+    return parts, sources
+
+
+def open_own_part(spec: Any, name: str, **columns: Any) -> ImageDataset | None:
+    """Open the part "val" or "test" of a data set; None if it has none.
+
+    A part that is there but cannot be used is a DatasetError: the user meant it to be used.
+    """
+    try:
+        return open_part(spec, name, **columns)
+    except NoPartError:
+        return None
+    except DatasetError as error:
+        instead = "test=0.2 (--test 0.2)" if name == "test" else "split='train' (--split train)"
+        raise DatasetError(
+            f"`dataset` has a part {name!r} that cannot be used: {error} Mend it, or pass "
+            f"{instead} to hold out training images instead."
+        ) from error
+
+
+def describe_images(search: Mapping[str, Any]) -> str:
+    """Say which images trained, validated and tested, from what ``search.json`` holds."""
+    n, sources = search["n_images"], search.get("sources", {})
+    words = {
+        "own part": " (the data set's own part)",
+        "held out": " (held out of the training images)",
+        "given": " (given for it)",
+    }
+    did = {"train": "trained on", "val": "validated on", "test": "tested on"}
+    said = [f"{did[part]} {n[part]}{words.get(sources.get(part), '')}" for part in did]
+    bad = len(search.get("unreadable", {}))
+    return f"Images: {', '.join(said)}" + f"; left out as unreadable: {bad}" * bool(bad)
 
 
 def fingerprint(parts: Mapping[str, ImageDataset]) -> str:
@@ -92,14 +146,12 @@ def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:
 
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON, atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value) + "\n")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Write a table, atomically."""
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, "".join(map(csv_line, rows)))
 
 
 def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sfda_tune.engines import Trial
 from sfda_tune.progress import Silent
+from sfda_tune.texts import printable
 
 __all__ = ["Board", "SilentBoard", "as_board"]
 
@@ -36,15 +37,16 @@ class Board(SilentBoard):
     """One line per finished stage and a moving one below, on standard error."""
 
     def __init__(self, console: Any = None) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from sfda_tune.terminal import Terminal
 
         self.rich = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
-            console=console or Console(stderr=True),
+            console=console or Terminal(stderr=True),
             transient=True,
         )
         self._task = self.rich.add_task("starting", total=None, left="")
@@ -57,17 +59,17 @@ class Board(SilentBoard):
 
     def leave(self, stage: str, note: str) -> None:
         """Print what the stage has found."""
+        from sfda_tune.terminal import say
+
         seconds = time.time() - self._started
-        self.rich.console.print(
-            f"{stage:<9} {seconds:6.1f} s  {note}", markup=False, highlight=False, soft_wrap=True
-        )
+        say(self.rich.console, f"{stage:<9} {seconds:6.1f} s  {note}")
 
     def say(self, what: str, done: float, total: float | None, left: float | None = None) -> None:
         """Move the bar, and estimate the seconds left from the share that is done."""
         if left is None and total and done:
             left = (time.time() - self._started) * (total - done) / done
         shown = "" if left is None else _left(left)
-        text = f"{self._stage}: {what}" if what else self._stage
+        text = f"{self._stage}: {printable(what)}" if what else self._stage
         self.rich.update(self._task, description=text, completed=done, total=total, left=shown)
 
     def start(self, n_images: int, n_cached: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.texts import printable, read_csv_cell
 from sfda_tune.values import FORMAT, Ranking
 
 __all__ = ["read_scores", "read_truth"]
@@ -46,7 +48,7 @@ def read_truth(path: str | os.PathLike[str], *, column: str | None = None) -> Ma
 
 def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool) -> Any:
     where = os.fspath(path)
-    text = Path(path).read_text(encoding="utf-8-sig").strip("\r\n ")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").strip("\r\n ")
     if not text:
         raise ValueError(f"{where}: must hold scores or accuracies but is empty.")
     if text[0] not in "{[":
@@ -69,8 +71,8 @@ def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool)
 
 
 def _from_csv(text: str, where: str, column: str | None, preferred: Sequence[str]) -> Any:
-    lines = text.splitlines()
-    delimiter = max(",;\t", key=lines[0].count)
+    delimiter = max(",;\t", key=io.StringIO(text, newline="").readline().count)
+    lines = io.StringIO(text, newline="")  # a cell may hold a line break
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     header, rows = list(reader.fieldnames or ()), list(enumerate(reader, 2))
     if not rows or any(cell and _is_number(cell) for cell in header):
@@ -99,7 +101,10 @@ def _from_csv(text: str, where: str, column: str | None, preferred: Sequence[str
         )
     tables: dict[str, dict[str, str]] = {}
     for i, row in rows:
-        table, name = tables.setdefault(row[dataset] if dataset else "", {}), row[who].strip()
+        table, name = (
+            tables.setdefault(row[dataset] if dataset else "", {}),
+            read_csv_cell(row[who]).strip(),
+        )
         if not name or name in table:
             raise ValueError(f"{where}, row {i}: must name each model once but has {name!r}.")
         table[name] = row[found[0]]
@@ -139,7 +144,7 @@ def numbers(where: str, values: Any, finite: bool = False) -> dict[Any, float]:
 
 def listed(names: Iterable[Any], limit: int = 4) -> str:
     """Return the first names as text."""
-    names = [str(name) for name in names]
+    names = [printable(name) for name in names]
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "") or "none"
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from sfda_tune import extraction
 from sfda_tune.datasets import ImageDataset, UnreadableImage
 from sfda_tune.decoding import BATCH, Loader, count_workers, is_in_memory
-from sfda_tune.images import one_line
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.recipe import FinetuneConfig
+from sfda_tune.texts import one_line
 
 __all__ = [
     "Augmented",
@@ -24,6 +24,7 @@ __all__ = [
     "Order",
     "augmentation",
     "collate",
+    "find_unreadable",
     "own_randomness",
     "plain_view",
     "same",
@@ -160,6 +161,19 @@ class Images:
 
 def _cut(n: int, size: int) -> list[range]:
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def find_unreadable(dataset: ImageDataset) -> dict[int, str]:
+    """Return the rows that cannot be read, each with the reason, by decoding every image."""
+    if isinstance(dataset.items, np.ndarray):  # pixels
+        return {}
+    images = Images(dataset, _forget, None)
+    found = ((row, images[row]) for row in range(len(images)))
+    return {row: why for row, why in found if why is not None}
+
+
+def _forget(image: Image.Image) -> None:
+    """Keep nothing of an image that could be decoded."""
 
 
 class _Viewed:

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sfda_tune.texts import csv_line, json_text, printable
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -484,7 +486,7 @@ class Ranking(_Value, Mapping[str, float]):
         Numbers survive the round trip exactly: values as JSON numbers, per-sample arrays as base64
         of little-endian float64 (int64 for the labels).
         """
-        text = json.dumps(
+        text = json_text(
             {
                 "format": FORMAT,
                 "metric": self.metric,
@@ -503,10 +505,7 @@ class Ranking(_Value, Mapping[str, float]):
                     }
                     for s in self.scores
                 ],
-            },
-            indent=1,
-            ensure_ascii=False,
-            allow_nan=False,
+            }
         )
         if path is not None:
             write_text(path, text + "\n")
@@ -546,17 +545,15 @@ class Ranking(_Value, Mapping[str, float]):
             ) from error
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return `records` as CSV text and, if `path` is given, write it there atomically."""
-        import csv
-        import io
+        """Return `records` as CSV text and, if `path` is given, write it there atomically.
 
-        buffer = io.StringIO(newline="")
-        writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.records())
+        Names that a spreadsheet would run begin with an apostrophe, see `sfda_tune.texts`.
+        """
+        rows = [_COLUMNS, *(record.values() for record in self.records())]
+        text = "".join(map(csv_line, rows))
         if path is not None:
-            write_text(path, buffer.getvalue())
-        return buffer.getvalue()
+            write_text(path, text)
+        return text
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return `records` as a `pandas.DataFrame` (needs pandas: extra ``data``)."""
@@ -569,16 +566,16 @@ class Ranking(_Value, Mapping[str, float]):
         return pd.DataFrame.from_records(self.records(), columns=list(_COLUMNS))
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return `records` formatted for people: one tuple of texts per backbone."""
+        """Return `records` formatted for people: one tuple of printable texts per backbone."""
         return [
             (
                 "–" if r["rank"] is None else str(r["rank"]),
-                r["backbone"],
+                printable(r["backbone"]),
                 "failed" if r["score"] is None else f"{r['score']:.4f}",
                 "" if r["n_dims"] is None else str(r["n_dims"]),
                 "" if r["n_params"] is None else format_count(r["n_params"]),
                 "" if r["images_per_second"] is None else f"{r['images_per_second']:.0f}",
-                r["note"],
+                printable(r["note"]),
             )
             for r in self.records()
         ]
@@ -594,7 +591,8 @@ class Ranking(_Value, Mapping[str, float]):
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([f"Ranking by {self.metric or 'score'} ({self._summary()})", *lines])
+        metric = printable(self.metric) or "score"
+        return "\n".join([f"Ranking by {metric} ({self._summary()})", *lines])
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(h)}</th>" for h in HEADINGS)
@@ -602,7 +600,8 @@ class Ranking(_Value, Mapping[str, float]):
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.cells()
         )
-        caption = escape(f"Ranking by {self.metric or 'score'} ({self._summary()})")
+        metric = printable(self.metric) or "score"
+        caption = escape(f"Ranking by {metric} ({self._summary()})")
         return (
             f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
             f"<tbody>{body}</tbody></table>"
@@ -613,7 +612,7 @@ class Ranking(_Value, Mapping[str, float]):
         if self.failed:
             parts.append(f"{len(self.failed)} failed")
         if "dataset" in self.info:
-            parts.append(str(self.info["dataset"]))
+            parts.append(printable(self.info["dataset"]))
         n_samples = max((s.n_samples for s in self.scores), default=0)
         if n_samples:
             parts.append(f"{n_samples} images")
@@ -633,11 +632,14 @@ def format_count(n: float) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one."""
+    """Write `text` to `path` so that a reader sees the old file or the whole new one.
+
+    UTF-8; surrogates, which stand for the bytes of a name that is no UTF-8, become these bytes.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,7 +11,9 @@ import os
 import socket
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from filelock import FileLock, Timeout
@@ -89,7 +91,7 @@ def open_study(job: Job) -> Study:
     with FileLock(job.folder / "study.lock"):
         study = optuna.create_study(
             study_name=job.name,
-            storage=job.storage or f"sqlite:///{job.folder / 'study.db'}?timeout=60",
+            storage=job.storage or _default_storage(job.folder),
             sampler=SFDASampler(job.scores, base_sampler=base, seed=job.seed),
             pruner=SFDAPruner(list(job.scores), base_pruner=halving if few else hyperband),
             directions=job.directions,
@@ -99,6 +101,17 @@ def open_study(job: Job) -> Study:
             for backbone in list(job.scores)[: job.n_trials]:
                 study.enqueue_trial({"backbone": backbone, **job.space.default()})
     return study
+
+
+def _default_storage(folder: Path) -> str:
+    """Return the URL of RUN/study.db; the name of RUN may hold ``?``, ``#`` or ``%``."""
+    from sqlalchemy.engine import make_url
+
+    path = (folder / "study.db").absolute()
+    url = f"sqlite:///{quote(str(path))}?timeout=60"
+    if make_url(url).database == str(path):
+        return url
+    return f"sqlite:///{path.as_uri()}?timeout=60&uri=true"  # before 2.1 it quotes nothing
 
 
 def read_trials(study: Study) -> list[Trial]:

@@ -36,6 +36,7 @@ def finetune_trainable(
     ----------
     dataset : str, path or anything that `sfda_tune.open_dataset` takes
         A name or a path is opened by every actor; an object travels through the object store.
+        Its own validation part is used, if it has one.
         With ``TuneConfig(reuse_actors=True)`` trials share decoded images and starts of heads.
     backbones : optional
         Those that can be chosen, as for `sfda_tune.rank`, if their names are not what
@@ -71,6 +72,7 @@ def finetune_trainable(
     def train(config: dict[str, Any], data: Any = dataset) -> None:
         from sfda_tune import open_dataset, resolve_backbones
         from sfda_tune.finetuning import finetune
+        from sfda_tune.splits import open_own_part
 
         flat = _compat.flatten_dict(config)
         if param_name not in flat:
@@ -96,6 +98,7 @@ def finetune_trainable(
                 backbone,
                 shared.recall((), "dataset", lambda: open_dataset(data)),
                 FinetuneConfig.from_dict({**fixed, **chosen}),
+                val=shared.recall((), "val", lambda: open_own_part(data, "val")),
                 checkpoint_dir=folder,
                 device=device,
                 workers=workers,

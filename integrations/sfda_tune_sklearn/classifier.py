@@ -21,6 +21,7 @@ from sfda_tune.classifiers import write_model
 from sfda_tune.datasets import ImageDataset, open_dataset
 from sfda_tune.finetuning import FinetuneConfig, finetune
 from sfda_tune.predictions import PROVENANCE, Model, load_model, predict
+from sfda_tune.texts import json_text
 from sfda_tune.values import Backbone, Ranking, write_text
 from sfda_tune_sklearn.images import as_dataset, read_images
 
@@ -125,7 +126,8 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         X : images, see `sfda_tune_sklearn.images`; or labelled images
         y : sequence of labels, shape (n_images,)
             Left out where X is what `sfda_tune.open_dataset` opens: a folder with one sub-folder
-            per class, a table, a data set by name.
+            per class, a table, a data set by name. Of its own parts the training part is used,
+            and by the fine-tuning also those for validation and test.
         """
         dataset = self._label(X, y)
         candidates = sfda_tune.resolve_backbones(self.backbones, plugins=self.plugins)
@@ -137,13 +139,14 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
             **(self.options or {}),
         }
         train = self._search if self.finetune else self._probe
-        name, model = train(dataset, candidates, how)
+        has_parts = self.finetune and y is None and isinstance(X, str | os.PathLike)
+        name, model = train(X if has_parts else dataset, candidates, how)
         self._backbone = next(b for b in candidates if b.name == name)
         self.backbone_, self.model_ = name, model
         return self
 
     def _search(
-        self, dataset: ImageDataset, candidates: list[Backbone], how: dict[str, Any]
+        self, dataset: Any, candidates: list[Backbone], how: dict[str, Any]
     ) -> tuple[str, Model]:
         from sfda_tune.selection import search
 
@@ -157,7 +160,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
             return name, load_model(found.folder / "model", backbone=own, plugins=self.plugins)
 
     def _probe(
-        self, dataset: ImageDataset, candidates: list[Backbone], how: dict[str, Any]
+        self, dataset: Any, candidates: list[Backbone], how: dict[str, Any]
     ) -> tuple[str, Model]:
         self.result_, self.ranking_ = None, sfda_tune.rank(dataset, candidates, **how)
         best = self.ranking_.shortlist(1)
@@ -222,7 +225,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
             "fitted": {name: getattr(self, name) for name in _FITTED if hasattr(self, name)},
         }
         try:
-            text = json.dumps(state, indent=1, ensure_ascii=False, default=os.fspath)
+            text = json_text(state, default=os.fspath)
         except TypeError as error:
             raise ValueError(
                 "`save` needs parameters and classes that are numbers or text, and backbones that "

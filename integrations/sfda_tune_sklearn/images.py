@@ -6,7 +6,7 @@ X                               images
 (n, h, w), (n, h, w, c)         as they are; c is 1, 3 or 4
 (n, d), also a data frame       rows reshaped to `image_shape`; None: grey or RGB squares
 list, 1-d array, one column     paths, encoded bytes, PIL images, or arrays (h, w[, c])
-str or path                     a folder: all images below it, sorted; or an `open_dataset`
+str or path                     a folder: all images below it, in order; or an `open_dataset`
 `ImageDataset`                  its images
 ==============================  ===============================================================
 
@@ -26,8 +26,7 @@ import numpy as np
 from PIL import Image
 from sklearn.utils.validation import check_array, validate_data
 
-from sfda_tune.datasets import ImageDataset, open_dataset
-from sfda_tune.predictions import image_files
+from sfda_tune.datasets import ImageDataset, image_files, open_dataset
 
 __all__ = ["as_dataset", "read_images"]
 

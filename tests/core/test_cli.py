@@ -178,6 +178,68 @@ def test_a_ranking_that_cannot_be_written_is_still_shown(cli, toy_zoo, photos, t
     assert "x.json' could not be written (No space left on device)" in done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii", None])
+def test_the_ranking_is_written_whoever_reads_the_table(
+    toy_zoo, photos, tmp_path, clean_environment, encoding
+):
+    """Output in an encoding that lacks half of the table; or (None) that nobody reads."""
+    odd = shutil.copytree(toy_zoo / "vit", tmp_path / "caf\udce9 ü")
+    arguments = ["rank", photos, "-b", odd, toy_zoo / "resnet", *RANK, "-o", tmp_path / "r.json"]
+    environment = clean_environment | ({"PYTHONIOENCODING": encoding} if encoding else {})
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    if encoding is None:
+        process.stdout.close()
+        process.stdout = None
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert b"Error" not in err
+    assert odd.name in Ranking.from_json(tmp_path / "r.json")
+    if encoding:
+        assert rb"caf\udce9" in out
+        assert b"1-2" in out or b"1 " in out
+
+
+FOREIGN = "[bold]\x1b]0;pwned\x07\x1b[31m\x9b1m\u202e[red]*"
+
+
+def test_names_reach_the_terminal_as_text(cli_here, toy_zoo, photos, tmp_path, capfd):
+    zoo, images = tmp_path / f"zoo {FOREIGN}", tmp_path / f"photos {FOREIGN}"
+    shutil.copytree(toy_zoo / "vit", zoo / FOREIGN)
+    shutil.copytree(photos, images)
+    (images / "ant").rename(images / f"ant {FOREIGN}")
+    shutil.copytree(toy_zoo / "resnet", zoo / "bare [v1]")
+    (zoo / "bare [v1]" / "model.safetensors").unlink()
+    shown = cli_here("rank", images, "-b", zoo, "--cache", tmp_path / f"c [/b]{FOREIGN}", *RANK)
+    shown += cli_here("rank", images, "-b", zoo / FOREIGN, "--device", "cpu", "--no-cache")
+    shown += cli_here("backbones", zoo)
+    shown += cli_here("cache", "show", "--cache", tmp_path / f"c [/b]{FOREIGN}")
+    shown += cli_here("cache", "clear", "--cache", tmp_path / f"c [/b]{FOREIGN}")
+    shown += cli_here("rank", images, "-b", zoo / "bare [v1]", *RANK, code=1)
+    shown += cli_here("rank", tmp_path / f"none {FOREIGN}", code=1)
+    assert shown.count("[bold]\\x1b]0;pwned") >= 6
+    assert all(c.isprintable() or c == "\n" for c in shown)
+
+
+def test_bars_take_names_as_text():
+    from io import StringIO
+
+    from sfda_tune.progress import Bar
+    from sfda_tune.stages import Board
+
+    for make in (Bar, Board):
+        bar = make(Console(file=(shown := StringIO()), width=200, force_terminal=False))
+        if make is Board:
+            bar.enter("rank")
+        bar.start(10, 0)
+        bar.advance(f"[/b]{FOREIGN}", 1)
+        bar.rich.console.print(bar.rich.get_renderable())
+        assert r"[/b][bold]\x1b]0;pwned" in shown.getvalue()
+
+
 def test_saturated_scores_are_remarked_upon(cli, photos, toy_zoo, clean_environment):
     done = subprocess.run(
         [*COMMAND, "rank", str(photos), "-b", str(toy_zoo), "--variant", "official", *RANK],

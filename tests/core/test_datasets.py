@@ -517,7 +517,9 @@ def test_parquet_of_paths(tmp_path):
     data = open_dataset(_parquet(tmp_path / "t.parquet", {"file": paths, "target": [10, 9, 10]}))
     assert (data.name, data.classes, data.labels.tolist()) == ("t", ("9", "10"), [1, 0, 1])
     assert UNREADABLE not in data.digests()
-    assert "`split` cannot be used with a table" in message(tmp_path / "t.parquet", split="val")
+    assert "has only 'file', 'target'; leave `split` out" in message(
+        tmp_path / "t.parquet", split="val"
+    )
 
 
 def test_parquet_of_encoded_images(tmp_path):
@@ -1298,3 +1300,214 @@ def test_zoo_counts_and_pixels():
         for n in range(0, len(data), 50):
             with Image.open(str(data.items[n])) as image:
                 assert np.array_equal(np.asarray(data.load(n)), np.asarray(image.convert("RGB")))
+
+
+# ---- parts
+
+
+def tree(root: Path, *folders: str, n: int = 2) -> Path:
+    """Folders with `n` images each; those that end in / with none."""
+    for name in folders:
+        (root / name).mkdir(parents=True)
+        for i in range(0 if name.endswith("/") else n):
+            write(root / name / f"{i}.png")
+    return root
+
+
+PETS = [f"{part}/{c}" for part in ("train", "test") for c in ("cat", "dog")]
+
+
+@pytest.mark.parametrize("beside", ["annotations/", "masks", "extra/eel", "results/cat"])
+def test_parts_are_parts_whatever_lies_beside_them(tmp_path, beside):
+    root = tree(tmp_path / "pets", *PETS, beside)
+    (root / "README.md").touch()
+    (root / "__MACOSX" / "train").mkdir(parents=True)
+    name = beside.partition("/")[0]
+    for split, n in ((None, 4), ("test", 4), ("all", 8)):
+        with pytest.warns(UserWarning, match=f"lies beside them: '{name}'"):
+            data = open_dataset(root, split=split)
+        assert (data.classes, len(data)) == (("cat", "dog"), n)
+
+
+def test_images_beside_parts_are_said(tmp_path):
+    write(tree(tmp_path, *PETS) / "cover.png")
+    with pytest.warns(UserWarning, match="beside them: 1 images directly in it"):
+        assert len(open_dataset(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Training", "Testing"),
+        ("TRAIN", "dev"),
+        ("trn", "tst"),
+        ("train_set", "eval"),
+        ("train2017", "val2017"),
+        ("training-images", "holdout"),
+        ("seg_train", "seg_test"),  # a word of the name, and the same classes inside
+        ("seg_train/seg_train", "seg_test/seg_test"),  # as archives have it
+        ("Training/Training", "Testing/Testing"),
+        ("trainval", "test"),
+    ],
+)
+def test_parts_by_other_names(tmp_path, train, test):
+    root = tree(tmp_path / "pets", *(f"{p}/{c}" for p in (train, test) for c in ("cat", "dog")))
+    data = open_dataset(root)
+    assert (data.classes, len(data)) == (("cat", "dog"), 4)
+    assert all(os.path.join(root, train) in item for item in data.items)
+    part = "val" if train in ("TRAIN", "train2017") else "test"
+    assert all(os.path.join(root, test) in item for item in open_dataset(root, split=part).items)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["train", "bus", "tram"],
+        ["train", "bus/old", "bus/new"],
+        ["bullet_train", "steam_train/1", "steam_train/2", "test_track"],
+        ["test_positive/a", "test_negative/b"],
+        ["trains", "contest"],
+    ],
+)
+def test_classes_that_are_called_like_parts(tmp_path, classes):
+    assert set(open_dataset(tree(tmp_path, *classes)).classes) == {
+        name.partition("/")[0] for name in classes
+    }
+
+
+def test_one_part_alone(tmp_path):
+    root = tree(tmp_path / "a", "train/cat", "train/dog", "labels/")
+    with pytest.warns(UserWarning, match="beside them: 'labels'"):
+        assert open_dataset(root).classes == ("cat", "dog")
+    # a class of vehicles, or a part beside images of no class: it is said, and can be decided
+    root = tree(tmp_path / "b", "train/cat", "train/dog", "unlabelled")
+    with pytest.warns(UserWarning, match="'train' are taken to be classes, but hold .*`split`"):
+        assert open_dataset(root).classes == ("train", "unlabelled")
+    with pytest.warns(UserWarning, match="beside them: 'unlabelled'"):
+        assert open_dataset(root, split="train").classes == ("cat", "dog")
+
+
+def test_parts_without_a_training_part(tmp_path):
+    root = tree(tmp_path, "val/cat", "val/dog", "test/cat", "test/dog")
+    assert "is None, and there is no training part" in message(root)
+    assert open_dataset(root, split="val").classes == ("cat", "dog")
+
+
+def test_two_parts_of_one_kind(tmp_path):
+    root = tree(tmp_path, *PETS, "Training/cat", "Training/dog", n=1)
+    with pytest.warns(UserWarning, match="its part 'train' is used, 'Training' is left out"):
+        assert len(open_dataset(root)) == 2
+    assert len(open_dataset(root, split="Training")) == 2
+    (root / "train").rename(root / "trn")
+    assert "`split` must be one of 'Training', 'trn'" in message(root)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["fold1/cat", "fold1/dog", "fold2/cat", "fold2/dog"],
+        ["cat/train", "cat/test", "dog/train", "dog/test"],
+        ["tr/cat", "tr/dog", "te/dog"],
+    ],
+)
+def test_folders_of_the_same_names_inside_classes_are_doubtful(tmp_path, folders):
+    with pytest.warns(UserWarning, match="taken to be classes, but hold sub-folders"):
+        open_dataset(tree(tmp_path, *folders))
+
+
+def test_the_folder_of_a_search_is_left_out(tmp_path):
+    root = tree(tmp_path / "pets", "cat", "dog", "run/hardest", "dog/run/hardest")
+    for run in (root / "run", root / "dog" / "run"):
+        for name in ("search.json", "config.json"):
+            (run / name).write_text("{}")
+    with pytest.warns(UserWarning, match="run' is left out: it is the folder of a search") as said:
+        data = open_dataset(root)
+    assert (data.classes, len(data), len(said)) == (("cat", "dog"), 4, 2)
+    assert "but is the folder of a search" in message(root / "run")
+
+
+def parts_table(path: Path, head: str, values: list[str]) -> Path:
+    rows: list[Any] = [["path", "label", *head.split(",")]]
+    for k, value in enumerate(values):
+        write(path.parent / f"{k}.png")
+        rows.append([f"{k}.png", "ab"[k % 2], *value.split(",")])
+    return table(path, rows)
+
+
+@pytest.mark.parametrize(
+    ("head", "train", "test"),
+    [
+        ("split", "train", "test"),
+        ("Subset", "Training", "TESTING"),
+        ("partition", "trn", "val"),
+        ("fold", "tr", "te"),
+        ("Usage", "Training", "PrivateTest"),
+        ("is_valid", "False", "True"),
+        ("is_test", "0", "1"),
+        ("is_train", "yes", "no"),
+        ("is_valid,is_test", "0,0", "0,1"),
+        ("split,is_test", "train,0", "test,1"),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "parquet", "hf"])
+def test_parts_by_column(tmp_path, head, train, test, form):
+    path = parts_table(tmp_path / "t.csv", head, [train] * 4 + [test] * 2)
+    spec: Any = path
+    if form != "csv":
+        import pandas as pd
+
+        pd.read_csv(path).to_parquet(spec := tmp_path / "t.parquet")
+    if form == "hf":
+        datasets = pytest.importorskip("datasets")
+        frame = pd.read_csv(path)
+        frame["path"] = [str(tmp_path / name) for name in frame["path"]]
+        spec = datasets.Dataset.from_pandas(frame)
+    part = "val" if test == "val" or head == "is_valid" else "test"
+    data = open_dataset(spec)
+    assert names(data) == [f"{k}.png" for k in range(4)] or form == "hf"
+    assert data.origin.tolist() == [0, 1, 2, 3]
+    other = open_dataset(spec, split=part)
+    assert (other.origin.tolist(), other.name.endswith(f"/{part}")) == ([4, 5], True)
+    assert other.load(0).size == (6, 4)
+    assert len(open_dataset(spec, split="all")) == 6
+    assert "`split` must be one of" in message(spec, split="nonsense")
+
+
+def test_columns_that_name_parts_are_honoured_or_fail(tmp_path):
+    path = tmp_path / "t.csv"
+    parts_table(path, "split", ["train"] * 4 + ["extra"] * 2)
+    with pytest.warns(UserWarning, match=r"2 rows are left out, of which the column .* 'extra'"):
+        assert len(open_dataset(path)) == 4
+    assert len(open_dataset(path, split="extra")) == 2
+    parts_table(path, "split", ["train"] * 4 + [""] * 2)
+    assert "column 'split', must name the part of every row, but 2 of 6" in message(path)
+    assert len(open_dataset(path, split="all")) == 6
+    parts_table(path, "split,is_valid", ["train,0"] * 2 + ["train,1"] * 2)
+    assert "'split' and 'is_valid' contradict each other" in message(path)
+    parts_table(path, "fold", list("001122"))
+    with pytest.warns(UserWarning, match="the column 'fold' is not used, for its values"):
+        assert len(open_dataset(path)) == 6
+    parts_table(path, "is_valid", ["1"] * 4)
+    assert len(open_dataset(path)) == 4  # of one part only, as in a table of its own
+    parts_table(path, "split", ["val"] * 2 + ["test"] * 2)
+    assert "there is no training part" in message(path)
+    parts_table(path, "set,split", ["a,train"] * 2 + ["b,test"] * 2)
+    with pytest.warns(UserWarning, match="'set' is not used"):
+        assert len(open_dataset(path)) == 2
+    assert len(open_dataset(path, label_column="set", split="all")) == 4
+
+
+def test_labels_of_other_parts_may_be_missing(tmp_path):
+    rows = [["path", "label", "split"]]
+    rows += [
+        [f"{k}.png", "ab"[k % 2] if k < 4 else "", "train" if k < 4 else "test"] for k in range(6)
+    ]
+    for k in range(6):
+        write(tmp_path / f"{k}.png")
+    assert len(open_dataset(table(tmp_path / "t.csv", rows))) == 4
+    assert "(line 6, line 7)" in message(tmp_path / "t.csv", split="test")
+
+
+def test_hugging_face_splits_by_other_names(hf):
+    data = hf.DatasetDict(Training=_hf_dataset(hf), dev=_hf_dataset(hf, 4))
+    assert (len(open_dataset(data)), len(open_dataset(data, split="val"))) == (6, 4)

@@ -32,6 +32,7 @@ from sfda_tune.values import Ranking, Score
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>alert('1')</script>\"&amp; 犬"
+TURNING = "\u202egnp\x9b1m\x1b[31m"
 NAMES = ["demo:convnext_glyphs", "demo:resnet_glyphs", "demo:regnet_shapes"]
 
 
@@ -280,6 +281,21 @@ def test_names_are_text_whatever_they_are(folder):
     assert len(page.all("img")) == 1
     assert page.all("b") == []
     assert page.text.count("<script>alert('1')</script>") > 50
+
+
+def test_no_name_turns_the_text_around_it(folder):
+    ranking = Ranking.from_json(folder / "ranking.json")
+    scores = [replace(s, backbone=TURNING + s.backbone) for s in ranking.scores]
+    Ranking(scores, TURNING, ranking.labels, ranking.info).to_json(folder / "ranking.json")
+    search = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    search |= {"dataset": TURNING, "classes": [TURNING + c for c in search["classes"]]}
+    search["best"]["backbone"] = search["decision"] = TURNING
+    write_json(folder / "search.json", search)
+    rewrite_predictions(folder, lambda i, r: {k: TURNING + v for k, v in r.items()})
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert not set("\u202e\x9b\x1b") & set(page)
+    assert page.count(r"\u202egnp\x9b1m\x1b[31m") > 20
+    assert "Images: trained on" in page
 
 
 # Odd runs ----------------------------------------------------------------------------------------

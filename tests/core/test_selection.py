@@ -12,14 +12,16 @@ import pytest
 from PIL import Image
 
 import sfda_tune
-from sfda_tune import Backbone, demo, finetuning, open_dataset, selection
+from sfda_tune import Backbone, demo, finetuning, open_dataset, predictions, selection
 from sfda_tune.datasets import DatasetError
 from sfda_tune.engines import OutOfTimeError, Trial, attempt
 from sfda_tune.finetuning import finetune
 from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.selection import SearchResult, search, stop_when
 from sfda_tune.spaces import default_space, open_space
+from sfda_tune.splits import split_images
 from sfda_tune.stages import Board, SilentBoard
+from sfda_tune.texts import read_csv_cell
 
 pytest.importorskip("optuna")
 
@@ -548,3 +550,186 @@ def test_the_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["predict", str(tmp_path), str(images)])
     assert "must be that of a finished search" in capsys.readouterr().err
+
+
+# Parts and unreadable images --------------------------------------------------------------------
+def save_digits(root, n=60, part=""):
+    """Write images of two digits as ``root[/part]/class/row.png``."""
+    data = open_dataset("digits")
+    for row in np.flatnonzero(data.labels < 2)[:n]:
+        folder = root / part / data.classes[data.labels[row]]
+        folder.mkdir(parents=True, exist_ok=True)
+        data.load(row).save(folder / f"{row}.png")
+    return root
+
+
+def split_up(root, **options):
+    given = dict.fromkeys(("split", "image_column", "label_column", "samples", "test"))
+    return split_images({**given, "dataset": root, "seed": 0, **options})
+
+
+def test_own_parts_are_used(tmp_path):
+    for part, n in (("Training", 20), ("dev", 10), ("tst", 8)):
+        save_digits(tmp_path, n, part)
+    (tmp_path / "tst" / "0").rename(tmp_path / "elsewhere")
+    shutil.move(tmp_path / "elsewhere", tmp_path.parent / "elsewhere")
+    parts, _, sources = split_up(tmp_path)
+    assert [len(parts[p]) for p in ("train", "val")] == [20, 10]
+    assert set(parts["test"].labels) == {1}  # of one class: it can be tested on
+    assert set(sources.values()) == {"own part"}
+    parts, _, sources = split_up(tmp_path, test=0.25)
+    assert (len(parts["test"]), sources["test"], sources["val"]) == (5, "held out", "own part")
+    sources = split_up(tmp_path, split="train")[2]
+    assert sources == {"train": "own part", "val": "held out", "test": "held out"}
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize("fault", ["flat", "empty", "unknown"])
+def test_own_parts_that_cannot_be_used_are_refused(tmp_path, part, fault):
+    save_digits(tmp_path, 20, "train")
+    (tmp_path / part).mkdir()
+    if fault == "flat":
+        shutil.copy(next(tmp_path.glob("train/*/*.png")), tmp_path / part)
+    if fault == "unknown":
+        shutil.copytree(tmp_path / "train" / "0", tmp_path / part / "nobody")
+    message = f"has a part '{part}' that cannot be used: .* or pass (test=0.2|split='train')"
+    with pytest.raises(DatasetError, match="nobody" if fault == "unknown" else message):
+        split_up(tmp_path)
+    assert len(split_up(tmp_path, split="train")[0]["train"]) == 13
+
+
+def test_unreadable_images_are_counted_once_for_all(tmp_path):
+    root = save_digits(tmp_path / "data")
+    bad = sorted(root.glob("*/*.png"))[::12]
+    for path in bad:
+        path.write_bytes(b"")
+    run = tmp_path / "run ?[1]#x%41"  # what stands for something in patterns and URLs
+    quick = {"trials": 1, "epochs": 1, "cache": False, "out": run}
+    with pytest.raises(DatasetError, match="5 of the 60 images cannot be read, more than max_un"):
+        search(root, ONE, **quick, max_unreadable=0.08)
+    assert not (run / "config.json").exists()
+    result = search(root, ONE, **quick)
+    state = read(run)
+    assert sorted(state["unreadable"]) == sorted(map(str, bad))
+    assert sum(state["n_images"].values()) == 55
+    assert result.images == (
+        "Images: trained on 35, validated on 9 (held out of the training images), tested on 11 "
+        "(held out of the training images); left out as unreadable: 5"
+    )
+    assert result.images in (run / "report.html").read_text(encoding="utf-8")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", run.name]
+    assert (run / "study.db").is_file()
+    rows = read(run, "splits.json")
+    used = {row for part in ("train", "val", "test") for row in rows[part]}
+    assert used.isdisjoint(rows["left_out"]["train"])
+    assert len(used) == 55
+    again = search(root, ONE, **quick, max_unreadable=0)  # they were looked for when it began
+    assert again.summary["trials"] == result.summary["trials"]
+
+
+def test_a_search_among_its_images_is_refused(tmp_path):
+    root = save_digits(tmp_path / "data", 20)
+    (tmp_path / "link").symlink_to(root)
+    for out in (root, root / "run", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(ValueError, match="`out` must not lie in the folder of the images"):
+            search(root, ONE, out=out)
+        with pytest.raises(ValueError, match="`out` must not lie in the folder of the images"):
+            search("digits", ONE, test=root, out=out)
+    with pytest.raises(ValueError, match="`out` must be a name in UTF-8"):
+        search("digits", ONE, out=tmp_path / "caf\udce9")
+    assert sorted(p.name for p in root.iterdir()) == ["0", "1"]
+
+
+# Predictions ------------------------------------------------------------------------------------
+NAMES = ["=1+1.png", "-cmd.png", "@a.png", "'quote.png", "a,b;c.png", "new\nline.png",
+         "\x1b[31mred.png", "[red].png", "a*[1]?.png", "\u202egnp.png",
+         "caf\udce9.png"]  # fmt: skip
+
+
+@pytest.fixture
+def new_images(tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for name in NAMES:
+        open_dataset("digits").load(0).save(folder / name, "png")
+    return folder
+
+
+def predict_here(*arguments, code=0):
+    from sfda_tune.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["predict", *map(str, arguments)])
+    assert done.value.code == code
+
+
+def test_no_name_loses_a_prediction_or_reaches_the_terminal(found, new_images, tmp_path, capsys):
+    table = tmp_path / "p.csv"
+    predict_here(found.folder, new_images, "--csv", table)
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == len(NAMES)
+    assert shown.replace("\n", "").isprintable()
+    with table.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.DictReader(file))
+    items = [read_csv_cell(row["item"]) for row in rows]
+    assert sorted(items) == sorted(str(new_images / name) for name in NAMES)
+    assert all(float(row["confidence"]) > 0 for row in rows)
+
+
+def test_cells_that_spreadsheets_run(found, new_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(new_images)
+    predict_here(found.folder, "--csv", tmp_path / "p.csv", "--", *NAMES[:4])
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        "'=1+1.png", "'-cmd.png", "'@a.png", "'quote.png",
+    ]  # fmt: skip
+    assert all(0 < float(line.split(",")[2]) <= 1 for line in lines[1:])
+
+
+def test_predict_finds_what_rank_finds(found, tmp_path, capsys):
+    image = open_dataset("digits").load(0)
+    for name in ("b10.png", "b9.PNG", "sub/c.png", ".hidden/x.png", "__MACOSX/x.png", ".x.png",
+                 "sub/@eaDir/x.png", "../linked/d.png"):  # fmt: skip
+        (tmp_path / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "new" / name, "png")
+    (tmp_path / "new" / "album.jpg").mkdir()
+    (tmp_path / "new" / "link").symlink_to(tmp_path / "linked")
+    predict_here(found.folder, tmp_path / "new")
+    names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    found_too = ["b9.PNG", "b10.png", "link/d.png", "sub/c.png"]
+    assert names == [str(tmp_path / "new" / name) for name in found_too]
+
+
+def test_predictions_are_written_as_they_become_known(found, tmp_path, monkeypatch, capsys):
+    image = open_dataset("digits").load(0)
+    files = [tmp_path / f"{k}.png" for k in range(40)]
+    for file in files:
+        image.save(file)
+    files[3].write_bytes(b"no image")
+    forward, calls = predictions.forward, []
+
+    def fail_later(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise MemoryError("no memory left")
+        return forward(*args)
+
+    monkeypatch.setattr(predictions, "forward", fail_later)
+    predict_here(found.folder, *files, "--csv", tmp_path / "p.csv", code=1)
+    with (tmp_path / "p.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["item"] for row in rows] == list(map(str, files[:32]))
+    assert [k for k, row in enumerate(rows) if not row["predicted"]] == [3]
+    shown = capsys.readouterr()
+    assert "3.png  cannot be read: is not an image" in shown.out
+    assert "no memory left" in shown.err
+    monkeypatch.undo()
+    predict_here(found.folder, files[0], "--csv", tmp_path / "none" / "p.csv", code=1)
+    assert "--csv: there is no folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_no_prediction_that_is_shown(found, new_images, capsys):
+    predict_here(found.folder, new_images, "--csv", "/dev/full", code=1)
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == len(NAMES)
+    assert "'/dev/full' could not be written to the end (No space left on device)" in shown.err

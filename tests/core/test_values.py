@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import pickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from sfda_tune import Backbone, Features, MetricResult, Ranking, Score
+from sfda_tune.tables import read_scores
 from sfda_tune.values import encode_labels
 
 
@@ -92,6 +94,24 @@ def test_csv_has_one_line_per_backbone(tmp_path):
     assert lines[1].startswith("1,tie a,0.9,8,")
     assert lines[-1] == ",broken,,,,,OSError: <no> weights"
     assert (tmp_path / "r.csv").read_text().splitlines() == lines
+
+
+def test_names_survive_in_files_and_run_nowhere(tmp_path):
+    names = ["=1+1", "-1", "+a", "@a", "'=x", "'tis", "a;=b", "a\nb", "caf\udce9", "\ud800", "\tx"]
+    r = Ranking([Score(name, -k - 0.5) for k, name in enumerate(names)], "knn")
+    r.to_json(tmp_path / "r.json")
+    assert list(Ranking.from_json(tmp_path / "r.json")) == names
+    r.to_csv(tmp_path / "r.csv")
+    found = read_scores(tmp_path / "r.csv")
+    known = [name.strip() for name in names]
+    known[known.index("\ud800")] = r"\ud800"  # it stands for no byte, so that UTF-8 cannot hold it
+    assert dict(found) == {name: -k - 0.5 for k, name in enumerate(known)}
+    with (tmp_path / "r.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["backbone"] for row in rows][:6] == ["'=1+1", "-1", "'+a", "'@a", "''=x", "'tis"]
+    assert [float(row["score"]) for row in rows] == [-k - 0.5 for k in range(len(names))]
+    assert repr(r).replace("\n", "").isprintable()
+    assert "\udce9" not in r._repr_html_()
 
 
 def test_dataframe():

@@ -145,3 +145,17 @@ def test_fine_tunes_the_best(tmp_path):
     np.testing.assert_array_equal(opened.predict_proba(X[TEST]), model.predict_proba(X[TEST]))
     p = model.result_.predict(X[TEST].reshape(-1, 8, 8).astype(np.uint8), device="cpu")
     assert p.shape == (200, 10)
+
+
+def test_own_parts_of_a_folder_are_used(photos, tmp_path):
+    for part, n in (("Training", 8), ("Testing", 4)):
+        for folder in photos.iterdir():
+            (tmp_path / "data" / part / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:n]:
+                shutil.copy(file, tmp_path / "data" / part / folder.name)
+    options = {"epochs": 1, "keep": 1}
+    model = BackboneClassifier("demo:resnet_noise", n_trials=1, options=options, cache=False)
+    model.fit(tmp_path / "data")
+    assert model.result_ is not None
+    assert model.result_.summary["sources"]["test"] == "own part"
+    assert model.result_.summary["n_images"]["test"] == 12

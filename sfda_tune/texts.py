@@ -1,0 +1,85 @@
+r"""Text from elsewhere on its way out: names of files, classes and backbones, error messages.
+
+What is shown goes through `printable`, whatever shows it; what is kept stays as it is. A name that
+is no UTF-8 is kept with its bytes as surrogates, as `os.fsdecode` gives them: JSON writes these as
+``\udc..`` (`json_text`), CSV as the bytes themselves, which ``errors="surrogateescape"`` reads
+back (`csv_line`, `values.write_text`).
+"""
+
+from __future__ import annotations
+
+import json
+import numbers
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["csv_line", "json_text", "one_line", "printable", "read_csv_cell"]
+
+# What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full width
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
+
+
+def printable(text: object) -> str:
+    r"""Escape what would not be shown as it is: line breaks, escape sequences, undecodable bytes.
+
+    Marks that turn the direction of the text, and those without width, are escaped, too.
+
+    >>> printable("a\x1b[31mred\n\u202eb")
+    'a\\x1b[31mred\\n\\u202eb'
+    """
+    text = str(text)
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(c: str) -> str:
+    return c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """First line of `text`, printable and not too long."""
+    line = (str(text).strip().splitlines() or [""])[0]
+    return printable(line if len(line) <= limit else line[:limit] + " …")
+
+
+def json_text(value: Any, **options: Any) -> str:
+    r"""Return strict JSON for people, which UTF-8 can hold whatever the names are.
+
+    >>> json_text("caf\udce9 é") == '"caf\\udce9 é"'
+    True
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, **options)
+    return text.encode("utf-8", "backslashreplace").decode()  # in JSON, too, \udce9 is that
+
+
+def csv_line(cells: Iterable[Any]) -> str:
+    r"""Return a line of a CSV file, of which no spreadsheet runs anything.
+
+    Text that would be a formula gets an apostrophe in front, which `read_csv_cell` takes away;
+    numbers stay as they are, also those written as text.
+
+    >>> csv_line(["=1+1", "-2.5", -2.5, "a, b", None])
+    '\'=1+1,-2.5,-2.5,"a, b",\n'
+    """
+    return ",".join(map(_csv_cell, cells)) + "\n"
+
+
+def _csv_cell(value: Any) -> str:
+    text = _LONE.sub(lambda c: ascii(c[0])[1:-1], "" if value is None else str(value))
+    is_number = isinstance(value, numbers.Number) or _NUMBER.fullmatch(text)
+    if _FORMULA.match(text) and not is_number:
+        text = f"'{text}"
+    # also where others separate: a semicolon would begin a new cell
+    return '"' + text.replace('"', '""') + '"' if re.search('[",;\t\r\n]', text) else text
+
+
+def read_csv_cell(text: str) -> str:
+    """Return what `csv_line` was given.
+
+    >>> read_csv_cell("'=1+1"), read_csv_cell("'tis")
+    ('=1+1', "'tis")
+    """
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
