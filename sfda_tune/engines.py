@@ -18,9 +18,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from sfda_tune.recipe import OutOfTimeError
 from sfda_tune.spaces import Space
 
 __all__ = [
+    "DIED",
     "GROUP",
     "NO_TIME",
     "Engine",
@@ -33,11 +35,8 @@ __all__ = [
 ]
 
 GROUP = "sfda_tune.engines"
-NO_TIME = "no time for an epoch"  # the error of a trial that says nothing of its backbone
-
-
-class OutOfTimeError(Exception):
-    """The time budget ended inside an epoch."""
+# Errors of trials that say nothing of their backbones.
+NO_TIME, DIED = "no time for an epoch", "its process ended"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Trial:
     values : tuple of float, optional
         All objectives, `value` first.
     started : float
-        Unix time, seconds.
+        Unix time, for people; nothing is reckoned with it.
     seconds : float, optional
     worker : str
     error : str, optional
@@ -121,7 +120,7 @@ class Job:
     directions: tuple[Literal["maximize", "minimize"], ...]
     n_epochs: int
     n_trials: int | None
-    storage: str | None
+    storage: str | None = field(repr=False)  # may hold a password
     seed: int
     train: Callable[[Trial], Iterator[Trial]] = field(repr=False)
     remake: Callable[[], Callable[[Trial], Iterator[Trial]]] = field(repr=False)
@@ -140,7 +139,7 @@ def attempt(
     `train` is that of the `Job`; `is_hopeless` is called after every epoch, with the trial as it
     is then.
     """
-    state, error = "complete", None
+    state, error, begun = "complete", None, time.monotonic()
     steps = train(trial)
     try:
         for trial in steps:
@@ -155,7 +154,7 @@ def attempt(
     finally:
         steps.close()  # type: ignore[attr-defined]
     before = sum(epoch["seconds"] for epoch in trial.epochs)  # also those of a dead worker
-    seconds = max(time.time() - trial.started, before)
+    seconds = max(time.monotonic() - begun, before)
     return replace(trial, state=state, error=error, seconds=seconds)
 
 
