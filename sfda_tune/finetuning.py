@@ -51,7 +51,7 @@ from sfda_tune.classifiers import (
 )
 from sfda_tune.datasets import DatasetError, ImageDataset
 from sfda_tune.predictions import PROVENANCE, Model
-from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, measure
+from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, OutOfTimeError, measure
 from sfda_tune.sharing import SharedWork
 from sfda_tune.training_images import (
     Images,
@@ -75,6 +75,7 @@ __all__ = [
     "Epoch",
     "FineTuning",
     "FinetuneConfig",
+    "OutOfTimeError",
     "SharedWork",
     "finetune",
     "measure",
@@ -103,6 +104,7 @@ def finetune(
     device: str = "auto",
     workers: int | None = None,
     shared: SharedWork | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> FineTuning:
     """Fine-tune a backbone; iterate over the result to make it happen.
 
@@ -125,6 +127,9 @@ def finetune(
         Processes that decode and augment; has no influence on the result.
     shared : SharedWork, optional
         Spares this run what earlier runs on the same images have done; no influence on the result.
+    should_stop : callable, optional
+        Asked before every batch and every image that is decoded, so inside an epoch, too; once it
+        returns True, iterating raises `OutOfTimeError`.
 
     Returns
     -------
@@ -136,7 +141,8 @@ def finetune(
     ------
     ValueError, DatasetError, BackboneError
         Fewer than two classes or images; classes in `val` that `dataset` lacks; more than a tenth
-        of the images unreadable; a checkpoint of another run. `DivergedError` while iterating.
+        of the images unreadable; a checkpoint of another run. `DivergedError` and `OutOfTimeError`
+        while iterating.
 
     Notes
     -----
@@ -155,6 +161,7 @@ def finetune(
         extraction.resolve_device(device),
         workers,
         shared,
+        should_stop,
     )
 
 
@@ -176,10 +183,11 @@ class FineTuning(Iterator[Epoch]):
         device: str,
         workers: int | None,
         shared: SharedWork | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self.backbone, self.folder, self.device, self.workers = backbone, folder, device, workers
         self.train, self.val = parts
-        self._shared = shared
+        self._shared, self._should_stop = shared, should_stop
         if config.epochs == "auto":
             epochs = round(30 * min(1, 200 / len(self.train)) ** (1 / 3))
             config = replace(config, epochs=max(5, epochs))
@@ -284,6 +292,10 @@ class FineTuning(Iterator[Epoch]):
         self.unreadable.update(unreadable)
         return found
 
+    def _check_time(self) -> None:
+        if self._should_stop is not None and self._should_stop():
+            raise OutOfTimeError("the time is over")
+
     # One epoch after the other ------------------------------------------------------------------
     def _run(self) -> Generator[Epoch, None, None]:
         if self._finished():
@@ -318,6 +330,7 @@ class FineTuning(Iterator[Epoch]):
         """Open the network."""
         import torch
 
+        self._check_time()
         seed_streams(2, self.config.seed)
         self.module, self.half, self.head = with_head(self.backbone, len(self.train.classes))
         self.module.to(self.device).to(memory_format=cast(Any, torch.channels_last))
@@ -345,7 +358,8 @@ class FineTuning(Iterator[Epoch]):
 
     def _prepare(self, part: ImageDataset, prepare: Any) -> Images:
         """Return the images as they are before what differs between epochs."""
-        images = partial(Images, part, prepare, self.workers)
+        check = None if self._should_stop is None else self._check_time
+        images = partial(Images, part, prepare, self.workers, check)
         if self._shared is None:
             return images()
         how = prepare.side if isinstance(prepare, shrink) else self.half.key
@@ -516,6 +530,7 @@ class FineTuning(Iterator[Epoch]):
             x, y = self._mixup(x, y)
         total = torch.zeros((), device=self.device)
         for start in range(0, len(x), self._micro):
+            self._check_time()
             part = slice(start, start + self._micro)
             with autocast(self.device, self.config.precision):
                 logits = self.module(x[part].contiguous(memory_format=torch.channels_last))
@@ -542,6 +557,7 @@ class FineTuning(Iterator[Epoch]):
                 self._report(images, unreadable)
             start = 0
             while start < len(some):
+                self._check_time()
                 part = pixels[start : start + self._micro]
                 try:
                     logits.append(forward(module, self.half, part, self.device))

@@ -103,9 +103,14 @@ class Images:
     """
 
     def __init__(
-        self, dataset: ImageDataset, prepare: Callable[[Any], Any], workers: int | None
+        self,
+        dataset: ImageDataset,
+        prepare: Callable[[Any], Any],
+        workers: int | None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.dataset, self.prepare = dataset, prepare
+        self._check = check  # called before each image is decoded; raises if the time is over
         if workers is None:  # as the extraction does
             pooled = multiprocessing.parent_process() is not None
             workers = 0 if pooled or extraction._in_memory(dataset) else extraction._cores()
@@ -123,11 +128,14 @@ class Images:
         kept: list[Any] = []
         size = 0
         for batch in _loader(self, extraction.DECODE_BATCH, list, self.workers):
+            if self._check is not None:
+                self._check()
             kept += batch
             size += sum(getattr(item, "nbytes", 0) for item in batch)
             if size / len(kept) * len(self) > budget:
                 return
         self.kept, self.nbytes = kept, size
+        self._check = None  # other runs may share them
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -136,12 +144,20 @@ class Images:
         """Return the prepared image, or the reason why there is none."""
         if self.kept is not None:
             return self.kept[row]
+        if self._check is not None:  # outside of `try`: it is no property of the image
+            self._check()
         try:
             return self.prepare(self.dataset.load(row))
         except UnreadableImage as error:
             return error.reason
+        except MemoryError:  # no property of the image, either
+            raise
         except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
             return one_line(f"{type(error).__name__}: {error}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what asks for the time, where worker processes are not forked."""
+        return {**vars(self), "_check": None}
 
     def batches(self, size: int, view: Callable[[Any], Any]) -> Iterator[Batch]:
         """Yield all images in order, `view` applied."""

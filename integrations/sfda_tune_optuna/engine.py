@@ -33,6 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sfda_tune.clock import Beat
 from sfda_tune.engines import DIED, NO_TIME, Job, Trial, attempt, read_trial
+from sfda_tune.redaction import hide_secrets, redact
 from sfda_tune.spaces import Dimension
 from sfda_tune.values import write_text
 from sfda_tune_optuna import _compat
@@ -114,22 +115,40 @@ def _study_lock(job: Job) -> FileLock:
 
 
 def check_storage(url: str | None) -> None:
-    """Refuse a URL that no database understands, or whose driver is missing.
+    """Refuse a URL that no database understands, whose driver is missing, or where none answers.
 
     Raises
     ------
     ValueError
     """
+    from sqlalchemy import create_engine
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
+    from sqlalchemy.exc import ArgumentError, DBAPIError
 
+    if url is None:
+        return
     try:
-        if url is not None:
-            make_url(url).get_dialect().import_dbapi()
+        parsed = make_url(url)
+        parsed.get_dialect().import_dbapi()
+        raw = "@" in (parsed.host or "")
     except (ArgumentError, ImportError) as error:
         raise ValueError(
-            f"`storage` must be a URL such as sqlite:///study.db or postgresql://… but: {error}"
-        ) from error
+            "`storage` must be a URL such as sqlite:///study.db or postgresql://… but: "
+            f"{hide_secrets(str(error), url)}"
+        ) from None  # the cause may show a password
+    if raw:
+        raise ValueError(
+            f"`storage` {redact(url)!r} has an @ in its password that would end it; write %40."
+        )
+    engine = create_engine(parsed)
+    try:
+        engine.connect().close()
+    except DBAPIError as error:
+        raise ValueError(
+            f"`storage` {redact(url)!r} cannot be opened: {hide_secrets(str(error.orig), url)}"
+        ) from None
+    finally:
+        engine.dispose()
 
 
 tune.check_storage = check_storage  # type: ignore[attr-defined]
@@ -150,10 +169,9 @@ def open_study(job: Job) -> Study:
             directions=job.directions,
             load_if_exists=True,
         )
-        there = [_fixed(t) for t in _all(study)]
-        for backbone in list(job.scores)[: job.n_trials]:
-            params = {"backbone": backbone, **job.space.default()}
-            if params not in there:
+        defaults = [{"backbone": b, **job.space.default()} for b in job.scores][: job.n_trials]
+        for params in defaults:
+            if all(_fixed(t) != params for t in _all(study)):
                 study.enqueue_trial(params)
     return study
 
