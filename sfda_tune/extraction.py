@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -302,8 +303,14 @@ class PixelBlock:
         else:
             self._start = lambda: _decode_in_threads(decoder, threads)
 
-    def rows(self, start: int, stop: int, seconds: dict[str, float]) -> np.ndarray:
-        """Decode up to `stop` and return the readable rows in [start, stop).
+    def rows(
+        self,
+        start: int,
+        stop: int,
+        seconds: dict[str, float],
+        tick: Callable[[], None] | None = None,
+    ) -> np.ndarray:
+        """Decode up to `stop` and return the readable rows in [start, stop); tick now and then.
 
         What the caller waited is added to ``seconds["decode"]``, and the work of the decoding that
         it brought about to ``seconds["decode_work"]``.
@@ -314,6 +321,8 @@ class PixelBlock:
                 self._batches = self._start()
             while self.filled < stop:
                 seconds["decode_work"] += self._take(next(self._batches))
+                if tick is not None:
+                    tick()
             if self.filled == self.n:
                 self._batches = iter(())  # lets the workers go
         seconds["decode"] += time.perf_counter() - started
@@ -536,6 +545,8 @@ class Worker:
         block = self._block(unit, pin=forward.device.type == "cuda")
         filled = block.filled
         half = unit.preprocessing.fingerprint()
+        # Who watches may stop the run: also while slow images are decoded.
+        tick = None if self.advance is None else partial(self.advance, unit.backbone.name, 0)
         for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
             key = make_key(images, weights, half, self.settings.precision)
             outcome.n_images += stop - start
@@ -548,7 +559,7 @@ class Worker:
             position = start
             while position < stop:
                 end = min(position + forward.batch_size, stop)
-                rows = block.rows(position, end, seconds)
+                rows = block.rows(position, end, seconds, tick)
                 if len(block.unreadable) > unit.max_unreadable:
                     raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
                 if len(rows):

@@ -44,6 +44,7 @@ import sfda_tune
 from sfda_tune.backbones import describe, load, resolve_backbones
 from sfda_tune.clock import Beat, Clock
 from sfda_tune.confidence import diagnose
+from sfda_tune.datasets import UnreadableImage
 from sfda_tune.engines import DIED, Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
 from sfda_tune.extraction import resolve_device, use_threads
 from sfda_tune.finetuning import BEST, CHECKPOINT, FineTuning, finetune
@@ -839,10 +840,24 @@ class _Search:
         self.stop = self.deadline - needed
 
     def seconds_to_test(self) -> float:
+        n = len(self.parts["test"])
+        decoding = n * self.seconds_per_image
         if self.best is None:
-            return 0.05 * (self.budget or 0.0) + 0.5
+            return 0.05 * (self.budget or 0.0) + 0.5 + decoding
         speed = self.ranking.score(self.best.backbone).details.get("images_per_second") or 100.0
-        return 1.0 + 2 * len(self.parts["test"]) / speed
+        return 0.02 * (self.budget or 0.0) + 1.0 + 2 * n / speed + decoding
+
+    @cached_property
+    def seconds_per_image(self) -> float:
+        """How long an image takes to be decoded: the mean of a few."""
+        images, begun, n = self.parts["train"], self.now(), 0
+        for row in np.linspace(0, len(images) - 1, 8).astype(int):
+            with suppress(UnreadableImage):
+                images.load(row)
+            n += 1
+            if self.now() - begun > 0.005 * (self.budget or math.inf):
+                break
+        return (self.now() - begun) / n
 
     def seconds_to_train(self) -> float:
         """Return how long the best takes on training and validation images."""
@@ -852,7 +867,9 @@ class _Search:
         spent = sum(e["seconds"] for e in self.best.epochs if 0 < e["number"] <= last)
         for trial in self.of(self.best.backbone):  # the first of them started the head for all
             probe = max([probe, *(e["seconds"] for e in trial.epochs if e["number"] == 0)])
-        return 0.5 + (probe + spent) * (1 + len(self.parts["val"]) / len(self.parts["train"]))
+        n, more = len(self.parts["train"]), len(self.parts["val"])
+        reading = (n + more) * self.seconds_per_image  # to know them again
+        return 0.5 + reading + (probe + spent) * (1 + more / n)
 
     # Train and test -----------------------------------------------------------------------------
     def finish(self) -> None:
@@ -903,8 +920,9 @@ class _Search:
                 why = " ".join(str(error).split())
         parts, folder = self.parts, self.folder / "trials" / best.folder
         run = finetune(
-            backbone, parts["train"], config, val=val, checkpoint_dir=folder, device=self.device
-        )
+            backbone, parts["train"], config, val=val, checkpoint_dir=folder, device=self.device,
+            shared=self.shared,
+        )  # fmt: skip
         self.save(run, best, "train")
         return f"the weights of the best trial, {why}"
 

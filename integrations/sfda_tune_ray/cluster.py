@@ -51,8 +51,9 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
         here = ray.get_runtime_context().gcs_address
         if address not in (None, "auto") and _resolve(address) != _resolve(here):
             raise ValueError(
-                f"`address` is {redact(address)!r} but this process is connected to a Ray already, "
-                f"at {here!r}; leave `address` out to use that one, or call `ray.shutdown()` first."
+                f"`address` is {redact(address)!r} but this process is connected to a Ray "
+                f"already, at {here!r}; leave `address` out to use that one, or call "
+                "`ray.shutdown()` first."
             )
         yield False
         return
