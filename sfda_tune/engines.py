@@ -4,7 +4,8 @@ An engine is a function ``tune(job) -> trials``, registered as an entry point of
 ``sfda_tune.engines``. It chooses backbone and parameters of one `Trial` after the other, has each
 made by `attempt`, and returns all trials of the study, those of other workers too. One with a true
 attribute ``spreads`` uses several machines by itself and is called by one process only; an
-attribute ``check_storage`` is called with `Job.storage` before any work and may raise ValueError.
+attribute ``check_storage`` is called with `Job.storage` before any work and may raise ValueError;
+``seconds_to_end`` is what it takes at most to return once the time is over.
 It is called again with a larger `Job.n_trials` or a later end if a search is extended.
 """
 

@@ -837,7 +837,7 @@ class _Search:
         needed = self.seconds_to_test() + self.seconds_to_train() + slack
         if self.seconds_to_train() > RETRAIN_SHARE * self.budget:
             needed = self.seconds_to_test()  # its checkpoint will do
-        self.stop = self.deadline - needed
+        self.stop = self.deadline - needed - getattr(self.engine, "seconds_to_end", 0.0)
 
     def seconds_to_test(self) -> float:
         n = len(self.parts["test"])
