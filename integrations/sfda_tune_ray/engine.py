@@ -88,15 +88,15 @@ def _quietly() -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()
     handlers = {sign: signal.getsignal(sign) for sign in SIGNALS if main}
     with suppress(ImportError):
-        import optuna as _  # sets the level of its logger
-    optuna = logging.getLogger("optuna")  # of the searcher that Tune wraps, if there is one
-    level = optuna.level
+        import optuna  # noqa: F401 - sets the level of its logger
+    log = logging.getLogger("optuna")  # of the searcher that Tune wraps, if there is one
+    level = log.level
     os.environ |= TERMS
-    optuna.setLevel(max(level, logging.WARNING))
+    log.setLevel(max(level, logging.WARNING))
     try:
         yield
     finally:
-        optuna.setLevel(level)
+        log.setLevel(level)
         for sign, handler in handlers.items():
             if handler is not None:  # it was set by other means than Python's
                 signal.signal(sign, handler)
