@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
 from sfda_tune_optuna import engine
-from sfda_tune_optuna.engine import FOLDER, RECORD, open_study, read_trials, tune
+from sfda_tune_optuna.engine import BEAT, FOLDER, RECORD, open_study, read_trials, tune
 from sfda_tune_optuna.history import observe
 
 from sfda_tune.engines import Job, OutOfTimeError, load_engine
@@ -186,8 +186,11 @@ def states(job):
     return [t.state.name for t in open_study(job).trials]
 
 
-@pytest.mark.parametrize("where", ["enqueue", "ask", "suggest", "write", "train", "end", "tell"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("where", "shared"),
+    [(name, True) for name in ("enqueue", "ask", "suggest", "write", "train", "end", "tell")]
+    + [("ask", False), ("train", False)],
+)
 def test_a_kill_anywhere_loses_no_trial(job, tmp_path, monkeypatch, where, shared):
     """Two kills at the same place, so that the trial that goes on is hit, too; then to the end."""
     monkeypatch.setattr(engine, "STALE", 0.2)
@@ -198,9 +201,10 @@ def test_a_kill_anywhere_loses_no_trial(job, tmp_path, monkeypatch, where, share
         "end": (engine, "_end"), "tell": (optuna.Study, "tell"),
     }  # fmt: skip
     for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(*places[where], kill)
-            tune(job(storage=url, n_trials=4))
+            with pytest.raises(Killed):
+                tune(job(storage=url, n_trials=4))
     trials = tune(job(storage=url, n_trials=4))
     assert {t.state for t in trials} <= {"complete", "pruned"}
     assert len(trials) == 4
@@ -214,9 +218,10 @@ def test_a_kill_anywhere_loses_no_trial(job, tmp_path, monkeypatch, where, share
 def test_a_kill_between_the_end_of_the_dead_and_its_heir(job, monkeypatch):
     with pytest.raises(Killed):
         tune(job(train=kill))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(optuna.Study, "enqueue_trial", kill)
-        tune(job())
+        with pytest.raises(Killed):
+            tune(job())
     assert states(job())[0] == "FAIL"
     trials = tune(job())
     assert len(trials) == 8
@@ -224,9 +229,10 @@ def test_a_kill_between_the_end_of_the_dead_and_its_heir(job, monkeypatch):
 
 
 def test_what_was_finished_but_not_told_is_not_made_again(job, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(engine, "_end", kill)
-        tune(job(n_trials=1))
+        with pytest.raises(Killed):
+            tune(job(n_trials=1))
     made = []
     (only,) = tune(job(n_trials=1, train=lambda t: made.append(t) or one_value(learn(t))))
     assert not made
@@ -280,44 +286,43 @@ def test_a_worker_that_was_taken_for_dead_leaves_its_trial(job):
     assert len(made) == 4
 
 
-def test_a_long_epoch_on_another_machine_is_no_death(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "STALE", 0.6)
-    url, over = f"sqlite:///{tmp_path / 'other.db'}?timeout=60", threading.Event()
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    found = {}
+def test_a_worker_gives_signs_of_life_within_an_epoch(job, monkeypatch):
+    monkeypatch.setattr(engine, "STALE", 0.1)
+    signs = set()
 
-    def slow(trial):
-        over.wait(60)  # longer than STALE
+    def train(trial):
+        study = optuna.load_study(study_name="a study", storage=url)
+        while len(signs) < 3:  # no epoch ends meanwhile
+            signs.add(study.trials[trial.number].user_attrs.get(BEAT))
+            time.sleep(0.01)
         yield from one_value(learn(trial))
 
-    def work(name, **changes):
-        found[name] = tune(job(storage=url, n_trials=2, **changes))
-
-    first = threading.Thread(
-        target=work, args=("a",), kwargs={"folder": folders[0], "train": slow}
-    )
-    first.start()
-    while not url_has_running(url):
-        time.sleep(0.02)
-    second = threading.Thread(target=work, args=("b",), kwargs={"folder": folders[1]})
-    second.start()
-    time.sleep(1.5)
-    assert second.is_alive()  # it waits for the other one
-    over.set()
-    first.join(30)
-    second.join(30)
-    assert essence(found["a"]) == essence(found["b"])
-    assert [(t.number, t.state) for t in found["a"]] == [(0, "complete"), (1, "complete")]
+    url = f"sqlite:///{job().folder / 'study.db'}"
+    (only,) = tune(job(n_trials=1, train=train))
+    assert only.state == "complete"
 
 
-def url_has_running(url):
-    try:
-        trials = optuna.load_study(study_name="a study", storage=url).trials
-    except (KeyError, RuntimeError, optuna.exceptions.StorageInternalError):
-        return False
-    return any(t.state == TrialState.RUNNING and RECORD in t.user_attrs for t in trials)
+def test_a_worker_elsewhere_is_dead_once_its_sign_has_not_changed_for_long(
+    job, tmp_path, monkeypatch
+):
+    """By the observer's own clock, whatever the time of day is, here or there."""
+    url, now = f"sqlite:///{tmp_path / 'other.db'}", [0.0]
+    limited = job(storage=url, n_trials=1)
+    study, heard = open_study(limited), {}
+    ours = study.ask()
+    ours.set_user_attr(RECORD, record(0, "00000", started=time.time() - 1e6))
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+
+    def is_dead(after):
+        now[0] += after
+        return engine._is_dead(study.trials[0], limited, heard)
+
+    assert not is_dead(0)
+    for beat in range(3):  # epochs longer than STALE
+        assert not is_dead(0.9 * engine.STALE)
+        engine._send(ours, beat)
+        assert not is_dead(0.9 * engine.STALE)
+    assert is_dead(1.1 * engine.STALE)
 
 
 def test_what_two_machines_enqueue_is_made_once(job, tmp_path):
