@@ -104,5 +104,5 @@ def _variants(secrets: list[str]) -> set[str]:
     found: set[str] = set()
     for secret in secrets:
         for form in (secret, unquote(secret), unquote_plus(secret)):
-            found |= {form, *re.split(r"[@/;=:]", form)}
+            found |= {form, *re.split(r"[@/;=:#?]", form)}
     return {form for form in found if len(form) > 1 and form != HIDDEN}
