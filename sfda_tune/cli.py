@@ -581,7 +581,10 @@ def main(arguments: list[str] | None = None) -> None:
         handler.setFormatter(_Printable(logging.BASIC_FORMAT))
     if not debug:
         warnings.showwarning = _show_warning
-    signal.signal(signal.SIGTERM, _on_terminate)  # `kill` keeps what is finished, as Ctrl-C does
+    for name in ("SIGTERM", "SIGHUP"):  # `kill`, a closed terminal: as Ctrl-C, unless `nohup`
+        sign = getattr(signal, name, None)  # Windows has no SIGHUP
+        if sign is not None and signal.getsignal(sign) != signal.SIG_IGN:
+            signal.signal(sign, _on_terminate)
     try:
         code = app(_spread(arguments), prog_name="sfda-tune", standalone_mode=False)
     except UsageError as error:

@@ -4,7 +4,8 @@ An engine is a function ``tune(job) -> trials``, registered as an entry point of
 ``sfda_tune.engines``. It chooses backbone and parameters of one `Trial` after the other, has each
 made by `attempt`, and returns all trials of the study, those of other workers too. One with a true
 attribute ``spreads`` uses several machines by itself and is called by one process only; an
-attribute ``check_storage`` is called with `Job.storage` before any work and may raise ValueError.
+attribute ``check_storage`` is called with `Job.storage` before any work and may raise ValueError;
+``seconds_to_end`` is what it takes at most to return once the time is over.
 It is called again with a larger `Job.n_trials` or a later end if a search is extended.
 """
 
@@ -18,9 +19,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from sfda_tune.recipe import OutOfTimeError
 from sfda_tune.spaces import Space
 
 __all__ = [
+    "DIED",
     "GROUP",
     "NO_TIME",
     "Engine",
@@ -33,11 +36,8 @@ __all__ = [
 ]
 
 GROUP = "sfda_tune.engines"
-NO_TIME = "no time for an epoch"  # the error of a trial that says nothing of its backbone
-
-
-class OutOfTimeError(Exception):
-    """The time budget ended inside an epoch."""
+# Errors of trials that say nothing of their backbones.
+NO_TIME, DIED = "no time for an epoch", "its process ended"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Trial:
     values : tuple of float, optional
         All objectives, `value` first.
     started : float
-        Unix time, seconds.
+        Unix time, for people; nothing is reckoned with it.
     seconds : float, optional
     worker : str
     error : str, optional
@@ -121,7 +121,7 @@ class Job:
     directions: tuple[Literal["maximize", "minimize"], ...]
     n_epochs: int
     n_trials: int | None
-    storage: str | None
+    storage: str | None = field(repr=False)  # may hold a password
     seed: int
     train: Callable[[Trial], Iterator[Trial]] = field(repr=False)
     remake: Callable[[], Callable[[Trial], Iterator[Trial]]] = field(repr=False)
@@ -140,7 +140,7 @@ def attempt(
     `train` is that of the `Job`; `is_hopeless` is called after every epoch, with the trial as it
     is then.
     """
-    state, error = "complete", None
+    state, error, begun = "complete", None, time.monotonic()
     steps = train(trial)
     try:
         for trial in steps:
@@ -155,7 +155,7 @@ def attempt(
     finally:
         steps.close()  # type: ignore[attr-defined]
     before = sum(epoch["seconds"] for epoch in trial.epochs)  # also those of a dead worker
-    seconds = max(time.time() - trial.started, before)
+    seconds = max(time.monotonic() - begun, before)
     return replace(trial, state=state, error=error, seconds=seconds)
 
 

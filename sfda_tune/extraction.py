@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -318,8 +319,14 @@ class PixelBlock:
             "plugins": plugins,
         }
 
-    def rows(self, start: int, stop: int, seconds: dict[str, float]) -> np.ndarray:
-        """Decode up to `stop` and return the readable rows in [start, stop).
+    def rows(
+        self,
+        start: int,
+        stop: int,
+        seconds: dict[str, float],
+        tick: Callable[[], None] | None = None,
+    ) -> np.ndarray:
+        """Decode up to `stop` and return the readable rows in [start, stop); tick now and then.
 
         What the caller waited is added to ``seconds["decode"]``, and the work of the decoding that
         it brought about to ``seconds["decode_work"]``.
@@ -329,6 +336,8 @@ class PixelBlock:
             try:
                 while self.filled < stop:
                     seconds["decode_work"] += self._fill()
+                    if tick is not None:
+                        tick()
             except BaseException:  # what was under way is lost; whoever asks next begins with it
                 self._batches = None
                 raise
@@ -540,6 +549,8 @@ class Worker:
     ) -> _Shard:
         """Compute the rows of a shard; on a GPU only begin to."""
         seconds, start, stop = outcome.seconds, shard.start, shard.stop
+        # Who watches may stop the run: also while slow images are decoded.
+        tick = None if self.advance is None else partial(self.advance, unit.backbone.name, 0)
         waited, started = seconds["decode"], time.perf_counter()
         parts, good, peak = [], [], {}
         forward.begin()
@@ -548,7 +559,7 @@ class Worker:
             if self.turn is not None:
                 self.turn.check()
             end = min(position + forward.batch_size, stop)
-            rows = block.rows(position, end, seconds)
+            rows = block.rows(position, end, seconds, tick)
             if len(block.unreadable) > unit.max_unreadable:
                 raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
             if len(rows):

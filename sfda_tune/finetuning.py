@@ -52,7 +52,7 @@ from sfda_tune.classifiers import (
 from sfda_tune.datasets import DatasetError, ImageDataset
 from sfda_tune.devices import check_precision, compute
 from sfda_tune.predictions import PROVENANCE, Model
-from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, measure
+from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, OutOfTimeError, measure
 from sfda_tune.sharing import SharedWork
 from sfda_tune.training_images import (
     Images,
@@ -76,6 +76,7 @@ __all__ = [
     "Epoch",
     "FineTuning",
     "FinetuneConfig",
+    "OutOfTimeError",
     "SharedWork",
     "finetune",
     "measure",
@@ -105,6 +106,7 @@ def finetune(
     workers: int | None = None,
     max_unreadable: float = 0.1,
     shared: SharedWork | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> FineTuning:
     """Fine-tune a backbone; iterate over the result to make it happen.
 
@@ -129,6 +131,9 @@ def finetune(
         Fraction of unreadable images, of both parts, above which they are refused.
     shared : SharedWork, optional
         Spares this run what earlier runs on the same images have done; no influence on the result.
+    should_stop : callable, optional
+        Asked before every batch and every image that is decoded, so inside an epoch, too; once it
+        returns True, iterating raises `OutOfTimeError`.
 
     Returns
     -------
@@ -140,7 +145,8 @@ def finetune(
     ------
     ValueError, DatasetError, BackboneError
         Fewer than two classes or images; classes in `val` that `dataset` lacks; too many images
-        unreadable; a checkpoint of another run. `DivergedError` while iterating.
+        unreadable; a checkpoint of another run. `DivergedError` and `OutOfTimeError` while
+        iterating.
 
     Notes
     -----
@@ -162,6 +168,7 @@ def finetune(
         workers,
         shared,
         max_unreadable,
+        should_stop,
     )
 
 
@@ -184,11 +191,12 @@ class FineTuning(Iterator[Epoch]):
         workers: int | None,
         shared: SharedWork | None = None,
         max_unreadable: float = 0.1,
+        should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._max_unreadable = max_unreadable
         self.backbone, self.folder, self.device, self.workers = backbone, folder, device, workers
         self.train, self.val = parts
-        self._shared = shared
+        self._shared, self._should_stop = shared, should_stop
         if config.epochs == "auto":
             epochs = round(30 * min(1, 200 / len(self.train)) ** (1 / 3))
             config = replace(config, epochs=max(5, epochs))
@@ -293,6 +301,10 @@ class FineTuning(Iterator[Epoch]):
         self.unreadable.update(unreadable)
         return found
 
+    def _check_time(self) -> None:
+        if self._should_stop is not None and self._should_stop():
+            raise OutOfTimeError("the time is over")
+
     # One epoch after the other ------------------------------------------------------------------
     def _run(self) -> Generator[Epoch, None, None]:
         if self._finished():
@@ -334,6 +346,7 @@ class FineTuning(Iterator[Epoch]):
         """Open the network."""
         import torch
 
+        self._check_time()
         seed_streams(2, self.config.seed)
         self.module, self.half, self.head = with_head(self.backbone, len(self.train.classes))
         self.module.to(self.device).to(memory_format=cast(Any, torch.channels_last))
@@ -361,7 +374,8 @@ class FineTuning(Iterator[Epoch]):
 
     def _prepare(self, part: ImageDataset, prepare: Any) -> Images:
         """Return the images as they are before what differs between epochs."""
-        images = partial(Images, part, prepare, self.workers)
+        check = None if self._should_stop is None else self._check_time
+        images = partial(Images, part, prepare, self.workers, check)
         if self._shared is None:
             return images()
         how = prepare.side if isinstance(prepare, shrink) else self.half.key
@@ -532,6 +546,7 @@ class FineTuning(Iterator[Epoch]):
             x, y = self._mixup(x, y)
         total = torch.zeros((), device=self.device)
         for start in range(0, len(x), self._micro):
+            self._check_time()
             part = slice(start, start + self._micro)
             with compute(self.device, self.config.precision, exact=False):
                 logits = self.module(x[part].contiguous(memory_format=torch.channels_last))
@@ -558,6 +573,7 @@ class FineTuning(Iterator[Epoch]):
                 self._report(images, unreadable)
             start = 0
             while start < len(some):
+                self._check_time()
                 part = pixels[start : start + self._micro]
                 try:
                     logits.append(forward(module, self.half, part, self.device))

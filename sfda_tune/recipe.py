@@ -12,12 +12,16 @@ import numpy as np
 
 from sfda_tune.extraction import PRECISIONS
 
-__all__ = ["MONITORS", "Epoch", "FinetuneConfig", "measure"]
+__all__ = ["MONITORS", "Epoch", "FinetuneConfig", "OutOfTimeError", "measure"]
 
 MONITORS = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
 OPTIONAL = ("layer_decay", "ema_decay", "clip_grad", "patience")  # may be None
 SCHEDULES = ("cosine", "constant", "poly", "tanh", "wsd")
 LIGHT = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None}
+
+
+class OutOfTimeError(Exception):
+    """The time ended inside an epoch."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -41,14 +42,17 @@ import numpy as np
 
 import sfda_tune
 from sfda_tune.backbones import describe, load, resolve_backbones
+from sfda_tune.clock import Beat, Clock
 from sfda_tune.confidence import diagnose
-from sfda_tune.datasets import DatasetError
-from sfda_tune.engines import Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
+from sfda_tune.datasets import DatasetError, UnreadableImage
+from sfda_tune.engines import DIED, Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
 from sfda_tune.extraction import resolve_device, use_threads
 from sfda_tune.finetuning import BEST, CHECKPOINT, FineTuning, finetune
 from sfda_tune.predictions import load_model, predict
 from sfda_tune.ranking import RankingInterruptedError, rank
 from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
+from sfda_tune.redaction import hide_secrets, without_secrets
+from sfda_tune.redaction import redact as _redact
 from sfda_tune.report import write_report
 from sfda_tune.sharing import SharedWork
 from sfda_tune.spaces import default_space, open_space
@@ -61,8 +65,8 @@ from sfda_tune.splits import (
     write_predictions,
 )
 from sfda_tune.stages import SilentBoard, as_board
-from sfda_tune.training_images import find_unreadable
-from sfda_tune.values import Backbone, Ranking, require
+from sfda_tune.training_images import find_unreadable, own_randomness
+from sfda_tune.values import Backbone, Ranking, require, write_text
 
 __all__ = ["SearchResult", "measure_latency", "search"]
 
@@ -255,7 +259,12 @@ def search(
     given["objective"] = (objective,) if isinstance(objective, str) else tuple(objective)
     given["plugins"] = tuple(plugins)
     _check(given)
-    with as_board(progress) as board, _share_cores(workers):
+    with (
+        _as_found(device),
+        _share_cores(workers),
+        without_secrets(storage),
+        as_board(progress) as board,
+    ):
         _Search(given, board).run()
     return SearchResult.open(given["out"])
 
@@ -266,9 +275,19 @@ def _work(given: dict[str, Any], number: int) -> None:
 
     if given["device"] == "auto" and torch.cuda.device_count() > 1:
         given = given | {"device": f"cuda:{number % torch.cuda.device_count()}"}
-    share = _share_cores(given["workers"])
+    share, note = _share_cores(given["workers"]), _worker_note(given["out"], number)
+    note.unlink(missing_ok=True)
     with as_board(False) as board, share, suppress(KeyboardInterrupt):
-        _Search(given, board).run(number)
+        try:
+            _Search(given, board).run(number)
+        except Exception as error:  # its traceback follows on standard error
+            write_text(note, hide_secrets(f"{type(error).__name__}: {error}", given["storage"]))
+            raise
+
+
+def _worker_note(folder: Path, number: int) -> Path:
+    """Return where a worker writes why it ends."""
+    return folder / f"worker-{number}.txt"
 
 
 def _open_training(given: dict[str, Any]) -> Callable[[Trial], Iterator[Trial]]:
@@ -288,13 +307,15 @@ class _Search:
 
     def __init__(self, given: dict[str, Any], board: Any) -> None:
         self.given, self.board, self.folder = given, board, given["out"]
-        self.begun, self.spent = time.time(), 0.0
+        known = self.state["seconds"]["total"] if (self.folder / "search.json").is_file() else 0.0
+        self.now = Clock(self.folder / "seconds.json", known)  # all times are such seconds
+        self.begun = self.now()
         self.budget = parse_budget(given["budget"])
         self.sign = -1.0 if given["metric"] == "log_loss" else 1.0
         first: Literal["maximize", "minimize"] = "minimize" if self.sign < 0 else "maximize"
         self.directions = (first, "minimize")[: len(given["objective"])]
         self.device = resolve_device(given["device"])
-        self.stop = self.deadline = math.inf  # no forward pass after `stop`
+        self.stop = self.deadline = math.inf  # trials end at `stop`
         self.known: list[Trial] = []  # trials with a value
         self.best: Trial | None = None  # of these
         self.shared = SharedWork()
@@ -303,11 +324,13 @@ class _Search:
         """Go through the stages that are not done yet; helpers (`number` > 0) only tune."""
         self.folder.mkdir(parents=True, exist_ok=True)
         helpers: list[Any] = []
+        stack = ExitStack()
         try:
             with self.lock("stage"):
                 self.begin()
                 if self.is_done("test"):
                     return
+                stack.enter_context(Beat(self.now.write, 1.0))
                 self.rank()
                 self.shorten()
             if number == 0 and not self.is_done("tune"):
@@ -317,8 +340,7 @@ class _Search:
                 self.decide()
             self.tune()
             if number == 0:
-                for helper in helpers:
-                    helper.join()
+                self.await_helpers(helpers)
                 with self.lock("stage"):
                     self.finish()
         except KeyboardInterrupt:
@@ -328,6 +350,7 @@ class _Search:
         finally:
             for helper in helpers:
                 helper.terminate()
+            stack.close()
 
     # The folder ---------------------------------------------------------------------------------
     @contextmanager
@@ -347,8 +370,7 @@ class _Search:
         with self.lock("state"):
             state = self.state
             yield state
-            seconds = self.spent + time.time() - self.begun
-            state["seconds"]["total"] = max(seconds, state["seconds"]["total"])
+            state["seconds"]["total"] = max(self.now(), state["seconds"]["total"])
             write_json(self.folder / "search.json", state)
 
     def is_done(self, name: str) -> bool:
@@ -369,8 +391,7 @@ class _Search:
             entry = next(s for s in state["stages"] if s["name"] == name)
             if entry["seconds"] is None:  # all that other stages did not take, nor any pause
                 others = sum(s["seconds"] or 0.0 for s in state["stages"])
-                spent = self.spent + time.time() - self.begun
-                entry |= {"seconds": max(0.0, spent - others), "note": note}
+                entry |= {"seconds": max(0.0, self.now() - others), "note": note}
             state |= changes
         self.board.leave(name, note)
 
@@ -395,23 +416,26 @@ class _Search:
         path = self.folder / "config.json"
         if path.is_file():
             old = json.loads(path.read_text(encoding="utf-8"))
+            shown = {k: _redact(v) if k == "storage" else v for k, v in old.items()}
             grown = any(_ends_later(config[key], old[key]) for key in LIMITS)
             for key in fixed:
-                changed = key != "sfda_tune" and old.get(key) != fixed[key]
+                changed = key != "sfda_tune" and shown.get(key) != fixed[key]
                 if changed and not (grown and key in LIMITS):
                     raise ValueError(
-                        f"`out` {str(self.folder)!r} holds a search with {key} {old.get(key)!r}, "
-                        f"but now {key} is {fixed[key]!r}; take the same"
+                        f"`out` {str(self.folder)!r} holds a search with {key} "
+                        f"{shown.get(key)!r}, but now {key} is {fixed[key]!r}; take the same"
                         f"{', or more' if key in LIMITS else ''}, or another folder."
                     )
-            self.spent = self.state["seconds"]["total"]
+            if shown != old:  # an earlier version hid less
+                write_json(path, shown)
+                with self.edit() as state:
+                    state["storage"] = shown["storage"]
             if grown:
                 self.reopen()
                 write_json(path, config)
         else:
             self.create(config)
-        if self.budget is not None:
-            self.deadline = self.begun + self.budget - self.spent
+        self.deadline = self.budget or math.inf
 
     def look(self, opened: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the rows that can be read; they are looked at when the search begins."""
@@ -495,7 +519,8 @@ class _Search:
         self.enter("rank", "ranking")
         excluded = self.state["excluded"]
         admitted = [b for name, b in self.backbones.items() if name not in excluded]
-        watch = _Watch(self.board, self.begun + RANK_SHARE * (self.deadline - self.begun))
+        end = self.begun + RANK_SHARE * (self.deadline - self.begun)
+        watch = _Watch(self.board, lambda: self.now() > end)
         try:
             ranking = rank(
                 self.parts["train"], admitted, seed=g["seed"], device=self.device,
@@ -583,14 +608,14 @@ class _Search:
             return
         assert self.space is not None
         params, names = self.space.default(), self.state["plausible"]
-        self.stop = time.time() + SHORT_SHARE * (self.deadline - time.time())
+        self.stop = self.now() + SHORT_SHARE * (self.deadline - self.now())
         for patience in (0, -1):  # first those that nobody has, then wait for the others
             for k, name in enumerate(names):
                 folder = self.folder / "trials" / f"short-{k}"
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
                     with FileLock(folder / "worker.lock", timeout=patience):
-                        if time.time() < self.stop and not (folder / "trial.json").is_file():
+                        if self.now() < self.stop and not (folder / "trial.json").is_file():
                             self.board.say(f"short fine-tuning of {name}", k, len(names))
                             trial = Trial(k, name, params, folder.name, started=time.time())
                             trial = attempt(self.train_shortly, trial, lambda _: False)
@@ -641,6 +666,32 @@ class _Search:
             ) from error
         return helpers
 
+    def await_helpers(self, helpers: list[Any]) -> None:
+        """Wait for the other workers; say which of them failed, and why.
+
+        Others have made, or will make, the trials of one that failed.
+        """
+        for number, helper in enumerate(helpers, 1):
+            left = self.stop - self.now()
+            helper.join(None if self.budget is None else max(1.0, left + 0.01 * self.budget))
+            code = helper.exitcode
+            if code == 0:
+                continue
+            note = _worker_note(self.folder, number)
+            if code is None:
+                why = "was stopped, for it did not see that the budget was spent"
+                helper.terminate()
+            elif code < 0:
+                why = f"was ended by signal {-code}{', perhaps for want of memory' * (code == -9)}"
+            else:
+                why = f"failed with code {code}"
+            if code and note.is_file():
+                why += f": {note.read_text(encoding='utf-8').strip()[:300]}"
+            text = f"worker {number} {why}; the others have done its work"
+            warnings.warn(text, stacklevel=2)
+            with self.edit() as state:
+                state.setdefault("warnings", []).append(text)
+
     def tune(self) -> None:
         if self.is_done("tune"):
             return
@@ -653,7 +704,7 @@ class _Search:
             directions=self.directions, n_epochs=self.epochs, n_trials=g["trials"],
             storage=g["storage"], seed=g["seed"], train=self.train_fully, tell=self.tell,
             remake=partial(_open_training, self.given | {"progress": False}),
-            is_over=lambda: time.time() >= self.stop,
+            is_over=self.is_over,
         )  # fmt: skip
         trials = self.engine(job)
         self.tell(trials)
@@ -704,25 +755,28 @@ class _Search:
 
     def train(self, trial: Trial) -> Generator[Trial, None, None]:
         """Fine-tune on the training images; yield the trial after every epoch."""
-        with (
-            stop_when(lambda: time.time() >= self.stop),
-            finetune(
-                self.backbones[trial.backbone],
-                self.parts["train"],
-                self.config(trial.params),
-                val=self.parts["val"],
-                checkpoint_dir=self.folder / "trials" / trial.folder,
-                device=self.device,
-                max_unreadable=self.given["max_unreadable"],
-                shared=self.shared,
-            ) as run,
-        ):
+        begun = self.now()
+        with finetune(
+            self.backbones[trial.backbone],
+            self.parts["train"],
+            self.config(trial.params),
+            val=self.parts["val"],
+            checkpoint_dir=self.folder / "trials" / trial.folder,
+            device=self.device,
+            max_unreadable=self.given["max_unreadable"],
+            shared=self.shared,
+            should_stop=self.is_over,
+        ) as run:
             if run.history:  # of a dead worker
-                yield self.describe(trial, run)
+                yield self.describe(trial, run, begun)
             for _ in run:
-                yield self.describe(trial, run)
+                yield self.describe(trial, run, begun)
 
-    def describe(self, trial: Trial, run: FineTuning) -> Trial:
+    def is_over(self) -> bool:
+        """Tell whether the time for trials is over."""
+        return self.now() >= self.stop
+
+    def describe(self, trial: Trial, run: FineTuning, begun: float) -> Trial:
         """Return the trial as it stands after the last epoch."""
         metric, last = self.given["metric"], run.history[-1]
         epochs = tuple(
@@ -738,7 +792,7 @@ class _Search:
         cost = self.state["costs"][trial.backbone]
         costs = {"latency": cost["latency_ms"], "params": cost["n_params"]}
         values = (last.best, *(float(costs[name]) for name in self.given["objective"][1:]))
-        seconds = max(time.time() - trial.started, sum(e["seconds"] for e in epochs))
+        seconds = max(self.now() - begun, sum(e["seconds"] for e in epochs))
         return replace(trial, value=last.best, values=values, seconds=seconds, epochs=epochs)
 
     def hear(self, trials: Iterable[Trial]) -> None:
@@ -761,9 +815,10 @@ class _Search:
             if self.best is not None:
                 state["best"] = self.summarise(self.best, state["costs"])
         for t in trials:
-            if t.state != "running" and t != self.best:
+            if t.state != "running" and t != self.best and t.error != DIED:  # it may go on yet
                 self.forget(t.folder)
-        self.board.show(trials, self.best, self.given["trials"], self.stop)
+        stop = time.time() + self.stop - self.now()  # as people tell it
+        self.board.show(trials, self.best, self.given["trials"], stop)
 
     def of(self, backbone: str) -> list[Trial]:
         return [trial for trial in self.known if trial.backbone == backbone]
@@ -824,13 +879,27 @@ class _Search:
         needed = self.seconds_to_test() + self.seconds_to_train() + slack
         if self.seconds_to_train() > RETRAIN_SHARE * self.budget:
             needed = self.seconds_to_test()  # its checkpoint will do
-        self.stop = self.deadline - needed
+        self.stop = self.deadline - needed - getattr(self.engine, "seconds_to_end", 0.0)
 
     def seconds_to_test(self) -> float:
+        n = len(self.parts["test"])
+        decoding = n * self.seconds_per_image
         if self.best is None:
-            return 0.05 * (self.budget or 0.0) + 0.5
+            return 0.05 * (self.budget or 0.0) + 0.5 + decoding
         speed = self.ranking.score(self.best.backbone).details.get("images_per_second") or 100.0
-        return 1.0 + 2 * len(self.parts["test"]) / speed
+        return 0.02 * (self.budget or 0.0) + 1.0 + 2 * n / speed + decoding
+
+    @cached_property
+    def seconds_per_image(self) -> float:
+        """How long an image takes to be decoded: the mean of a few."""
+        images, begun, n = self.parts["train"], self.now(), 0
+        for row in np.linspace(0, len(images) - 1, 8).astype(int):
+            with suppress(UnreadableImage):
+                images.load(row)
+            n += 1
+            if self.now() - begun > 0.005 * (self.budget or math.inf):
+                break
+        return (self.now() - begun) / n
 
     def seconds_to_train(self) -> float:
         """Return how long the best takes on training and validation images."""
@@ -840,7 +909,9 @@ class _Search:
         spent = sum(e["seconds"] for e in self.best.epochs if 0 < e["number"] <= last)
         for trial in self.of(self.best.backbone):  # the first of them started the head for all
             probe = max([probe, *(e["seconds"] for e in trial.epochs if e["number"] == 0)])
-        return 0.5 + (probe + spent) * (1 + len(self.parts["val"]) / len(self.parts["train"]))
+        n, more = len(self.parts["train"]), len(self.parts["val"])
+        reading = (n + more) * self.seconds_per_image  # to know them again
+        return 0.5 + reading + (probe + spent) * (1 + more / n)
 
     # Train and test -----------------------------------------------------------------------------
     def finish(self) -> None:
@@ -872,11 +943,14 @@ class _Search:
         both = join(self.parts["train"], val)
         self.stop = self.deadline - self.seconds_to_test()
         has_checkpoint = any((self.folder / "trials" / best.folder).glob("*.safetensors"))
-        if not has_checkpoint or time.time() + self.seconds_to_train() <= self.stop:
+        if not has_checkpoint or self.now() + self.seconds_to_train() <= self.stop:
             folder = self.folder / "trials" / "final"
             try:
-                run = _ToTheEnd(backbone, (both, val), config, folder, True, self.device, None)
-                with run, stop_when(lambda: time.time() > self.stop):
+                run = _ToTheEnd(
+                    backbone, (both, val), config, folder, True, self.device, None,
+                    should_stop=self.is_over if has_checkpoint else None,
+                )  # fmt: skip
+                with run:
                     while (run.history[-1].number if run.history else -1) < last:
                         next(run)
                 self.save(run, best, "train and val")
@@ -888,8 +962,9 @@ class _Search:
                 why = " ".join(str(error).split())
         parts, folder = self.parts, self.folder / "trials" / best.folder
         run = finetune(
-            backbone, parts["train"], config, val=val, checkpoint_dir=folder, device=self.device
-        )
+            backbone, parts["train"], config, val=val, checkpoint_dir=folder, device=self.device,
+            shared=self.shared,
+        )  # fmt: skip
         self.save(run, best, "train")
         return f"the weights of the best trial, {why}"
 
@@ -924,32 +999,23 @@ class _ToTheEnd(FineTuning):
 class _Watch:
     """Passes on the progress of a ranking, and interrupts it at its deadline."""
 
-    def __init__(self, board: Any, deadline: float) -> None:
+    def __init__(self, board: Any, is_late: Callable[[], bool]) -> None:
         self.start, self.finish, self._board = board.start, board.finish, board
-        self.deadline, self.is_over = deadline, False
+        self._is_late, self.is_over = is_late, False
 
     def advance(self, backbone: str, n_images: int) -> None:
         self._board.advance(backbone, n_images)
-        if time.time() > self.deadline:
+        if self._is_late():
             self.is_over = True
             raise KeyboardInterrupt
 
 
 # Parts ------------------------------------------------------------------------------------------
 @contextmanager
-def stop_when(is_over: Callable[[], bool]) -> Iterator[None]:
-    """Raise `OutOfTimeError` from the next forward pass of any network once `is_over`."""
-    from torch.nn.modules.module import register_module_forward_pre_hook
-
-    def look(module: Any, inputs: Any) -> None:
-        if is_over():
-            raise OutOfTimeError("the time budget is spent")
-
-    hook = register_module_forward_pre_hook(look)
-    try:
+def _as_found(device: str) -> Iterator[None]:
+    """Leave random streams and warning filters as they were; libraries use and add some."""
+    with own_randomness(resolve_device(device)), warnings.catch_warnings():
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -1049,6 +1115,8 @@ def _jsonable(given: Mapping[str, Any]) -> dict[str, Any]:
             return [plain(v) for v in value]
         if isinstance(value, Backbone):
             return value.name
+        if isinstance(value, str) and "://" in value:
+            return _redact(value)
         if value is None or isinstance(value, (str, int, float, bool)):
             return value
         return str(value) if isinstance(value, os.PathLike) else f"<{type(value).__name__}>"
@@ -1057,10 +1125,6 @@ def _jsonable(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["space"] is not None:
         config["space"] = open_space(given["space"]).to_dict()
     return config | {"storage": _redact(given["storage"])}
-
-
-def _redact(url: str | None) -> str | None:
-    return None if url is None else re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 def _environment(device: str, engine: str) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class SilentBoard(Silent):
     def show(
         self, trials: Sequence[Trial], best: Trial | None, n_trials: int | None, stop: float
     ) -> None:
-        """Hear of all trials so far; no more of them than `n_trials`, and none after `stop`."""
+        """Hear of all trials so far; no more than `n_trials`, none after `stop` (Unix time)."""
 
 
 class Board(SilentBoard):
@@ -54,20 +54,20 @@ class Board(SilentBoard):
 
     def enter(self, stage: str) -> None:
         """Name the stage."""
-        self._stage, self._started = stage, time.time()
+        self._stage, self._started = stage, time.monotonic()
         self.say("", 0, None)
 
     def leave(self, stage: str, note: str) -> None:
         """Print what the stage has found."""
         from sfda_tune.terminal import say
 
-        seconds = time.time() - self._started
+        seconds = time.monotonic() - self._started
         say(self.rich.console, f"{stage:<9} {seconds:6.1f} s  {note}")
 
     def say(self, what: str, done: float, total: float | None, left: float | None = None) -> None:
         """Move the bar, and estimate the seconds left from the share that is done."""
         if left is None and total and done:
-            left = (time.time() - self._started) * (total - done) / done
+            left = (time.monotonic() - self._started) * (total - done) / done
         shown = "" if left is None else _left(left)
         text = f"{self._stage}: {printable(what)}" if what else self._stage
         self.rich.update(self._task, description=text, completed=done, total=total, left=shown)
@@ -90,7 +90,7 @@ class Board(SilentBoard):
         if best is not None and best.value is not None:
             text += f", best {best.value:.4f} by {best.backbone} (trial {best.number})"
         if n_trials is None or (math.isfinite(stop) and not done):
-            spent, left = time.time() - self._started, max(0.0, stop - time.time())
+            spent, left = time.monotonic() - self._started, max(0.0, stop - time.time())
             self.say(text, spent, spent + left, left)
         else:
             self.say(text, done, n_trials)

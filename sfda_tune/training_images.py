@@ -104,9 +104,14 @@ class Images:
     """
 
     def __init__(
-        self, dataset: ImageDataset, prepare: Callable[[Any], Any], workers: int | None
+        self,
+        dataset: ImageDataset,
+        prepare: Callable[[Any], Any],
+        workers: int | None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.dataset, self.prepare = dataset, prepare
+        self._check = check  # called before each image is decoded; raises if the time is over
         self.workers = count_workers(dataset, workers)
         self.kept: list[Any] | None = None
         self.nbytes = 0  # of those that are kept
@@ -119,6 +124,8 @@ class Images:
         kept: list[Any] = []
         size = 0
         for rows, batch in self.loader(self, _cut(len(self), BATCH), list, self.workers):
+            if self._check is not None:
+                self._check()
             if rows[0] != len(kept) or len(rows) != len(batch):
                 raise RuntimeError(f"the decoding went astray at row {len(kept)}")
             kept += batch
@@ -126,6 +133,7 @@ class Images:
             if size / len(kept) * len(self) > budget:
                 return
         self.kept, self.nbytes = kept, size
+        self._check = None  # other runs may share them
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -138,12 +146,20 @@ class Images:
         """Return the prepared image, or the reason why there is none."""
         if self.kept is not None:
             return self.kept[row]
+        if self._check is not None:  # outside of `try`: it is no property of the image
+            self._check()
         try:
             return self.prepare(self.dataset.load(row))
         except UnreadableImage as error:
             return error.reason
+        except MemoryError:  # no property of the image, either
+            raise
         except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
             return one_line(f"{type(error).__name__}: {error}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what asks for the time, where worker processes are not forked."""
+        return {**vars(self), "_check": None}
 
     def batches(self, size: int, view: Callable[[Any], Any]) -> Iterator[Batch]:
         """Yield all images in order, `view` applied."""

@@ -14,6 +14,7 @@ from typing import Any
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
+from sfda_tune.redaction import hide_secrets, redact
 from sfda_tune.values import Ranking
 from sfda_tune_optuna.store import load_ranking, load_record, save_ranking
 from sfda_tune_optuna.study import calibrate_study, enqueue_top_k, find_param_name
@@ -52,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if load_record(study) is None:
             save_ranking(study, ranking, settings={"param_name": param_name})
     except KeyError:
-        parser.error(f"--study-name: {options.storage} has no study {options.study_name!r}")
+        parser.error(
+            f"--study-name: {redact(options.storage)} has no study {options.study_name!r}"
+        )
     except (OSError, ValueError, ImportError, SQLAlchemyError) as error:
-        parser.error(str(error))
+        parser.error(hide_secrets(str(error), options.storage))
     sys.stdout.write("".join(f"{name}\n" for name in names))
     return 0
 

@@ -53,6 +53,11 @@ def copy_metric_names(source: Study, target: Study) -> None:
         target._storage.set_study_system_attr(target._study_id, key, source.metric_names)
 
 
+def find_study_id(study: Study) -> int:
+    """Return what identifies a study in its storage."""
+    return study._study_id
+
+
 def find_trial_id(study: Study, trial: FrozenTrial) -> tuple[int, int]:
     """Return what identifies a trial in its storage."""
     return study._study_id, trial._trial_id

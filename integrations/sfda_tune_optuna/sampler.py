@@ -9,10 +9,12 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, TPESampler
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -128,7 +130,8 @@ class SFDASampler(BaseSampler):
         self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
         self._conditional = bool(conditional)
         self._draws: OrderedDict[tuple[int, int], _Draw] = OrderedDict()
-        self._known: set[str] = set()  # studies whose saved ranking was compared
+        # Studies whose saved ranking was compared; two storages may have one of the same name.
+        self._known: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
         self._has_warned = False
         self._lock = threading.RLock()  # n_jobs > 1: threads share one sampler
 
@@ -396,9 +399,11 @@ class SFDASampler(BaseSampler):
     def _save_or_compare(self, study: Study) -> None:
         """Save the ranking, or warn once if the study holds another one."""
         with self._lock:
-            if study.study_name in self._known or not self._advisor.scores:
+            known = self._known.setdefault(_compat.find_storage(study), set())
+            number = _compat.find_study_id(study)
+            if number in known or not self._advisor.scores:
                 return
-            self._known.add(study.study_name)
+            known.add(number)
         record = store.load_record(study)
         difference = None if record is None else store.compare_rankings(study, self._ranking)
         if record is None or (difference is None and "policy" not in record["settings"]):
@@ -418,9 +423,10 @@ class SFDASampler(BaseSampler):
         """Leave out the lock and the base's copies, which are made again."""
         with self._lock:
             draws = OrderedDict((key, d._replace(base=None)) for key, d in self._draws.items())
-            return {k: v for k, v in vars(self).items() if k != "_lock"} | {"_draws": draws}
+            left_out = ("_lock", "_known")
+            return {k: v for k, v in vars(self).items() if k not in left_out} | {"_draws": draws}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make a lock of its own."""
+        """Make a lock of its own; what is known of studies is learnt again."""
         vars(self).update(state)
-        self._lock = threading.RLock()
+        self._lock, self._known = threading.RLock(), WeakKeyDictionary()

@@ -17,6 +17,8 @@ from typing import Any
 
 import ray
 
+from sfda_tune.redaction import redact
+
 __all__ = ["connect", "count_places", "share_cpus"]
 
 
@@ -49,8 +51,9 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
         here = ray.get_runtime_context().gcs_address
         if address not in (None, "auto") and _resolve(address) != _resolve(here):
             raise ValueError(
-                f"`address` is {address!r} but this process is connected to a Ray already, at "
-                f"{here!r}; leave `address` out to use that one, or call `ray.shutdown()` first."
+                f"`address` is {redact(address)!r} but this process is connected to a Ray "
+                f"already, at {here!r}; leave `address` out to use that one, or call "
+                "`ray.shutdown()` first."
             )
         yield False
         return
@@ -86,8 +89,8 @@ def _knock(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
             raise ConnectionError(
-                f"`address` is {address!r} but no cluster answers there ({error}); 'auto' finds "
-                "the one that runs on this machine, 'local' starts one."
+                f"`address` is {redact(address)!r} but no cluster answers there ({error}); 'auto' "
+                "finds the one that runs on this machine, 'local' starts one."
             ) from error
 
 

@@ -11,8 +11,11 @@ now and then, so the last trials might be missing. Trials are numbered as Tune b
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,6 +47,7 @@ TERMS = {
     # a trial that the end of the time finds before its first epoch has nothing to report
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGUSR1") if hasattr(signal, n)]  # Tune's own
 MORE = 1000  # trials, where only the time ends a search
 
 # Tune pickles callbacks and stoppers; what they report to stays in this process.
@@ -74,20 +78,28 @@ def _tune(job: Job) -> list[Trial]:
 
 
 tune.spreads = True  # type: ignore[attr-defined]  # needs no helper processes
+tune.seconds_to_end = 8.0  # type: ignore[attr-defined]  # Tune gives actors 5 s to end
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Leave the terminal to the progress of the search, and Ctrl-C to the search itself."""
     before = {name: os.environ.get(name) for name in TERMS}
-    os.environ |= TERMS
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {sign: signal.getsignal(sign) for sign in SIGNALS if main}
     with suppress(ImportError):
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        import optuna  # noqa: F401 - sets the level of its logger
+    log = logging.getLogger("optuna")  # of the searcher that Tune wraps, if there is one
+    level = log.level
+    os.environ |= TERMS
+    log.setLevel(max(level, logging.WARNING))
     try:
         yield
     finally:
+        log.setLevel(level)
+        for sign, handler in handlers.items():
+            if handler is not None:  # it was set by other means than Python's
+                signal.signal(sign, handler)
         for name, value in before.items():
             os.environ.pop(name)
             os.environ |= {} if value is None else {name: value}
@@ -99,7 +111,7 @@ def _is_done(job: Job) -> bool:
     past = _read_experiments(job)
     if past and past[-1]["end"] == "trials" and past[-1]["n_trials"] == job.n_trials:
         return True
-    ended = [trial for trial in _read_all(job) if trial.state != "running"]
+    ended = [trial for trial in _read_all(job) if not _is_left(trial)]
     return len(ended) >= (job.n_trials or math.inf)
 
 
@@ -111,23 +123,19 @@ def _open_tuner(job: Job) -> raytune.Tuner:
     path = job.folder / f"ray-{len(past)}"
     new = {"trials": [], "end": None, "n_trials": job.n_trials}
     _write_experiments(job, [*past, new])
-    ended = [trial for trial in known if trial.state != "running"]
-    left = [
-        {"backbone": t.backbone, **t.params, FOLDER: t.folder}
-        for t in known
-        if t.state == "running"
-    ]
+    ended = [trial for trial in known if not _is_left(trial)]
+    left = [{"backbone": t.backbone, **t.params, FOLDER: t.folder} for t in known if _is_left(t)]
+    begun = [{"backbone": t.backbone, **t.params} for t in known]
     defaults = [{"backbone": b, **job.space.default()} for b in job.scores]
+    lacking = [point for point in defaults if point not in begun]  # of a lost actor, too
     searcher = SFDASearcher(
         job.scores,
         base_searcher=_make_base(job, job.seed + len(known)),  # other draws than before
-        points_to_evaluate=[*left, *defaults[len(known) :]],
+        points_to_evaluate=[*left, *lacking],
         **_aims(job),
         seed=job.seed,
     )
     for trial in ended:
-        if trial.error == NO_TIME:
-            continue
         searcher.add_evaluated_point(
             {"backbone": trial.backbone, **trial.params},
             trial.values or (),
@@ -205,9 +213,10 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
         own.mkdir(parents=True, exist_ok=True)
         if (own / RECORD).is_file():
             trial = read_trial(own / RECORD)
-            if trial.state != "running":  # it had ended, but nobody heard
+            if not _is_left(trial):  # it had ended, but nobody heard
                 _report(trial)
                 return
+            trial = replace(trial, state="running", error=None)
         else:
             params = {key: value for key, value in config.items() if key != "backbone"}
             trial = Trial(-1, config["backbone"], params, own.name, started=time.time())
@@ -227,6 +236,11 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
             _report(done)
 
     return train
+
+
+def _is_left(trial: Trial) -> bool:
+    """Tell whether a trial is to go on: its process was killed, or had no time for an epoch."""
+    return trial.state == "running" or trial.error == NO_TIME
 
 
 def _report(trial: Trial) -> None:

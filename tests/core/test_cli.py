@@ -41,7 +41,7 @@ def cli(clean_environment):
 def cli_here(clean_environment, monkeypatch, capfd):
     """The same in this process: imports are most of what a short command takes."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets both
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments, code=0):
         with pytest.raises(SystemExit) as done:
@@ -53,7 +53,8 @@ def cli_here(clean_environment, monkeypatch, capfd):
     monkeypatch.setattr(commands, "output", Console(width=200, no_color=True))
     monkeypatch.setattr(commands, "messages", Console(stderr=True, width=200, no_color=True))
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for sign, handler in handlers.items():
+        signal.signal(sign, handler)
 
 
 RANK = ["--device", "cpu", "--quiet"]
@@ -385,7 +386,7 @@ def wait_for(marker: Path, process: subprocess.Popen) -> None:
     assert marker.exists(), process.communicate()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_shows_and_writes_what_is_finished(
     photos, slow_zoo, tmp_path, clean_environment, sign
 ):
@@ -402,6 +403,15 @@ def test_interrupted_it_shows_and_writes_what_is_finished(
     ranking = Ranking.from_json(out)
     assert ranking.shortlist(5) == ["quick"]
     assert list(ranking.failed) == ["slow"]
+
+
+def test_nohup_stays(cli_here):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        cli_here("--version")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_after_a_kill_only_the_unfinished_backbone_is_run(

@@ -1,5 +1,6 @@
 """Fine-tuning: what it reaches, what it writes, how it resumes, and what it refuses."""
 
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from sfda_tune.finetuning import (
     DivergedError,
     Epoch,
     FinetuneConfig,
+    OutOfTimeError,
     SharedWork,
     finetune,
     measure,
@@ -596,6 +598,63 @@ def test_what_differs_is_not_shared(work):
         assert metrics(run) == metrics(alone)
     train(demo(), digits(), workers=0, epochs=0, shared=shared)  # another object
     assert work()["heads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("how_many", "workers"), [(0, 0), (5, 0), (40, 0), (61, 0), (66, 0), (5, 2)]
+)
+def test_the_end_of_the_time_is_no_property_of_images(how_many, workers, tmp_path):
+    """Whenever it comes: nothing half done is kept, and the next run is as if alone."""
+    data, shared, asked = digits(), SharedWork(), itertools.count()
+    how = {"config": FinetuneConfig(epochs=1), "device": "cpu", "workers": workers}
+
+    def stop():
+        return next(asked) >= how_many
+
+    with (
+        finetune(demo(), data, **how, shared=shared, should_stop=stop) as run,
+        pytest.raises(OutOfTimeError),
+    ):
+        list(run)
+    assert not run.unreadable
+    again = finetune(demo(), data, **how, shared=shared, checkpoint_dir=tmp_path)
+    alone = finetune(demo(), digits(), **how)
+    assert [e.number for e in again] == [e.number for e in alone] == [0, 1]
+    assert metrics(again) == metrics(alone)
+    assert not again.unreadable
+
+
+def test_a_run_that_was_out_of_time_goes_on_to_the_last_bit(tmp_path):
+    config, asked = FinetuneConfig(epochs=3), itertools.count()
+    whole = train(epochs=3)
+    run = finetune(
+        demo(), digits(), config, checkpoint_dir=tmp_path, device="cpu",
+        should_stop=lambda: len(run.history) == 2 and next(asked) > 0,  # inside epoch 2
+    )  # fmt: skip
+    with run, pytest.raises(OutOfTimeError):
+        list(run)
+    rest = train(folder=tmp_path, epochs=3)
+    assert metrics(rest) == metrics(whole)
+    assert equal(weights(rest), weights(whole))
+
+
+def test_no_other_network_is_asked_for_the_time():
+    asked = []
+    with finetune(
+        demo(), digits(), device="cpu", should_stop=lambda: bool(asked.append(0))
+    ) as run:
+        next(run)
+        before = len(asked)
+        nn.Linear(1, 1)(torch.zeros(1, 1))
+        assert len(asked) == before > 0
+
+
+def test_want_of_memory_is_no_property_of_an_image(monkeypatch):
+    def prepare(image):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        Images(digits(), prepare, 0)
 
 
 def test_unreadable_images_are_told_by_every_run_that_shares_work(monkeypatch, tmp_path):

@@ -1,11 +1,19 @@
 """`search`: real searches on a few digits, stopped, killed, repeated and run twice at once."""
 
 import csv
+import itertools
 import json
+import logging
+import multiprocessing
+import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -13,11 +21,13 @@ from PIL import Image
 
 import sfda_tune
 from sfda_tune import Backbone, demo, finetuning, open_dataset, predictions, selection
+from sfda_tune.clock import Beat, Clock
 from sfda_tune.datasets import DatasetError
 from sfda_tune.engines import OutOfTimeError, Trial, attempt
 from sfda_tune.finetuning import finetune
 from sfda_tune.recipe import FinetuneConfig
-from sfda_tune.selection import SearchResult, search, stop_when
+from sfda_tune.redaction import redact, without_secrets
+from sfda_tune.selection import SearchResult, search
 from sfda_tune.spaces import default_space, open_space
 from sfda_tune.splits import split_images
 from sfda_tune.stages import Board, SilentBoard
@@ -311,23 +321,18 @@ def test_time_is_left_to_train_the_winner_once_more(tmp_path, monkeypatch):
 
 
 def test_a_trial_stops_inside_an_epoch():
-    import torch
-
     (backbone,) = sfda_tune.resolve_backbones(ONE)
-    data, passes = open_dataset("digits", samples=100), []
+    data, asked = open_dataset("digits", samples=100), itertools.count()
 
     def train(trial):
-        run = finetune(backbone, data, FinetuneConfig(epochs=50))
-        with stop_when(lambda: passes.append(0) or len(passes) > 1500), run:
+        config = FinetuneConfig(epochs=50)
+        with finetune(backbone, data, config, should_stop=lambda: next(asked) > 120) as run:
             for epoch in run:
                 yield Trial(0, ONE, {}, value=epoch.best, epochs=({"seconds": epoch.seconds},))
 
     done = attempt(train, Trial(0, ONE, {}, started=time.time()), lambda trial: False)
     assert (done.state, done.error) == ("pruned", None)
     assert done.value is not None
-    before = len(passes)
-    torch.nn.Linear(1, 1)(torch.zeros(1, 1))
-    assert len(passes) == before  # the hook is gone
     never = attempt(lambda trial: no_time(), Trial(0, ONE, {}), lambda trial: False)
     assert (never.state, never.error) == ("failed", "no time for an epoch")
 
@@ -335,6 +340,148 @@ def test_a_trial_stops_inside_an_epoch():
 def no_time():
     raise OutOfTimeError
     yield
+
+
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_a_jump_of_the_time_of_day_neither_ends_nor_extends_a_search(tmp_path, monkeypatch, jump):
+    now = time.time
+
+    class Setter(SilentBoard):
+        def enter(self, stage):
+            monkeypatch.setattr(time, "time", lambda: now() + jump)
+
+    how = {"trials": 2, "epochs": 1, "samples": 60, "budget": "1h", "cache": False}
+    found = search("digits", ONE, **how, out=tmp_path, progress=Setter())
+    assert found.summary["status"] == "done"
+    assert len(found.trials) == 2
+    assert all(0 <= t["seconds"] < 600 for t in found.trials)
+    assert all(0 <= s["seconds"] < 600 for s in found.summary["stages"])
+    assert 0 < found.summary["seconds"]["total"] < 600
+
+
+def test_seconds_are_added_up_over_processes_without_the_pauses(tmp_path):
+    first = Clock(tmp_path / "seconds.json", known=100.0)
+    first.write()
+    second = Clock(tmp_path / "seconds.json")  # goes on, or joins
+    assert 100 <= second() < 200
+    second.write()
+    assert first() == pytest.approx(second(), abs=5)
+    (tmp_path / "seconds.json").write_text('{"seconds": Infinity}')  # damaged
+    assert Clock(tmp_path / "seconds.json")() < 100
+
+
+def test_a_beat_goes_on_after_a_failure(caplog):
+    calls, done = [], threading.Event()
+
+    def call():
+        calls.append(0)
+        if len(calls) < 3:
+            raise OSError("no database")
+        done.set()
+
+    with Beat(call, 0.01):
+        assert done.wait(20)
+    assert [r.message for r in caplog.records].count(caplog.records[0].message) == 1
+    assert "OSError('no database')" in caplog.text
+
+
+def test_a_search_leaves_everything_as_it_found_it(tmp_path):
+    import optuna
+    import torch
+
+    def look():
+        return {
+            "filters": list(warnings.filters), "random": random.getstate(),
+            "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+            "torch": torch.get_rng_state().tolist(), "threads": torch.get_num_threads(),
+            "environment": dict(os.environ), "optuna": optuna.logging.get_verbosity(),
+            "handlers": {n: list(logging.getLogger(n).handlers) for n in (None, "optuna")},
+            "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+            "folder": os.getcwd(), "alive": {t.name for t in threading.enumerate()},
+        }  # fmt: skip
+
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    before = look()
+    search("digits", ONE, trials=1, epochs=1, samples=60, cache=False, out=tmp_path)
+    after = look()
+    for name, value in before.items():
+        assert after[name] == value, name
+
+
+class Saboteur(SilentBoard):
+    """Kills the helpers of a search."""
+
+    def enter(self, stage):
+        for process in multiprocessing.active_children() if stage == "tune" else ():
+            process.kill()
+
+
+def test_a_worker_that_fails_is_said(tmp_path):
+    how = {"trials": 2, "epochs": 1, "samples": 60, "cache": False, "workers": 2}
+    with pytest.warns(UserWarning, match="worker 1 was ended by signal 9, perhaps for want of"):
+        found = search("digits", ONE, **how, out=tmp_path, progress=Saboteur())
+    assert len(found.trials) == 2
+    assert found.summary["status"] == "done"
+    assert "worker 1 was ended by signal 9" in found.summary["warnings"][0]
+
+
+def test_a_worker_writes_why_it_fails(tmp_path):
+    given = {"out": tmp_path, "workers": 1, "device": "cpu", "storage": None, "budget": "soon"}
+    with pytest.raises(ValueError, match="`budget`"):
+        selection._work(given, 1)
+    assert "ValueError: `budget` must be a time" in (tmp_path / "worker-1.txt").read_text()
+
+
+SECRET = "s3cret"
+ADDRESSES = [
+    f"postgresql://u:{SECRET}@h/db", f"postgresql://h/db?user=u&password={SECRET}",
+    f"mysql+pymysql://u:a@{SECRET}@h/db", f"mysql://h/db?passwd={SECRET}&charset=utf8",
+    f"sqlite:///x.db?key={SECRET}", f"postgresql://h:5432/db?password=a@{SECRET}",
+    f"mysql://u:p/{SECRET}@h/db", f"mysql://u:p?{SECRET}@h/db", f"redis://:{SECRET}@h:6379/0",
+    f"rediss://{SECRET}@h", f"grpc://h:13000?token={SECRET}", f"mssql://h/db;PWD={SECRET}",
+    f"mssql+pyodbc:///?odbc_connect=DRIVER%3DX%3BPWD%3D{SECRET}", f"u:{SECRET}@h",
+    f"host=h user=u password={SECRET} dbname=x", f"postgresql://u:{SECRET}%40x@h/db",
+    f"postgresql://h/db?pass%77ord={SECRET}", f"postgresql://u:p#{SECRET}@h/db",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_no_address_shows_its_secret(url):
+    assert SECRET not in redact(url)
+    assert redact(redact(url)) == redact(url)
+    other = url.replace(SECRET, "another")
+    assert redact(other) == redact(url)  # with a new password the same search goes on
+    with pytest.raises(RuntimeError, match=r"OSError: no answer") as raised, without_secrets(url):
+        raise OSError(f"no answer from {url}, with {SECRET}")
+    assert SECRET not in str(raised.value)
+    assert raised.value.__suppress_context__
+
+
+def test_addresses_without_secrets_stay():
+    for url in (
+        "sqlite:////home/me@work/x.db?timeout=60",
+        "postgresql://h:5432/db?sslmode=require",
+        "auto",
+        "10.0.0.1:6379",
+        "ray://h:10001",
+    ):
+        assert redact(url) == url
+
+
+def test_a_storage_with_a_key_is_written_nowhere_and_goes_on(tmp_path):
+    url = f"sqlite:///file:{tmp_path / 's.db'}?uri=true&key={SECRET}&check_same_thread=false"
+    how = {"epochs": 1, "samples": 60, "cache": False, "out": tmp_path / "run"}
+    search("digits", ONE, trials=1, storage=url, **how)
+    more = search("digits", ONE, trials=2, storage=url.replace(SECRET, "another"), **how)
+    assert len(more.trials) == 2
+    for file in (tmp_path / "run").rglob("*"):
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+    with pytest.raises(ValueError, match=r"with storage .* but now storage is None"):
+        search("digits", ONE, trials=2, **how)
+    config = read(tmp_path / "run", "config.json")  # as an earlier version wrote it
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "storage": url}))
+    search("digits", ONE, trials=2, storage=url, **how)
+    assert SECRET not in (tmp_path / "run" / "config.json").read_text()
 
 
 # What can go wrong ------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import optuna
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
-from sfda_tune_optuna.engine import FOLDER, RECORD, open_study, read_trials, tune
+from sfda_tune_optuna import engine
+from sfda_tune_optuna.engine import BEAT, FOLDER, RECORD, open_study, read_trials, tune
 from sfda_tune_optuna.history import observe
 
 from sfda_tune.engines import Job, OutOfTimeError, load_engine
@@ -171,6 +172,211 @@ def test_a_trial_on_another_machine_is_left_alone_until_it_is_stale(job):
     (waiting,) = tune(limited)
     assert waiting.state == "running"
     assert study.trials[0].state == TrialState.RUNNING
+
+
+class Killed(BaseException):
+    """Stands in for `kill -9`: what comes after it in the engine does not happen."""
+
+
+def kill(*_, **__):
+    raise Killed
+
+
+def states(job):
+    return [t.state.name for t in open_study(job).trials]
+
+
+@pytest.mark.parametrize(
+    ("where", "shared"),
+    [(name, True) for name in ("enqueue", "ask", "suggest", "write", "train", "end", "tell")]
+    + [("ask", False), ("train", False)],
+)
+def test_a_kill_anywhere_loses_no_trial(job, tmp_path, monkeypatch, where, shared):
+    """Two kills at the same place, so that the trial that goes on is hit, too; then to the end."""
+    monkeypatch.setattr(engine, "STALE", 0.2)
+    url = None if shared else f"sqlite:///{tmp_path / 'other.db'}"
+    places = {
+        "enqueue": (optuna.Study, "enqueue_trial"), "ask": (engine, "_place"),
+        "suggest": (engine, "_suggest"), "write": (engine, "_write"), "train": (engine, "attempt"),
+        "end": (engine, "_end"), "tell": (optuna.Study, "tell"),
+    }  # fmt: skip
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(*places[where], kill)
+            with pytest.raises(Killed):
+                tune(job(storage=url, n_trials=4))
+    trials = tune(job(storage=url, n_trials=4))
+    assert {t.state for t in trials} <= {"complete", "pruned"}
+    assert len(trials) == 4
+    defaults = [t.backbone for t in trials if dict(t.params) == SPACE.default()]
+    assert sorted(defaults[:3]) == sorted(SCORES)  # of each backbone
+    assert len({t.folder for t in trials}) == 4
+    assert not {"RUNNING", "WAITING"} & {*states(job(storage=url, n_trials=4))}
+    assert essence(tune(job(storage=url, n_trials=4))) == essence(trials)  # nothing is left to do
+
+
+def test_a_kill_between_the_end_of_the_dead_and_its_heir(job, monkeypatch):
+    with pytest.raises(Killed):
+        tune(job(train=kill))
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "enqueue_trial", kill)
+        with pytest.raises(Killed):
+            tune(job())
+    assert states(job())[0] == "FAIL"
+    trials = tune(job())
+    assert len(trials) == 8
+    assert [t.params for t in trials if t.folder == "00000"] == [SPACE.default()]
+
+
+def test_what_was_finished_but_not_told_is_not_made_again(job, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_end", kill)
+        with pytest.raises(Killed):
+            tune(job(n_trials=1))
+    made = []
+    (only,) = tune(job(n_trials=1, train=lambda t: made.append(t) or one_value(learn(t))))
+    assert not made
+    assert (only.number, only.state) == (0, "complete")
+    assert open_study(job(n_trials=1)).trials[0].values == [only.value]
+
+
+def test_a_trial_that_ends_while_another_process_looks_for_the_dead(job, monkeypatch):
+    study = open_study(job(n_trials=2))
+    ours = study.ask()  # of another worker, whose lock is free already: it is about to tell
+    ours.suggest_categorical("backbone", sorted(SCORES))
+    for d in SPACE.dimensions:
+        engine._suggest(ours, d)
+    ours.set_user_attr(RECORD, record(0, "00000") | {"params": SPACE.default()})
+    (job().folder / "trials" / "00000").mkdir(parents=True)
+    abandon, meanwhile = engine._abandon, []
+
+    def late(study, number):
+        if not meanwhile:
+            meanwhile.append(number)
+            ended = {"state": "complete", "value": 0.5, "values": [0.5]}
+            ours.set_user_attr(RECORD, record(0, "00000") | {"params": SPACE.default()} | ended)
+            study.tell(ours, 0.5)
+        abandon(study, number)  # and now it is too late
+
+    monkeypatch.setattr(engine, "_abandon", late)
+    trials = tune(job(n_trials=2))
+    assert meanwhile == [0]
+    assert [(t.number, t.backbone, t.state) for t in trials] == [
+        (0, "vit", "complete"),
+        (1, "resnet", "complete"),
+    ]
+    assert states(job(n_trials=2)) == ["COMPLETE", "COMPLETE"]  # nobody went on with it
+
+
+def test_a_worker_that_was_taken_for_dead_leaves_its_trial(job):
+    """It hears so at its next epoch; the trial goes on from its checkpoint, here by itself."""
+    buried, made = [], []
+
+    def train(trial):
+        made.append(trial.number)
+        for now in one_value(learn(trial)):
+            if not buried:
+                buried.append(engine._abandon(open_study(job()), trial.number))
+            yield now
+
+    trials = tune(job(n_trials=3, train=train))
+    assert {t.state for t in trials} <= {"complete", "pruned"}
+    assert len(trials) == 3
+    assert [t.folder for t in trials].count("00000") == 1
+    assert len(made) == 4
+
+
+def test_a_worker_gives_signs_of_life_within_an_epoch(job, monkeypatch):
+    monkeypatch.setattr(engine, "STALE", 0.1)
+    signs = set()
+
+    def train(trial):
+        study = optuna.load_study(study_name="a study", storage=url)
+        while len(signs) < 3:  # no epoch ends meanwhile
+            signs.add(study.trials[trial.number].user_attrs.get(BEAT))
+            time.sleep(0.01)
+        yield from one_value(learn(trial))
+
+    url = f"sqlite:///{job().folder / 'study.db'}"
+    (only,) = tune(job(n_trials=1, train=train))
+    assert only.state == "complete"
+
+
+def test_a_worker_elsewhere_is_dead_once_its_sign_has_not_changed_for_long(
+    job, tmp_path, monkeypatch
+):
+    """By the observer's own clock, whatever the time of day is, here or there."""
+    url, now = f"sqlite:///{tmp_path / 'other.db'}", [0.0]
+    limited = job(storage=url, n_trials=1)
+    study, heard = open_study(limited), {}
+    ours = study.ask()
+    ours.set_user_attr(RECORD, record(0, "00000", started=time.time() - 1e6))
+    monkeypatch.setattr(engine.time, "monotonic", lambda: now[0])
+
+    def is_dead(after):
+        now[0] += after
+        return engine._is_dead(study.trials[0], limited, heard)
+
+    assert not is_dead(0)
+    for beat in range(3):  # epochs longer than STALE
+        assert not is_dead(0.9 * engine.STALE)
+        engine._send(ours, beat)
+        assert not is_dead(0.9 * engine.STALE)
+    assert is_dead(1.1 * engine.STALE)
+
+
+def test_what_two_machines_enqueue_is_made_once(job, tmp_path):
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    study = open_study(job(storage=url))
+    for params in [t.system_attrs["fixed_params"] for t in study.trials]:
+        study.enqueue_trial(params)  # as by one that looked at the same moment
+    trials = tune(job(storage=url))
+    assert len(trials) == 8
+    assert [t.backbone for t in trials if dict(t.params) == SPACE.default()] == list(SCORES)
+
+
+def test_trials_without_time_go_on_when_there_is_some(job):
+    def late(trial):
+        raise OutOfTimeError
+        yield
+
+    clock = iter([False, True])
+    tune(job(train=late, is_over=lambda: next(clock)))
+    trials = tune(job())
+    assert len(trials) == 8
+    assert {t.state for t in trials} <= {"complete", "pruned"}
+    assert {t.backbone for t in trials if dict(t.params) == SPACE.default()} == set(SCORES)
+
+
+def test_at_the_end_of_the_time_nothing_is_left_running(job):
+    with pytest.raises(Killed):
+        tune(job(train=kill))
+    (dead,) = tune(job(is_over=lambda: True))
+    assert (dead.state, dead.error) == ("failed", "its process ended")
+    assert "RUNNING" not in states(job())
+    assert len(tune(job())) == 8  # and with more time it goes on
+
+
+def test_the_log_level_stays(job):
+    optuna.logging.set_verbosity(optuna.logging.DEBUG)
+    tune(job(n_trials=1))
+    assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
+
+
+def test_a_storage_that_cannot_be_opened_is_refused_without_its_password(tmp_path):
+    check = tune.check_storage
+    check(None)
+    check(f"sqlite:///{tmp_path / 'study.db'}")
+    with pytest.raises(ValueError, match="cannot be opened: unable to open database file"):
+        check(f"sqlite:///{tmp_path / 'nowhere' / 'study.db'}")
+    for url in (
+        "postgresql+psycopg://u:s3@cret@127.0.0.1:1/db",
+        "postgresql+psycopg://u:s3cret@127.0.0.1:1/db",
+        "postgresql+psycopg://127.0.0.1:1/db?user=u&password=s3cret&connect_timeout=2",
+    ):
+        with pytest.raises(ValueError, match="`storage` 'postgresql") as refused:
+            check(url)
+        assert "cret" not in str(refused.value)
 
 
 def test_two_objectives(job):

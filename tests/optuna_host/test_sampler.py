@@ -255,6 +255,14 @@ def test_s14_pruners_and_the_restricted_study_of_hyperband(policy, make_pruner):
     assert not study.sampler._draws
 
 
+def test_two_storages_with_one_name_both_get_their_ranking():
+    sampler = SFDASampler(VALUES, seed=0)
+    for copied in (sampler, sampler, pickle.loads(pickle.dumps(sampler))):
+        study = optuna.create_study(study_name="same", sampler=copied)
+        study.optimize(objective, n_trials=1)
+        assert dict(load_ranking(study)) == VALUES
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_s16_a_copy_goes_on_with_the_same_trial(copied):
     study = make_study(SFDASampler(VALUES, base_sampler=TPESampler(n_startup_trials=2), seed=5))
