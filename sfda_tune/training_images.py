@@ -13,8 +13,8 @@ from PIL import Image
 
 from sfda_tune import extraction
 from sfda_tune.datasets import ImageDataset, UnreadableImage
-from sfda_tune.decoding import BATCH, Loader, count_workers, is_in_memory
-from sfda_tune.images import one_line
+from sfda_tune.decoding import Loader, count_workers, cut, is_in_memory
+from sfda_tune.images import Passing, is_passing, one_line
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.recipe import FinetuneConfig
 
@@ -117,7 +117,7 @@ class Images:
         budget = min(extraction.PIXEL_BYTES, psutil.virtual_memory().available // 4)
         kept: list[Any] = []
         size = 0
-        for rows, batch in self.loader(self, _cut(len(self), BATCH), list, self.workers):
+        for rows, batch in self.loader(self, cut(len(self)), list, self.workers):
             if rows[0] != len(kept) or len(rows) != len(batch):
                 raise RuntimeError(f"the decoding went astray at row {len(kept)}")
             kept += batch
@@ -135,19 +135,20 @@ class Images:
 
     def __getitem__(self, row: int) -> Any:
         """Return the prepared image, or the reason why there is none."""
-        if self.kept is not None:
+        if self.kept is not None and not isinstance(self.kept[row], Passing):
             return self.kept[row]
         try:
             return self.prepare(self.dataset.load(row))
         except UnreadableImage as error:
             return error.reason
         except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
-            return one_line(f"{type(error).__name__}: {error}")
+            reason = one_line(f"{type(error).__name__}: {error}")
+            return Passing(reason) if is_passing(error) else reason
 
     def batches(self, size: int, view: Callable[[Any], Any]) -> Iterator[Batch]:
         """Yield all images in order, `view` applied."""
         workers = 0 if self.kept is not None else self.workers
-        for _, batch in self.loader(_Viewed(self, view), _cut(len(self), size), collate, workers):
+        for _, batch in self.loader(_Viewed(self, view), cut(len(self), size), collate, workers):
             yield batch
 
     def loader(
@@ -156,10 +157,6 @@ class Images:
         """Return what makes batches of `items` that are made of these images."""
         direct = not workers and (self.kept is not None or is_in_memory(self.dataset))
         return Loader(items, batches, collate, workers=workers, direct=direct)
-
-
-def _cut(n: int, size: int) -> list[range]:
-    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class _Viewed:
