@@ -297,7 +297,9 @@ class PixelBlock:
     ) -> None:
         self.n = len(dataset)
         self.keys = [half.key for half in halves]
-        self.filled = 0
+        self.filled = self.users = 0
+        self.used = 0.0  # when, last
+        self.nbytes = self.n * sum(map(_pixel_bytes, halves))
         self.unreadable: dict[int, str] = {}
         self._pin = pin
         self._pixels: dict[Any, Any] = {}
@@ -387,11 +389,37 @@ class PixelBlock:
         return work
 
 
-# Run → number and pixels of the block it works on, in this process. A run that ends elsewhere (the
-# process of a pool is not told) leaves its block behind, so the oldest of several is dropped.
+# Run → number and pixels of the block it works on, in this process. The process of a pool is not
+# told that a run has ended: it lets a block go when nobody asked for it for a while.
 _BLOCKS: dict[str, tuple[int, PixelBlock]] = {}
-_BLOCKS_AT_MOST = 4
 _BLOCKS_LOCK = threading.Lock()
+IDLE = 60.0  # seconds
+_JANITOR: threading.Timer | None = None
+
+
+def _forget_blocks(run: str) -> None:
+    with _BLOCKS_LOCK:
+        _BLOCKS.pop(run, None)
+
+
+def _forget_idle() -> None:
+    global _JANITOR
+    with _BLOCKS_LOCK:
+        now = time.monotonic()
+        for run, (_, block) in list(_BLOCKS.items()):
+            if not block.users and now - block.used >= IDLE:
+                del _BLOCKS[run]
+        _JANITOR = None
+        _watch_idle()
+
+
+def _watch_idle() -> None:
+    """See to it that idle blocks are let go; with the lock held."""
+    global _JANITOR
+    if _JANITOR is None and _BLOCKS:
+        _JANITOR = threading.Timer(IDLE, _forget_idle)
+        _JANITOR.daemon = True
+        _JANITOR.start()
 
 
 # One unit of work: one backbone on one block ----------------------------------------------------
@@ -472,9 +500,14 @@ class Worker:
     def _forward(
         self, unit: Unit, outcome: Outcome, forward: _Forward, weights: str, n_params: int
     ) -> None:
-        seconds = outcome.seconds
         outcome.weights = weights
-        block = self._block(unit, pin=forward.device.type == "cuda")
+        with self._block(unit, pin=forward.device.type == "cuda") as block:
+            self._forward_block(unit, outcome, forward, block, n_params)
+
+    def _forward_block(
+        self, unit: Unit, outcome: Outcome, forward: _Forward, block: PixelBlock, n_params: int
+    ) -> None:
+        seconds, weights = outcome.seconds, outcome.weights or ""
         filled = block.filled
         half = _fingerprint(unit.preprocessing)
         for (shard, start, stop), images in zip(unit.shards, unit.images, strict=True):
@@ -546,9 +579,11 @@ class Worker:
             self.resident[name] = loaded
         return loaded
 
-    def _block(self, unit: Unit, *, pin: bool) -> PixelBlock:
+    @contextlib.contextmanager
+    def _block(self, unit: Unit, *, pin: bool) -> Iterator[PixelBlock]:
+        """Lend the pixels of a unit's block, made for all units that come here."""
         with _BLOCKS_LOCK:
-            number, block = _BLOCKS.get(unit.run, (-1, None))
+            number, block = _BLOCKS.pop(unit.run, (-1, None))
             if block is None or number != unit.block:
                 block = PixelBlock(
                     unit.dataset,
@@ -559,10 +594,17 @@ class Worker:
                     poison=unit.poison,
                     threads=self.threads,
                 )
-                _BLOCKS[unit.run] = unit.block, block
-                while len(_BLOCKS) > _BLOCKS_AT_MOST:
-                    del _BLOCKS[next(iter(_BLOCKS))]
-            return block
+            _BLOCKS[unit.run] = unit.block, block  # the last used at the end
+            block.users += 1
+            while len(_BLOCKS) > 1 and sum(b.nbytes for _, b in _BLOCKS.values()) > PIXEL_BYTES:
+                del _BLOCKS[next(iter(_BLOCKS))]
+        try:
+            yield block
+        finally:
+            with _BLOCKS_LOCK:
+                block.users -= 1
+                block.used = time.monotonic()
+                _watch_idle()
 
 
 class _Forward:
@@ -1090,11 +1132,6 @@ def _extract(
         _forget_blocks(plan.run)
 
 
-def _forget_blocks(run: str) -> None:
-    with _BLOCKS_LOCK:
-        _BLOCKS.pop(run, None)
-
-
 def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, str]:
     """Return the rows without a digest, and why; their features would belong to nothing."""
     found = {}
@@ -1189,10 +1226,15 @@ def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None
     distinct = {p.key: p for p in preprocessings}
     per_image = 0
     for p in distinct.values():
-        c, h, w = p.input_size or (3, 224, 224)
-        per_image += c * h * w * (1 if isinstance(p.geometry, Geometry) else 4)
+        per_image += _pixel_bytes(p)
     budget = min(PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
     return max(1, budget // max(SHARD * per_image, 1))
+
+
+def _pixel_bytes(p: Preprocessing) -> int:
+    """Return the memory that one decoded image takes."""
+    c, h, w = p.input_size or (3, 224, 224)
+    return c * h * w * (1 if isinstance(p.geometry, Geometry) else 4)
 
 
 def _blank(job: _Job) -> Extraction:

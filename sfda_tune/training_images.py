@@ -135,8 +135,13 @@ class Images:
 
     def __getitem__(self, row: int) -> Any:
         """Return the prepared image, or the reason why there is none."""
-        if self.kept is not None and not isinstance(self.kept[row], Passing):
-            return self.kept[row]
+        if self.kept is None:
+            return self._make(row)
+        if isinstance(self.kept[row], Passing):
+            self.kept[row] = self._make(row)
+        return self.kept[row]
+
+    def _make(self, row: int) -> Any:
         try:
             return self.prepare(self.dataset.load(row))
         except UnreadableImage as error:

@@ -127,6 +127,29 @@ def test_runs_side_by_side_do_not_disturb_each_other(dataset, zoo):
     assert not extraction._BLOCKS
 
 
+def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
+    """A process of a pool is not told that a run has ended."""
+    worker, left = extraction.Worker(CPU, None), []
+
+    def pool(fn, units):
+        (unit,) = units
+        for k in range(6):  # as if of six runs
+            yield worker(replace(unit, run=f"{unit.run} {k}"))
+            left.append(sum(block.nbytes for _, block in extraction._BLOCKS.values()))
+
+    one = 36 * 3 * 32 * 32
+    monkeypatch.setattr(extraction, "PIXEL_BYTES", 2.5 * one)
+    run(dataset, zoo[:1], map_fn=pool)
+    assert left == [one, 2 * one, 2 * one, 2 * one, 2 * one, 2 * one]
+    monkeypatch.setattr(extraction, "IDLE", 0.01)
+    monkeypatch.setattr(extraction, "_JANITOR", None)
+    with extraction._BLOCKS_LOCK:
+        extraction._watch_idle()
+    while extraction._JANITOR is not None:
+        extraction._JANITOR.join(0.1)
+    assert not extraction._BLOCKS
+
+
 def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, monkeypatch):
     whole = features(run(dataset, zoo))
     monkeypatch.setattr(extraction, "SHARD", 8)
@@ -453,7 +476,7 @@ def test_a_row_that_was_lost_later_is_dropped_from_an_ensemble_too(dataset, zoo,
         )
     assert not ranking.failed
     assert ranking.info["n_samples"] == 35
-    assert len(ranking.info["ensemble"]["names"]) >= 1
+    assert ranking.info["ensemble"]
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from sfda_tune import (
     ImageDataset,
     extraction,
     finetuning,
+    images,
     open_dataset,
     resolve_backbones,
 )
@@ -596,6 +598,52 @@ def test_what_differs_is_not_shared(work):
         assert metrics(run) == metrics(alone)
     train(demo(), digits(), workers=0, epochs=0, shared=shared)  # another object
     assert work()["heads"] == 1
+
+
+def test_the_start_of_a_head_is_shared_by_those_that_decode_alike(work):
+    """How far training images are shrunk depends on the crops, so the head's start does, too."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (24, 150, 150, 3)).astype(np.uint8)
+    data, shared = open_dataset((x, np.arange(24) % 2)), SharedWork()
+    for scale in ([0.08, 1.0], [0.9, 1.0]):
+        alone, together = (
+            train(demo(), data, workers=0, epochs=0, augmentation={"scale": scale}, shared=s)
+            for s in (None, shared)
+        )
+        assert metrics(alone) == metrics(together)
+
+
+def test_an_image_that_could_not_be_read_in_passing_is_read_by_the_next_run(monkeypatch, photos):
+    data, shared, to_rgb = open_dataset(photos), SharedWork(), images.to_rgb
+    left = [1]
+
+    def fails_once(image):
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError
+        return to_rgb(image)
+
+    whole = train(demo(), data, epochs=0, workers=0)
+    monkeypatch.setattr(images, "to_rgb", fails_once)
+    first = train(demo(), data, epochs=0, workers=0, shared=shared)
+    assert [*first.unreadable.values()] == ["MemoryError"]
+    second = train(demo(), data, epochs=0, workers=0, shared=shared)
+    assert not second.unreadable
+    assert metrics(second) == metrics(whole)
+
+
+def test_an_image_that_ends_the_decoding_is_named(photos):
+    data = open_dataset(photos)
+    items = [*data.items[:20], partial(_end, os.getpid(), data.items[20]), *data.items[21:]]
+    deadly = ImageDataset("deadly", items, data.labels, data.classes)
+    with pytest.raises(DatasetError, match=r"died while it decoded row 20 \(SIGKILL\)"):
+        train(demo(), deadly, workers=2)
+
+
+def _end(parent, item):
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
 
 
 def test_unreadable_images_are_told_by_every_run_that_shares_work(monkeypatch, tmp_path):
