@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.datasets import DatasetError, ImageDataset
-from sfda_tune.images import get_switches, set_switches
+from sfda_tune.images import get_switches, renew_lock, set_switches
 
 __all__ = ["BATCH", "Loader", "count_cores", "count_workers", "cut", "is_in_memory", "patience"]
 
@@ -182,6 +182,7 @@ class Loader:
                 now = sum(hand.beats for hand in self._hands)
                 quiet, beats = (quiet + look if now == beats else 0.0), now
                 if quiet >= limit:
+                    renew_lock()
                     raise self._stalled(limit)
             return keys, future.result()
         except BaseException:

@@ -38,16 +38,19 @@ UNREADABLE = "unreadable"
 # Neither Pillow's list of formats, nor a file that Pillow opened but did not decode yet, nor
 # somebody's data set may be used by two threads at a time.
 _LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"):  # whoever holds it does not exist in the new process
-
-    def _renew_lock() -> None:
-        global _LOCK
-        _LOCK = threading.RLock()
-
-    os.register_at_fork(after_in_child=_renew_lock)
 # What a second attempt may not meet again.
 _AGAIN = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE}
 _QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `warnings.filters`
+
+
+def renew_lock() -> None:
+    """Forget who holds the lock: a thread that never ends, or one that a fork left behind."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_lock)
 
 
 class Passing(str):

@@ -15,6 +15,7 @@ import numpy as np
 from sfda_tune import backbones as zoo
 from sfda_tune.classifiers import WEIGHTS, forward, probabilities, with_head
 from sfda_tune.datasets import EXTENSIONS, ImageDataset, UnreadableImage
+from sfda_tune.decoding import Loader, cut, is_in_memory
 from sfda_tune.extraction import few_threads, resolve_device
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.values import Backbone
@@ -128,14 +129,13 @@ def predict(
     p = np.full((n, len(model.classes)), np.nan)
     unreadable: list[str] = []
     with few_threads(module, model.preprocessing):
-        for start in range(0, n, batch_size):
-            pixels, rows = [], []
-            for row in range(start, min(start + batch_size, n)):
-                try:
-                    pixels.append(transform(dataset.load(row)))
-                    rows.append(row)
-                except UnreadableImage as error:
-                    unreadable.append(str(error))
+        inputs = Loader(
+            _Inputs(dataset, transform), cut(n, batch_size), list, direct=is_in_memory(dataset)
+        )
+        for batch, made in inputs:
+            unreadable += [str(x) for x in made if isinstance(x, UnreadableImage)]
+            rows = [r for r, x in zip(batch, made, strict=True) if not isinstance(x, Exception)]
+            pixels = [x for x in made if not isinstance(x, Exception)]
             if rows:
                 p[rows] = probabilities(
                     forward(module, model.preprocessing, pixels, device, precision)
@@ -146,6 +146,23 @@ def predict(
             stacklevel=2,
         )
     return p
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a network is shown, or why not; for `sfda_tune.decoding`."""
+
+    dataset: ImageDataset
+    transform: Any
+
+    def name(self, row: int) -> str:
+        return self.dataset.item_name(row)
+
+    def __getitem__(self, row: int) -> Any:
+        try:
+            return self.transform(self.dataset.load(row))
+        except UnreadableImage as error:
+            return error
 
 
 def image_files(folder: str | os.PathLike[str]) -> Iterator[Path]:
