@@ -19,7 +19,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,9 @@ from PIL import Image
 from sfda_tune.hub import cache_only_if_unreachable
 from sfda_tune.images import (
     UNREADABLE,
+    Passing,
     UnreadableImage,
+    Verdict,
     decode,
     deep_to_uint8,
     digest,
@@ -139,8 +140,12 @@ class ImageDataset:
         item = self.items[row]
         try:
             return decode(item)
-        except Exception as error:  # Pillow raises a dozen types on damaged files
+        except Verdict as verdict:
+            error: Any = verdict.__cause__
             raise UnreadableImage(self.item_name(row), explain(error, item)) from error
+        except Exception as error:  # of the system, of a foreign data set
+            reason = Passing(explain(error, item))
+            raise UnreadableImage(self.item_name(row), reason) from error
 
     def item_name(self, row: int) -> str:
         """Path of an image, or ``"row 17"``: printable, also where the file name is not."""
@@ -161,9 +166,16 @@ class ImageDataset:
             return UNREADABLE
 
     def digests(self, rows: Iterable[int] | None = None, workers: int = 8) -> list[str]:
-        """`digest` of the given rows (default: all), by `workers` threads."""
-        with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(self.digest, range(len(self)) if rows is None else rows))
+        """`digest` of the given rows (default: all), by `workers` threads.
+
+        `DatasetError` if one of them stalls.
+        """
+        from sfda_tune.decoding import Loader, cut
+
+        rows = range(len(self)) if rows is None else list(rows)
+        batches = [[rows[i] for i in part] for part in cut(len(rows), 64)]
+        found = Loader(_Digests(self), batches, list, threads=min(workers, len(batches)))
+        return [digest for _, part in found for digest in part]
 
     def subset(self, rows: Any) -> ImageDataset:
         """Keep the given rows, in the given order; `rows` are positions or a mask.
@@ -208,6 +220,19 @@ class ImageDataset:
         # one image of each class, then a second, then by Sainte-Laguë; ties to the first class
         order = np.lexsort((code, (rank + 0.5) / counts[code], np.minimum(rank, 2)))
         return np.sort(order[:n])
+
+
+@dataclass(frozen=True)
+class _Digests:
+    """The digests of a data set, for `sfda_tune.decoding`."""
+
+    dataset: ImageDataset
+
+    def name(self, row: int) -> str:
+        return self.dataset.item_name(row)
+
+    def __getitem__(self, row: int) -> str:
+        return self.dataset.digest(row)
 
 
 def open_dataset(

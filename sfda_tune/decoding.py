@@ -21,15 +21,16 @@ import traceback
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
 
 from sfda_tune.datasets import DatasetError, ImageDataset
+from sfda_tune.images import get_switches, renew_lock, set_switches
 
-__all__ = ["BATCH", "Loader", "count_cores", "count_workers", "is_in_memory", "patience"]
+__all__ = ["BATCH", "Loader", "count_cores", "count_workers", "cut", "is_in_memory", "patience"]
 
 BATCH = 16  # images that one process decodes at a time
 AHEAD = 2  # batches that are made ahead, per process or thread
@@ -78,6 +79,11 @@ def count_workers(dataset: ImageDataset, workers: int | None) -> int:
     if multiprocessing.current_process().daemon:  # `multiprocessing.Pool`: may have no children
         workers = 0
     return min(workers, -(-len(dataset) // BATCH))
+
+
+def cut(n: int, size: int = BATCH) -> list[range]:
+    """Cut `n` rows into batches."""
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 class Loader:
@@ -176,6 +182,7 @@ class Loader:
                 now = sum(hand.beats for hand in self._hands)
                 quiet, beats = (quiet + look if now == beats else 0.0), now
                 if quiet >= limit:
+                    renew_lock()
                     raise self._stalled(limit)
             return keys, future.result()
         except BaseException:
@@ -232,7 +239,7 @@ class _Process:
         self.beats = 0
         self.pipe, end = multiprocessing.Pipe()
         try:
-            arguments = (end, items, collate, plugins)
+            arguments = (end, items, collate, plugins, get_switches())
             self.process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
             self.process.start()
         except BaseException:
@@ -351,7 +358,9 @@ def _close(hands: list[Any], tasks: Any) -> None:
 
 
 # In the other process ---------------------------------------------------------------------------
-def _serve(pipe: Any, items: Any, collate: Any, plugins: Sequence[str]) -> None:
+def _serve(
+    pipe: Any, items: Any, collate: Any, plugins: Sequence[str], switches: Mapping[str, Any]
+) -> None:
     """Make batches until the other end of the pipe is closed."""
     import torch
 
@@ -359,6 +368,7 @@ def _serve(pipe: Any, items: Any, collate: Any, plugins: Sequence[str]) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     torch.set_num_threads(1)
+    set_switches(switches)
     parent = os.getppid()
     for plugin in plugins:
         load_plugin(plugin)

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import multiprocessing
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -32,14 +34,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
+import PIL
 
 from sfda_tune import backbones as zoo
 from sfda_tune.datasets import DatasetError, ImageDataset, UnreadableImage
-from sfda_tune.decoding import BATCH, Loader, count_workers, is_in_memory
+from sfda_tune.decoding import BATCH, Loader, count_workers, cut, is_in_memory
 from sfda_tune.devices import check_precision, compute, is_working, pin
+from sfda_tune.images import UNREADABLE, Passing, get_switches, is_passing, set_switches
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.store import Entry, FeatureStore, make_key
 from sfda_tune.values import Backbone, Features
@@ -260,7 +264,8 @@ class _Decoder:
                     tensors.append(transform(image))
                 except Exception as error:
                     if half.geometry is not None:  # e.g. 1 × 100,000 pixels: nobody can use it
-                        raise UnreadableImage(self.dataset.item_name(row), str(error)) from error
+                        why = Passing(error) if is_passing(error) else str(error)
+                        raise UnreadableImage(self.dataset.item_name(row), why) from error
                     tensors.append(f"{type(error).__name__}: {error}")  # that backbone's own fault
         except UnreadableImage as error:
             problem = error.reason
@@ -303,7 +308,9 @@ class PixelBlock:
     ) -> None:
         self.n = len(dataset)
         self.keys = [half.key for half in halves]
-        self.filled = 0
+        self.filled = self.users = 0
+        self.used = 0.0  # when, last
+        self.nbytes = self.n * sum(map(_pixel_bytes, halves))
         self.unreadable: dict[int, str] = {}
         self._pin = pin
         self._pixels: dict[Any, Any] = {}
@@ -374,8 +381,8 @@ class PixelBlock:
         import torch
 
         if self._batches is None:
-            starts = range(self.filled, self.n, BATCH)
-            batches = [range(start, min(start + BATCH, self.n)) for start in starts]
+            left = cut(self.n - self.filled)
+            batches = [range(self.filled + part.start, self.filled + part.stop) for part in left]
             self._batches = iter(Loader(self._decoder, batches, _collate, **self._options))
         nothing: Any = (), ((), (), 0.0)
         rows, (stacks, problems, work) = next(self._batches, nothing)
@@ -403,11 +410,37 @@ class PixelBlock:
         return work
 
 
-# Run → number and pixels of the block it works on, in this process. A run that ends elsewhere (the
-# process of a pool is not told) leaves its block behind, so the oldest of several is dropped.
+# Run → number and pixels of the block it works on, in this process. The process of a pool is not
+# told that a run has ended: it lets a block go when nobody asked for it for a while.
 _BLOCKS: dict[str, tuple[int, PixelBlock]] = {}
-_BLOCKS_AT_MOST = 4
 _BLOCKS_LOCK = threading.Lock()
+IDLE = 60.0  # seconds
+_JANITOR: threading.Timer | None = None
+
+
+def _forget_blocks(run: str) -> None:
+    with _BLOCKS_LOCK:
+        _BLOCKS.pop(run, None)
+
+
+def _forget_idle() -> None:
+    global _JANITOR
+    with _BLOCKS_LOCK:
+        now = time.monotonic()
+        for run, (_, block) in list(_BLOCKS.items()):
+            if not block.users and now - block.used >= IDLE:
+                del _BLOCKS[run]
+        _JANITOR = None
+        _watch_idle()
+
+
+def _watch_idle() -> None:
+    """See to it that idle blocks are let go; with the lock held."""
+    global _JANITOR
+    if _JANITOR is None and _BLOCKS:
+        _JANITOR = threading.Timer(IDLE, _forget_idle)
+        _JANITOR.daemon = True
+        _JANITOR.start()
 
 
 # One unit of work: one backbone on one block ----------------------------------------------------
@@ -427,6 +460,7 @@ class Unit:
     max_unreadable: float  # images, in the whole data set
     poison: Mapping[int, str] = field(default_factory=dict)  # row of `dataset` → why not to read
     retry: bool = False  # then a part may be in the store
+    switches: Mapping[str, Any] = field(default_factory=dict)  # Pillow's, see `images`
 
 
 @dataclass(eq=False)
@@ -436,6 +470,7 @@ class Outcome:
     name: str
     entries: dict[int, Entry] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)  # of those the store holds now
+    unreadable: dict[int, Mapping[str, str]] = field(default_factory=dict)  # of all entries
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     n_images: int = 0
@@ -491,13 +526,14 @@ class Worker:
         seconds = {"load": 0.0, "forward": 0.0, "decode": 0.0, "decode_work": 0.0}
         outcome = Outcome(unit.backbone.name, seconds=seconds)
         try:
+            set_switches(unit.switches)
             self._run(unit, outcome)
         except DatasetError:  # the data set's fault, not the backbone's: it ends the run
             raise
         except Exception as error:
             logger.debug("%s failed", unit.backbone.name, exc_info=True)
             outcome.error = _one_line(error)
-            outcome.entries, outcome.keys = {}, {}
+            outcome.entries, outcome.keys, outcome.unreadable = {}, {}, {}
         return outcome
 
     def _run(self, unit: Unit, outcome: Outcome) -> None:
@@ -523,21 +559,22 @@ class Worker:
 
     def _forward_all(self, unit: Unit, outcome: Outcome, forward: _Forward) -> Iterator[_Shard]:
         """Compute the shards of a unit, but for those that are in the store."""
-        block = self._block(unit, pin=forward.device.type == "cuda" and PIN)
-        filled = block.filled
-        half = unit.preprocessing.fingerprint()
-        try:
-            for (number, start, stop), images in zip(unit.shards, unit.images, strict=True):
-                key = make_key(images, outcome.weights or "", half, self.settings.precision)
-                outcome.n_images += stop - start
-                if unit.retry and self.store is not None and (entry := self.store.get(key)):
-                    outcome.entries[number], outcome.keys[number] = entry, key
-                    continue
-                shard = self._forward(unit, outcome, forward, block, range(start, stop))
-                shard.number, shard.key = number, key
-                yield shard
-        finally:
-            outcome.n_decoded = block.filled - filled
+        half = _fingerprint(unit.preprocessing)
+        with self._block(unit, pin=forward.device.type == "cuda" and PIN) as block:
+            filled = block.filled
+            try:
+                for (number, start, stop), images in zip(unit.shards, unit.images, strict=True):
+                    key = make_key(images, outcome.weights or "", half, self.settings.precision)
+                    outcome.n_images += stop - start
+                    if unit.retry and self.store is not None and (entry := self.store.get(key)):
+                        outcome.entries[number], outcome.keys[number] = entry, key
+                        outcome.unreadable[number] = entry.unreadable
+                        continue
+                    shard = self._forward(unit, outcome, forward, block, range(start, stop))
+                    shard.number, shard.key, shard.images = number, key, images
+                    yield shard
+            finally:
+                outcome.n_decoded = block.filled - filled
 
     def _forward(
         self,
@@ -599,7 +636,8 @@ class Worker:
                 + ("" if self.settings.precision == "float32" else "; try float32")
             )
         outcome.entries[done.number] = entry
-        if self.store is not None:
+        outcome.unreadable[done.number] = entry.unreadable
+        if self.store is not None and _is_lasting(entry, done.images):
             try:
                 self.store.put(done.key, entry)
                 outcome.keys[done.number] = done.key
@@ -623,9 +661,11 @@ class Worker:
             self.resident[name] = loaded
         return loaded
 
-    def _block(self, unit: Unit, *, pin: bool) -> PixelBlock:
+    @contextlib.contextmanager
+    def _block(self, unit: Unit, *, pin: bool) -> Iterator[PixelBlock]:
+        """Lend the pixels of a unit's block, made for all units that come here."""
         with _BLOCKS_LOCK:
-            number, block = _BLOCKS.get(unit.run, (-1, None))
+            number, block = _BLOCKS.pop(unit.run, (-1, None))
             if block is None or number != unit.block:
                 block = PixelBlock(
                     unit.dataset,
@@ -636,10 +676,17 @@ class Worker:
                     poison=unit.poison,
                     threads=self.threads,
                 )
-                _BLOCKS[unit.run] = unit.block, block
-                while len(_BLOCKS) > _BLOCKS_AT_MOST:
-                    del _BLOCKS[next(iter(_BLOCKS))]
-            return block
+            _BLOCKS[unit.run] = unit.block, block  # the last used at the end
+            block.users += 1
+            while len(_BLOCKS) > 1 and sum(b.nbytes for _, b in _BLOCKS.values()) > PIXEL_BYTES:
+                del _BLOCKS[next(iter(_BLOCKS))]
+        try:
+            yield block
+        finally:
+            with _BLOCKS_LOCK:
+                block.users -= 1
+                block.used = time.monotonic()
+                _watch_idle()
 
 
 @dataclass(eq=False)
@@ -653,6 +700,7 @@ class _Shard:
     seconds: Callable[[], float]
     number: int = 0
     key: str = ""
+    images: Sequence[str] = ()
 
 
 class _Forward:
@@ -752,6 +800,25 @@ class _Forward:
             return features.float()
 
 
+def _fingerprint(preprocessing: Preprocessing) -> str:
+    """Return that of the preprocessing, with Pillow's switches where they are not the usual."""
+    changed = get_switches()
+    text = preprocessing.fingerprint()
+    return f"{text} {json.dumps(changed, sort_keys=True, default=str)}" if changed else text
+
+
+def _is_lasting(entry: Entry, images: Sequence[str]) -> bool:
+    """Whether an entry holds for its images at any time.
+
+    It does not if one of them could not be read for a reason that may pass, except where its
+    digest, which is part of the key, says so.
+    """
+    return not any(
+        isinstance(why, Passing) and images[int(row)] != UNREADABLE
+        for row, why in entry.unreadable.items()
+    )
+
+
 def _reset_peak(device: torch.device) -> int:
     """Begin to watch the memory of a GPU; return what it holds already."""
     import torch
@@ -821,6 +888,8 @@ def _too_many(unreadable: dict[int, str], dataset: ImageDataset, limit: float) -
 
 # Images that end the process --------------------------------------------------------------------
 POISON = "a process that decodes it "  # then what becomes of it; how such an image is known again
+_PILLOW = f" (Pillow {PIL.__version__})"
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _CHECK = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "check, *rest = pickle.load(sys.stdin.buffer); check(*rest)"
@@ -853,7 +922,9 @@ def find_poison(
         if row is None:
             raise RuntimeError(f"the images cannot be checked: a child ended with code {code}")
         why = f"hangs for more than {timeout:g} s" if code is None else f"ends with code {code}"
-        found[row], start = POISON + why, row + 1
+        crashed = code is not None and -code in CRASHES  # others may have been ended by somebody
+        found[row] = f"{POISON}{why}{_PILLOW}" if crashed else Passing(POISON + why)
+        start = row + 1
 
 
 def _watch(content: bytes, timeout: float) -> tuple[int | None, int | None]:
@@ -904,7 +975,8 @@ class _Job:
     description: zoo.Description
     weights: str | None
     entries: dict[int, Entry | str] = field(default_factory=dict)  # or its key in the store
-    unkept: dict[int, Entry | str] = field(default_factory=dict)  # what the store refused
+    unkept: dict[int, Entry | str] = field(default_factory=dict)  # what the store does not have
+    keys: list[str] = field(default_factory=list)  # of all shards, if the weights are known
     cached: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -986,6 +1058,7 @@ class Plan:
                 self.max_unreadable,
                 poison,
                 retry,
+                get_switches(),
             )
 
 
@@ -1100,25 +1173,41 @@ def _extract(
     shards = [(s, min(s + SHARD, len(dataset))) for s in range(0, len(dataset), SHARD)]
     most = settings.max_unreadable * len(dataset)
     plan = Plan(uuid.uuid4().hex, dataset, jobs, shards, images, {}, most)
+    plan.poison.update(_without_content(dataset, images))
     done: list[str] = []
-    known = 0  # rows that end the process
+    known = len(plan.poison)  # rows that somebody cannot read, so that nobody shows them
+    everything = frozenset(range(len(shards)))
 
     def finish_again() -> Iterator[Extraction]:
         nonlocal known
         if len(plan.poison) > known:
             known = len(plan.poison)
-            for name in done:
-                _look_up(jobs[name], plan, store, settings)
-                jobs[name].entries.update(jobs[name].unkept)
-                yield _finish(jobs[name], plan, settings, store)
+            for name in done[:]:
+                job = jobs[name]
+                _look_up(job, plan, store, settings)
+                job.entries.update(job.unkept)
+                if everything <= job.entries.keys():
+                    yield _finish(job, plan, settings, store)
+                else:  # nobody kept them: they are computed again
+                    done.remove(name)
 
-    everything = frozenset(range(len(shards)))
+    doubtful: dict[int, list[_Job]] = {}
     for name, job in jobs.items():
         _look_up(job, plan, store, settings)
-        missing = everything.difference(job.entries)
-        plan.missing[name] = missing if job.entries else everything
+        doubts = _doubt(job, plan)
+        for row in doubts:
+            doubtful.setdefault(row, []).append(job)
         yield from finish_again()
-        if not missing:
+        if not doubts and everything <= job.entries.keys():
+            done.append(name)
+            yield _finish(job, plan, settings, store)
+        elif job.keys:  # entries are read again when the others are there
+            job.entries = {shard: job.keys[shard] for shard in job.entries}
+    _look_again(doubtful, plan, settings)
+    yield from finish_again()
+    for name, job in jobs.items():
+        plan.missing[name] = frozenset() if name in done else everything.difference(job.entries)
+        if name not in done and not plan.missing[name]:
             done.append(name)
             yield _finish(job, plan, settings, store)
     if progress is not None:
@@ -1127,65 +1216,141 @@ def _extract(
 
     tell = progress.advance if progress and map_fn is None and executor is None else None
     worker = Worker(settings, store, tell)
-    outcomes: Any = (
-        executor.run(worker, plan) if executor else (map_fn or _run_here)(worker, _plan(plan))
-    )
+    outcomes: Any = ()
     try:
-        for outcome in outcomes:
-            job = jobs[outcome.name]
-            if progress is not None and tell is None:
-                progress.advance(outcome.name, outcome.n_images)
-            if outcome.not_kept is not None:
-                warnings.warn(
-                    f"features could not be kept in {store and store.root} ({outcome.not_kept}); "
-                    "the run goes on",
-                    stacklevel=2,
-                )
-            yield from finish_again()
-            if outcome.name in plan.failed:
-                continue
-            job.cached = False
-            job.weights = job.weights or outcome.weights
-            job.entries.update(outcome.entries)
-            for part, spent in outcome.seconds.items():
-                job.seconds[part] = job.seconds.get(part, 0.0) + spent
-            if executor is not None:
-                job.unkept.update(outcome.entries)  # the others did not travel
-                job.entries.update(outcome.keys)
-            if outcome.error is not None:
-                plan.failed.add(outcome.name)
-                yield replace(_blank(job), error=outcome.error, seconds=job.seconds)
-            elif len(job.entries) == len(shards):
-                done.append(outcome.name)
-                yield _finish(job, plan, settings, store)
-            else:  # until its other blocks are done the features need no memory
-                job.entries.update(outcome.keys)
-        for name in [n for n in jobs if n not in plan.failed and n not in done]:
-            n = len(shards) - len(jobs[name].entries)
-            error = f"`map_fn` returned nothing for {n} of its {len(shards)} parts; rank again"
+        while True:
+            outcomes = (
+                executor.run(worker, plan)
+                if executor
+                else (map_fn or _run_here)(worker, _plan(plan))
+            )
+            came = set()
+            for outcome in outcomes:
+                came.add(outcome.name)
+                job = jobs[outcome.name]
+                if progress is not None and tell is None:
+                    progress.advance(outcome.name, outcome.n_images)
+                if outcome.not_kept is not None:
+                    warnings.warn(
+                        f"features could not be kept in {store and store.root} "
+                        f"({outcome.not_kept}); the run goes on",
+                        stacklevel=2,
+                    )
+                for shard, unreadable in outcome.unreadable.items():
+                    for row, why in unreadable.items():
+                        plan.poison.setdefault(shards[shard][0] + int(row), why)
+                yield from finish_again()
+                if outcome.name in plan.failed:
+                    continue
+                job.cached = False
+                job.weights = job.weights or outcome.weights
+                job.entries.update(outcome.entries)
+                for part, spent in outcome.seconds.items():
+                    job.seconds[part] = job.seconds.get(part, 0.0) + spent
+                if executor is not None:
+                    job.entries.update(outcome.keys)  # what is in the store did not travel
+                if executor is not None or (store is not None and outcome.not_kept is None):
+                    unkept = outcome.entries.keys() - outcome.keys.keys()
+                    job.unkept.update((shard, outcome.entries[shard]) for shard in unkept)
+                if outcome.error is not None:
+                    plan.failed.add(outcome.name)
+                    yield replace(_blank(job), error=outcome.error, seconds=job.seconds)
+                elif len(job.entries) == len(shards):
+                    done.append(outcome.name)
+                    yield _finish(job, plan, settings, store)
+                else:  # until its other blocks are done the features need no memory
+                    job.entries.update(outcome.keys)
+            left = [name for name in jobs if name not in plan.failed and name not in done]
+            again = {name: everything.difference(jobs[name].entries) for name in left}
+            if came.isdisjoint(left):
+                break
+            _forget_blocks(plan.run)
+            plan = replace(plan, run=uuid.uuid4().hex, missing=dict.fromkeys(jobs, frozenset()))
+            plan.missing.update(again)
+        for name in left:
+            error = (
+                f"nothing came back for {len(again[name])} of its {len(shards)} parts; look at "
+                "what runs them (`map_fn`, `executor`), and rank again"
+            )
             yield replace(_blank(jobs[name]), error=error, seconds=jobs[name].seconds)
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()
-        with _BLOCKS_LOCK:
-            _BLOCKS.pop(plan.run, None)
+        _forget_blocks(plan.run)
+
+
+def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, str]:
+    """Return the rows without a digest, and why; their features would belong to nothing."""
+    found = {}
+    for row in (row for row, digest in enumerate(images) if digest == UNREADABLE):
+        why = "its content could not be read"
+        try:
+            dataset.load(row)
+        except UnreadableImage as error:
+            why = error.reason
+        found[row] = Passing(why)
+    return found
 
 
 def _look_up(job: _Job, plan: Plan, store: FeatureStore | None, settings: Settings) -> None:
+    """Find the entries that there are."""
     if store is None or job.weights is None:
         return
-    half = job.description.preprocessing.fingerprint()
-    keys = [
+    half = _fingerprint(job.description.preprocessing)
+    job.keys = [
         make_key(plan.images[a:b], job.weights, half, settings.precision) for a, b in plan.shards
     ]
-    found = {shard: store.get(key) for shard, key in enumerate(keys)}
+    found = {shard: store.get(key) for shard, key in enumerate(job.keys)}
     job.entries = {shard: entry for shard, entry in found.items() if entry is not None}
-    for shard, entry in found.items():
-        for row, why in (entry.unreadable if entry else {}).items():
-            if why.startswith(POISON):  # then it is nothing for the others either
-                plan.poison[plan.shards[shard][0] + int(row)] = why
-    if len(job.entries) < len(keys):  # then they are read again when the others are there
-        job.entries = {shard: keys[shard] for shard in job.entries}
+
+
+def _doubt(job: _Job, plan: Plan) -> list[int]:
+    """Return the rows that entries call unreadable, and that may be readable by now.
+
+    What a decoder makes of bytes depends on its version and on the formats it knows. An image that
+    crashes it is believed to do so where it is the same; another decoder has to try it anew, where
+    a crash does no harm.
+    """
+    rows: list[int] = []
+    for shard, entry in cast(dict[int, Entry], dict(job.entries)).items():
+        for position, why in entry.unreadable.items():
+            row = plan.shards[shard][0] + int(position)
+            if why.startswith(POISON) and why.endswith(_PILLOW):
+                plan.poison.setdefault(row, why)
+            elif why.startswith(POISON) and row not in plan.poison:
+                job.entries.pop(shard, None)
+            elif row not in plan.poison:
+                rows.append(row)
+    return rows
+
+
+def _look_again(doubtful: Mapping[int, Sequence[_Job]], plan: Plan, settings: Settings) -> None:
+    """Read doubtful rows again; drop the entries of those that somebody can read by now."""
+    rows = sorted(doubtful.keys() - plan.poison.keys())
+    if not rows:
+        return
+    jobs = {id(job): job for row in rows for job in doubtful[row]}.values()
+    halves = {job.description.preprocessing.key: job.description.preprocessing for job in jobs}
+    loader = Loader(
+        _Decoder(plan.dataset, list(halves.values()), {}),
+        [[rows[i] for i in part] for part in cut(len(rows))],
+        _problems,
+        workers=min(count_workers(plan.dataset, settings.workers), -(-len(rows) // BATCH)),
+        direct=is_in_memory(plan.dataset),
+        plugins=[*dict.fromkeys(p for job in jobs for p in job.description.backbone.plugins)],
+    )
+    for keys, problems in loader:
+        found = zip(keys, problems, strict=True)
+        plan.poison.update((row, why) for row, why in found if why is not None)
+    loader.close()
+    for row in rows:
+        if row not in plan.poison:
+            for job in doubtful[row]:
+                job.entries.pop(row // SHARD, None)
+
+
+def _problems(items: list[tuple[list[Any], str | None, float]]) -> list[str | None]:
+    return [problem for _, problem, _ in items]
 
 
 def _plan(plan: Plan) -> Iterator[Unit]:
@@ -1293,10 +1458,15 @@ def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None
     distinct = {p.key: p for p in preprocessings}
     per_image = 0
     for p in distinct.values():
-        c, h, w = p.input_size or (3, 224, 224)
-        per_image += c * h * w * (1 if isinstance(p.geometry, Geometry) else 4)
+        per_image += _pixel_bytes(p)
     budget = min(PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
     return max(1, budget // max(SHARD * per_image, 1))
+
+
+def _pixel_bytes(p: Preprocessing) -> int:
+    """Return the memory that one decoded image takes."""
+    c, h, w = p.input_size or (3, 224, 224)
+    return c * h * w * (1 if isinstance(p.geometry, Geometry) else 4)
 
 
 def _blank(job: _Job) -> Extraction:

@@ -51,6 +51,7 @@ from sfda_tune.classifiers import (
 )
 from sfda_tune.datasets import DatasetError, ImageDataset
 from sfda_tune.devices import check_precision, compute
+from sfda_tune.images import Passing
 from sfda_tune.predictions import PROVENANCE, Model
 from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, OutOfTimeError, measure
 from sfda_tune.sharing import SharedWork
@@ -296,7 +297,10 @@ class FineTuning(Iterator[Epoch]):
             return make(), dict(self.unreadable)
 
         b, config = self.backbone, self.config
-        named = (b.name, b.spec, config.batch_size, config.seed, self.device)
+        how = self._how(self._images.prepare)
+        named = (b.name, b.spec, how, config.batch_size, config.seed, self.device)
+        if any(isinstance(why, Passing) for why in self.unreadable.values()):
+            return make()  # what this run cannot read the next may
         found, unreadable = self._once((self.train, self.val, b.load), (what, *named), note)
         self.unreadable.update(unreadable)
         return found
@@ -378,8 +382,11 @@ class FineTuning(Iterator[Epoch]):
         images = partial(Images, part, prepare, self.workers, check)
         if self._shared is None:
             return images()
-        how = prepare.side if isinstance(prepare, shrink) else self.half.key
-        return self._shared.recall_images(part, (how, self.workers), images)
+        return self._shared.recall_images(part, (self._how(prepare), self.workers), images)
+
+    def _how(self, prepare: Any) -> Hashable:
+        """Return what prepared images depend on."""
+        return prepare.side if isinstance(prepare, shrink) else self.half.key
 
     def _report(self, images: Images, unreadable: Mapping[int, str]) -> None:
         """Take down unreadable images; refuse the data set if there are too many."""

@@ -14,12 +14,16 @@ several frames                        the first
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import importlib
 import io
 import os
 import re
 import threading
+import time
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any
 
@@ -28,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sfda_tune.texts import one_line
 
-__all__ = ["UNREADABLE", "UnreadableImage", "decode", "digest", "explain", "to_rgb"]
+__all__ = ["UNREADABLE", "Passing", "UnreadableImage", "decode", "digest", "explain", "to_rgb"]
 
 UNREADABLE = "unreadable"
 """`ImageDataset.digest` of an image that cannot be read."""
@@ -36,18 +40,36 @@ UNREADABLE = "unreadable"
 # Neither Pillow's list of formats, nor a file that Pillow opened but did not decode yet, nor
 # somebody's data set may be used by two threads at a time.
 _LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"):  # whoever holds it does not exist in the new process
-
-    def _renew_lock() -> None:
-        global _LOCK
-        _LOCK = threading.RLock()
-
-    os.register_at_fork(after_in_child=_renew_lock)
+# What a second attempt may not meet again.
+_AGAIN = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE}
 _QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `warnings.filters`
 
 
+def renew_lock() -> None:
+    """Forget who holds the lock: a thread that never ends, or one that a fork left behind."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_lock)
+
+
+class Passing(str):
+    """A reason that is no verdict about the bytes of an image: it holds for this run only."""
+
+    __slots__ = ()
+
+
+class Verdict(Exception):  # noqa: N818 - not an error of ours
+    """What the decoder says of the bytes of an image; its cause has the details."""
+
+
 class UnreadableImage(Exception):  # noqa: N818 - a fact about one image, which a sweep survives
-    """One image is missing, damaged, or no image: its `name`, and the `reason` on one line."""
+    """One image is missing, damaged, or no image: its `name`, and the `reason` on one line.
+
+    The reason is a `Passing` unless the decoder found it in the bytes.
+    """
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -93,15 +115,36 @@ def deep_to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def decode(item: Any) -> Image.Image:
-    """Item of an `ImageDataset` → RGB image; `explain` says why, if it raises."""
-    item = _resolve(item)
-    if isinstance(item, np.ndarray):
-        item = Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
-    if isinstance(item, Image.Image):
-        return to_rgb(item)
-    _prepare_pillow()
-    with _stream(item) as stream, Image.open(stream) as image:
-        return to_rgb(image)
+    """Item of an `ImageDataset` → RGB image; `explain` says why, if it raises.
+
+    A `Verdict` is about the bytes, which were read before; anything else may pass.
+    """
+    content = _read(item)
+    try:
+        if isinstance(content, np.ndarray):
+            content = Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
+        if isinstance(content, Image.Image):
+            return to_rgb(content)
+        _prepare_pillow()
+        with Image.open(io.BytesIO(content)) as image:
+            return to_rgb(image)
+    except Exception as error:
+        if is_passing(error):
+            raise
+        raise Verdict from error
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error of the decoder, or of a transform, says more of the machine than of it.
+
+    Such are those of the operating system (an `OSError` with a number; Pillow's own have none),
+    of memory, and of libraries that are not there.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    signs = ("out of memory", "allocate memory", "bad_alloc", "start new thread")
+    missing = isinstance(error, (MemoryError, ImportError))
+    return missing or any(sign in str(error).lower() for sign in signs)
 
 
 def digest(item: Any) -> str:
@@ -132,9 +175,9 @@ def explain(error: Exception, item: Any) -> str:
         if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
             return "is HEIC, which Pillow cannot read; convert it to JPEG"
         return "is not an image in a format that Pillow can read"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    if not isinstance(error, OSError | ValueError):
-        text = f"{type(error).__name__}: {text}"
+    text = getattr(error, "strerror", None) or str(error)
+    if not text or not isinstance(error, OSError | ValueError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return one_line(text)
 
 
@@ -151,8 +194,56 @@ def _resolve(item: Any) -> Any:
     return item
 
 
+def _read(item: Any) -> Any:
+    """Return the encoded bytes, array or loaded image behind an item."""
+    item = _resolve(item)
+    if isinstance(item, (np.ndarray, Image.Image, bytes)):
+        return item
+    try:
+        with _stream(item) as stream:
+            return stream.read()
+    except OSError as error:
+        if error.errno not in _AGAIN:
+            raise
+    time.sleep(0.05)
+    with _stream(item) as stream:
+        return stream.read()
+
+
 def _stream(item: Any) -> IO[bytes]:
     return io.BytesIO(item) if isinstance(item, bytes) else open(item, "rb")
+
+
+# What of Pillow can be set, and changes which images are read, and to which pixels; its defaults.
+SWITCHES: dict[str, Any] = {
+    "Image.MAX_IMAGE_PIXELS": 89478485,
+    "ImageFile.LOAD_TRUNCATED_IMAGES": False,
+    "AvifImagePlugin.DECODE_CODEC_CHOICE": "auto",
+    "BmpImagePlugin.USE_RAW_ALPHA": False,
+    "GifImagePlugin.LOADING_STRATEGY": 0,
+    "PngImagePlugin.MAX_TEXT_CHUNK": 1 << 20,
+    "PngImagePlugin.MAX_TEXT_MEMORY": 64 << 20,
+    "TiffImagePlugin.READ_LIBTIFF": False,
+}
+
+
+def get_switches() -> dict[str, Any]:
+    """Return those of Pillow's switches that are not as they are by default."""
+    found = {}
+    for name, default in SWITCHES.items():
+        module, attribute = name.split(".")
+        value = getattr(importlib.import_module(f"PIL.{module}"), attribute, default)
+        if value != default:
+            found[name] = value
+    return found
+
+
+def set_switches(changed: Mapping[str, Any]) -> None:
+    """Set Pillow's switches as `get_switches` found them in another process."""
+    for name in {*get_switches(), *changed}:
+        module, attribute = name.split(".")
+        value = changed.get(name, SWITCHES[name])
+        setattr(importlib.import_module(f"PIL.{module}"), attribute, value)
 
 
 def _prepare_pillow() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from sfda_tune import backbones as zoo
 from sfda_tune.classifiers import WEIGHTS, forward, probabilities, with_head
 from sfda_tune.datasets import ImageDataset, UnreadableImage, image_files
+from sfda_tune.decoding import Loader, cut, is_in_memory
 from sfda_tune.devices import check_precision
 from sfda_tune.extraction import few_threads, resolve_device
 from sfda_tune.preprocessing import Preprocessing
@@ -151,16 +152,12 @@ def predict_batches(
     dataset, device = _images(images), resolve_device(device)
     check_precision(precision, device)
     module = model.module.to(device)
-    transform, n = model.preprocessing.build(), len(dataset)
-    for start in range(0, n, batch_size):
-        pixels, rows, bad = [], list(range(start, min(start + batch_size, n))), {}
-        for row in rows:
-            try:
-                pixels.append(transform(dataset.load(row)))
-            except UnreadableImage as error:
-                bad[row] = error.reason
-            except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
-                bad[row] = one_line(f"{type(error).__name__}: {error}")
+    inputs = _Inputs(dataset, model.preprocessing.build())
+    batches = cut(len(dataset), batch_size)
+    for batch, made in Loader(inputs, batches, list, direct=is_in_memory(dataset)):
+        rows = list(batch)
+        bad = {row: why for row, why in zip(rows, made, strict=True) if isinstance(why, str)}
+        pixels = [x for x in made if not isinstance(x, str)]
         p = np.full((len(rows), len(model.classes)), np.nan)
         if pixels:
             with few_threads(module, model.preprocessing):
@@ -169,6 +166,25 @@ def predict_batches(
                     forward(module, model.preprocessing, pixels, device, precision)
                 )
         yield rows, p, bad
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a network is shown, or why not; for `sfda_tune.decoding`."""
+
+    dataset: ImageDataset
+    transform: Any
+
+    def name(self, row: int) -> str:
+        return self.dataset.item_name(row)
+
+    def __getitem__(self, row: int) -> Any:
+        try:
+            return self.transform(self.dataset.load(row))
+        except UnreadableImage as error:
+            return error.reason
+        except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
+            return one_line(f"{type(error).__name__}: {error}")
 
 
 def _images(images: Any) -> ImageDataset:

@@ -17,6 +17,7 @@ from sfda_tune.backbones import resolve_backbones
 from sfda_tune.datasets import ImageDataset, open_dataset
 from sfda_tune.ensembles import select_ensemble
 from sfda_tune.extraction import Executor, Extraction, Map, Settings, extract, resolve_device
+from sfda_tune.images import Passing
 from sfda_tune.racing import Course, Race, make_stages, run
 from sfda_tune.scoring import Metric, Scorer
 from sfda_tune.store import FeatureStore, open_store
@@ -183,10 +184,17 @@ def rank(
     run.seconds["total"] = time.perf_counter() - started
     if run.unreadable:
         names = [images.item_name(row) for row in sorted(run.unreadable)]
+        passing = [why for why in run.unreadable.values() if isinstance(why, Passing)]
         warnings.warn(
             f"{len(names)} of {len(images)} images could not be read and were left out: "
             + ", ".join(names[:5])
-            + (", …" if len(names) > 5 else ""),
+            + (", …" if len(names) > 5 else "")
+            + (
+                f"; {len(passing)} for a reason that may pass ({passing[0]}): the next run reads "
+                "them again"
+                if passing
+                else ""
+            ),
             stacklevel=2,
         )
     info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
@@ -249,7 +257,8 @@ class _Run:
             progress=bar,
         )
         self.rows = None
-        ranked: set[str] = set()
+        of: dict[str, Any] = {}  # rows of each; one that comes again has fewer
+        before = dict(seen or {})  # one that comes again takes the place of what came first
         try:
             for extraction in found:
                 for part, spent in extraction.seconds.items():
@@ -259,24 +268,19 @@ class _Run:
                 self.unreadable |= extraction.unreadable
                 name = extraction.backbone.name
                 if seen is not None:
-                    extraction = seen[name] = _join(seen.get(name), extraction)
+                    extraction = seen[name] = _join(before.get(name), extraction)
                 begun = time.perf_counter()
                 result = _score(extraction, self.scorer, self.settings.device)
                 self.seconds["score"] += time.perf_counter() - begun
                 if extraction.features is not None:
-                    if self.rows is None or name in ranked:  # again: some rows turned out bad
-                        self.rows = extraction.rows
-                    ranked.add(name)
-                    if not _same(self.rows, extraction.rows):
-                        result = replace(
-                            result,
-                            error="its images are not those of the other backbones; run "
-                            "`sfda-tune cache clear` and rank again",
-                        )
+                    self.rows = of[name] = extraction.rows
                 self.scores[name] = result
                 bar.finish(result)
         finally:
             found.close()
+        for name in [name for name, rows in of.items() if not _same(self.rows, rows)]:
+            error = "its images are not those of the other backbones; rank again"
+            self.scores[name] = replace(self.scores[name], error=error)
 
     def race(self, terms: Race, bar: Any) -> Course:
         """Score all candidates on few images, and ever fewer of them on more."""

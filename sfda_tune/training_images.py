@@ -13,7 +13,8 @@ from PIL import Image
 
 from sfda_tune import extraction
 from sfda_tune.datasets import ImageDataset, UnreadableImage
-from sfda_tune.decoding import BATCH, Loader, count_workers, is_in_memory
+from sfda_tune.decoding import Loader, count_workers, cut, is_in_memory
+from sfda_tune.images import Passing, is_passing
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.texts import one_line
@@ -123,7 +124,7 @@ class Images:
         budget = min(extraction.PIXEL_BYTES, psutil.virtual_memory().available // 4)
         kept: list[Any] = []
         size = 0
-        for rows, batch in self.loader(self, _cut(len(self), BATCH), list, self.workers):
+        for rows, batch in self.loader(self, cut(len(self)), list, self.workers):
             if self._check is not None:
                 self._check()
             if rows[0] != len(kept) or len(rows) != len(batch):
@@ -144,8 +145,13 @@ class Images:
 
     def __getitem__(self, row: int) -> Any:
         """Return the prepared image, or the reason why there is none."""
-        if self.kept is not None:
-            return self.kept[row]
+        if self.kept is None:
+            return self._make(row)
+        if isinstance(self.kept[row], Passing):
+            self.kept[row] = self._make(row)
+        return self.kept[row]
+
+    def _make(self, row: int) -> Any:
         if self._check is not None:  # outside of `try`: it is no property of the image
             self._check()
         try:
@@ -155,7 +161,8 @@ class Images:
         except MemoryError:  # no property of the image, either
             raise
         except Exception as error:  # of a transform, on an image of 1 × 100,000 pixels
-            return one_line(f"{type(error).__name__}: {error}")
+            reason = one_line(f"{type(error).__name__}: {error}")
+            return Passing(reason) if is_passing(error) else reason
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what asks for the time, where worker processes are not forked."""
@@ -164,7 +171,7 @@ class Images:
     def batches(self, size: int, view: Callable[[Any], Any]) -> Iterator[Batch]:
         """Yield all images in order, `view` applied."""
         workers = 0 if self.kept is not None else self.workers
-        for _, batch in self.loader(_Viewed(self, view), _cut(len(self), size), collate, workers):
+        for _, batch in self.loader(_Viewed(self, view), cut(len(self), size), collate, workers):
             yield batch
 
     def loader(
@@ -173,10 +180,6 @@ class Images:
         """Return what makes batches of `items` that are made of these images."""
         direct = not workers and (self.kept is not None or is_in_memory(self.dataset))
         return Loader(items, batches, collate, workers=workers, direct=direct)
-
-
-def _cut(n: int, size: int) -> list[range]:
-    return [range(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def find_unreadable(dataset: ImageDataset) -> dict[int, str]:

@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import shutil
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
-from sfda_tune import DatasetError, extraction, open_dataset
+import sfda_tune
+from sfda_tune import DatasetError, extraction, images, open_dataset
 from sfda_tune.backbones import resolve_backbones
 from sfda_tune.extraction import Settings, extract
+from sfda_tune.images import Passing
 from sfda_tune.store import Entry, FeatureStore
 
 CPU = Settings(device="cpu", workers=0)
@@ -124,6 +127,29 @@ def test_runs_side_by_side_do_not_disturb_each_other(dataset, zoo):
     assert not extraction._BLOCKS
 
 
+def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
+    """A process of a pool is not told that a run has ended."""
+    worker, left = extraction.Worker(CPU, None), []
+
+    def pool(fn, units):
+        (unit,) = units
+        for k in range(6):  # as if of six runs
+            yield worker(replace(unit, run=f"{unit.run} {k}"))
+            left.append(sum(block.nbytes for _, block in extraction._BLOCKS.values()))
+
+    one = 36 * 3 * 32 * 32
+    monkeypatch.setattr(extraction, "PIXEL_BYTES", 2.5 * one)
+    run(dataset, zoo[:1], map_fn=pool)
+    assert left == [one, 2 * one, 2 * one, 2 * one, 2 * one, 2 * one]
+    monkeypatch.setattr(extraction, "IDLE", 0.01)
+    monkeypatch.setattr(extraction, "_JANITOR", None)
+    with extraction._BLOCKS_LOCK:
+        extraction._watch_idle()
+    while extraction._JANITOR is not None:
+        extraction._JANITOR.join(0.1)
+    assert not extraction._BLOCKS
+
+
 def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, monkeypatch):
     whole = features(run(dataset, zoo))
     monkeypatch.setattr(extraction, "SHARD", 8)
@@ -157,7 +183,10 @@ def test_a_failed_allocation_shifts_no_pixels(dataset, zoo, tmp_path, monkeypatc
 
 def test_an_outcome_that_never_comes_is_an_error(dataset, zoo):
     results = run(dataset, zoo[:2], map_fn=lambda fn, units: map(fn, list(units)[1:]))
-    assert "`map_fn` returned nothing for 1 of its 1 parts" in results["convnext"].error
+    assert (
+        "nothing came back for 1 of its 1 parts; look at what runs them (`map_fn`"
+        in results["convnext"].error
+    )
     assert results["efficientnet"].error is None
 
 
@@ -352,6 +381,177 @@ def test_too_many_unreadable_images_end_the_run(spoilt, zoo, tmp_path):
     run(spoilt, zoo[:1], store=store)
     with pytest.raises(DatasetError, match=message):  # also when all is cached
         run(spoilt, zoo[:1], settings, store=store)
+
+
+PASSING = [
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    MemoryError(),
+    TimeoutError(errno.ETIMEDOUT, "Connection timed out"),
+    OSError("out of memory error when reading image file"),  # Pillow's, without a number
+    RuntimeError("can't start new thread"),
+    ImportError("libsomething.so is not there"),
+]
+
+
+def _fail_at(monkeypatch, name, error, where="to_rgb", times=10**9):
+    """Let the decoder raise when it has the bytes of the image `name` (all: '')."""
+    real, decoded, left = getattr(images, where), images._read, [times]
+    current = threading.local()
+
+    def read(item):
+        current.item = str(item)
+        return decoded(item)
+
+    def fail(*args):
+        if current.item.endswith(name) and left[0]:
+            left[0] -= 1
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(images, "_read", read)
+    monkeypatch.setattr(images, where, fail)
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_may_pass_is_no_fact_about_an_image(
+    dataset, zoo, tmp_path, error, workers, monkeypatch
+):
+    store, settings = FeatureStore(tmp_path), replace(CPU, workers=workers)
+    with monkeypatch.context() as patch:
+        _fail_at(patch, "ant/05.jpg", error)
+        ill = run(dataset, zoo[:2], settings, store=store)
+    for e in ill.values():
+        assert list(e.unreadable) == [5]
+        assert isinstance(e.unreadable[5], Passing)
+        assert e.rows.tolist() == [*range(5), *range(6, 36)]
+    well = run(dataset, zoo[:2], store=store)
+    assert all(e.rows.tolist() == list(range(36)) for e in well.values())
+    assert all(e.cached for e in run(dataset, zoo[:2], store=store).values())
+
+
+@pytest.fixture
+def units():
+    """Those that `apart` did."""
+    return []
+
+
+@pytest.fixture
+def apart(monkeypatch, units):
+    """Each unit has its own pixels, as in a pool of processes; the second one's decoder fails."""
+
+    def run_units(worker, plan):
+        for unit in plan:
+            units.append(unit)
+            extraction._forget_blocks(unit.run)
+            with monkeypatch.context() as patch:
+                if len(units) == 2:
+                    _fail_at(patch, "ant/05.jpg", MemoryError())
+                yield worker(unit)
+
+    return run_units
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_backbones_are_scored_on_the_same_images_whoever_could_not_read_one(
+    dataset, zoo, tmp_path, apart, units, kept
+):
+    store = FeatureStore(tmp_path) if kept else None
+    whole = features(run(dataset, zoo[:3]))
+    found = list(extract(dataset, zoo[:3], CPU, store=store, map_fn=apart))
+    last = {e.backbone.name: e for e in found}
+    keep = np.delete(np.arange(36), 5)
+    for name, e in last.items():
+        assert e.error is None
+        assert e.rows.tolist() == keep.tolist()
+        np.testing.assert_allclose(e.features.x, whole[name][keep], atol=2e-6)
+    assert len(units) == (3 if kept else 4)  # the first one again, if nobody has its features
+
+
+def test_a_row_that_was_lost_later_is_dropped_from_an_ensemble_too(dataset, zoo, apart):
+    with pytest.warns(UserWarning, match=r"05\.jpg; 1 for a reason that may pass \(MemoryError\)"):
+        ranking = sfda_tune.rank(
+            dataset, zoo[:2], cache=False, device="cpu", map_fn=apart, ensemble=2
+        )
+    assert not ranking.failed
+    assert ranking.info["n_samples"] == 35
+    assert ranking.info["ensemble"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_image_whose_content_could_not_be_digested_has_no_features(
+    dataset, zoo, tmp_path, monkeypatch, times
+):
+    """Else its features would be kept under the key of an image that is not there."""
+    store = FeatureStore(tmp_path)
+    real, left = images._stream, [times]
+
+    def stream(item):
+        if str(item).endswith("ant/05.jpg") and left[0]:
+            left[0] -= 1
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(item)
+
+    monkeypatch.setattr(images, "_stream", stream)
+    ill = run(dataset, zoo[:1], store=store)["convnext"]
+    assert list(ill.unreadable) == [5]
+    assert ill.rows.tolist() == [*range(5), *range(6, 36)]
+    well = run(dataset, zoo[:1], store=store)["convnext"]
+    assert (well.cached, len(well.rows)) == (False, 36)
+    left[0] = times
+    again = run(dataset, zoo[:1], store=store)["convnext"]
+    assert (again.cached, len(again.rows)) == (True, 35)
+
+
+def test_what_entries_call_unreadable_is_tried_again(spoilt, zoo, tmp_path, monkeypatch):
+    """Of an earlier version, whose verdicts may be of the machine; or Pillow reads more now."""
+    store = FeatureStore(tmp_path / "cache")
+    run(spoilt, zoo[:2], store=store)
+    decoded = []
+    monkeypatch.setattr(
+        images, "to_rgb", lambda image, to=images.to_rgb: decoded.append(1) or to(image)
+    )
+    again = run(spoilt, zoo[:2], store=store)
+    assert all(e.cached and list(e.unreadable) == [5, 19] for e in again.values())
+    assert len(decoded) == 1  # of the other, no header can be read
+    for path, _ in store.entries():
+        entry = store.get(path.stem)
+        keep = entry.rows != 7
+        unreadable = {**entry.unreadable, "7": "Too many open files"}
+        store.put(
+            path.stem,
+            replace(entry, x=entry.x[keep], rows=entry.rows[keep], unreadable=unreadable),
+        )
+    healthy = run(spoilt, zoo[:2], store=store)
+    assert all(list(e.unreadable) == [5, 19] and not e.cached for e in healthy.values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pillow_s_switches_are_part_of_what_an_entry_is(
+    spoilt, zoo, tmp_path, monkeypatch, workers
+):
+    store, settings = FeatureStore(tmp_path / "cache"), replace(CPU, workers=workers)
+    strict = run(spoilt, zoo[:1], settings, store=store)["convnext"]
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    loose = run(spoilt, zoo[:1], settings, store=store)["convnext"]
+    assert (len(strict.rows), len(loose.rows)) == (34, 35)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 60)  # twice as many are an error
+    small = run(spoilt, zoo[:1], replace(settings, max_unreadable=1), store=store)["convnext"]
+    assert len(small.rows) < 34
+    monkeypatch.undo()
+    again = run(spoilt, zoo[:1], settings, store=store)["convnext"]
+    assert (again.cached, again.rows.tolist()) == (True, strict.rows.tolist())
+
+
+def test_pillow_s_switches_reach_the_processes_of_a_pool(spoilt, zoo, tmp_path, monkeypatch):
+    store = FeatureStore(tmp_path / "cache")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        loose = run(spoilt, zoo[:1], store=store, map_fn=processes.map)["convnext"]
+    assert len(loose.rows) == 35
+    assert run(spoilt, zoo[:1], store=store)["convnext"].cached
 
 
 # Backbones that fail ----------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from sfda_tune import (
     ImageDataset,
     extraction,
     finetuning,
+    images,
     open_dataset,
     resolve_backbones,
 )
@@ -343,6 +346,17 @@ def test_predictions_of_files_arrays_and_what_cannot_be_read(tmp_path, photos):
         load_model(tmp_path)
 
 
+def test_an_image_that_never_ends_ends_a_prediction(monkeypatch, photos):
+    monkeypatch.setenv("SFDA_TUNE_PATIENCE", "0.2")
+    data = open_dataset(photos)
+    items = [*data.items[:3], threading.Event().wait]
+    stuck = ImageDataset("stuck", items, data.labels[:4], data.classes)
+    run = train(demo(), digits(), epochs=0)
+    with pytest.raises(DatasetError, match="stalled by row 3: no sign of life"):
+        predict(run.model(), stuck)
+    assert len(predict(run.model(), data.subset(range(3)))) == 3  # nothing else is stuck
+
+
 def test_a_network_of_ones_own(tmp_path):
     backbone = own()
     run = train(backbone, epochs=2, lr=0.01, layer_decay=0.5)
@@ -577,9 +591,11 @@ def test_runs_that_share_work_end_like_those_that_do_not(make, work, tmp_path):
     assert costs[0]["heads"] == 1
     # the first has smaller crops, so larger images
     assert costs[1]["decoded"] == (make is demo) * len(runs[0].train)
-    assert costs[2]["decoded"] == costs[1]["heads"] == costs[2]["heads"] == 0
+    assert costs[1]["heads"] == (make is demo)
+    assert costs[2]["decoded"] == costs[2]["heads"] == 0
     # two batches of training images for the head, one of validation images before any epoch
-    assert costs[1]["passes"] == costs[0]["passes"] - 3 == 2
+    assert costs[1]["passes"] == costs[0]["passes"] - 3 * (make is own)
+    assert costs[2]["passes"] == costs[0]["passes"] - 3 == 2
 
 
 def test_what_differs_is_not_shared(work):
@@ -655,6 +671,52 @@ def test_want_of_memory_is_no_property_of_an_image(monkeypatch):
 
     with pytest.raises(MemoryError):
         Images(digits(), prepare, 0)
+
+
+def test_the_start_of_a_head_is_shared_by_those_that_decode_alike(work):
+    """How far training images are shrunk depends on the crops, so the head's start does, too."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (24, 150, 150, 3)).astype(np.uint8)
+    data, shared = open_dataset((x, np.arange(24) % 2)), SharedWork()
+    for scale in ([0.08, 1.0], [0.9, 1.0]):
+        alone, together = (
+            train(demo(), data, workers=0, epochs=0, augmentation={"scale": scale}, shared=s)
+            for s in (None, shared)
+        )
+        assert metrics(alone) == metrics(together)
+
+
+def test_an_image_that_could_not_be_read_in_passing_is_read_by_the_next_run(monkeypatch, photos):
+    data, shared, to_rgb = open_dataset(photos), SharedWork(), images.to_rgb
+    left = [1]
+
+    def fails_once(image):
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError
+        return to_rgb(image)
+
+    whole = train(demo(), data, epochs=0, workers=0)
+    monkeypatch.setattr(images, "to_rgb", fails_once)
+    first = train(demo(), data, epochs=0, workers=0, shared=shared)
+    assert [*first.unreadable.values()] == ["MemoryError"]
+    second = train(demo(), data, epochs=0, workers=0, shared=shared)
+    assert not second.unreadable
+    assert metrics(second) == metrics(whole)
+
+
+def test_an_image_that_ends_the_decoding_is_named(photos):
+    data = open_dataset(photos)
+    items = [*data.items[:20], partial(_end, os.getpid(), data.items[20]), *data.items[21:]]
+    deadly = ImageDataset("deadly", items, data.labels, data.classes)
+    with pytest.raises(DatasetError, match=r"died while it decoded row 20 \(SIGKILL\)"):
+        train(demo(), deadly, workers=2)
+
+
+def _end(parent, item):
+    if os.getpid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
 
 
 def test_unreadable_images_are_told_by_every_run_that_shares_work(monkeypatch, tmp_path):

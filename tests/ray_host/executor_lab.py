@@ -24,6 +24,7 @@ class Item:
     once: str = ""  # a file: the first process only
     later: str = ""  # a file: all but the first process
     hang: bool = False
+    signal: int = signal.SIGKILL
 
     def __call__(self):
         if os.getpid() == self.driver or (self.once and os.path.exists(self.once)):
@@ -35,7 +36,7 @@ class Item:
             Path(self.once).touch()
         if self.hang:
             time.sleep(1000)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self.signal)
 
 
 class Net(torch.nn.Module):
