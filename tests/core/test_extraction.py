@@ -727,7 +727,7 @@ def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
 
     results = run(dataset, zoo[:2], replace(CPU, batch_size=4), map_fn=interrupt)
     assert [e.error for e in results.values()] == ["RuntimeError: the run has ended"] * 2
-    assert log == [(zoo[0].name, 4)]  # the other one's turn never came
+    assert [step for step in log if step[1]] == [(zoo[0].name, 4)]  # nor the other one at all
 
 
 def test_who_breaks_the_device_fails_and_the_others_go_on_in_a_fresh_process(
