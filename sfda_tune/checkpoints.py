@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_state", "share_file", "write_state", "write_tensors"]
+from sfda_tune.files import replacing
+
+__all__ = ["read_state", "write_state", "write_tensors"]
 
 
 def write_state(path: Path, state: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -52,19 +53,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], header: Mapping[str, s
     # Copies: safetensors takes neither tensors that share memory nor the channels-last layout.
     rows = torch.contiguous_format
     plain = {name: t.detach().cpu().clone(memory_format=rows) for name, t in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(plain, temporary, dict(header))
-        share_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def share_file(path: Path) -> None:
-    """Give a file the permissions that the umask allows: safetensors writes for its owner only."""
-    os.umask(mask := os.umask(0o022))
-    path.chmod(0o666 & ~mask)
 
 
 def _flatten(tree: Any, path: str, tensors: dict[str, Any]) -> Any:

@@ -25,6 +25,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sfda_tune.files import open_regular
+
 __all__ = ["UNREADABLE", "UnreadableImage", "decode", "digest", "explain", "to_rgb"]
 
 UNREADABLE = "unreadable"
@@ -105,7 +107,8 @@ def digest(item: Any) -> str:
         result.update(np.ascontiguousarray(item).data)
     else:
         with _stream(item) as stream:
-            result.update(stream.read())
+            while block := stream.read(1 << 20):
+                result.update(block)
     return result.hexdigest()
 
 
@@ -142,7 +145,7 @@ def _resolve(item: Any) -> Any:
 
 
 def _stream(item: Any) -> IO[bytes]:
-    return io.BytesIO(item) if isinstance(item, bytes) else open(item, "rb")
+    return io.BytesIO(item) if isinstance(item, bytes) else open_regular(item)
 
 
 def _prepare_pillow() -> None:
