@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import reprlib
@@ -25,6 +26,7 @@ from typing import IO, Any
 __all__ = [
     "check",
     "clear_leftovers",
+    "digest_file",
     "open_regular",
     "read_json",
     "read_text",
@@ -84,6 +86,15 @@ def read_text(path: str | os.PathLike[str], limit: int = LARGEST) -> str:
     """Return a text in UTF-8, with or without a mark of it; a `ValueError` if it is none."""
     with open_regular(path, limit) as file:
         return file.read().decode("utf-8-sig")
+
+
+def digest_file(path: str | os.PathLike[str]) -> str:
+    """Return Blake2b, in hexadecimal, of what a file holds, however large it is."""
+    result = hashlib.blake2b(digest_size=20)
+    with open_regular(path, 1 << 60) as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()
 
 
 def read_json(path: str | os.PathLike[str], kind: Any = object) -> Any:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfda_tune.files import check, read_text, write_text
+from sfda_tune.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd

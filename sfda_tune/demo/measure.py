@@ -31,7 +31,6 @@ from torch import nn
 
 from sfda_tune import demo
 from sfda_tune.files import write_bytes
-from sfda_tune.demo.pretrain import replace
 
 log = logging.getLogger("sfda_tune.demo.measure")
 
