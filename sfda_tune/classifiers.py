@@ -219,7 +219,7 @@ def write_model(backbone: Backbone, model: Model, folder: Path) -> None:
     elif name and not name.startswith("hf-hub:"):
         more["architecture"] = name.partition(".")[0]
     with unfinished(folder) as new:
-        save_for_hf(module, new, model_config=more, safe_serialization=True)
+        save_for_hf(module, str(new), model_config=more, safe_serialization=True)
         for file in (WEIGHTS, "config.json"):
             with replacing(folder / file) as whole:
                 os.replace(new / file, whole)

@@ -8,6 +8,7 @@ the next one that writes into that folder, once it is a day old.
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
@@ -15,20 +16,23 @@ import os
 import reprlib
 import shutil
 import stat
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
+    "AtLeast",
     "check",
     "clear_leftovers",
     "digest_file",
     "open_regular",
+    "parse_json",
     "read_json",
+    "read_rows",
     "read_text",
     "replacing",
     "unfinished",
@@ -39,6 +43,7 @@ __all__ = [
 PREFIX, SUFFIX = ".sfda_tune-", ".tmp"  # of the names of what is not whole yet
 AGE = 86400.0  # seconds after which that is of a process that was killed
 LARGEST = 1 << 32  # bytes; nothing that is read as a whole has more
+LARGEST_NUMBER = 1e30  # nothing that is measured is larger, and sums of such are finite
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -108,24 +113,64 @@ def read_json(path: str | os.PathLike[str], kind: Any = object) -> Any:
         One line with the file, and with what in it is wrong.
     """
     try:
-        data = json.loads(read_text(path))
-        check(data, kind)
+        return parse_json(read_text(path), kind)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError, MemoryError) as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ValueError(
-            f"{_line(os.fspath(path))}: must be JSON as sfda-tune writes it, but {_line(why)}; "
-            "restore the file, or make it anew."
-        ) from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{_line(os.fspath(path))}: {_line(why)}; restore it.") from error
+
+
+def parse_json(text: str, kind: Any = object) -> Any:
+    """Return what strict JSON holds; a `ValueError` says what in it is wrong."""
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("must be valid JSON but is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"must be valid JSON ({error})") from None
+    check(data, kind)
     return data
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def read_rows(path: str | os.PathLike[str], columns: Iterable[str]) -> list[dict[str, str]]:
+    """Read a CSV file in UTF-8 that has `columns`, perhaps among others; else a `ValueError`."""
+    columns = list(columns)
+    try:
+        lines = read_text(path).splitlines(keepends=True)
+        reader = csv.DictReader(lines, restval="", strict=True)
+        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        rows = list(reader)
+        if long := next((n for n, row in enumerate(rows, 2) if None in row), None):
+            raise ValueError(f"row {long} has more fields than its header")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"{_line(os.fspath(path))}: must be CSV with {', '.join(columns)}, but {_line(why)}."
+        ) from error
+    return rows
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A kind for `check`: a number, or an integer, that is not less."""
+
+    least: int
+    type: Any = float
 
 
 def check(value: Any, kind: Any, where: str = "") -> None:
     """See that a value from a file is of the expected kind.
 
     A kind is ``str``, ``int``, ``float`` (or an integer), ``bool``, ``None``, ``object`` (any
-    value); ``[kind]``, ``{str: kind}``, ``{"field": kind, "optional?": kind}``, where further
+    value), `AtLeast`; ``[kind]``, ``{str: kind}``, ``{"field": kind, "optional?": kind}``, where further
     fields may be anything; or a tuple of kinds, one of which it must be.
 
     Raises
@@ -135,8 +180,9 @@ def check(value: Any, kind: Any, where: str = "") -> None:
 
     Examples
     --------
-    >>> check({"trials": [{"value": None}]}, {"trials": [{"value": (float, None), "error?": str}]})
-    >>> check({"trials": [{"value": "x"}]}, {"trials": [{"value": (float, None)}]})
+    >>> kind = {"trials": [{"value": (float, None), "error?": str}]}
+    >>> check({"trials": [{"value": None}]}, kind)
+    >>> check({"trials": [{"value": "x"}]}, kind)
     Traceback (most recent call last):
     ...
     ValueError: `trials[0].value` must be a number or null but is 'x'
@@ -168,14 +214,20 @@ def _fits(value: Any, kind: Any) -> bool:
         return kind is object or value is None
     if isinstance(kind, (list, dict)):
         return isinstance(value, type(kind))
+    if isinstance(kind, AtLeast):
+        return _fits(value, kind.type) and value >= kind.least
     if isinstance(value, bool):
         return kind is bool
     if isinstance(value, int) and kind in (int, float):
-        return abs(value) < (2**63 if kind is int else sys.float_info.max)
+        return abs(value) < (2**63 if kind is int else LARGEST_NUMBER)
+    if isinstance(value, float) and kind is float:
+        return abs(value) < LARGEST_NUMBER  # false for NaN, too
     return isinstance(value, kind)
 
 
 def _say(kind: Any) -> str:
+    if isinstance(kind, AtLeast):
+        return f"{_say(kind.type)} ≥ {kind.least}"
     if isinstance(kind, (list, dict)):
         return "a list" if isinstance(kind, list) else "an object"
     names = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}

@@ -8,11 +8,11 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sfda_tune.files import read_text
 from sfda_tune.values import FORMAT, Ranking
 
 __all__ = ["read_scores", "read_truth"]
@@ -46,7 +46,10 @@ def read_truth(path: str | os.PathLike[str], *, column: str | None = None) -> Ma
 
 def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool) -> Any:
     where = os.fspath(path)
-    text = Path(path).read_text(encoding="utf-8-sig").strip("\r\n ")
+    try:
+        text = read_text(path).strip("\r\n ")
+    except ValueError as error:
+        raise ValueError(f"{where}: must be text in UTF-8 ({error}).") from None
     if not text:
         raise ValueError(f"{where}: must hold scores or accuracies but is empty.")
     if text[0] not in "{[":
@@ -54,7 +57,7 @@ def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool)
     else:
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: must be valid JSON ({error}).") from None
         if isinstance(data, dict) and data.get("format") == FORMAT:
             return Ranking.from_json(text)
@@ -72,7 +75,10 @@ def _from_csv(text: str, where: str, column: str | None, preferred: Sequence[str
     lines = text.splitlines()
     delimiter = max(",;\t", key=lines[0].count)
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
-    header, rows = list(reader.fieldnames or ()), list(enumerate(reader, 2))
+    try:
+        header, rows = list(reader.fieldnames or ()), list(enumerate(reader, 2))
+    except csv.Error as error:
+        raise ValueError(f"{where}: must be CSV ({error}).") from None
     if not rows or any(cell and _is_number(cell) for cell in header):
         raise ValueError(
             f"{where}: must hold column names, such as name,score, and rows below: {header}."
@@ -130,7 +136,7 @@ def numbers(where: str, values: Any, finite: bool = False) -> dict[Any, float]:
     for name, value in values.items():
         try:
             table[name] = _number(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{where} must hold numbers but {name!r} is {value!r}.") from None
         if finite and not math.isfinite(table[name]):
             raise ValueError(f"{where} must be finite but {name!r} is {value!r}; leave it out.")
