@@ -46,7 +46,6 @@ LARGEST = 1 << 32  # bytes; nothing that is read as a whole has more
 LARGEST_NUMBER = 1e30  # nothing that is measured is larger, and sums of such are finite
 
 _KINDS = (
-    (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
     (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
@@ -79,6 +78,8 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def _refuse(found: os.stat_result, path: Any, limit: int) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(found.st_mode):
         what = next((text for test, text in _KINDS if test(found.st_mode)), "something else")
         raise OSError(errno.EINVAL, f"is {what}, not a file", os.fspath(path))
@@ -170,8 +171,8 @@ def check(value: Any, kind: Any, where: str = "") -> None:
     """See that a value from a file is of the expected kind.
 
     A kind is ``str``, ``int``, ``float`` (or an integer), ``bool``, ``None``, ``object`` (any
-    value), `AtLeast`; ``[kind]``, ``{str: kind}``, ``{"field": kind, "optional?": kind}``, where further
-    fields may be anything; or a tuple of kinds, one of which it must be.
+    value), `AtLeast`; ``[kind]``, ``{str: kind}``, ``{"field": kind, "optional?": kind}``, where
+    further fields may be anything; or a tuple of kinds, one of which it must be.
 
     Raises
     ------

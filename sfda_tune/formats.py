@@ -66,11 +66,11 @@ RANKING: dict[Any, Any] = {
 EPOCH = {
     "number": AtLeast(0, int),
     "value": float,
-    "log_loss": float,
+    "log_loss?": float,
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),
 }
-TRIAL: dict[Any, Any] = {
+OUTLINE: dict[Any, Any] = {  # of a trial, as a report needs it
     "number": int,
     "backbone": str,
     "params": {str: object},
@@ -84,6 +84,7 @@ TRIAL: dict[Any, Any] = {
     "error?": TEXT,
     "epochs?": [EPOCH],
 }
+TRIAL: dict[Any, Any] = OUTLINE | {"epochs": [EPOCH | {"log_loss": float}], "started": AtLeast(0)}
 
 SEARCH: dict[Any, Any] = {
     "format?": int,
@@ -96,15 +97,15 @@ SEARCH: dict[Any, Any] = {
     "excluded?": ({str: str}, None),
     "survivors?": [str],
     "separable?": (bool, None),
-    "decision?": str,
+    "decision?": TEXT,
     "objectives?": [str],
     "metric?": str,
     "engine?": str,
     "storage?": TEXT,
     "plausible?": [str],
     "scores?": {str: float},
-    "trials?": [TRIAL],
-    "short_trials?": [TRIAL],
+    "trials?": [OUTLINE],
+    "short_trials?": [OUTLINE],
     "front?": [int],
     "costs?": (
         {str: {"latency_ms?": COUNT, "n_params?": COUNT, "seconds_per_epoch?": COUNT}},
@@ -127,10 +128,16 @@ SEARCH: dict[Any, Any] = {
 }
 # What a search needs of its own folder, and what one that is done tells
 _NEEDED = ("status", "classes", "n_images", "stages", "excluded", "survivors", "separable")
-_NEEDED += ("decision", "trials", "short_trials", "costs")
+_NEEDED += ("decision", "costs")
 STATE: dict[Any, Any] = {
-    key.removesuffix("?") if key[:-1] in _NEEDED else key: kind for key, kind in SEARCH.items()
-} | {"seconds": {"total": AtLeast(0), "train_everything_estimate": COUNT}}
+    key.removesuffix("?") if key[:-1] in _NEEDED else key: kind
+    for key, kind in SEARCH.items()
+    if "trials" not in key and key != "seconds?"
+} | {
+    "trials": [TRIAL],
+    "short_trials": [TRIAL],
+    "seconds": {"total": AtLeast(0), "train_everything_estimate": COUNT},
+}
 FOUND: dict[Any, Any] = STATE | {
     "best": {
         "trial": int,

@@ -108,7 +108,7 @@ def read_run(source: str | os.PathLike[str]) -> Run:
     return Run(
         _read_ranking(path / "ranking.json") if is_ranked else Ranking(()),
         search or None,
-        _check_trials(search.get("trials") or (), path / "search.json"),
+        _complete(search.get("trials") or (), path / "search.json"),
         _read(path / "config.json", CONFIG),
         _read(path / "environment.json", ENVIRONMENT),
         predictions,
@@ -137,19 +137,16 @@ def _read(path: Path, kind: Any) -> Any:
     return data
 
 
-def _check_trials(entries: Iterable[Any], path: Path) -> list[dict[str, Any]]:
-    trials = []
-    for i, entry in enumerate(entries):
-        try:
-            trial = dict.fromkeys(("values", "error")) | {"params": {}, "epochs": []} | entry
-            trial |= {"number": int(entry["number"]), "backbone": str(entry["backbone"])}
-            for key in ("value", "started", "seconds"):
-                trial[key] = None if entry.get(key) is None else float(entry[key])
-            STATES[trial["state"]]
-        except (TypeError, KeyError, ValueError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{os.fspath(path)}: `trials[{i}]` is no trial ({what}).") from None
-        trials.append(trial)
+def _complete(entries: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Give each trial all fields, in the order of their numbers."""
+    empty = dict.fromkeys(("value", "values", "started", "seconds", "error")) | {"epochs": []}
+    trials = [empty | entry for entry in entries]
+    for i, trial in enumerate(trials):
+        if trial["state"] not in STATES:
+            raise ValueError(
+                f"{os.fspath(path)}: `trials[{i}].state` must be one of {', '.join(STATES)} but "
+                f"is {trial['state']!r}."
+            )
     return sorted(trials, key=lambda t: t["number"])
 
 

@@ -395,8 +395,9 @@ def test_what_is_no_run_is_refused(folder, tmp_path):
     for wrong in (3, {"number": 0}, search["trials"][0] | {"state": "odd"},
                   search["trials"][0] | {"value": "x"}):  # fmt: skip
         write_json(folder / "search.json", search | {"trials": [*search["trials"], wrong]})
-        with pytest.raises(ValueError, match=r"search\.json: `trials\[10\]` is no trial"):
+        with pytest.raises(ValueError, match=r"search\.json: `trials\[10\](\.\w+)?` must"):
             write_report(folder)
+    write_json(folder / "search.json", search)
     (folder / "test_predictions.csv").write_text("item,predicted\na,b\n")
     with pytest.raises(ValueError, match=r"test_predictions\.csv: must be CSV with"):
         write_report(folder)
