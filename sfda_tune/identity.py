@@ -33,7 +33,7 @@ import uuid
 import warnings
 import weakref
 import zipfile
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, cast
 
 import numpy as np
@@ -259,21 +259,31 @@ class _Walk:
                     self.add_module(found, code.co_names)
                 else:
                     self.add(found)
+            elif step.opname == "IMPORT_NAME":
+                self.add_import(step.argval, names.get("__package__") or "")
 
-    def add_module(self, module: types.ModuleType, used: tuple[str, ...] = ()) -> None:
-        """Add of a module of the user's what code with the names `used` may take from it."""
+    def add_import(self, name: str, package: str) -> None:
+        """Add what a function imports when it runs: by its text, for it may not be loaded yet."""
+        packages: set[str] = set()
+        for full in (name, f"{package}.{name}".strip(".")):
+            found = [*_locate(full, sys.path, "", packages)]
+            self.say("import", full, _digest_files(*_follow(found, sys.path)))
+        self.say(sorted((name, version_of(name)) for name in packages))
+
+    def add_module(self, module: types.ModuleType, used: Iterable[str] | None = None) -> None:
+        """Add of a module of the user's all, or what code with the names `used` takes from it."""
         self.say("module")
         if _is_foreign(module.__name__):
             self.add_reference(module)
             return
-        for name in used:
-            if name in vars(module):
-                found = vars(module)[name]
-                self.say(name)
-                if isinstance(found, types.ModuleType):
-                    self.add_module(found, tuple(n for n in used if n != name))
-                else:
-                    self.add(found)
+        names = [n for n in vars(module) if not n.startswith("__")] if used is None else used
+        for name in sorted(set(names) & vars(module).keys()):
+            found = vars(module)[name]
+            self.say(name)
+            if used is not None and isinstance(found, types.ModuleType):
+                self.add_module(found, set(used) - {name})
+            else:
+                self.add(found)
 
     def add_class(self, value: type) -> None:
         self.say("class", value.__qualname__)
@@ -435,45 +445,56 @@ def files_behind(source: str, module: types.ModuleType | None) -> str:
     file = source if os.path.isfile(source) else getattr(module, "__file__", None)
     if not file:
         return ""
-    files, packages = _follow(file, source if file != source else "")
-    versions = [(name, version) for name in sorted(packages) if (version := version_of(name))]
-    text = repr([[(name, digest_file(files[name])) for name in sorted(files)], versions])
-    digest = hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+    name = source if file != source else ""
+    places = list(dict.fromkeys([os.path.dirname(os.path.abspath(file)), *sys.path]))
+    files, packages = _follow([(name, file)], places, name.partition(".")[0])
+    digest = _digest_files(files, packages)
     _KNOWN[source] = _stamp(files.values()), digest
     return digest
 
 
-def _follow(file: str, name: str) -> tuple[dict[str, str], set[str]]:
-    """Return name → file of all that a module imports, and the installed packages among it."""
-    places = list(dict.fromkeys([os.path.dirname(os.path.abspath(file)), *sys.path]))
-    own = name.partition(".")[0]  # is followed even if it is installed
+def _digest_files(files: Mapping[str, str], packages: Iterable[str]) -> str:
+    versions = [(name, version) for name in sorted(packages) if (version := version_of(name))]
+    text = repr([[(name, digest_file(files[name])) for name in sorted(files)], versions])
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+def _follow(
+    found: Iterable[tuple[str, str]], places: list[str], own: str = ""
+) -> tuple[dict[str, str], set[str]]:
+    """Return name → file of some modules and all that they import, and the installed packages.
+
+    Of these, the files of `own` are followed, too.
+    """
     files: dict[str, str] = {}
     packages: set[str] = set()
-    todo = [(name, file)]
+    todo = list(found)
     while todo:
         name, file = todo.pop()
-        if name in files:
-            continue
-        files[name] = file
-        for target in _imports(name, file):
-            where: Any = places
-            parts = target.split(".")
-            if parts[0] in sys.builtin_module_names or parts[0] in sys.stdlib_module_names:
-                continue
-            for k in range(len(parts)):
-                full = ".".join(parts[: k + 1])
-                spec = importlib.machinery.PathFinder.find_spec(full, where)
-                if k == 0 and full != own and (spec is None or is_installed(_home(spec))):
-                    packages.add(full)
-                    break
-                if spec is None:
-                    break
-                if spec.origin and spec.has_location:
-                    todo.append((full, spec.origin))
-                where = spec.submodule_search_locations
-                if where is None:
-                    break
+        if name not in files:
+            files[name] = file
+            for target in _imports(name, file):
+                todo += _locate(target, places, own, packages)
     return files, packages
+
+
+def _locate(name: str, places: Any, own: str, packages: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the user's files that importing `name` runs; add what is installed to `packages`."""
+    parts = name.split(".")
+    if parts[0] in sys.builtin_module_names or parts[0] in sys.stdlib_module_names:
+        return
+    for k in range(len(parts)):
+        full = ".".join(parts[: k + 1])
+        spec = importlib.machinery.PathFinder.find_spec(full, places)
+        if k == 0 and full != own and (spec is None or is_installed(_home(spec))):
+            packages.add(full)
+            return
+        if spec is None:
+            return
+        if spec.origin and spec.has_location:
+            yield full, spec.origin
+        if (places := spec.submodule_search_locations) is None:
+            return
 
 
 def _home(spec: importlib.machinery.ModuleSpec) -> str | None:
