@@ -353,17 +353,21 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     BackboneError
         If there is none, or it is not one of timm's; the message says what it is.
     """
-    kind = {"architecture?": str, "pretrained_cfg?": dict, "model_args?": (dict, None)}
+    some = {str: object}
+    kind = {"architecture?": str, "pretrained_cfg?": some, "model_args?": (some, None)}
     try:
-        config = read_json(Path(folder) / "config.json", kind)
-        if "architecture" not in config:
-            raise ValueError(f"its config.json {_say_whose(config)}")
-        if (size := config.get("pretrained_cfg", {}).get("input_size")) is not None:
-            check_input_size(size)
+        config = read_json(Path(folder) / "config.json", kind, f"check {folder}")
     except FileNotFoundError:
         raise BackboneError(f"it has no config.json; check {folder}") from None
     except ValueError as error:
-        raise BackboneError(f"{error}; check {folder}") from None
+        raise BackboneError(str(error)) from None
+    if "architecture" not in config:
+        raise BackboneError(f"its config.json {_say_whose(config)}; check {folder}")
+    if (size := config.get("pretrained_cfg", {}).get("input_size")) is not None:
+        try:
+            check_input_size(size)
+        except ValueError as error:
+            raise BackboneError(f"{error}; check {folder}") from None
     return config
 
 

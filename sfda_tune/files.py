@@ -103,7 +103,7 @@ def digest_file(path: str | os.PathLike[str]) -> str:
     return result.hexdigest()
 
 
-def read_json(path: str | os.PathLike[str], kind: Any = object) -> Any:
+def read_json(path: str | os.PathLike[str], kind: Any = object, advice: str = "restore it") -> Any:
     """Read JSON of a `kind` that `check` knows.
 
     Raises
@@ -119,7 +119,7 @@ def read_json(path: str | os.PathLike[str], kind: Any = object) -> Any:
         raise
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{_line(os.fspath(path))}: {_line(why)}; restore it.") from error
+        raise ValueError(f"{_line(os.fspath(path))}: {_line(why)}; {advice}.") from error
 
 
 def parse_json(text: str, kind: Any = object) -> Any:

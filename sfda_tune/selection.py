@@ -325,7 +325,7 @@ class _Search:
     @property
     def state(self) -> dict[str, Any]:
         found = read_json(self.folder / "search.json", self.kind)
-        self.kind = dict  # what is written since is our own
+        self.kind = {}  # what is written since is our own
         return found
 
     @contextmanager
