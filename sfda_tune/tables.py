@@ -30,8 +30,8 @@ def read_scores(path: str | os.PathLike[str], *, column: str | None = None) -> M
     column ``dataset`` makes it several data sets. An empty cell, null or NaN is a backbone that
     failed. ValueError, with file and row or model, for any other content.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "scores.csv"
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "scores.csv"
     >>> _ = path.write_text("model,score\nresnet50,0.71\nvit_small,\n")
     >>> read_scores(path)
     {'resnet50': 0.71, 'vit_small': nan}
