@@ -11,7 +11,6 @@ None of these tools is imported until its own objects are made.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfda_tune.backbones import timm_name
+from sfda_tune.backbones import read_config, timm_name
 from sfda_tune.values import Backbone, Ranking
 
 __all__ = ["ModelInit", "TrainerSpace", "to_autogluon", "to_ludwig"]
@@ -76,7 +75,7 @@ def _find_for_autogluon(spec: str) -> str | None:
     folder = Path(name.partition(":")[2])
     if not (folder / "pytorch_model.bin").is_file():
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     return None if config.get("model_args") else str(folder)
 
 

@@ -28,7 +28,6 @@ import glob as globbing
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import logging
 import os
 import sys
@@ -41,10 +40,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sfda_tune import demo
+from sfda_tune.files import digest_file, read_json
 from sfda_tune.hub import cache_only_if_unreachable
-from sfda_tune.preprocessing import Preprocessing
-from sfda_tune.texts import printable
+from sfda_tune.identity import files_behind, identify, is_installed, version_of
+from sfda_tune.preprocessing import Preprocessing, check_input_size
+from sfda_tune.texts import one_line, printable
 from sfda_tune.values import Backbone
 
 if TYPE_CHECKING:
@@ -63,6 +66,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz")
+
+
+CALLS = 500_000  # of PyTorch's functions, in building a network
 
 
 class BackboneError(ValueError):
@@ -341,6 +347,43 @@ def _hand_over(module: Any, transform: Any) -> tuple[Any, Any]:
     return module, transform
 
 
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the ``config.json`` of a timm checkpoint folder.
+
+    Raises
+    ------
+    BackboneError
+        If there is none, or it is not one of timm's; the message says what it is.
+    """
+    some = {str: object}
+    kind = {"architecture?": str, "pretrained_cfg?": some, "model_args?": (some, None)}
+    try:
+        config = read_json(Path(folder) / "config.json", kind, f"check {folder}")
+    except FileNotFoundError:
+        raise BackboneError(f"it has no config.json; check {folder}") from None
+    except ValueError as error:
+        raise BackboneError(str(error)) from None
+    if "architecture" not in config:
+        raise BackboneError(f"its config.json {_say_whose(config)}; check {folder}")
+    if (size := config.get("pretrained_cfg", {}).get("input_size")) is not None:
+        try:
+            check_input_size(size)
+        except ValueError as error:
+            raise BackboneError(f"{error}; check {folder}") from None
+    return config
+
+
+def _say_whose(config: Mapping[str, Any]) -> str:
+    of = config.get("model_type") or config.get("architectures")
+    if not of:
+        return "names no `architecture`, as those of timm do"
+    return (
+        f"is of a transformers checkpoint ({one_line(str(of), 60)}), which timm cannot open; take "
+        "timm's version of it (`sfda-tune backbones '*NAME*'`), or in Python Backbone(name, "
+        "load=…) with a module that returns its features"
+    )
+
+
 # Backbones to networks --------------------------------------------------------------------------
 def describe(backbone: Backbone) -> Description:
     """Find out parameters, width and preprocessing, without loading weights.
@@ -403,10 +446,14 @@ def _create(backbone: Backbone, *, pretrained: bool) -> Any:
     try:
         name = timm_name(backbone.spec)
         local = name.startswith("local-dir:")
-        with nullcontext() if local else cache_only_if_unreachable():
+        if local:
+            read_config(name.partition(":")[2])
+        with nullcontext() if local else cache_only_if_unreachable(), _bounded():
             # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
             # error; with num_classes=0 it would silently leave what is missing at random.
             module: Any = _build(name) if pretrained else timm.create_model(name)
+    except BackboneError:
+        raise
     except Exception as error:
         raise BackboneError(_explain(backbone, error)) from error
     module.reset_classifier(0)
@@ -425,6 +472,42 @@ def _build(name: str) -> Any:
         if not blank.incomplete():
             return module
     return timm.create_model(name, pretrained=True)  # an architecture that loads no weights
+
+
+def _bounded() -> Any:
+    """Return a context that refuses to build what no machine can hold: a mistaken configuration.
+
+    It sees the tensors of this thread as they are made, before they are filled; on the device
+    "meta" they take no memory, and only the absurd is refused.
+    """
+    import psutil
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Bounded(TorchFunctionMode):
+        calls, real, meta = 0, 0, 0
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            self.calls += 1
+            if func in makers and isinstance(made, torch.Tensor):
+                size = made.numel() * made.element_size()
+                self.real += 0 if made.is_meta else size
+                self.meta += size if made.is_meta else 0
+            if self.calls > CALLS or self.real > memory or self.meta > 1 << 42:
+                held = f"than the {memory / 2**30:.3g} GiB of this machine can hold"
+                raise MemoryError(
+                    "its configuration asks for a larger network "
+                    + ("than anybody has" if self.real <= memory else held)
+                )
+            return made
+
+    makers = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+    makers |= {torch.randint, torch.arange, torch.linspace, torch.eye, torch.tensor}
+    memory = psutil.virtual_memory().total
+    return Bounded()
 
 
 def timm_name(spec: str) -> str:
@@ -476,38 +559,92 @@ def _width(module: Any) -> int | None:
 
 # What the features depend on --------------------------------------------------------------------
 def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
-    """Return a digest of a backbone's weights, architecture and plug-ins.
+    """Return a digest of all that a backbone's features depend on, apart from the images.
+
+    Of a timm name, hub name or folder: its weights and configuration by their bytes, the version
+    of timm, the plug-ins with all they import, and the code of an architecture that is not timm's.
+    Of a network of the user's own: see `identity`, and what it makes of two fixed images.
 
     Without `module` it answers from files alone, and with None where the weights are not in a
     local file yet. With `module` (as `load` returns it) it always answers; for weights in files
     with the same digest as without.
     """
-    parts = [digest for digest in map(_file_digest, backbone.plugins) if digest]
+    parts = [f"{package} {version_of(package)}" for package in ("timm", "torch")]
+    parts += [files_behind(plugin, load_plugin(plugin)) for plugin in backbone.plugins]
     name = timm_name(backbone.spec)
     if backbone.load is not None:
-        if module is None:
-            module, _ = load(backbone)
-        weights = _module_digest(module)
+        module, half = load(backbone)
+        parts += [identify(module, backbone.name), _try_out(module, half)]
     elif name.startswith("local-dir:"):
         folder = Path(name.partition(":")[2])
+        parts.append(_own_architecture(backbone, read_config(folder)["architecture"]))
         files = sorted(filter(_is_weights, _files_in(folder)))
-        weights = "".join(f"{f.name} {_file_digest(f)} " for f in [folder / "config.json", *files])
+        parts += [f"{f.name} {digest_file(f)}" for f in [folder / "config.json", *files]]
     else:
+        parts.append(name)
         file = _cached_file(name)
-        if file is not None:
-            weights = f"{name} {_file_digest(file)}"
-        elif module is not None:
-            weights = f"{name} {_module_digest(module)}"
-        else:
+        if file is None and module is None:
             return None
-    return hashlib.blake2b(" ".join([*parts, weights]).encode(), digest_size=20).hexdigest()
+        if name.startswith("hf-hub:"):
+            config = _from_hub(name.partition(":")[2], ["config.json"])
+            parts.append(digest_file(config) if config else "")
+            architecture = read_config(Path(config).parent)["architecture"] if config else ""
+        else:
+            architecture = name.partition(".")[0]
+        parts.append(_own_architecture(backbone, architecture))
+        parts.append(digest_file(file) if file is not None else identify(module, backbone.name))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+
+
+def _own_architecture(backbone: Backbone, architecture: str) -> str:
+    """Return a digest of the code and attributes of an architecture that is none of timm's.
+
+    Its weights do not count here, so it is built without any; timm's own are not built.
+    """
+    import torch
+    from timm.models import is_model, model_entrypoint
+
+    if not is_model(architecture):
+        return ""  # opening it will say so
+    build = model_entrypoint(architecture)
+    package = build.__module__.partition(".")[0]
+    if is_installed(getattr(sys.modules.get(package), "__file__", None)):
+        return f"{package} {version_of(package)}"
+    with torch.random.fork_rng(devices=[]):  # of a tensor that is no weight the numbers count
+        torch.manual_seed(0)
+        module = _create(backbone, pretrained=False)
+    weights = module.state_dict(keep_vars=True).values()
+    return identify([build, module], backbone.name, by_shape=weights)
+
+
+def _try_out(module: Any, half: Preprocessing) -> str:
+    """Return roughly what a network makes of two fixed images, on the CPU.
+
+    It tells networks apart whose code is no Python, or reads a file. Rounded to a hundredth of
+    the features' size, because the last digits depend on the processor and its threads.
+    """
+    import torch
+
+    generator = np.random.default_rng(0)
+    shape = half.input_size or half.output_size
+    x = torch.from_numpy(generator.random((2, *shape), np.float32))
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            y = module(x).double()
+        y = y.mean((2, 3)) if y.ndim == 4 else y
+        directions = generator.standard_normal((y.shape[1], 8))
+        seen, size = y.numpy() @ directions, float(y.norm())
+    except Exception as error:  # the extraction will say so; or it runs on another device only
+        return type(error).__name__
+    told = [*(seen / (size or 1.0)).ravel(), np.log10(size or 1.0)]
+    return repr([round(float(v), 2) + 0.0 for v in told])
 
 
 def _cached_file(name: str) -> str | None:
     """Find the weights of a remote backbone in the caches that timm uses."""
     import timm
     import torch
-    from huggingface_hub import try_to_load_from_cache
 
     hub_id, file_names, url = "", [], None
     if name.startswith("hf-hub:"):
@@ -519,16 +656,25 @@ def _cached_file(name: str) -> str | None:
         hub_id, url = config.hf_hub_id or "", config.url
         if config.hf_hub_filename:
             file_names = [config.hf_hub_filename]
-    if hub_id:
-        repo, _, revision = hub_id.partition("@")
-        for file_name in [*file_names, "model.safetensors", "pytorch_model.bin"]:
-            for candidate in (_safe_name(file_name), file_name):
-                file = try_to_load_from_cache(repo, candidate, revision=revision or None)
-                if isinstance(file, str):
-                    return file
+    file_names += ["model.safetensors", "pytorch_model.bin"]
+    names = [name for given in file_names for name in (_safe_name(given), given)]
+    if hub_id and (file := _from_hub(hub_id, names)):
+        return file
     if isinstance(url, str) and url:
         file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         if os.path.isfile(file):
+            return file
+    return None
+
+
+def _from_hub(hub_id: str, names: list[str]) -> str | None:
+    """Find the first of some files of a repository in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = hub_id.partition("@")
+    for name in names:
+        file = try_to_load_from_cache(repo, name, revision=revision or None)
+        if isinstance(file, str):
             return file
     return None
 
@@ -539,30 +685,3 @@ def _safe_name(file_name: str) -> str:
         if file_name.endswith(".bin")
         else file_name
     )
-
-
-def _file_digest(path: str | os.PathLike[str]) -> str:
-    if not os.path.isfile(path):
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
-
-
-def _module_digest(module: Any) -> str:
-    """Hash weights, printed architecture and source of the class."""
-    digest = hashlib.blake2b(f"{type(module).__qualname__} {module}".encode(), digest_size=20)
-    try:
-        digest.update(inspect.getsource(type(module)).encode())
-    except (OSError, TypeError):  # defined in a notebook or an interpreter
-        logger.debug("no source for %s", type(module).__qualname__)
-    for name, tensor in sorted(module.state_dict().items()):
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)} ".encode())
-        digest.update(array.flatten().view(dtype=_bytes_dtype()).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _bytes_dtype() -> Any:
-    import torch
-
-    return torch.uint8

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_state", "share_file", "write_state", "write_tensors"]
+from sfda_tune.files import check, open_regular, parse_json, replacing
+
+__all__ = ["read_state", "read_tensors", "write_state", "write_tensors"]
 
 
 def write_state(path: Path, state: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -33,15 +34,33 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
-            header = json.loads(file.metadata()["sfda_tune"])
+        with open_regular(path, 1 << 60), safe_open(path, "pt") as file:
+            header = parse_json(
+                file.metadata()["sfda_tune"], {"tree": dict, "notes": {str: object}}
+            )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        state = _unflatten(header["tree"], tensors)
+        check(state, {})
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{str(path)!r} must be a checkpoint of this package but cannot be read ({error}); "
             "delete it, or pass resume=False to start over."
         ) from error
-    return _unflatten(header["tree"], tensors), header["notes"]
+    return state, header["notes"]
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Return the tensors of a safetensors file; a `ValueError` if it is none, or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        with open_regular(path, 1 << 60):
+            return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is no sound safetensors file ({error})") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], header: Mapping[str, str]) -> None:
@@ -52,19 +71,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], header: Mapping[str, s
     # Copies: safetensors takes neither tensors that share memory nor the channels-last layout.
     rows = torch.contiguous_format
     plain = {name: t.detach().cpu().clone(memory_format=rows) for name, t in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(plain, temporary, dict(header))
-        share_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def share_file(path: Path) -> None:
-    """Give a file the permissions that the umask allows: safetensors writes for its owner only."""
-    os.umask(mask := os.umask(0o022))
-    path.chmod(0o666 & ~mask)
 
 
 def _flatten(tree: Any, path: str, tensors: dict[str, Any]) -> Any:

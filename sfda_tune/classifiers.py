@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sfda_tune import backbones as zoo
-from sfda_tune.checkpoints import share_file, write_tensors
+from sfda_tune.checkpoints import write_tensors
 from sfda_tune.devices import compute
+from sfda_tune.files import replacing, unfinished
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.values import Backbone
@@ -208,12 +207,11 @@ def write_model(backbone: Backbone, model: Model, folder: Path) -> None:
     more: dict[str, Any] = {"label_names": list(model.classes)}
     name = zoo.timm_name(backbone.spec)
     if name.startswith("local-dir:"):  # a network can be called otherwise than its base variant
-        source = Path(name.partition(":")[2]) / "config.json"
-        more["architecture"] = json.loads(source.read_text(encoding="utf-8"))["architecture"]
+        more["architecture"] = zoo.read_config(name.partition(":")[2])["architecture"]
     elif name and not name.startswith("hf-hub:"):
         more["architecture"] = name.partition(".")[0]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as new:
-        save_for_hf(module, new, model_config=more, safe_serialization=True)
-        share_file(Path(new) / WEIGHTS)
+    with unfinished(folder) as new:
+        save_for_hf(module, str(new), model_config=more, safe_serialization=True)
         for file in (WEIGHTS, "config.json"):
-            os.replace(Path(new) / file, folder / file)
+            with replacing(folder / file) as whole:
+                os.replace(new / file, whole)

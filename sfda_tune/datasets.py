@@ -27,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
+from sfda_tune.files import check
 from sfda_tune.hub import cache_only_if_unreachable
 from sfda_tune.images import (
     UNREADABLE,
@@ -218,8 +219,10 @@ class ImageDataset:
         for members in np.split(np.argsort(code, kind="stable"), np.cumsum(counts)[:-1]):
             rank[rng.permutation(members)] = np.arange(len(members))
         # one image of each class, then a second, then by Sainte-Laguë; ties to the first class
+        rows = np.flatnonzero(rank < n)  # no class gets more than all places
+        code, rank = code[rows], rank[rows]
         order = np.lexsort((code, (rank + 0.5) / counts[code], np.minimum(rank, 2)))
-        return np.sort(order[:n])
+        return np.sort(rows[order[:n]])
 
 
 @dataclass(frozen=True)
@@ -438,13 +441,17 @@ def _encode(
     unit: str = "row",
     hint: str = "",
     least: int = 2,
+    places: np.ndarray | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels of any hashable type → codes 0 … C−1 and class names; all checks are here.
 
-    `names` are the declared names of integer labels (ClassLabel, torchvision's `classes`).
+    `names` are the declared names of integer labels (ClassLabel, torchvision's `classes`). With
+    `places`, `given` are the different labels only, and `places` says where in them each image's
+    stands.
     """
     labels: list[Any] = [v.item() if getattr(v, "ndim", None) == 0 else v for v in given]
-    if not labels:
+    n = len(labels) if places is None else len(places)
+    if not n:
         raise DatasetError(f"{where} must hold at least one image but is empty.")
     try:
         distinct: set[Any] = set(labels)
@@ -467,18 +474,20 @@ def _encode(
         classes = tuple(sorted(set(text.values()), key=_class_key))
     if missing:
         bad = [n for n, label in enumerate(labels) if label in missing]
-        places = [f"{unit} {n if rows is None else rows[n]}" for n in bad]
+        bad = bad if places is None else np.flatnonzero(np.isin(places, bad)).tolist()
+        told = [f"{unit} {n if rows is None else rows[n]}" for n in bad]
         raise DatasetError(
-            f"{where} must hold a label for every image, but {len(bad)} of {len(labels)} are "
-            f"missing ({_some(places)}); fill them in or remove these images."
+            f"{where} must hold a label for every image, but {len(bad)} of {n} are "
+            f"missing ({_some(told)}); fill them in or remove these images."
         )
     if len(classes) < least:
         raise DatasetError(
-            f"{where} must have at least 2 classes to rank backbones, but all {len(labels)} "
+            f"{where} must have at least 2 classes to rank backbones, but all {n} "
             f"images are of class {', '.join(classes)!r}.{hint}"
         )
     code = {name: n for n, name in enumerate(classes)}
-    return np.array([code[text[label]] for label in labels]), classes
+    codes = np.array([code[text[label]] for label in labels])
+    return codes if places is None else codes[places], classes
 
 
 def _check_some_exist(items: Sequence[Any], base: str, what: str) -> None:
@@ -832,16 +841,15 @@ def _open_table(
     path = _absolute(spec)
     where, base = f"Table {path!r}", os.path.dirname(path)
     read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
-    columns, cells, names, places = read(path, where)
+    columns, cells, labels = read(path, where)
     note = where + " (its first line must name the columns)" * (read is _read_csv)
     image = _column("image_column", image_column, columns, note)
     label = _column("label_column", label_column, columns, note)
     name = printable(os.path.splitext(os.path.basename(path))[0])
-    labels, values = cells(label), cells(image)
-    rows = list(range(len(labels)))
+    found, rows = labels(label), None
     if split != "all":
         free = [column for column in columns if column not in (image, label)]
-        named = _pick(read_parts, free, cells, where)
+        named = _pick(read_parts, free, lambda column: _listed(cells(column)), where)
         if named is not None:
             rows, part = _pick(choose_rows, named, split, where)
             name += "" if split is None or part == "train" else f"/{split}"
@@ -851,18 +859,30 @@ def _open_table(
                 f"part of each row, but {where} has only {_some(map(repr, columns), 20)}; leave "
                 "`split` out."
             )
-    lines = places.get("rows")
-    places["rows"] = [lines[row] for row in rows] if lines else rows
-    what = f"{where}, column {label!r},"
-    labels = [labels[row] for row in rows]
-    codes, classes = _encode(labels, what, names=names(label), least=least, **places)
-    items = [_cell(values[row], base) for row in rows]
+    if rows is not None:
+        found = _of_rows(found, rows)
+    codes, classes = _encode(where=f"{where}, column {label!r},", least=least, **found)
+    items = _Cells(cells(image), base, rows)
     _check_some_exist(items, base, f"{where}, column {image!r},")
-    return ImageDataset(name, items, codes, classes, np.array(rows))
+    origin = np.arange(len(codes)) if rows is None else np.array(rows)
+    return ImageDataset(name, items, codes, classes, origin)
+
+
+def _of_rows(found: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Return what `_encode` is to know of some rows of a table."""
+    found = {**found, "rows": [found["rows"][row] for row in rows] if "rows" in found else rows}
+    if "places" not in found:
+        return {**found, "given": [found["given"][row] for row in rows]}
+    used, places = np.unique(found["places"][rows], return_inverse=True)
+    return {**found, "given": [found["given"][k] for k in used], "places": places}
+
+
+def _listed(column: Any) -> Sequence[Any]:
+    return column.to_pylist() if hasattr(column, "to_pylist") else column
 
 
 def _read_csv(path: str, where: str) -> tuple[Any, ...]:
-    """Columns, a function that reads one, one for the class names, and the line numbers."""
+    """Columns, a function that reads one, and one that reads the labels for `_encode`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             head = file.readline()
@@ -883,12 +903,11 @@ def _read_csv(path: str, where: str) -> tuple[Any, ...]:
             f"{where} must have {len(columns)} fields per line, as its header has, but line "
             f"{_some(long)} has more; put names that hold {delimiter!r} between double quotes."
         )
-    places = {"rows": lines, "unit": "line"}
 
     def cells(name: str) -> list[str]:
         return [read_csv_cell(row[name]) for row in rows]
 
-    return columns, cells, lambda name: None, places
+    return columns, cells, lambda name: {"given": cells(name), "rows": lines, "unit": "line"}
 
 
 def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
@@ -898,14 +917,49 @@ def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise DatasetError(f"{where} must be a Parquet file: {one_line(error)}") from None
 
-    def cells(name: str) -> list[Any]:
-        return parquet.ParquetFile(path).read(columns=[name]).column(name).to_pylist()
+    # A few kilobytes may stand for millions of rows, so none becomes an object before it is asked
+    # for; texts are kept once each.
+    def cells(name: str) -> Any:
+        texts = [name] if re.fullmatch("(large_)?string", str(schema.field(name).type)) else None
+        return parquet.ParquetFile(path, read_dictionary=texts).read([name]).column(name)
 
-    def names(label: str) -> Any:  # if Hugging Face wrote the table
-        with suppress(KeyError, TypeError, ValueError):
-            return json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+    def labels(name: str) -> dict[str, Any]:
+        found, column = {"names": _declared(schema, name)}, cells(name)
+        try:
+            coded = column.dictionary_encode().combine_chunks()
+        except NotImplementedError:  # lists: `_encode` says what it thinks of them
+            return found | {"given": column.to_pylist()}
+        coded = coded.chunk(0) if hasattr(coded, "chunk") else coded
+        given = [*coded.dictionary.to_pylist(), None]  # the last for what is missing
+        places = coded.indices.fill_null(len(given) - 1).to_numpy()
+        used = np.unique(places)  # a dictionary may hold more than the rows use
+        return found | {"given": [given[k] for k in used], "places": np.searchsorted(used, places)}
 
-    return schema.names, cells, names, {}
+    return schema.names, cells, labels
+
+
+def _declared(schema: Any, label: str) -> list[str] | None:
+    """Return the class names that Hugging Face wrote into the table."""
+    with suppress(KeyError, TypeError, ValueError, RecursionError):
+        found = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        check(found, [str])
+        return found
+    return None
+
+
+class _Cells(Sequence[Any]):
+    """The items in an image column, made as they are asked for."""
+
+    def __init__(self, column: Any, base: str, rows: Sequence[int] | None = None) -> None:
+        self.column, self.base = column, base
+        self.rows = range(len(column)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        value = self.column[self.rows[int(row)]]
+        return _cell(value.as_py() if hasattr(value, "as_py") else value, self.base)
 
 
 # ---- torchvision

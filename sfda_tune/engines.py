@@ -11,14 +11,15 @@ It is called again with a larger `Job.n_trials` or a later end if a search is ex
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
+from sfda_tune.files import read_json
+from sfda_tune.formats import TRIAL
 from sfda_tune.recipe import OutOfTimeError
 from sfda_tune.spaces import Space
 
@@ -161,9 +162,10 @@ def attempt(
 
 def read_trial(source: Path | Mapping[str, Any]) -> Trial:
     """Return a trial from its JSON values, or from a file of these."""
-    entry = json.loads(source.read_text(encoding="utf-8")) if isinstance(source, Path) else source
-    values = entry["values"] and tuple(entry["values"])
-    return Trial(**{**entry, "values": values, "epochs": tuple(entry["epochs"])})
+    entry = read_json(source, TRIAL) if isinstance(source, Path) else source
+    known = {f.name: entry[f.name] for f in fields(Trial) if f.name in entry}
+    values = entry.get("values") and tuple(entry["values"])
+    return Trial(**{**known, "values": values, "epochs": tuple(entry.get("epochs", ()))})
 
 
 def load_engine(name: str) -> Engine:

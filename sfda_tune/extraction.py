@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import pickle
 import signal
@@ -652,7 +653,9 @@ class Worker:
             return self.resident[name]
         device = torch.device(self.settings.device)
         module, preprocessing = zoo.load(unit.backbone)
-        weights = unit.weights or zoo.fingerprint(unit.backbone, module) or ""
+        weights = unit.weights or ""
+        if not weights and self.store is not None:
+            weights = zoo.fingerprint(unit.backbone, module) or ""
         n_params = sum(p.numel() for p in module.parameters())
         with _MOVES:
             module = module.to(device).to(memory_format=torch.channels_last)
@@ -1163,8 +1166,9 @@ def _extract(
     for backbone in backbones:
         try:
             description = zoo.describe(backbone)
-            _ = description.preprocessing.key  # tries a transform of the user's own
-            jobs[backbone.name] = _Job(description, zoo.fingerprint(backbone))
+            _require_memory(description.preprocessing, min(SHARD, len(dataset)))
+            weights = zoo.fingerprint(backbone) if store is not None else None
+            jobs[backbone.name] = _Job(description, weights)
         except Exception as error:
             logger.debug("%s cannot be described", backbone.name, exc_info=True)
             yield Extraction(backbone, None, np.empty(0, np.int64), _one_line(error))
@@ -1464,9 +1468,21 @@ def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None
 
 
 def _pixel_bytes(p: Preprocessing) -> int:
-    """Return the memory that one decoded image takes."""
-    c, h, w = p.input_size or (3, 224, 224)
-    return c * h * w * (1 if isinstance(p.geometry, Geometry) else 4)
+    """Return the memory that one decoded image takes; tries a transform of the user's own."""
+    return math.prod(p.output_size) * (1 if isinstance(p.geometry, Geometry) else 4)
+
+
+def _require_memory(p: Preprocessing, n: int) -> None:
+    """Raise, for one backbone alone, if the images of a shard can never be held at once."""
+    import psutil
+
+    needed, total = n * _pixel_bytes(p), psutil.virtual_memory().total
+    if needed > total / 2:
+        raise ValueError(
+            f"{n} images of {'×'.join(map(str, p.output_size))} take {needed / 2**30:.3g} GiB, "
+            f"more than half of the {total / 2**30:.3g} GiB of this machine; choose a backbone of "
+            "a smaller input size, or fewer images"
+        )
 
 
 def _blank(job: _Job) -> Extraction:

@@ -51,6 +51,8 @@ from sfda_tune.classifiers import (
 )
 from sfda_tune.datasets import DatasetError, ImageDataset
 from sfda_tune.devices import check_precision, compute
+from sfda_tune.files import AtLeast, check, write_text
+from sfda_tune.formats import NUMBERS
 from sfda_tune.images import Passing
 from sfda_tune.predictions import PROVENANCE, Model
 from sfda_tune.recipe import MONITORS, Epoch, FinetuneConfig, OutOfTimeError, measure
@@ -66,7 +68,7 @@ from sfda_tune.training_images import (
     split,
     train_loader,
 )
-from sfda_tune.values import Backbone, write_text
+from sfda_tune.values import Backbone
 
 if TYPE_CHECKING:
     import torch
@@ -656,8 +658,18 @@ class FineTuning(Iterator[Epoch]):
                     "or another folder."
                 )
         self._weights, best = read_state(folder / BEST)
-        self.best = Epoch.from_dict(best)
-        self.history = [Epoch.from_dict(values) for values in notes["history"]]
+        try:
+            check(
+                notes, {"history": [NUMBERS], "unreadable": {str: str}, "micro": AtLeast(1, int)}
+            )
+            check(best, NUMBERS)
+            self.best = Epoch.from_dict(best)
+            self.history = [Epoch.from_dict(values) for values in notes["history"]]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoints in {str(folder)!r} must be of this package, but {error}; delete "
+                "them, or pass resume=False to start over."
+            ) from error
         self.unreadable, self._micro, self._state = notes["unreadable"], notes["micro"], state
 
     def _restore(self, state: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sfda_tune.files import open_regular
 from sfda_tune.texts import one_line
 
 __all__ = ["UNREADABLE", "Passing", "UnreadableImage", "decode", "digest", "explain", "to_rgb"]
@@ -158,7 +159,8 @@ def digest(item: Any) -> str:
         result.update(np.ascontiguousarray(item).data)
     else:
         with _stream(item) as stream:
-            result.update(stream.read())
+            while block := stream.read(1 << 20):
+                result.update(block)
     return result.hexdigest()
 
 
@@ -211,7 +213,7 @@ def _read(item: Any) -> Any:
 
 
 def _stream(item: Any) -> IO[bytes]:
-    return io.BytesIO(item) if isinstance(item, bytes) else open(item, "rb")
+    return io.BytesIO(item) if isinstance(item, bytes) else open_regular(item)
 
 
 # What of Pillow can be set, and changes which images are read, and to which pixels; its defaults.

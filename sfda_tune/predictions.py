@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune import backbones as zoo
+from sfda_tune import formats
+from sfda_tune.checkpoints import read_tensors
 from sfda_tune.classifiers import WEIGHTS, forward, probabilities, with_head
 from sfda_tune.datasets import ImageDataset, UnreadableImage, image_files
 from sfda_tune.decoding import Loader, cut, is_in_memory
 from sfda_tune.devices import check_precision
 from sfda_tune.extraction import few_threads, resolve_device
+from sfda_tune.files import read_json
 from sfda_tune.preprocessing import Preprocessing
 from sfda_tune.texts import one_line
 from sfda_tune.values import Backbone
@@ -75,7 +77,7 @@ def load_model(
     """
     folder = Path(folder)
     try:
-        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        provenance = read_json(folder / PROVENANCE, formats.PROVENANCE)
     except FileNotFoundError:
         raise zoo.BackboneError(
             f"`folder` must be a model saved by fine-tuning but {str(folder)!r} has no "
@@ -89,10 +91,14 @@ def load_model(
             f"`backbone` must be given for {str(folder)!r}: its {provenance['backbone']!r} is no "
             "network of timm's; pass the Backbone with `load=`."
         )
-    from safetensors.torch import load_file
-
     module, preprocessing, _ = with_head(backbone, len(classes))
-    module.load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        module.load_state_dict(read_tensors(folder / WEIGHTS))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise zoo.BackboneError(
+            f"the weights in {str(folder / WEIGHTS)!r} are not those of {backbone.name}: "
+            f"{one_line(' '.join(str(error).split()))}"
+        ) from error
     return Model(module.eval(), preprocessing, classes, provenance)
 
 

@@ -9,10 +9,8 @@ SVG in per cent of the width, as readable on a phone as on paper, and each is to
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -28,12 +26,14 @@ import numpy as np
 from scipy.stats import binomtest
 
 from sfda_tune.confidence import Confidence, confidence, diagnose, shortlist
+from sfda_tune.files import check, open_regular, read_json, read_rows, write_text
+from sfda_tune.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
 from sfda_tune.plots import STATES, count_confusions, find_front, fit_line
 from sfda_tune.policy import Calibration, Observation, calibrate
 from sfda_tune.splits import describe_images
 from sfda_tune.tables import listed
 from sfda_tune.texts import printable, read_csv_cell
-from sfda_tune.values import Ranking, format_count, write_text
+from sfda_tune.values import Ranking, format_count
 
 __all__ = ["Run", "read_run", "render", "save_plots", "write_report"]
 
@@ -93,14 +93,14 @@ def read_run(source: str | os.PathLike[str]) -> Run:
     path = Path(source)
     if path.is_file():
         return Run(_read_ranking(path))
-    search, is_ranked = _read(path / "search.json", {}), (path / "ranking.json").is_file()
+    search, is_ranked = _read(path / "search.json", SEARCH), (path / "ranking.json").is_file()
     if not search and not is_ranked:
         raise ValueError(
             f"{os.fspath(path)!r} must be a ranking.json, or the folder of a search with its "
             "search.json, but is neither; see `sfda-tune search --out`."
         )
     predictions = _read_predictions(path / "test_predictions.csv")
-    entries = _read(path / "hardest" / "hardest.json", [])
+    entries = _read(path / "hardest" / "hardest.json", [object])
     hardest = [entry for e in entries if (entry := _add_picture(path / "hardest", e))]
     gaps = {
         "There is no ranking: the search ended before the backbones were ranked.": not is_ranked,
@@ -110,9 +110,9 @@ def read_run(source: str | os.PathLike[str]) -> Run:
     return Run(
         _read_ranking(path / "ranking.json") if is_ranked else Ranking(()),
         search or None,
-        _check_trials(search.get("trials") or (), path / "search.json"),
-        _read(path / "config.json", {}),
-        _read(path / "environment.json", {}),
+        _complete(search.get("trials") or (), path / "search.json"),
+        _read(path / "config.json", CONFIG),
+        _read(path / "environment.json", ENVIRONMENT),
         predictions,
         hardest,
         [gap for gap, holds in gaps.items() if holds],
@@ -126,47 +126,37 @@ def _read_ranking(path: Path) -> Ranking:
         raise ValueError(f"{os.fspath(path)}: must be UTF-8 ({error}).") from None
 
 
-def _read(path: Path, default: Any) -> Any:
-    """Read JSON of the type of `default`, which is returned where there is no file."""
-    if not path.is_file():
-        return default
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)}: must be valid JSON ({error}).") from None
-    if not isinstance(data, type(default)) or (default == {} and data.get("format", 1) != 1):
-        what = "an object of format 1" if default == {} else "a list"
-        raise ValueError(f"{os.fspath(path)}: must be {what}; did a later sfda-tune write it?")
+def _read(path: Path, kind: Any) -> Any:
+    """Read JSON of a kind; what is empty where there is no file."""
+    empty: Any = [] if isinstance(kind, list) else {}
+    if not os.path.lexists(path):
+        return empty
+    data = read_json(path, kind)
+    if data and isinstance(data, dict) and data.get("format", 1) != 1:
+        raise ValueError(
+            f"{os.fspath(path)}: must be an object of format 1; did a later sfda-tune write it?"
+        )
     return data
 
 
-def _check_trials(entries: Iterable[Any], path: Path) -> list[dict[str, Any]]:
-    trials = []
-    for i, entry in enumerate(entries):
-        try:
-            trial = dict.fromkeys(("values", "error")) | {"params": {}, "epochs": []} | entry
-            trial |= {"number": int(entry["number"]), "backbone": str(entry["backbone"])}
-            for key in ("value", "started", "seconds"):
-                trial[key] = None if entry.get(key) is None else float(entry[key])
-            STATES[trial["state"]]
-        except (TypeError, KeyError, ValueError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{os.fspath(path)}: `trials[{i}]` is no trial ({what}).") from None
-        trials.append(trial)
+def _complete(entries: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Give each trial all fields, in the order of their numbers."""
+    empty = dict.fromkeys(("value", "values", "started", "seconds", "error")) | {"epochs": []}
+    trials = [empty | entry for entry in entries]
+    for i, trial in enumerate(trials):
+        if trial["state"] not in STATES:
+            raise ValueError(
+                f"{os.fspath(path)}: `trials[{i}].state` must be one of {', '.join(STATES)} but "
+                f"is {trial['state']!r}."
+            )
     return sorted(trials, key=lambda t: t["number"])
 
 
 def _read_predictions(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
     columns = ("item", "label", "predicted")
-    try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            table = list(csv.DictReader(file))
-        rows = [{c: read_csv_cell(row[c] or "") for c in columns} for row in table]
-    except (KeyError, ValueError, csv.Error) as error:
-        raise ValueError(f"{os.fspath(path)}: must be CSV with {columns} ({error}).") from None
-    return rows
+    if not os.path.lexists(path):
+        return []
+    return [{c: read_csv_cell(row[c]) for c in columns} for row in read_rows(path, columns)]
 
 
 def _add_picture(folder: Path, entry: Any) -> dict[str, Any] | None:
@@ -177,7 +167,8 @@ def _add_picture(folder: Path, entry: Any) -> dict[str, Any] | None:
         entry = dict.fromkeys(("item", "label", "predicted"), "?") | {"p_label": None} | entry
         if Path(entry["file"]).name != entry["file"]:
             raise ValueError("outside the folder")
-        with Image.open(folder / entry["file"]) as image:
+        check(entry, HARD_IMAGE)
+        with open_regular(folder / entry["file"]) as file, Image.open(file) as image:
             picture = image.convert("RGB")
     except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
         return None

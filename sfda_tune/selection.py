@@ -47,7 +47,9 @@ from sfda_tune.confidence import diagnose
 from sfda_tune.datasets import DatasetError, UnreadableImage
 from sfda_tune.engines import DIED, Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
 from sfda_tune.extraction import resolve_device, use_threads
+from sfda_tune.files import check, read_json
 from sfda_tune.finetuning import BEST, CHECKPOINT, FineTuning, finetune
+from sfda_tune.formats import FOUND, PROVENANCE, SEARCH, STATE, TRIAL
 from sfda_tune.predictions import load_model, predict
 from sfda_tune.ranking import RankingInterruptedError, rank
 from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
@@ -105,12 +107,13 @@ class SearchResult:
         """
         folder = Path(folder)
         path = folder / "search.json"
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        summary = read_json(path, SEARCH) if path.is_file() else {}
         if summary.get("status") not in ("done", "budget spent"):
             raise ValueError(
                 f"`folder` must be that of a finished search but {str(folder)!r} has status "
                 f"{summary.get('status')!r}; run `sfda-tune search` with --out, to the end."
             )
+        check(summary, FOUND, "search.json")
         return cls(folder, summary, Ranking.from_json(folder / "ranking.json"))
 
     @property
@@ -319,6 +322,7 @@ class _Search:
         self.known: list[Trial] = []  # trials with a value
         self.best: Trial | None = None  # of these
         self.shared = SharedWork()
+        self.kind: Any = STATE
 
     def run(self, number: int = 0) -> None:
         """Go through the stages that are not done yet; helpers (`number` > 0) only tune."""
@@ -362,7 +366,9 @@ class _Search:
 
     @property
     def state(self) -> dict[str, Any]:
-        return json.loads((self.folder / "search.json").read_text(encoding="utf-8"))
+        found = read_json(self.folder / "search.json", self.kind)
+        self.kind = {}  # what is written since is our own
+        return found
 
     @contextmanager
     def edit(self) -> Iterator[dict[str, Any]]:
@@ -415,7 +421,7 @@ class _Search:
         self.name = f"sfda-tune {digest.hexdigest()}"
         path = self.folder / "config.json"
         if path.is_file():
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = read_json(path, dict.fromkeys(LIMITS, object))
             shown = {k: _redact(v) if k == "storage" else v for k, v in old.items()}
             grown = any(_ends_later(config[key], old[key]) for key in LIMITS)
             for key in fixed:
@@ -629,7 +635,7 @@ class _Search:
             return
         state, keep = self.state, self.given["keep"]
         found = sorted((self.folder / "trials").glob("short-*/trial.json"))
-        short = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+        short = [read_json(path, TRIAL) for path in found]
         values = {t["backbone"]: self.sign * t["value"] for t in short if t["value"] is not None}
         order = sorted(values, key=lambda name: -values[name])
         order += [name for name in state["plausible"] if name not in values]
@@ -972,7 +978,7 @@ class _Search:
         folder = run.save_model(self.folder / "model")
         path = folder / "provenance.json"
         note = {"trial": best.number, "images": images, "val": self.best_epoch(best)}
-        provenance = json.loads(path.read_text(encoding="utf-8"))
+        provenance = read_json(path, PROVENANCE)
         if images != "train":  # `best` was measured on images that it was trained on
             provenance["best"] = None
         write_json(path, {**provenance, "search": note})

@@ -12,7 +12,6 @@ As YAML (``--space space.yaml``), a mapping or JSON; a field that is not named k
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sfda_tune.files import parse_json, read_text
 from sfda_tune.recipe import FinetuneConfig
 
 __all__ = ["Dimension", "Space", "default_space", "open_space"]
@@ -190,11 +190,14 @@ def _number(value: Any) -> Any:
 
 def _read(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, 1 << 20)
         if path.suffix.lower() == ".json":
-            return json.loads(text)
+            return parse_json(text)
         import yaml
 
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # a few lines may stand for gigabytes
+                raise ValueError(f"the alias *{event.anchor} must be written out")
         return yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"`space` {str(path)!r} cannot be read ({error.strerror}).") from None

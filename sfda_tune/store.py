@@ -4,8 +4,8 @@ One entry holds the features of one backbone on one *shard*, a run of at most `S
 key is a digest of everything the features depend on: the content of the images, the weights, the
 preprocessing, the precision and `FORMAT`. Entries are safetensors files, written to a temporary
 file and moved into place: a kill at any moment leaves whole entries or none, and several
-processes may share a store. An entry that is truncated, damaged or not ours counts as absent and
-is replaced.
+processes may share a store. An entry that is truncated, damaged, no file, or not ours counts as
+absent and is replaced.
 """
 
 from __future__ import annotations
@@ -17,22 +17,37 @@ import logging
 import os
 import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sfda_tune.files import check, clear_leftovers, open_regular, replacing
 
 __all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "sfda_tune.features/1"  # raise the number when what an entry means changes
+FORMAT = "sfda_tune.features/2"  # raise the number when what an entry means changes
 SUFFIX = ".safetensors"
 # Protocols that know no folders: to make one would look at the whole bucket, or make a bucket.
 OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
+
+
+COUNT = (int, None)
+INFO = {
+    "backbone?": str,
+    "n_params?": COUNT,
+    "forward_seconds?": float,
+    "device?": str,
+    "peak_memory?": COUNT,
+    "peak_batch?": COUNT,
+}
+# What reading a damaged entry raises; JSON may be nested more deeply than Python's stack.
+DAMAGED = (SafetensorError, OSError, ValueError, KeyError, RecursionError)
 
 
 class UnreachableError(OSError):
@@ -107,26 +122,16 @@ class FeatureStore:
 
     def get(self, key: str) -> Entry | None:
         """Return an entry, or None if there is no sound one."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.path(key)
         try:
-            with self._reading(key) as local, safe_open(local, framework="numpy") as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT or header.get("key") != key:
-                    raise ValueError("it is not an entry of this key")
-                x, rows = file.get_tensor("x"), file.get_tensor("rows")
-            if header.get("digest") != _digest(x, rows):
-                raise ValueError("its content is damaged")
-            entry = Entry(x, rows, json.loads(header["unreadable"]), json.loads(header["info"]))
+            with self._reading(key) as path:
+                return _read(path, key)
         except FileNotFoundError:
             return None
         except UnreachableError:
             raise
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            logger.warning("ignoring the cache file %s: %s", path, error)
+        except DAMAGED as error:
+            logger.warning("ignoring the cache file %s: %s", self.path(key), error)
             return None
-        return entry
 
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[Path]:
@@ -149,10 +154,10 @@ class FeatureStore:
         header = {
             "format": FORMAT,
             "key": key,
-            "digest": _digest(x, rows),
             "unreadable": json.dumps(dict(entry.unreadable)),
             "info": json.dumps(dict(entry.info)),
         }
+        header["digest"] = _digest(x, rows, header)
         try:
             with self._writing(key) as temporary:
                 save_file({"x": x, "rows": rows}, temporary, metadata=header)
@@ -163,12 +168,8 @@ class FeatureStore:
     def _writing(self, key: str) -> Iterator[Path]:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
+        with replacing(path) as temporary:
             yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Iterate over the files of all entries."""
@@ -182,17 +183,13 @@ class FeatureStore:
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Return number of entries, images and bytes for each backbone name."""
-        from safetensors import SafetensorError, safe_open
-
         totals: dict[str, dict[str, int]] = {}
         for path, stat in self.entries():
             try:
-                with safe_open(path, framework="numpy") as file:
-                    info = json.loads((file.metadata() or {})["info"])
-                    n = file.get_slice("rows").get_shape()[0]
-                name = str(info.get("backbone", "?"))
-            except (SafetensorError, OSError, ValueError, KeyError):
-                name, n = "(damaged or foreign)", 0
+                with _open(path) as file:
+                    n, name = _count(file), str(_info(file.metadata()).get("backbone", "?"))
+            except DAMAGED:
+                n, name = 0, "(damaged or foreign)"
             total = totals.setdefault(name, {"entries": 0, "images": 0, "bytes": 0})
             total["entries"] += 1
             total["images"] += n
@@ -212,9 +209,8 @@ class FeatureStore:
             if older_than is None or now - stat.st_mtime > older_than * 86400:
                 path.unlink(missing_ok=True)
                 count, size = count + 1, size + stat.st_size
-        for path, stat in self._files(".*.tmp"):  # what a killed process left behind
-            if older_than is None or now - stat.st_mtime > 86400:
-                path.unlink(missing_ok=True)
+        for folder in self.root.glob("features/??"):
+            clear_leftovers(folder, *([0.0] if older_than is None else []))
         return count, size
 
 
@@ -301,8 +297,50 @@ class RemoteStore(FeatureStore):
         raise ValueError(f"{self.root} is looked after with the tools of its host, not from here.")
 
 
-def _digest(x: np.ndarray, rows: np.ndarray) -> str:
-    digest = hashlib.blake2b(repr((x.shape, x.dtype.str, rows.shape)).encode(), digest_size=16)
+# One entry --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    with open_regular(path), safe_open(path, framework="numpy") as file:
+        yield file
+
+
+def _count(file: Any) -> int:
+    """Return the number of rows, if the arrays are such as an entry has; they are not read yet."""
+    x, rows = file.get_slice("x"), file.get_slice("rows")
+    if (x.get_dtype(), rows.get_dtype()) != ("F32", "I64"):
+        raise ValueError("its arrays are of other types than an entry's")
+    if len(x.get_shape()) != 2 or rows.get_shape() != x.get_shape()[:1]:
+        raise ValueError("its arrays have other shapes than an entry's")
+    return rows.get_shape()[0]
+
+
+def _info(header: Mapping[str, str] | None) -> dict[str, Any]:
+    info = json.loads((header or {})["info"])
+    check(info, INFO, "info")
+    return info
+
+
+def _read(path: Path, key: str) -> Entry:
+    with _open(path) as file:
+        header = file.metadata() or {}
+        if header.get("format") != FORMAT or header.get("key") != key:
+            raise ValueError("it is not an entry of this key")
+        _count(file)
+        x, rows = file.get_tensor("x"), file.get_tensor("rows")
+    if header.get("digest") != _digest(x, rows, header):
+        raise ValueError("its content is damaged")
+    unreadable = json.loads(header["unreadable"])
+    check(unreadable, {str: str}, "unreadable")
+    told = np.sort([*rows, *map(int, unreadable)])
+    if (np.diff(rows) <= 0).any() or not np.array_equal(told, np.arange(len(told))):
+        raise ValueError("its rows are not those of a shard")
+    return Entry(x, rows, unreadable, _info(header))
+
+
+def _digest(x: np.ndarray, rows: np.ndarray, header: Mapping[str, str]) -> str:
+    told = [header[name] for name in ("format", "key", "unreadable", "info")]
+    text = json.dumps([x.shape, x.dtype.str, rows.shape, rows.dtype.str, *told])
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
     digest.update(x.data if x.size else b"")
     digest.update(rows.tobytes())
     return digest.hexdigest()

@@ -9,11 +9,11 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sfda_tune.files import read_text
 from sfda_tune.texts import printable, read_csv_cell
 from sfda_tune.values import FORMAT, Ranking
 
@@ -32,8 +32,8 @@ def read_scores(path: str | os.PathLike[str], *, column: str | None = None) -> M
     column ``dataset`` makes it several data sets. An empty cell, null or NaN is a backbone that
     failed. ValueError, with file and row or model, for any other content.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "scores.csv"
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "scores.csv"
     >>> _ = path.write_text("model,score\nresnet50,0.71\nvit_small,\n")
     >>> read_scores(path)
     {'resnet50': 0.71, 'vit_small': nan}
@@ -48,7 +48,10 @@ def read_truth(path: str | os.PathLike[str], *, column: str | None = None) -> Ma
 
 def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool) -> Any:
     where = os.fspath(path)
-    text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape").strip("\r\n ")
+    try:
+        text = read_text(path, errors="surrogateescape").strip("\r\n ")
+    except ValueError as error:
+        raise ValueError(f"{where}: must be text in UTF-8 ({error}).") from None
     if not text:
         raise ValueError(f"{where}: must hold scores or accuracies but is empty.")
     if text[0] not in "{[":
@@ -56,7 +59,7 @@ def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool)
     else:
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: must be valid JSON ({error}).") from None
         if isinstance(data, dict) and data.get("format") == FORMAT:
             return Ranking.from_json(text)
@@ -74,7 +77,10 @@ def _from_csv(text: str, where: str, column: str | None, preferred: Sequence[str
     delimiter = max(",;\t", key=io.StringIO(text, newline="").readline().count)
     lines = io.StringIO(text, newline="")  # a cell may hold a line break
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
-    header, rows = list(reader.fieldnames or ()), list(enumerate(reader, 2))
+    try:
+        header, rows = list(reader.fieldnames or ()), list(enumerate(reader, 2))
+    except csv.Error as error:
+        raise ValueError(f"{where}: must be CSV ({error}).") from None
     if not rows or any(cell and _is_number(cell) for cell in header):
         raise ValueError(
             f"{where}: must hold column names, such as name,score, and rows below: {header}."
@@ -135,7 +141,7 @@ def numbers(where: str, values: Any, finite: bool = False) -> dict[Any, float]:
     for name, value in values.items():
         try:
             table[name] = _number(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{where} must hold numbers but {name!r} is {value!r}.") from None
         if finite and not math.isfinite(table[name]):
             raise ValueError(f"{where} must be finite but {name!r} is {value!r}; leave it out.")

@@ -14,19 +14,19 @@ Arrays are handed out as read-only *views*: freezing the array itself would free
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from html import escape
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sfda_tune.files import check, parse_json, read_text, write_text
 from sfda_tune.texts import csv_line, json_text, printable
 
 if TYPE_CHECKING:
@@ -520,28 +520,37 @@ class Ranking(_Value, Mapping[str, float]):
         ValueError
             If the text is not a ranking.
         """
+        from sfda_tune.formats import RANKING
+
         is_text = isinstance(source, str) and source.lstrip().startswith("{")
-        content = str(source) if is_text else Path(source).read_bytes()
+        text = str(source) if is_text else None
         try:
-            data = json.loads(content)
-            if data.get("format") != FORMAT:
-                raise ValueError(f"its format is {data.get('format')!r}, not {FORMAT!r}")
+            data = parse_json(read_text(source) if text is None else text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                found = data.get("format") if isinstance(data, dict) else data
+                raise ValueError(f"its format is {reprlib.repr(found)}, not {FORMAT!r}")
+            check(data, RANKING)
             scores = [
                 Score(
                     **{
-                        **entry,
+                        **{f.name: entry[f.name] for f in fields(Score)},
                         "value": math.nan if entry["value"] is None else entry["value"],
                         "per_sample": _unpack(entry["per_sample"], "<f8"),
                     }
                 )
                 for entry in data["scores"]
             ]
-            return cls(tuple(scores), data["metric"], _unpack(data["labels"], "<i8"), data["info"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            labels = _unpack(data["labels"], "<i8")
+            _check_rows(scores, labels)
+            return cls(tuple(scores), data["metric"], labels, data["info"])
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
             where = "the text" if is_text else repr(os.fspath(source))
+            why = getattr(error, "strerror", None) or error
             raise ValueError(
                 f"`source` must be a ranking written by Ranking.to_json but {where} is not "
-                f"({error})."
+                f"({why})."
             ) from error
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -631,20 +640,6 @@ def format_count(n: float) -> str:
     return f"{n:.0f}"
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one.
-
-    UTF-8; surrogates, which stand for the bytes of a name that is no UTF-8, become these bytes.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _plain(value: Any) -> Any:
     """Turn details and info into strict JSON: no NaN, no NumPy, names for everything unknown."""
     if isinstance(value, Mapping):
@@ -658,6 +653,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _check_rows(scores: Iterable[Score], labels: np.ndarray | None) -> None:
+    """See that the contributions of the images are finite numbers, one for each label."""
+    n = None if labels is None else len(labels)
+    if labels is not None and n and labels.min() < 0:
+        raise ValueError("`labels` must be ≥ 0")
+    for score in scores:
+        if score.per_sample is not None:
+            n = len(score.per_sample) if n is None else n
+            if len(score.per_sample) != n or not np.isfinite(score.per_sample).all():
+                raise ValueError(
+                    f"`per_sample` of {score.backbone!r} must be {n} finite numbers, as many as "
+                    "there are labels"
+                )
 
 
 def _pack(array: np.ndarray | None, dtype: str) -> str | None:

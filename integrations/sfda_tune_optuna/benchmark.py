@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+from sfda_tune.files import read_rows
 
 try:
     from optunahub.benchmarks import BaseProblem
@@ -148,8 +148,7 @@ class BackboneSelectionProblem(BaseProblem):
 def _read_rows(table: Any) -> Iterable[Mapping[str, Any]]:
     if not isinstance(table, (str, os.PathLike)):
         return table
-    with Path(table).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_rows(table, ())
 
 
 def _parse(value: Any) -> Any:

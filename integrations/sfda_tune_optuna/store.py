@@ -11,6 +11,8 @@ from typing import Any
 
 from optuna.study import Study
 
+from sfda_tune.files import AtLeast, check, parse_json
+from sfda_tune.formats import RECORD
 from sfda_tune.policy import estimate_errors, name_arm
 from sfda_tune.values import Ranking, Score
 from sfda_tune_optuna._compat import read_study_attrs, write_study_attr
@@ -84,9 +86,12 @@ def load_record(study: Study) -> dict[str, Any] | None:
             f"The study attribute {KEY!r} must have version {VERSION} but has {version!r}; "
             "upgrade sfda-tune or save the ranking again."
         )
+    where = f"the study attribute {KEY!r}"
     if "chunks" in record:
-        digest = record["digest"]
-        record = json.loads("".join(attrs[f"{KEY}:{digest}:{i}"] for i in range(record["chunks"])))
+        check(record, {"digest": str, "chunks": AtLeast(1, int)}, where)
+        names = (f"{KEY}:{record['digest']}:{i}" for i in range(record["chunks"]))
+        record = parse_json("".join(str(attrs.get(name, "")) for name in names))
+    check(record, RECORD, where)
     return record
 
 

@@ -29,8 +29,9 @@ from ray import tune as raytune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from sfda_tune.engines import NO_TIME, Job, Trial, attempt, read_trial
+from sfda_tune.files import read_json, write_text
+from sfda_tune.formats import EXPERIMENTS
 from sfda_tune.spaces import Dimension, Space
-from sfda_tune.values import write_text
 from sfda_tune_ray.callbacks import SchedulerStateCallback
 from sfda_tune_ray.cluster import connect, count_places
 from sfda_tune_ray.searcher import SFDASearcher
@@ -266,7 +267,7 @@ def _read_experiments(job: Job) -> list[dict[str, Any]]:
     have, "time" if the budget was spent before, None if it was interrupted.
     """
     file = job.folder / ORDER
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return read_json(file, EXPERIMENTS) if file.is_file() else []
 
 
 def _write_experiments(job: Job, experiments: list[dict[str, Any]]) -> None:

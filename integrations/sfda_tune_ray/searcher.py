@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
+from sfda_tune.files import check, read_json, write_text
+from sfda_tune.formats import SEARCHER
 from sfda_tune.policy import Advisor, Calibration, find_barred, name_arm
-from sfda_tune.values import require, write_text
+from sfda_tune.values import require
 from sfda_tune_ray import _compat
 from sfda_tune_ray.history import Record, observe, plain
 
@@ -437,10 +439,10 @@ class SFDASearcher(Searcher):
         ValueError
             If the file is not what `save` wrote, or the base searcher is of another class.
         """
-        with open(checkpoint_path, encoding="utf-8") as file:
-            state = json.load(file)
+        state = read_json(checkpoint_path, {str: object})
         found, name = state.get("format"), type(self._base).__name__
         require("checkpoint_path", found, f"a file of the format {FORMAT!r}", found == FORMAT)
+        check(state, SEARCHER, "checkpoint_path")
         was = state["base_searcher"]
         require("base_searcher", name, f"a {was}, as when the state was saved", name == was)
         if self._config is None and state["space"] is not None:
@@ -654,8 +656,7 @@ class RandomSearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Read the count."""
-        with open(checkpoint_path, encoding="utf-8") as file:
-            state = json.load(file)
+        state = read_json(checkpoint_path, {"seed": object, "number": int})
         self._seed, self._number = state["seed"], state["number"]
 
 

@@ -19,7 +19,9 @@ from sklearn.utils.validation import check_is_fitted
 import sfda_tune
 from sfda_tune.classifiers import write_model
 from sfda_tune.datasets import ImageDataset, open_dataset
+from sfda_tune.files import check, read_json
 from sfda_tune.finetuning import FinetuneConfig, finetune
+from sfda_tune.formats import CLASSIFIER
 from sfda_tune.predictions import PROVENANCE, Model, load_model, predict
 from sfda_tune.texts import json_text
 from sfda_tune.values import Backbone, Ranking, write_text
@@ -258,7 +260,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         """
         folder = Path(folder)
         try:
-            state = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+            state = read_json(folder / "classifier.json", {str: object})
         except FileNotFoundError:
             state = {}
         if state.get("format") != FORMAT:
@@ -266,12 +268,25 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
                 f"`folder` must be written by BackboneClassifier.save but {str(folder)!r} is not; "
                 "open other models with `sfda_tune.predictions.load_model`."
             )
-        params = {**state["params"], "plugins": tuple(plugins)}
-        arguments: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
-        self = cls(**arguments)
-        for name, value in state["fitted"].items():
-            setattr(self, name, tuple(value) if isinstance(value, list) else value)
-        self.classes_ = np.array(state["classes"], np.dtype(state["dtype"]))
+        try:
+            check(state, CLASSIFIER)
+            params = {**state["params"], "plugins": tuple(plugins)}
+            arguments: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+            self = cls(**arguments)
+            for name in _FITTED:
+                if name in state["fitted"]:
+                    value = state["fitted"][name]
+                    setattr(self, name, tuple(value) if isinstance(value, list) else value)
+            dtype = np.dtype(state["dtype"])
+            # not with the width of texts that stands there: any number does
+            self.classes_ = np.array(state["classes"], np.str_ if dtype.kind == "U" else dtype)
+            if dtype.kind not in "biufUO" or self.classes_.ndim != 1:
+                raise ValueError(f"its classes are of type {dtype}")
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"{str(folder / 'classifier.json')!r} must be as BackboneClassifier.save wrote "
+                f"it, but {error}."
+            ) from error
         self.ranking_ = Ranking.from_json(folder / "ranking.json")
         self.model_ = load_model(folder / "model", plugins=plugins)
         spec = f"local-dir:{folder.absolute() / 'model'}"

@@ -30,7 +30,7 @@ from timm.data.transforms_factory import create_transform
 from torch import nn
 
 from sfda_tune import demo
-from sfda_tune.demo.pretrain import replace
+from sfda_tune.files import write_bytes
 
 log = logging.getLogger("sfda_tune.demo.measure")
 
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
                 },
                 "backbones": {key: known[key] for key in sorted(known) if key in demo.names()},
             }
-            replace(demo.ACCURACIES, (json.dumps(content, indent=2) + "\n").encode())
+            write_bytes(demo.ACCURACIES, (json.dumps(content, indent=2) + "\n").encode())
         entry = known[name]
         log.info("%-24s %.4f ± %.4f  %s", name, entry["mean"], entry["std"], entry["values"])
 

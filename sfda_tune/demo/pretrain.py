@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors.torch import save
 from torch import nn
 
 from sfda_tune.demo import sources
+from sfda_tune.files import write_bytes
 
 log = logging.getLogger("sfda_tune.demo.pretrain")
 
@@ -200,20 +200,13 @@ def write(model: Any, spec: Spec, accuracy: float | None, target: Path) -> None:
         "source_accuracy": accuracy,
     }
     target.mkdir(parents=True, exist_ok=True)
-    replace(target / "model.safetensors", save(state, metadata={"format": "pt"}))
-    replace(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_bytes(target / "model.safetensors", save(state, metadata={"format": "pt"}))
+    write_bytes(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _layer_names(model: Any) -> dict[str, Any]:
     """First convolution and classifier: timm needs their names to adapt channels and classes."""
     return {key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")}
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,12 +6,12 @@ well as most metrics that look at the target data.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sfda_tune.files import read_rows
 from sfda_tune.values import Ranking
 
 __all__ = ["PRIORS", "imagenet", "imagenet_prior", "params", "params_prior"]
@@ -185,20 +185,19 @@ def _read(file: Path, column: str, img_size: int | None) -> dict[str, float]:
     """Model to value; of several image sizes the one asked for, else the smallest."""
     table: dict[str, float] = {}
     sizes: dict[str, float] = {}
-    with file.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        missing = {"model", column} - set(reader.fieldnames or ())
-        if missing:
+    for row in read_rows(file, ("model", column)):
+        try:
+            value, size = float(row[column].replace(",", "")), float(row.get("img_size") or 0)
+        except ValueError:
             raise ValueError(
-                f"`path` must have columns 'model' and {column!r} but {file} has "
-                f"{reader.fieldnames}."
-            )
-        for row in reader:
-            name, size = row["model"], float(row.get("img_size") or 0)
-            if img_size is not None and size != img_size:
-                continue
-            if name not in table or size < sizes[name]:
-                table[name], sizes[name] = float(row[column].replace(",", "")), size
+                f"`path` must have numbers in {column!r} and img_size, but {file} has "
+                f"{row[column]!r} and {row.get('img_size')!r} for {row['model']!r}."
+            ) from None
+        name = row["model"]
+        if img_size is not None and size != img_size:
+            continue
+        if name not in table or size < sizes[name]:
+            table[name], sizes[name] = value, size
     return table
 
 

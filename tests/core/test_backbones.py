@@ -1,4 +1,5 @@
 import hashlib
+import json
 import pickle
 import shutil
 import sys
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
@@ -267,6 +269,112 @@ def test_fingerprint_depends_on_weights_config_and_plugin_only(toy_zoo, tmp_path
     plugin = tmp_path / "plugin_for_print.py"
     plugin.write_text("")
     assert fingerprint(Backbone("a", original.spec, plugins=(str(plugin),))) != first
+
+
+IMPOSSIBLE = {
+    "crop": ("pretrained_cfg", {"crop_pct": 1e-9}, "crop_pct 1e-09 makes 32 pixels impossible"),
+    "empty": ("pretrained_cfg", {"input_size": [3, 0, 0]}, r"integers in 1 … 4096.*\[3, 0, 0\]"),
+    "huge": ("pretrained_cfg", {"input_size": [3, 10**5, 10**5]}, "integers in 1 … 4096"),
+    "words": ("pretrained_cfg", {"mean": "grey"}, "preprocessing cannot be used"),
+    "flat": ("pretrained_cfg", {"std": [0, 0, 0]}, r"std \(0.0, 0.0, 0.0\) is none of 3 channels"),
+    "unknown": ("pretrained_cfg", {"interpolation": "guess"}, "preprocessing cannot be used"),
+    "wide": ("model_args", {"channels": [10**7] * 4}, "asks for a larger network"),
+    "deep": ("model_args", {"layers": [10**8] * 4}, "asks for a larger network"),
+    "no object": ("pretrained_cfg", 3, "`pretrained_cfg` must be an object but is 3"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_an_impossible_configuration_fails_alone(toy_zoo, tmp_path, case, monkeypatch):
+    field, change, message = IMPOSSIBLE[case]
+    monkeypatch.setattr(backbones, "CALLS", 5_000)
+    folder = shutil.copytree(toy_zoo / "resnet", tmp_path / case)
+    config = json.loads((folder / "config.json").read_text())
+    config[field] = {**config.get(field, {}), **change} if isinstance(change, dict) else change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        describe(resolve_backbones(folder)[0])
+
+
+def test_a_checkpoint_of_transformers_is_called_so(toy_zoo, tmp_path):
+    folder = shutil.copytree(toy_zoo / "resnet", tmp_path / "hf")
+    (folder / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
+    (backbone,) = resolve_backbones(folder)
+    for opens in (describe, load, fingerprint):
+        with pytest.raises(BackboneError, match=r"of a transformers checkpoint \(vit\)"):
+            opens(backbone)
+
+
+ARCHITECTURE = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, num_classes=4, **kwargs):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 16, 3), torch.nn.Linear(16, num_classes)
+
+    def reset_classifier(self, n, *args):
+        self.fc = torch.nn.Linear(16, n) if n else torch.nn.Identity()
+
+    def forward(self, x):
+        return self.fc(torch.{function}(self.conv(x)).mean((2, 3)))
+"""
+REGISTER = """
+import timm.models, {beside}
+
+def {beside}_net(pretrained=False, **kwargs):
+    return timm.models.build_model_with_cfg({beside}.Net, "{beside}_net", pretrained, **kwargs)
+
+{beside}_net.__module__ = __name__
+timm.models.register_model({beside}_net)
+"""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_fingerprint_depends_on_what_a_plugin_imports(tmp_path, monkeypatch, by_name):
+    beside = f"beside_{by_name}".lower()
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{beside}.py").write_text(ARCHITECTURE.format(function="relu"))
+    (tmp_path / f"plugin_{beside}.py").write_text(REGISTER.format(beside=beside))
+    plugin = f"plugin_{beside}" if by_name else str(tmp_path / f"plugin_{beside}.py")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    cfg = {"input_size": [3, 8, 8], "classifier": "fc", "first_conv": "conv", "num_classes": 4}
+    config = {"architecture": f"{beside}_net", "num_classes": 4, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(config))
+    backbones.load_plugin(plugin)
+    net = sys.modules[beside].Net
+    save_file(net().state_dict(), folder / "model.safetensors")
+    (backbone,) = resolve_backbones(folder, plugins=[plugin])
+    first = fingerprint(backbone)
+    assert fingerprint(backbone) == first
+    monkeypatch.setattr(net, "forward", lambda self, x: self.conv(x).mean((2, 3)))
+    second = fingerprint(backbone)
+    (tmp_path / f"{beside}.py").write_text(ARCHITECTURE.format(function="tanh") + "\n")
+    third = fingerprint(backbone)
+    monkeypatch.setattr(timm, "__version__", "99.0")
+    assert len({first, second, third, fingerprint(backbone)}) == 4
+
+
+def test_a_cached_backbone_of_timm_is_not_built(toy_zoo, monkeypatch):
+    (backbone,) = resolve_backbones(toy_zoo / "resnet")
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: pytest.fail("it was built"))
+    assert fingerprint(backbone) is not None
+
+
+def test_fingerprint_of_what_no_structure_tells(tmp_path):
+    """A network that reads a file when it runs is known by what it makes of two images."""
+
+    class Reads(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) ** float((tmp_path / "power").read_text())
+
+    (backbone,) = resolve_backbones({"m": (Reads(), lambda image: torch.ones(3, 4, 4))})
+    found = []
+    for power in ("1", "2", "2"):
+        (tmp_path / "power").write_text(power)
+        found.append(fingerprint(backbone))
+    assert found[0] != found[1] == found[2]
 
 
 def test_fingerprint_of_modules():

@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -542,6 +543,30 @@ def test_parquet_of_encoded_images(tmp_path):
     assert part.item_name(0) == f"row {part.origin[0]}"
     flat = _parquet(tmp_path / "b.parquet", {"image": png, "label": labels})
     assert open_dataset(flat).digest(3) == data.digest(3)
+
+
+def test_a_small_parquet_of_very_many_rows(tmp_path):
+    """A few kilobytes hold millions of rows; none becomes an object before it is asked for."""
+    import pyarrow as pa
+
+    n = 300_000
+    Image.new("L", (8, 8)).save(tmp_path / "0.png")
+    codes = pa.array(np.arange(n, dtype=np.int32) % 2)
+    columns = {
+        "path": pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), ["0.png"]),
+        "label": pa.DictionaryArray.from_arrays(codes, ["b", "a"]),
+    }
+    path = _parquet(tmp_path / "t.parquet", columns)
+    assert path.stat().st_size < 1e5
+    tracemalloc.start()
+    data = open_dataset(path, samples=50)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert data.classes == ("a", "b")
+    assert np.bincount(data.labels).tolist() == [25, 25]
+    assert data.items == [str(tmp_path / "0.png")] * 50
+    assert (data.labels == (data.origin + 1) % 2).all()
+    assert peak < 100 * n  # bytes; as objects they took 300 each
 
 
 def test_parquet_with_class_names_of_hugging_face(tmp_path):

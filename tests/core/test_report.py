@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import csv
 import fcntl
 import hashlib
@@ -18,6 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -411,11 +413,47 @@ def test_what_is_no_run_is_refused(folder, tmp_path):
     for wrong in (3, {"number": 0}, search["trials"][0] | {"state": "odd"},
                   search["trials"][0] | {"value": "x"}):  # fmt: skip
         write_json(folder / "search.json", search | {"trials": [*search["trials"], wrong]})
-        with pytest.raises(ValueError, match=r"search\.json: `trials\[10\]` is no trial"):
+        with pytest.raises(ValueError, match=r"search\.json: `trials\[10\](\.\w+)?` must"):
             write_report(folder)
+    write_json(folder / "search.json", search)
     (folder / "test_predictions.csv").write_text("item,predicted\na,b\n")
     with pytest.raises(ValueError, match=r"test_predictions\.csv: must be CSV with"):
         write_report(folder)
+
+
+STRANGE = [None, True, -1, 10**25, "x", [], ["a", None], {}, {"a": {"b": []}}, [[[]]]]
+
+
+def _places(value, at=()):
+    """Paths to all that a JSON value holds; of a list, to its first two."""
+    yield at
+    inner = value.items() if isinstance(value, dict) else ()
+    inner = enumerate(value[:2]) if isinstance(value, list) else inner
+    for key, item in inner:
+        yield from _places(item, (*at, key))
+
+
+@pytest.mark.parametrize("file", ["ranking.json", "search.json", "config.json"])
+def test_values_of_other_types_are_one_clear_line(folder, file):
+    """Whatever stands in one of the files, the report is written or says what is wrong."""
+    whole = json.loads((folder / file).read_text(encoding="utf-8"))
+    places = list(_places(whole))
+    rng = np.random.default_rng(0)
+    for i in rng.choice(len(places), 25):
+        changed = copy.deepcopy({"": whole})
+        inner: Any = changed
+        *way, last = ("", *places[i])
+        for key in way:
+            inner = inner[key]
+        inner[last] = STRANGE[rng.integers(len(STRANGE))]
+        write_json(folder / file, changed[""])
+        problem = ""
+        try:
+            render(read_run(folder))
+        except ValueError as error:
+            problem = f"{file}: {error}"
+        assert problem.count(file) != 1  # a message names the file
+        assert "\n" not in problem
 
 
 def test_only_images_of_the_folder_are_shown(folder):

@@ -6,8 +6,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from sfda_tune import store as store_module
 from sfda_tune.store import Entry, FeatureStore, default_root, make_key
 
 KEY = make_key(["a", "b"], "weights", "preprocessing", "float32")
@@ -89,6 +91,61 @@ def test_damaged_entries_count_as_absent_and_are_replaced(tmp_path, damage, capl
     again = store.get(KEY)
     assert again is not None
     np.testing.assert_array_equal(again.x, entry(1).x)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("info", "[1]"),
+        ("info", "null"),
+        ("info", '{"forward_seconds": "x"}'),
+        ("info", "[" * 100_000),
+        ("unreadable", "[]"),
+        ("unreadable", '{"2": 5}'),
+        ("unreadable", '{"7": "truncated"}'),
+        ("unreadable", '{"x": "truncated"}'),
+    ],
+)
+@pytest.mark.parametrize("resealed", [False, True])
+def test_a_strange_header_counts_as_absent(tmp_path, field, text, resealed):
+    store = FeatureStore(tmp_path)
+    store.put(KEY, entry())
+    with safe_open(store.path(KEY), "np") as file:
+        header, tensors = dict(file.metadata()), {k: file.get_tensor(k) for k in ("x", "rows")}
+    header[field] = text
+    if resealed:  # as another version of the package may have written it
+        header["digest"] = store_module._digest(tensors["x"], tensors["rows"], header)
+    save_file(tensors, store.path(KEY), header)
+    assert store.get(KEY) is None
+    store.summary()
+
+
+@pytest.mark.parametrize(
+    ("x", "rows"),
+    [
+        (np.zeros((3, 5)), np.arange(3)),
+        (np.zeros((3, 5), np.float32), np.arange(3, dtype=np.int32)),
+        (np.zeros((3, 5), np.float32), np.array([2, 1, 0])),
+        (np.zeros((3, 5), np.float32), np.array([0, 1, 5])),
+        (np.zeros((3, 5), np.float32), np.arange(4)),
+        (np.zeros(3, np.float32), np.arange(3)),
+    ],
+)
+def test_strange_arrays_count_as_absent(tmp_path, x, rows):
+    store = FeatureStore(tmp_path)
+    store.put(KEY, Entry(x, rows))
+    assert store.get(KEY) is None
+    store.summary()
+
+
+def test_a_shared_store_heeds_the_umask(tmp_path):
+    old = os.umask(0o002)
+    try:
+        FeatureStore(tmp_path / "cache").put(KEY, entry())
+    finally:
+        os.umask(old)
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.stat().st_mode & 0o020  # the group may write
 
 
 def test_a_folder_in_the_way_is_an_os_error(tmp_path):
