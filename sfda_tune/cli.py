@@ -161,9 +161,11 @@ def rank(
     if cache is not None and no_cache:
         _fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
+    from sfda_tune.twins import CopiesWarning
 
     executor = None if ray is None else _ray(ray)
     interrupted = False
+    warnings.simplefilter("ignore", CopiesWarning)  # said below the table
     specs = ["demo:*"] if backbones is None else _split_commas(backbones)
     try:
         ranking = sfda_tune.rank(

@@ -32,6 +32,7 @@ from scipy.special import ndtr
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
+from sfda_tune.twins import tell_copies
 from sfda_tune.values import Ranking, Score, _read_only, _Value, encode_labels
 
 __all__ = [
@@ -182,7 +183,7 @@ class Diagnostic:
     ----------
     kind : str
         ``"failed"``, ``"ties"``, ``"few_samples"``, ``"width"``, ``"small_classes"``,
-        ``"shrinkage"`` or ``"unreadable"``.
+        ``"shrinkage"``, ``"unreadable"`` or ``"copies"``.
     severity : {"warning", "note"}
         A warning means that the order itself may be wrong.
     message : str
@@ -575,6 +576,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     ``small_classes``  a class has fewer than 5 images
     ``shrinkage``      λ ≤ 1e-9 or ≥ 0.999
     ``unreadable``     images were left out
+    ``copies``         images are exact copies of others, or stand in several classes
     =================  ======================================================================
 
     A metric is taken to score the images it was fitted on if its details say
@@ -604,6 +606,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
         _small_classes(ranking),
         _shrinkage(scores),
         _unreadable(ranking),
+        _copies(ranking),
     )
     return sorted((d for d in checks if d), key=lambda d: d.severity != "warning")
 
@@ -975,3 +978,11 @@ def _unreadable(ranking: Ranking) -> Diagnostic | None:
         f"{_count(len(files), 'image', 'images')} could not be read and took no part "
         f"({_some(files)}); mend or remove {'it' if len(files) == 1 else 'them'}.",
     )
+
+
+def _copies(ranking: Ranking) -> Diagnostic | None:
+    said = tell_copies(ranking.info)
+    if not said:
+        return None
+    severity = "warning" if ranking.info.get("several_classes") else "note"
+    return Diagnostic("copies", severity, "; ".join(said) + ".")
