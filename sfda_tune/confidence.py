@@ -438,11 +438,12 @@ def find_plausible(
         T_i = max_j Δ_ji / σ_ij,    T*_ri = max_j (Δ*_rji − Δ_ji) / σ_ij
         p_i = (k + 1 + √k)/(R + 1),  k = #{r: T*_ri ≥ T_i}
 
-    (a share of R resamples, and its standard error.) If i is the best, no true difference to it is positive, so that T_i is at most a T*: among
-    those with p > .05 is the best with probability .95 *for any true scores and any correlation
-    of the backbones*; exactly where all are equal. Measured (``python
-    tests/benchmarks/shortlist_coverage.py``): .94 … 1.00 for 5 to 200 backbones, 100 and 400
-    images, true scores with a sd of 0 to 5 standard errors of a difference.
+    (a share of R resamples, and its standard error.) If i is the best, no true difference to it is
+    positive, so that T_i is at most a T*: among those with p > .05 is the best with probability
+    .95 *for any true scores and any correlation of the backbones*, and exactly so where all are
+    equal. ``python tests/benchmarks/shortlist_coverage.py`` measures it.
+
+    COVERAGE
 
     Parameters
     ----------
@@ -742,7 +743,7 @@ def _compare(M: np.ndarray, score: np.ndarray, resolution: np.ndarray, dof: int 
         most = error.max(axis=0, initial=-np.inf)
         widest[:, i] = np.maximum(most, -error.min(axis=0, initial=0.0)).clip(0.0)
         k = R if T <= 0 and not len(error) else float((most >= _for_many(T, dof, R)).sum())
-        plausible[i] = 0.0 if T == np.inf else min((k + 1 + math.sqrt(k)) / (R + 1), 1.0)
+        plausible[i] = 0.0 if np.inf == T else min((k + 1 + math.sqrt(k)) / (R + 1), 1.0)
     return _Pairs(delta, sigma, widest, plausible, dof)
 
 

@@ -14,10 +14,15 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.datasets import DatasetError, ImageDataset, open_dataset
+from sfda_tune.twins import group_twins, shared_images
 from sfda_tune.values import write_text
 
-__all__ = ["fingerprint", "join", "split_images", "write_csv", "write_json", "write_predictions"]
+__all__ = [
+    "describe_parts", "fingerprint", "join", "split_images", "write_csv", "write_json",
+    "write_predictions",
+]  # fmt: skip
 
+FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
 HELD_OUT = 0.2  # of the images for the test, then of the others for validation
 
 
@@ -44,21 +49,66 @@ def split_images(
         own["test"], source = open_dataset(g["test"], **columns), "given"
     parts: dict[str, ImageDataset] = {}
     rows: dict[str, list[int]] = {}
-    rest = np.arange(len(whole))
+    rest, twins = np.arange(len(whole)), group_twins(whole)
     for name, share in (("test", fraction), ("val", HELD_OUT)):
         if name in own:
             parts[name] = _relabel(own[name], whole)
             rows[name] = list(range(len(own[name])))
             continue
-        kept = whole.subset(rest).sample_rows(round(len(rest) * (1 - share)), g["seed"])
-        out = np.setdiff1d(np.arange(len(rest)), kept)
-        parts[name], rows[name] = whole.subset(rest[out]), rest[out].tolist()
-        rest = rest[kept]
+        rest, out = _hold_out(whole, rest, share, g["seed"], twins)
+        parts[name], rows[name] = whole.subset(out), out.tolist()
     parts["train"], rows["train"] = whole.subset(rest), rest.tolist()
     empty = [name for name, part in parts.items() if len(part) == 0]
     if empty:
         raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
     return parts, rows, source
+
+
+def _hold_out(
+    whole: ImageDataset, rest: np.ndarray, share: float, seed: int, twins: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of the rows `rest` stay and which go; copies of one image go together."""
+    first = np.sort(rest[np.unique(twins[rest], return_index=True)[1]])
+    n, sizes = round(len(first) * (1 - share)), np.bincount(whole.labels[first])
+    sizes = sizes[sizes > 0]
+    if n < len(sizes):
+        smallest = whole.classes[int(np.argmin(np.bincount(whole.labels, minlength=1)))]
+        raise DatasetError(
+            f"`dataset` has too few images for a search: {len(whole)} in {len(whole.classes)} "
+            f"classes, {smallest!r} has {np.bincount(whole.labels).min()}; each class needs 3 or "
+            "more different ones, to train, to validate and to test, better 20. Add images, leave "
+            "small classes out, or only rank the backbones (`sfda-tune rank`)."
+        )
+    stays = np.isin(twins[rest], twins[first[whole.subset(first).sample_rows(n, seed)]])
+    return rest[stays], rest[~stays]
+
+
+def describe_parts(parts: Mapping[str, ImageDataset]) -> list[str]:
+    """Say in sentences what makes numbers on the validation or the test images doubtful."""
+    said, train = [], parts["train"]
+    for name, images in (("validation", parts["val"]), ("test", parts["test"])):
+        n = len(images)
+        if shared := shared_images(train, images):
+            stand = "is" if len(shared) == 1 else "are"
+            said.append(
+                f"{len(shared)} of {n} {name} images {stand} among the training images, too "
+                f"({images.item_name(shared[0])}{', …' * (len(shared) > 1)}): numbers on them are "
+                "too good; remove them from one side"
+            )
+        missing = np.setdiff1d(train.labels, images.labels)
+        if len(missing):
+            names = ", ".join(images.classes[c] for c in missing[:5])
+            names += f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            only = np.unique(images.labels)
+            all_of = f"all {n} are of {images.classes[only[0]]}: " if len(only) == 1 else ""
+            said.append(
+                f"there is no {name} image of {names}: {all_of}{name} numbers say nothing of "
+                f"{'it' if len(missing) == 1 else 'them'}"
+            )
+        if n < FEW:
+            few = "is only one" if n == 1 else f"are only {n}"
+            said.append(f"there {few} {name} image{'s' * (n > 1)}: its numbers are rough")
+    return said
 
 
 def fingerprint(parts: Mapping[str, ImageDataset]) -> str:

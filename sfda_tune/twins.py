@@ -111,8 +111,8 @@ def tell_copies(about: Mapping[str, Any]) -> list[str]:
     said = []
     if copies:
         said.append(
-            f"{len(copies)} of {about['n_images']} images are exact copies of others and were left "
-            f"out: each image takes part once ({_some([f'{c} = {r}' for c, r in copies])})"
+            f"{len(copies)} of {about['n_images']} images are exact copies of others and were "
+            f"left out: each image takes part once ({_some([f'{c} = {r}' for c, r in copies])})"
         )
     if torn:
         shown = _some([f"{name}: {', '.join(classes)}" for name, classes in torn])
@@ -129,7 +129,7 @@ def _some(texts: Sequence[str], limit: int = 3) -> str:
 
 
 def _is_image(item: Any) -> bool:
-    """Tell whether an item is an image at all: empty files are equal, but no copies of an image."""
+    """Tell whether an item is an image at all: empty files are equal, but no copies."""
     try:
         item = _resolve(item)
         if isinstance(item, (Image.Image, np.ndarray)):
