@@ -19,6 +19,7 @@ from sfda_tune import __version__, commands_search
 from sfda_tune.values import HEADINGS, format_count
 
 if TYPE_CHECKING:
+    from sfda_tune.confidence import Confidence
     from sfda_tune.values import Ranking
 
 app = typer.Typer(
@@ -259,7 +260,8 @@ def _show(ranking: Ranking) -> None:
     info = ranking.info
     title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
     table = Table(title=f"{title}; {ranking.metric}", title_justify="left")
-    sure = _confidence(ranking)
+    c = _confidence(ranking)
+    sure = {} if c is None else _sure(c)
     shown = _columns([len(name) for name in ranking], [*HEADINGS[:3], *_SURE[: 2 * bool(sure)]])
     for name in shown:
         if name == "backbone":  # folded where the terminal is narrow
@@ -275,7 +277,7 @@ def _show(ranking: Ranking) -> None:
     _print(table)
     for name, error in ranking.failed.items():
         output.print(f"{name}: {error}", markup=False, highlight=False, soft_wrap=True)
-    for line in _findings(ranking):
+    for line in _findings(ranking, c):
         output.print(line, markup=False, highlight=False, soft_wrap=True)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
@@ -299,14 +301,17 @@ def _show(ranking: Ranking) -> None:
 _SURE = ("90% ranks", "P(best)")
 
 
-def _confidence(ranking: Ranking) -> dict[str, dict[str, str]]:
-    """Return the cells of the columns `_SURE`, by backbone; none where they cannot be known."""
+def _confidence(ranking: Ranking) -> Confidence | None:
     from sfda_tune.confidence import confidence
 
     try:
-        c = confidence(ranking)
+        return confidence(ranking)
     except ValueError:  # the metric is no mean over images, or nothing was scored
-        return {}
+        return None
+
+
+def _sure(c: Confidence) -> dict[str, dict[str, str]]:
+    """Return the cells of the columns `_SURE`, by backbone."""
     return {
         str(name): {
             "90% ranks": f"{first}" if first == last else f"{first}–{last}",
@@ -318,19 +323,17 @@ def _confidence(ranking: Ranking) -> dict[str, dict[str, str]]:
     }
 
 
-def _findings(ranking: Ranking) -> list[str]:
+def _findings(ranking: Ranking, c: Confidence | None) -> list[str]:
     """Say what follows from the ranking: the shortlist, the race, the ensemble."""
-    from sfda_tune.confidence import confidence, shortlist
+    from sfda_tune.confidence import shortlist
 
     lines = []
-    try:
-        c = confidence(ranking)
-    except ValueError:  # the metric is no mean over images, or nothing was scored
-        pass
-    else:
+    if c is not None:
         names = [str(name) for name in shortlist(c)]
         if len(names) > 1:
-            lines.append(f"Best by this score, with probability .95, one of: {', '.join(names)}")
+            among = "of those that finished the race, " * ("race" in ranking.info)
+            text = f"Best by this score, {among}with probability .95, one of: {', '.join(names)}"
+            lines.append(text)
         groups = [", ".join(map(str, group)) for group in c.groups if len(group) > 1]
         if groups:
             lines.append(f"Not told apart by these images: {'; '.join(groups)}")

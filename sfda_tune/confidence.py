@@ -287,7 +287,7 @@ def bootstrap(
     certain: separable if it is not 0.
 
     *Cost*: O(R N) random numbers, one product (R, N) × (N, n), and O(R n²) for the pairs; memory
-    about 4 n N + 5 R n + 5 max(N, 2^18) numbers.
+    about 2 n N + 9 R n + 5 max(N, 2^18) numbers.
 
     References
     ----------
@@ -677,7 +677,9 @@ def _resample(
     order = np.argsort(y, kind="stable")  # classes side by side: a draw is an offset
     start = np.cumsum(n_c) - n_c
     weight = n_c / np.maximum(n_c - 1, 1)
-    V, resolution = _on_grid(X[:, order] * weight[y[order]])
+    V, resolution = np.empty((n, N)), np.empty(n)
+    for i in range(n):  # one by one: n N numbers may be all that there is room for
+        V[i : i + 1], resolution[i : i + 1] = _on_grid(X[i : i + 1, order] * weight[y[order]])
     alone = V[:, start[n_c == 1]].sum(axis=1)
     # n_c − 1 draws: one for each image but the first of its class. Draws belong to rows and not
     # to classes, so that the names of the classes do not matter.
@@ -777,14 +779,18 @@ def _in_top(M: np.ndarray) -> np.ndarray:
 
 def _runs(separable: np.ndarray) -> list[tuple[int, int]]:
     """Return the maximal runs [a, b) in which no two are separable."""
-    runs: list[tuple[int, int]] = []
     n = len(separable)
+    above = np.triu(separable, 1)
+    last = np.where(above.any(axis=0), n - above[::-1].argmax(axis=0), 0)  # b's lowest start
+    runs: list[tuple[int, int]] = []
+    b = 0
     for a in range(n):
-        b = a + 1
-        while b < n and not separable[a:b, b].any():
-            b += 1
-        if not runs or b > runs[-1][1]:
-            runs.append((a, b))
+        end = max(b, a + 1)  # no run ends before that of its predecessor
+        while end < n and last[end] <= a:
+            end += 1
+        if end > b:
+            runs.append((a, end))
+        b = end
     return runs
 
 

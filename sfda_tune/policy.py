@@ -280,7 +280,7 @@ def survivors(
     keep : int or collection of str, optional
         How many of those with a finite score, or which. Default: all with a finite score.
     probability : float, optional
-        Instead of `keep`: as few as hold the best backbone with this probability; needs a
+        Instead of `keep`: those among which the best by score is with this probability; needs a
         `Ranking` (see `sfda_tune.confidence.shortlist`).
 
     Raises

@@ -110,8 +110,10 @@ def tell_copies(about: Mapping[str, Any]) -> list[str]:
     copies, torn = about.get("copies") or [], about.get("several_classes") or []
     said = []
     if copies:
+        one = "is an exact copy of another and was"
+        many = "are exact copies of others and were"
         said.append(
-            f"{len(copies)} of {about['n_images']} images are exact copies of others and were "
+            f"{len(copies)} of {about['n_images']} images {one if len(copies) == 1 else many} "
             f"left out: each image takes part once ({_some([f'{c} = {r}' for c, r in copies])})"
         )
     if torn:

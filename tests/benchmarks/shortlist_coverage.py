@@ -3,9 +3,10 @@
     python tests/benchmarks/shortlist_coverage.py [--seeds K] [--backbones n …] [--images N …]
 
 coverage     share of data sets in whose ``shortlist(.95)`` the truly best backbone is: ≥ .95
-size         mean length; beside it that of an *oracle*, which knows the distribution that the true
-             scores were drawn from (the smallest set with posterior probability .95), and so what
-             no shortlist can fall below; and coverage / size of the *resamples* taken as they are
+size         mean length; beside it what is *needed*: the shortest list of a fixed length, from the
+             first rank on, that holds the best in .95 of the data sets; that of an *oracle* which
+             knows the distribution that the true scores were drawn from (the smallest set with
+             posterior probability .95); and coverage / size by the *resamples* as they are
 reliability  P(best) of all backbones against how often they were the best, with `shrink` and
              without
 
@@ -53,11 +54,13 @@ def measure(seeds: int, n: int, N: int, spread: float, shape: str) -> dict[str, 
     """Return the mean (held, length) of each kind of set, and (P, P unshrunk, is best)."""
     rng = np.random.default_rng([n, N, int(10 * spread)])
     found: dict[str, list] = {"shortlist": [], "oracle": [], "resamples": [], "best": []}
+    place = []
     for seed in range(seeds):
         theta, X, y = simulate(rng, n, N, spread, shape)
         c = bootstrap(X, y, n_resamples=1000, seed=seed)
         best, at = int(theta.argmax()), np.array(c.names)
         names = shortlist(c, LEVEL)
+        place.append(c.names.index(best) + 1)
         found["shortlist"].append((best in names, len(names)))
         order = np.arange(n)
         flat = at[smallest(c.resamples, order)]
@@ -72,7 +75,8 @@ def measure(seeds: int, n: int, N: int, spread: float, shape: str) -> dict[str, 
         plain = np.bincount(c.resamples.argmax(axis=1), minlength=n) / len(c.resamples)
         found["best"].append(np.stack([c.in_top[:, 0], plain, at == best], axis=1))
     means = {k: np.mean(v, axis=0) for k, v in found.items() if k != "best" and v}
-    return means | {"best": np.concatenate(found["best"])}
+    needed = np.quantile(place, LEVEL, method="inverted_cdf")
+    return means | {"best": np.concatenate(found["best"]), "needed": needed}
 
 
 def reliability(p: np.ndarray, hit: np.ndarray) -> str:
@@ -91,7 +95,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[100, 400])
     options = parser.parse_args()
     sure: dict[tuple[str, float], list[np.ndarray]] = {}
-    print("true scores  backbones  images  spread  coverage  size  oracle        resamples")
+    print(
+        "true scores  backbones  images  spread  coverage  size  needed  oracle        resamples"
+    )
     with threadpool_limits(1):
         for shape in SHAPES:
             for n in options.backbones:
@@ -104,8 +110,8 @@ def main() -> None:
                         ]
                         held, size = got["shortlist"]
                         print(
-                            f"{shape:11}  {n:9}  {N:6}  {spread:6}  {held:8.3f}  {size:5.1f}"
-                            f"  {sets[0]:12}  {sets[1]:12}",
+                            f"{shape:11}  {n:9}  {N:6}  {spread:6}  {held:8.3f}  {size:4.1f}"
+                            f"  {got['needed']:6}  {sets[0]:12}  {sets[1]:12}",
                             flush=True,
                         )
                         sure.setdefault((shape, spread), []).append(got["best"])
