@@ -27,7 +27,12 @@ others. How unequal the gains of the last doubling were is measured, and every d
 its square. Extrapolating each backbone's own gain instead errs far more often: the gains are
 mostly noise.
 
-MEASURED
+*Measured*: eight demo backbones on 1,797 images (``python tests/benchmarks/racing.py``), k = 1,
+3, 5, p = .95, 10 seeds each: the top k was that of the full run in all 30 races, with .35, .66
+and .78 of the forward passes. 600 simulated races of 10 and 100 backbones, k = 1, 3, 5, true
+scores with a sd of 0 to 10 standard errors of a difference: in all of them, with .81 … 1.00 of the
+forward passes where all are equal and .16 … .57 where they are furthest apart. Where each with
+P_i < (1 − p)/4 left by itself, the top of 100 close backbones was lost in .05 … .40 of the races.
 """
 
 from __future__ import annotations

@@ -54,10 +54,11 @@ from sfda_tune.report import write_report
 from sfda_tune.sharing import SharedWork
 from sfda_tune.spaces import default_space, open_space
 from sfda_tune.splits import (
-    describe_parts,
     fingerprint,
     join,
     split_images,
+    tell_gaps,
+    tell_shared,
     write_json,
     write_predictions,
 )
@@ -417,6 +418,7 @@ class _Search:
         g = self.given
         getattr(self.engine, "check_storage", lambda url: None)(g["storage"])
         costs, excluded = self.measure_costs()
+        shared = tell_shared(self.parts)
         if len(excluded) == len(self.backbones):  # nothing is written: it may be called otherwise
             name, why = next(iter(excluded.items()))
             raise ValueError(
@@ -431,14 +433,14 @@ class _Search:
             "format": 1, "status": "ranking", "dataset": self.parts["train"].name,
             "classes": list(self.parts["train"].classes),
             "n_images": {name: len(part) for name, part in self.parts.items()},
-            "notes": describe_parts(self.parts), "stages": [],
+            "notes": [*shared, *tell_gaps(self.parts)], "stages": [],
             "candidates": list(self.backbones), "excluded": excluded,
             "survivors": [], "separable": None, "decision": "", "objectives": list(g["objective"]),
             "metric": g["metric"], "engine": g["engine"], "storage": _redact(g["storage"]),
             "trials": [], "short_trials": [], "best": None, "front": [], "costs": costs,
             "seconds": {"total": 0.0, "train_everything_estimate": None},
         }  # fmt: skip
-        for note in state["notes"]:
+        for note in shared:  # the other notes stand with the result
             warnings.warn(f"{note}.", stacklevel=2)
         write_json(self.folder / "search.json", state)
         write_json(self.folder / "config.json", config)  # last: whoever finds it finds all

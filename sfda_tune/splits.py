@@ -18,7 +18,7 @@ from sfda_tune.twins import group_twins, shared_images
 from sfda_tune.values import write_text
 
 __all__ = [
-    "describe_parts", "fingerprint", "join", "split_images", "write_csv", "write_json",
+    "fingerprint", "join", "split_images", "tell_gaps", "tell_shared", "write_csv", "write_json",
     "write_predictions",
 ]  # fmt: skip
 
@@ -83,31 +83,36 @@ def _hold_out(
     return rest[stays], rest[~stays]
 
 
-def describe_parts(parts: Mapping[str, ImageDataset]) -> list[str]:
-    """Say in sentences what makes numbers on the validation or the test images doubtful."""
-    said, train = [], parts["train"]
+def tell_shared(parts: Mapping[str, ImageDataset]) -> list[str]:
+    """Say which validation and test images are training images as well."""
+    said = []
     for name, images in (("validation", parts["val"]), ("test", parts["test"])):
-        n = len(images)
-        if shared := shared_images(train, images):
-            stand = "is" if len(shared) == 1 else "are"
+        if shared := shared_images(parts["train"], images):
             said.append(
-                f"{len(shared)} of {n} {name} images {stand} among the training images, too "
+                f"{len(shared)} of {len(images)} {name} images "
+                f"{'is' if len(shared) == 1 else 'are'} among the training images, too "
                 f"({images.item_name(shared[0])}{', …' * (len(shared) > 1)}): numbers on them are "
                 "too good; remove them from one side"
             )
-        missing = np.setdiff1d(train.labels, images.labels)
-        if len(missing):
-            names = ", ".join(images.classes[c] for c in missing[:5])
-            names += f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            only = np.unique(images.labels)
-            all_of = f"all {n} are of {images.classes[only[0]]}: " if len(only) == 1 else ""
+    return said
+
+
+def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
+    """Say where the validation or the test images are few, or lack a class."""
+    said = []
+    for name, images in (("validation", parts["val"]), ("test", parts["test"])):
+        n, present = len(images), np.unique(images.labels)
+        missing = [images.classes[c] for c in np.setdiff1d(parts["train"].labels, present)]
+        if missing:
+            names = ", ".join(missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
+            all_of = f"all {n} are of {images.classes[present[0]]}: " * (len(present) == 1)
             said.append(
                 f"there is no {name} image of {names}: {all_of}{name} numbers say nothing of "
                 f"{'it' if len(missing) == 1 else 'them'}"
             )
         if n < FEW:
             few = "is only one" if n == 1 else f"are only {n}"
-            said.append(f"there {few} {name} image{'s' * (n > 1)}: its numbers are rough")
+            said.append(f"there {few} {name} image{'s' * (n > 1)}: numbers on so few are rough")
     return said
 
 

@@ -9,7 +9,7 @@ import pytest
 from sfda_tune import open_dataset, rank
 from sfda_tune.confidence import diagnose
 from sfda_tune.datasets import ImageDataset
-from sfda_tune.splits import describe_parts, split_images
+from sfda_tune.splits import split_images, tell_gaps, tell_shared
 from sfda_tune.twins import CopiesWarning, find_twins, group_twins, shared_images, tell_copies
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
@@ -101,7 +101,7 @@ def test_splits_keep_copies_on_one_side():
     sides = [set(codes[rows[name]]) for name in ("train", "val", "test")]
     assert all(sides)
     assert sum(map(len, sides)) == 40  # distinct images, each on one side
-    assert not any("among the training" in note for note in describe_parts(parts))
+    assert tell_shared(parts) == []
 
 
 def test_without_copies_the_splits_are_as_ever():
@@ -115,7 +115,7 @@ def test_own_test_images_among_the_training_images_are_said():
     own = data(np.concatenate([x[:3], pixels(20, seed=1)]), np.arange(23) % 2, "ab")
     parts, _, source = split_images(arguments(data(x, y, "ab"), test=own))
     assert source == "given"
-    (note, *_) = [n for n in describe_parts(parts) if "test images" in n]
+    (note,) = tell_shared(parts)
     assert "of 23 test images" in note
     assert "among the training images, too (row " in note
 
@@ -123,11 +123,12 @@ def test_own_test_images_among_the_training_images_are_said():
 def test_parts_that_say_little_are_named():
     train = data(pixels(30), np.arange(30) % 3)
     test = data(pixels(2, seed=1), [0, 0])
-    notes = describe_parts({"train": train, "val": train.subset(range(12)), "test": test})
-    assert notes[0].startswith("12 of 12 validation images are among the training images, too")
-    assert notes[1:] == [
+    parts = {"train": train, "val": train.subset(range(12)), "test": test}
+    (shared,) = tell_shared(parts)
+    assert shared.startswith("12 of 12 validation images are among the training images, too")
+    assert tell_gaps(parts) == [
         "there is no test image of b, c: all 2 are of a: test numbers say nothing of them",
-        "there are only 2 test images: its numbers are rough",
+        "there are only 2 test images: numbers on so few are rough",
     ]
 
 
