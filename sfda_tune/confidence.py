@@ -526,8 +526,8 @@ def shrink(score: np.ndarray, resamples: np.ndarray, *, seed: int = 0) -> np.nda
         crowded, spread 3     .10 → .09  .28 → .27  .48 → .46  .71 → .43
                              [.10 → .11  .30 → .19  .49 → .35  .69 → .46]
 
-    "Crowded": the best come close to a bound. There, and where all are equal (.48 → .03), a P(best)
-    above .4 is seldom, and too high where it occurs.
+    "Crowded": the best come close to a bound. There, and where all are equal (.48 → .03), P(best)
+    is seldom above .4, and too high where it is.
 
     Parameters
     ----------

@@ -70,7 +70,7 @@ def group_twins(images: ImageDataset) -> np.ndarray:
     first: dict[str, int] = {}
     digests = images.digests()
     codes = np.array([first.setdefault(d, row) for row, d in enumerate(digests)], dtype=np.int64)
-    for row in np.flatnonzero(np.bincount(codes, minlength=len(codes)) > 1):
+    for row in np.flatnonzero(np.bincount(codes, minlength=len(codes)) > 1).tolist():
         if digests[row] == UNREADABLE or not _is_image(images.items[row]):
             same = np.flatnonzero(codes == row)
             codes[same] = same
