@@ -21,6 +21,7 @@ from sfda_tune.texts import printable
 from sfda_tune.values import HEADINGS, format_count
 
 if TYPE_CHECKING:
+    from sfda_tune.confidence import Confidence
     from sfda_tune.values import Ranking
 
 app = typer.Typer(
@@ -165,9 +166,11 @@ def rank(
     if cache is not None and no_cache:
         _fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
+    from sfda_tune.twins import CopiesWarning
 
     executor = None if ray is None else _ray(ray)
     interrupted = False
+    warnings.simplefilter("ignore", CopiesWarning)  # said below the table
     specs = ["demo:*"] if backbones is None else _split_commas(backbones)
     try:
         ranking = sfda_tune.rank(
@@ -262,7 +265,8 @@ def _show(ranking: Ranking) -> None:
     info = ranking.info
     title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
     table = Table(title=text(f"{title}; {ranking.metric}"), title_justify="left")
-    sure = _confidence(ranking)
+    c = _confidence(ranking)
+    sure = {} if c is None else _sure(c)
     widths = [len(printable(name)) for name in ranking]
     shown = _columns(widths, [*HEADINGS[:3], *_SURE[: 2 * bool(sure)]])
     for name in shown:
@@ -279,7 +283,7 @@ def _show(ranking: Ranking) -> None:
     _print(table)
     for name, error in ranking.failed.items():
         say(output, f"{name}: {error}")
-    for line in _findings(ranking):
+    for line in _findings(ranking, c):
         say(output, line)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
@@ -297,14 +301,17 @@ def _show(ranking: Ranking) -> None:
 _SURE = ("90% ranks", "P(best)")
 
 
-def _confidence(ranking: Ranking) -> dict[str, dict[str, str]]:
-    """Return the cells of the columns `_SURE`, by backbone; none where they cannot be known."""
+def _confidence(ranking: Ranking) -> Confidence | None:
     from sfda_tune.confidence import confidence
 
     try:
-        c = confidence(ranking)
+        return confidence(ranking)
     except ValueError:  # the metric is no mean over images, or nothing was scored
-        return {}
+        return None
+
+
+def _sure(c: Confidence) -> dict[str, dict[str, str]]:
+    """Return the cells of the columns `_SURE`, by backbone."""
     return {
         str(name): {
             "90% ranks": f"{first}" if first == last else f"{first}–{last}",
@@ -316,19 +323,17 @@ def _confidence(ranking: Ranking) -> dict[str, dict[str, str]]:
     }
 
 
-def _findings(ranking: Ranking) -> list[str]:
+def _findings(ranking: Ranking, c: Confidence | None) -> list[str]:
     """Say what follows from the ranking: the shortlist, the race, the ensemble."""
-    from sfda_tune.confidence import confidence, shortlist
+    from sfda_tune.confidence import shortlist
 
     lines = []
-    try:
-        c = confidence(ranking)
-    except ValueError:  # the metric is no mean over images, or nothing was scored
-        pass
-    else:
+    if c is not None:
         names = [str(name) for name in shortlist(c)]
         if len(names) > 1:
-            lines.append(f"Best by this score, with probability .95, one of: {', '.join(names)}")
+            among = "of those that finished the race, " * ("race" in ranking.info)
+            text = f"Best by this score, {among}with probability .95, one of: {', '.join(names)}"
+            lines.append(text)
         groups = [", ".join(map(str, group)) for group in c.groups if len(group) > 1]
         if groups:
             lines.append(f"Not told apart by these images: {'; '.join(groups)}")

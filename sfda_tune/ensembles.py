@@ -162,39 +162,42 @@ def select_ensemble(
     (['strong', 'twin', 'other'], ('strong', 'other'))
     """
     names, codes = _checked(features_by_backbone, labels, k, method, r)
-    fits = [_leave_one_out(name, features_by_backbone[name], codes) for name in names]
-    codes = np.sort(codes)  # the order of the rows in the fits
-    n = np.bincount(codes)[codes]
-    own = np.arange((n > 1).sum()), codes[n > 1]  # the element of y_n in each row
-    temperatures, soft = {}, []
-    for name, (log_p, _) in zip(names, fits, strict=True):
-        softened = [log_softmax(t * log_p, axis=1) for t in TEMPERATURES]
-        best = int(np.argmax([p[own].mean() for p in softened]))
+    fit = partial(_leave_one_out, codes=codes)
+    y = np.sort(codes)  # the order of the rows in the fits
+    n = np.bincount(y)[y]
+    own = np.arange((n > 1).sum()), y[n > 1]  # the element of y_n in each row
+    temperatures, log_own, own_p, F = {}, [], [], []
+    for name in names:  # of the posteriors only those of y_n are kept: others (m, N, C) would be
+        log_p, F_m = fit(name, features_by_backbone[name])
+        softened = [log_softmax(t * log_p, axis=1)[own] for t in TEMPERATURES]
+        best = int(np.argmax([p.mean() for p in softened]))
         temperatures[name] = TEMPERATURES[best]
-        soft.append(softened[best])
+        log_own.append(softened[best])
+        own_p.append(np.exp(log_p[own]).mean())
+        if method == "sfda":
+            F.append(F_m)
     if method == "greedy":
-        log_own = np.array([p[own] for p in soft])
+        log_own = np.array(log_own)
         single, values_of = log_own.mean(axis=1), partial(_log_probability, log_own=log_own)
     else:
-        single = np.array([np.exp(log_p[own]).mean() for log_p, _ in fits])
+        single = np.array(own_p)
         s = single - (n[n > 1] - 1).mean() / (len(n) - 1)
-        F = np.array([F for _, F in fits])
-        G = np.einsum("mnc,lnc->nml", F, F)  # F_nF_nᵀ of the whole hub
-        values_of = partial(_t_ens, s=s / (np.abs(s).max() or 1), G=G, r=float(r))
+        values_of = partial(_t_ens, s=s / (np.abs(s).max() or 1), F=F, r=float(r))
     chosen, score, accuracy = [], [], []
-    total = np.zeros_like(soft[0])
+    total = 0.0
     while len(chosen) < k:
         values = values_of(chosen)  # of S + m for every m
         values[chosen] = -np.inf
         m = int(np.argmax(values >= values.max() - TIE))  # the first of the best
-        total += np.exp(soft[m])
+        log_p, _ = fit(names[m], features_by_backbone[names[m]])
+        total = total + np.exp(log_softmax(temperatures[names[m]] * log_p, axis=1))
         chosen.append(m)
         score.append(float(values[m]))
         accuracy.append(float((total[own] >= total.max(axis=1)).mean()))
     backbones = tuple(names[m] for m in chosen)
     by_single = {names[m]: float(single[m]) for m in np.argsort(-single, kind="stable")}
     details = {"temperature": temperatures, "r": float(r), "n_samples": len(n)}
-    details |= {"n_classes": int(codes[-1]) + 1, "n_singletons": int((n == 1).sum())}
+    details |= {"n_classes": int(y[-1]) + 1, "n_singletons": int((n == 1).sum())}
     return Ensemble(backbones, tuple(score), tuple(accuracy), by_single, method, details)
 
 
@@ -203,14 +206,18 @@ def _log_probability(S: list[int], log_own: np.ndarray) -> np.ndarray:
     return np.logaddexp(members, log_own).mean(axis=1) - np.log(len(S) + 1)
 
 
-def _t_ens(S: list[int], s: np.ndarray, G: np.ndarray, r: float) -> np.ndarray:
-    def nuclear_norm(rows: list[int]) -> float:
-        squares = np.linalg.eigvalsh(G[:, rows][:, :, rows])
-        return float(np.sqrt(np.where(squares > 1e-14, squares, 0)).sum(axis=1).mean())
-
+def _t_ens(S: list[int], s: np.ndarray, F: list[np.ndarray], r: float) -> np.ndarray:
     if not S:
         return s.copy()
-    T_com = np.array([nuclear_norm([*S, m]) for m in range(len(s))])
+    members = np.stack([F[m] for m in S], axis=1)  # F_n(S), (N, |S|, C)
+    G = np.empty((len(members), len(S) + 1, len(S) + 1))  # F_nF_nᵀ of S + m, for one m at a time
+    G[:, :-1, :-1] = members @ members.transpose(0, 2, 1)
+    T_com = np.empty(len(s))
+    for m, F_m in enumerate(F):
+        G[:, -1, :-1] = G[:, :-1, -1] = (members @ F_m[:, :, None])[:, :, 0]
+        G[:, -1, -1] = np.square(F_m).sum(axis=1)
+        squares = np.linalg.eigvalsh(G)
+        T_com[m] = np.sqrt(np.where(squares > 1e-14, squares, 0)).sum(axis=1).mean()
     T_com = np.maximum(T_com - T_com[S].min(), 0)  # ‖F_n(S)‖_*, the same for all m, cancels
     return r * s + (1 - r) * T_com / max(T_com.max(), 1e-6)  # below it, all are copies
 

@@ -4,6 +4,7 @@
 `weighted_tau` `kendall_tau`              agreement of two orders; the field reports weighted τ
 `pearson` `spearman` `fidelity`           agreement of values, of ranks, of differences
 `relative_at_k` `regret_at_k` `hit_at_k`  its cost when followed; does it find the best model
+`accuracy_interval`                       what an accuracy on few images leaves open
 `permutation_p_value` `leave_models_out`  better than a random order? does it hang on few models?
 `static_order` `static_order_null`        better than one fixed order for all data sets?
 `evaluate` `evaluate_many`                all of it, for one data set and for several
@@ -28,7 +29,7 @@ from itertools import combinations, zip_longest
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from scipy.stats import kendalltau, pearsonr, rankdata, spearmanr
+from scipy.stats import binomtest, kendalltau, pearsonr, rankdata, spearmanr
 
 from sfda_tune.tables import TooFewError, numbers, pair
 
@@ -226,6 +227,17 @@ def leave_models_out(
     ends = [np.nanargmin(values), np.nanargmax(values)]
     without = [tuple(names[i] for i in range(n) if i not in kept[end]) for end in ends]
     return LeaveOut(*values[ends].tolist(), *without)
+
+
+def accuracy_interval(n_right: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's interval of an accuracy that was measured on n images.
+
+    >>> low, high = accuracy_interval(2, 2)
+    >>> f"{low:.2f}–{high:.2f}"  # all of two
+    '0.34–1.00'
+    """
+    interval = binomtest(int(n_right), int(n)).proportion_ci(level, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 # Baselines -------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def survivors(
     keep : int or collection of str, optional
         How many of those with a finite score, or which. Default: all with a finite score.
     probability : float, optional
-        Instead of `keep`: as few as hold the best backbone with this probability; needs a
+        Instead of `keep`: those among which the best by score is with this probability; needs a
         `Ranking` (see `sfda_tune.confidence.shortlist`).
 
     Raises
@@ -518,7 +518,8 @@ def rate(values: Sequence[Sequence[float]], weights: Sequence[float] | None = No
     if weights is None or not values:
         first = [value for value, *_ in values]
         finite = [value for value in first if math.isfinite(value)] or [0.0]
-        return [min(max(value, min(finite)), max(finite)) for value in first]
+        low, high = min(finite), max(finite)
+        return [min(max(value, low), high) for value in first]
     ranks = np.apply_along_axis(rankdata, 0, np.asarray(values, dtype=float))
     return (ranks @ np.asarray(weights) / len(values)).tolist()
 

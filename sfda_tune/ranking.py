@@ -21,6 +21,7 @@ from sfda_tune.images import Passing
 from sfda_tune.racing import Course, Race, make_stages, run
 from sfda_tune.scoring import Metric, Scorer
 from sfda_tune.store import FeatureStore, open_store
+from sfda_tune.twins import CopiesWarning, find_twins, tell_copies
 from sfda_tune.values import Backbone, Ranking, Score
 
 __all__ = ["RankingInterruptedError", "rank"]
@@ -160,6 +161,10 @@ def rank(
     )
     if samples is not None:
         images = images.sample(samples, seed=seed)
+    twins = find_twins(images)
+    copies = twins.describe(images)
+    if twins.copies:
+        images = images.subset(twins.kept)
 
     from sfda_tune.progress import as_progress
 
@@ -197,7 +202,10 @@ def rank(
             ),
             stacklevel=2,
         )
+    if said := tell_copies(copies):
+        warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
     info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
+    info |= copies
     if report is not None:
         info["executor"] = report
     if course is not None:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from sfda_tune.confidence import Confidence, confidence, diagnose, shortlist
+from sfda_tune.evaluation import accuracy_interval
 from sfda_tune.files import check, open_regular, read_json, read_rows, write_text
 from sfda_tune.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
 from sfda_tune.plots import STATES, count_confusions, find_front, fit_line
@@ -346,6 +346,7 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
     if search and search.get("status") not in ("done", "budget spent"):
         text = f"The search is not done (state: {search.get('status')}); run it again to go on."
         found.append(("warning", text))
+    found += [("warning", f"{_capital(note)}.") for note in search.get("notes") or ()]
     if search.get("decision"):
         found.append(("note", str(search["decision"])))
     if sure:
@@ -370,6 +371,10 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
         if empty := [c for c in classes if c not in set(labels)]:
             found.append(("note", f"Classes without a test image: {listed(empty, 8)}"))
     return sorted(found, key=lambda pair: pair[0] != "warning")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _costs(run: Run, key: str) -> dict[str, float]:
@@ -457,7 +462,7 @@ def _test(run: Run) -> dict[str, Any] | None:
     level = np.ceil(9 * counts / np.maximum(n, 1)[:, None]).astype(int)
     rows = [
         {"name": c, "n": int(n[i]), "right": int(right[i]), "share": right[i] / n[i]}
-        | {"interval": _wilson(right[i], n[i])}
+        | {"interval": accuracy_interval(right[i], n[i])}
         for i, c in enumerate(classes)
         if n[i]
     ]
@@ -480,18 +485,13 @@ def _test(run: Run) -> dict[str, Any] | None:
         "rows": sorted(rows, key=lambda r: r["share"]),
         "n": int(n.sum()),
         "right": int(right.sum()),
-        "interval": _wilson(right.sum(), n.sum()),
+        "interval": accuracy_interval(right.sum(), n.sum()),
     }
 
 
 def _lines(points: Sequence[tuple[float, float]], kind: str) -> list[tuple[Any, ...]]:
     """Return segments (x1, y1, x2, y2, kind): unlike a path, lines may be in per cent."""
     return [(*a, *b, kind) for a, b in pairwise(points)]
-
-
-def _wilson(k: Any, n: Any) -> tuple[float, float]:
-    interval = binomtest(int(k), int(n)).proportion_ci(0.95, "wilson")
-    return float(interval.low), float(interval.high)
 
 
 def _calibrate(run: Run) -> Calibration:

@@ -46,6 +46,7 @@ from sfda_tune.clock import Beat, Clock
 from sfda_tune.confidence import diagnose
 from sfda_tune.datasets import DatasetError, UnreadableImage
 from sfda_tune.engines import DIED, Job, OutOfTimeError, Trial, attempt, load_engine, read_trial
+from sfda_tune.evaluation import accuracy_interval
 from sfda_tune.extraction import resolve_device, use_threads
 from sfda_tune.files import check, read_json
 from sfda_tune.finetuning import BEST, CHECKPOINT, FineTuning, finetune
@@ -63,6 +64,8 @@ from sfda_tune.splits import (
     fingerprint,
     join,
     split_images,
+    tell_gaps,
+    tell_shared,
     write_json,
     write_predictions,
 )
@@ -148,11 +151,21 @@ class SearchResult:
     def __str__(self) -> str:
         b, s = self.best, self.summary
         numbers = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in b["test"].items())
+        n = s["n_images"]["test"]
         return (
             f"{b['backbone']} (trial {b['trial']}, {len(s['trials'])} in all): {numbers} on "
-            f"{s['n_images']['test']} test images; {s['decision']}; "
-            f"{s['seconds']['total']:.0f} s" + f"; {self.folder}" * self.folder.is_dir()
+            f"{n} test image{'s' * (n != 1)}{self._interval}; {s['decision']}; "
+            f"{s['seconds']['total']:.0f} s"
+            + f"; {self.folder}" * self.folder.is_dir()
+            + "".join(f"\nnote: {note}" for note in s.get("notes", ()))
         )
+
+    @property
+    def _interval(self) -> str:
+        if "test_interval" not in self.best:  # of an older version
+            return ""
+        low, high = self.best["test_interval"]
+        return f" (95 % interval of the accuracy: {low:.4f} to {high:.4f})"
 
 
 def search(
@@ -468,6 +481,7 @@ class _Search:
         g = self.given
         getattr(self.engine, "check_storage", lambda url: None)(g["storage"])
         costs, excluded = self.measure_costs()
+        shared = tell_shared(self.parts)
         if len(excluded) == len(self.backbones):  # nothing is written: it may be called otherwise
             name, why = next(iter(excluded.items()))
             raise ValueError(
@@ -484,12 +498,15 @@ class _Search:
             "classes": list(self.parts["train"].classes),
             "n_images": {name: len(part) for name, part in self.parts.items()},
             "sources": self.sources, "unreadable": self.unreadable_names,
-            "stages": [], "candidates": list(self.backbones), "excluded": excluded,
+            "notes": [*shared, *tell_gaps(self.parts)], "stages": [],
+            "candidates": list(self.backbones), "excluded": excluded,
             "survivors": [], "separable": None, "decision": "", "objectives": list(g["objective"]),
             "metric": g["metric"], "engine": g["engine"], "storage": _redact(g["storage"]),
             "trials": [], "short_trials": [], "best": None, "front": [], "costs": costs,
             "seconds": {"total": 0.0, "train_everything_estimate": None},
         }  # fmt: skip
+        for note in shared:  # the other notes stand with the result
+            warnings.warn(f"{note}.", stacklevel=2)
         write_json(self.folder / "search.json", state)
         write_json(self.folder / "config.json", config)  # last: whoever finds it finds all
 
@@ -932,11 +949,13 @@ class _Search:
         self.enter("test", "testing")
         result = self.test(self.best)
         spent = any("budget" in s["note"] for s in self.state["stages"])
-        self.leave("test", f"accuracy {result['accuracy']:.4f}")
+        low, high = self.interval
+        self.leave("test", f"accuracy {result['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})")
         with self.edit() as state:
             state["status"] = "budget spent" if spent else "done"
             state["best"] = self.summarise(self.best, state["costs"]) | {
                 "test": result,
+                "test_interval": self.interval,
                 "latency_ms": self.latency,
             }
         write_report(self.folder)
@@ -992,6 +1011,8 @@ class _Search:
         rows = np.flatnonzero(np.isfinite(p).all(1))
         write_predictions(self.folder, images, p, rows)
         self.latency = _time_forward(model.module, model.preprocessing, self.device)
+        right = int((p[rows].argmax(axis=1) == images.labels[rows]).sum())
+        self.interval = accuracy_interval(right, len(rows))
         return measure(images.labels[rows], p[rows])
 
 

@@ -18,6 +18,7 @@ from sfda_tune.datasets import (
     open_part,
 )
 from sfda_tune.texts import csv_line, json_text
+from sfda_tune.twins import group_twins, shared_images
 from sfda_tune.values import write_text
 
 __all__ = [
@@ -26,11 +27,14 @@ __all__ = [
     "join",
     "open_own_part",
     "split_images",
+    "tell_gaps",
+    "tell_shared",
     "write_csv",
     "write_json",
     "write_predictions",
 ]
 
+FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
 HELD_OUT = 0.2  # of the images for the test, then of the others for validation
 
 
@@ -50,15 +54,14 @@ def split_images(
     parts: dict[str, ImageDataset] = {}
     rows: dict[str, list[int]] = {}
     fraction = g["test"] if isinstance(g["test"], float) else HELD_OUT
+    twins = group_twins(whole)
     for name, share in (("test", fraction), ("val", HELD_OUT)):
         if name in opened:
             parts[name] = _relabel(opened[name].subset(kept[name]), whole)
             rows[name] = kept[name].tolist()
             continue
-        taken = whole.subset(rest).sample_rows(round(len(rest) * (1 - share)), g["seed"])
-        out = np.setdiff1d(np.arange(len(rest)), taken)
-        parts[name], rows[name] = whole.subset(rest[out]), rest[out].tolist()
-        rest = rest[taken]
+        rest, out = _hold_out(whole, rest, share, g["seed"], twins)
+        parts[name], rows[name] = whole.subset(out), out.tolist()
         sources[name] = "held out"
     parts["train"], rows["train"] = whole.subset(rest), rest.tolist()
     empty = [name for name, part in parts.items() if len(part) == 0]
@@ -113,6 +116,58 @@ def describe_images(search: Mapping[str, Any]) -> str:
     said = [f"{did[part]} {n[part]}{words.get(sources.get(part), '')}" for part in did]
     bad = len(search.get("unreadable", {}))
     return f"Images: {', '.join(said)}" + f"; left out as unreadable: {bad}" * bool(bad)
+
+
+def _hold_out(
+    whole: ImageDataset, rest: np.ndarray, share: float, seed: int, twins: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of the rows `rest` stay and which go; copies of one image go together."""
+    first = np.sort(rest[np.unique(twins[rest], return_index=True)[1]])
+    n, sizes = round(len(first) * (1 - share)), np.bincount(whole.labels[first])
+    sizes = sizes[sizes > 0]
+    if n < len(sizes):
+        smallest = whole.classes[int(np.argmin(np.bincount(whole.labels, minlength=1)))]
+        raise DatasetError(
+            f"`dataset` has too few images for a search: {len(whole)} in {len(whole.classes)} "
+            f"classes, {smallest!r} has {np.bincount(whole.labels).min()}; each class needs 3 or "
+            "more different ones, to train, to validate and to test, better 20. Add images, leave "
+            "small classes out, or only rank the backbones (`sfda-tune rank`)."
+        )
+    stays = np.isin(twins[rest], twins[first[whole.subset(first).sample_rows(n, seed)]])
+    return rest[stays], rest[~stays]
+
+
+def tell_shared(parts: Mapping[str, ImageDataset]) -> list[str]:
+    """Say which validation and test images are training images as well."""
+    said = []
+    for name, images in (("validation", parts["val"]), ("test", parts["test"])):
+        if shared := shared_images(parts["train"], images):
+            said.append(
+                f"{len(shared)} of {len(images)} {name} images "
+                f"{'is' if len(shared) == 1 else 'are'} among the training images, too "
+                f"({images.item_name(shared[0])}{', …' * (len(shared) > 1)}): numbers on them are "
+                "too good; remove them from one side"
+            )
+    return said
+
+
+def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
+    """Say where the validation or the test images are few, or lack a class."""
+    said = []
+    for name, images in (("validation", parts["val"]), ("test", parts["test"])):
+        n, present = len(images), np.unique(images.labels)
+        missing = [images.classes[c] for c in np.setdiff1d(parts["train"].labels, present)]
+        if missing:
+            names = ", ".join(missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
+            all_of = f"all {n} are of {images.classes[present[0]]}: " * (len(present) == 1)
+            said.append(
+                f"there is no {name} image of {names}: {all_of}{name} numbers say nothing of "
+                f"{'it' if len(missing) == 1 else 'them'}"
+            )
+        if n < FEW:
+            few = "is only one" if n == 1 else f"are only {n}"
+            said.append(f"there {few} {name} image{'s' * (n > 1)}: numbers on so few are rough")
+    return said
 
 
 def fingerprint(parts: Mapping[str, ImageDataset]) -> str:

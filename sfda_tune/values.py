@@ -427,15 +427,16 @@ class Ranking(_Value, Mapping[str, float]):
         return {name: 1 / float(speed) for name, speed in speeds.items() if speed}
 
     def shortlist(self, k: int | None = None, *, probability: float | None = None) -> list[str]:
-        """Return the best backbones: the first `k`, or as many as the images make necessary.
+        """Return the best backbones: the first `k`, or all that may be the best.
 
         Parameters
         ----------
         k : int, optional
             So many (fewer if fewer could be scored).
         probability : float in (0, 1], optional
-            The smallest set that holds the best one with this probability, by resampling the
-            images (`sfda_tune.confidence`); the metric must be a mean over images.
+            All but those that the images rule out: the best one is among them with this
+            probability, however close they are (`sfda_tune.confidence.shortlist`); the metric
+            must be a mean over images.
 
         Raises
         ------

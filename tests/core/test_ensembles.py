@@ -1,4 +1,5 @@
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -144,8 +145,20 @@ def test_complementarity_by_singular_values():
     T_com = (norm[b] - norm[a]) / (max(norm.values()) - norm[a])
     s = {m: value - 19 / 119 for m, value in chosen.single.items()}
     assert chosen.score[1] == pytest.approx(0.3 * s[b] / s[a] + 0.7 * T_com, abs=1e-9)
-    G = np.array([[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1.0]]])
-    np.testing.assert_allclose(_t_ens([0], np.ones(4), G, 0.0), [0, 0, 0, 1])  # copy, constant
+    F = [np.array([row]) for row in ([1.0, 0], [1.0, 0], [0, 0], [0, 1.0])]
+    np.testing.assert_allclose(_t_ens([0], np.ones(4), F, 0.0), [0, 0, 0, 1])  # copy, constant
+
+
+def test_memory_grows_with_the_backbones_and_not_with_their_pairs():
+    rng, peaks = np.random.default_rng(0), []
+    y = np.arange(300) % 3
+    for m in (20, 80):
+        hub = {f"b{i:02}": rng.normal(size=(300, 4)) + np.eye(3, 4)[y] for i in range(m)}
+        tracemalloc.start()
+        select_ensemble(hub, y, 2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 5 * peaks[0]  # 16 times, if it were the pairs
 
 
 @pytest.mark.parametrize("method", METHODS)

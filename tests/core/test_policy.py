@@ -15,6 +15,25 @@ RIGHT = [Observation(name, "complete", score) for name, score in SCORES.items()]
 WRONG = [Observation(name, "complete", -score) for name, score in SCORES.items()]
 
 
+def test_rating_compares_each_value_with_the_range_once():
+    class Counted(float):
+        count = 0
+
+        def __lt__(self, other):
+            Counted.count += 1
+            return float(self) < float(other)
+
+        def __gt__(self, other):
+            Counted.count += 1
+            return float(self) > float(other)
+
+    values = [[Counted(v)] for v in np.random.default_rng(0).random(300)]
+    assert module.rate([[-math.inf], *values]) == [
+        min(v for v, in values), *(v for v, in values)
+    ]  # fmt: skip
+    assert Counted.count < 10 * 300
+
+
 def seen(name, value, state="complete", **kwargs):
     return Observation(name, state, value, **kwargs)
 

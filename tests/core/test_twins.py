@@ -1,0 +1,137 @@
+"""Exact copies of images: found, counted, said, and without a vote."""
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+
+from sfda_tune import open_dataset, rank
+from sfda_tune.confidence import diagnose
+from sfda_tune.datasets import ImageDataset
+from sfda_tune.splits import split_images, tell_gaps, tell_shared
+from sfda_tune.twins import CopiesWarning, find_twins, group_twins, shared_images, tell_copies
+
+CPU = {"device": "cpu", "workers": 0, "cache": False}
+
+
+def pixels(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (n, 8, 8), dtype=np.uint8)
+
+
+def data(x, labels, classes="abc"):
+    return ImageDataset("x", x, np.array(labels), tuple(classes))
+
+
+def arguments(dataset, **more):
+    names = ("split", "image_column", "label_column", "samples", "test")
+    return {"dataset": dataset, "seed": 0, **dict.fromkeys(names), **more}
+
+
+def test_an_image_counts_in_the_class_with_most_copies_then_in_the_smallest():
+    x = pixels(5)[[0, 1, 2, 0, 0, 1, 3, 4]]
+    images = data(x, [0, 0, 0, 1, 1, 2, 1, 0])
+    found = find_twins(images)
+    assert found.copies == {0: 3, 4: 3, 1: 5}  # 2 copies in b; c is smaller than a
+    assert found.torn == {3: ("a", "b"), 5: ("a", "c")}
+    assert found.kept.tolist() == [2, 3, 5, 6, 7]
+    copies, torn = tell_copies(found.describe(images))
+    assert copies.startswith("3 of 8 images are exact copies of others and were left out")
+    assert torn.startswith("2 images stand in more than one class and counted in one only (row 3")
+    assert tell_copies(find_twins(data(pixels(3), [0, 1, 2])).describe(images)) == []
+
+
+def test_empty_and_broken_files_are_no_copies_of_an_image(photos, tmp_path):
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    for k, (folder, content) in enumerate(
+        [("ant", b""), ("ant", b""), ("bee", b"broken"), ("ant", b"broken")]
+    ):
+        (root / folder / f"bad{k}.png").write_bytes(content)
+    images = open_dataset(root)
+    assert len(np.unique(group_twins(images))) == len(images)
+    assert not find_twins(images).copies
+    assert shared_images(images, images.subset(range(len(images)))) == [
+        r for r in range(len(images)) if "bad" not in images.item_name(r)
+    ]
+
+
+@pytest.mark.parametrize("metric", ["sfda", "knn"])
+def test_copies_change_neither_scores_nor_winner(photos, toy_zoo, tmp_path, metric):
+    alone = rank(photos, toy_zoo, metric=metric, **CPU)
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    for file in sorted(root.glob("*/*")):
+        shutil.copy(file, file.with_stem(file.stem + "_copy"))
+    for file in sorted(root.glob("ant/*_copy*"))[:2]:
+        shutil.copy(file, root / "bee" / f"too_{file.name}")
+    with pytest.warns(CopiesWarning, match=r"38 of 74 images .* 2 images stand in more than one"):
+        twice = rank(root, toy_zoo, metric=metric, **CPU)
+    assert dict(twice) == pytest.approx(dict(alone), rel=1e-6)
+    assert len(twice.info["copies"]) == 38
+    assert [classes for _, classes in twice.info["several_classes"]] == [["ant", "bee"]] * 2
+    assert twice.info["n_samples"] == alone.info["n_samples"]
+    (found,) = [d for d in diagnose(twice) if d.kind == "copies"]
+    assert found.severity == "warning"
+    assert "38 of 74 images are exact copies" in found.message
+    again = type(twice).from_json(twice.to_json())
+    assert [d.message for d in diagnose(again)] == [d.message for d in diagnose(twice)]
+
+
+def test_the_table_says_it_once_and_below(photos, toy_zoo, tmp_path, capsys):
+    from sfda_tune.cli import main
+
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    first = next((root / "ant").iterdir())
+    shutil.copy(first, first.with_stem("again"))
+    with pytest.raises(SystemExit), warnings.catch_warnings():
+        main(["rank", str(root), "-b", str(toy_zoo), "--no-cache", "-q"])
+    said = capsys.readouterr().err
+    assert said.count("1 of 37 images is an exact copy of another and was left out") == 1
+
+
+def test_splits_keep_copies_on_one_side():
+    x = np.concatenate([pixels(40), pixels(40), pixels(40)[:10]])
+    labels = np.concatenate([np.arange(40) % 2, np.arange(40) % 2, 1 - np.arange(10) % 2])
+    images = data(x, labels, "ab")
+    parts, rows, _ = split_images(arguments(images))
+    assert sorted(rows["train"] + rows["val"] + rows["test"]) == list(range(90))
+    codes = group_twins(images)
+    sides = [set(codes[rows[name]]) for name in ("train", "val", "test")]
+    assert all(sides)
+    assert sum(map(len, sides)) == 40  # distinct images, each on one side
+    assert tell_shared(parts) == []
+
+
+def test_without_copies_the_splits_are_as_ever():
+    images = data(pixels(60), np.arange(60) % 3)
+    kept = images.sample_rows(48, 0)
+    assert split_images(arguments(images))[1]["test"] == np.setdiff1d(range(60), kept).tolist()
+
+
+def test_own_test_images_among_the_training_images_are_said():
+    x, y = pixels(60), np.arange(60) % 2
+    own = data(np.concatenate([x[:3], pixels(20, seed=1)]), np.arange(23) % 2, "ab")
+    parts, _, source = split_images(arguments(data(x, y, "ab"), test=own))
+    assert source == "given"
+    (note,) = tell_shared(parts)
+    assert "of 23 test images" in note
+    assert "among the training images, too (row " in note
+
+
+def test_parts_that_say_little_are_named():
+    train = data(pixels(30), np.arange(30) % 3)
+    test = data(pixels(2, seed=1), [0, 0])
+    parts = {"train": train, "val": train.subset(range(12)), "test": test}
+    (shared,) = tell_shared(parts)
+    assert shared.startswith("12 of 12 validation images are among the training images, too")
+    assert tell_gaps(parts) == [
+        "there is no test image of b, c: all 2 are of a: test numbers say nothing of them",
+        "there are only 2 test images: numbers on so few are rough",
+    ]
+
+
+def test_too_few_images_for_a_search_are_said_in_words_of_the_data_set():
+    with pytest.raises(ValueError, match="too few images for a search: 3 in 3 classes, 'a' has 1"):
+        split_images(arguments(data(pixels(3), [0, 1, 2])))
