@@ -451,12 +451,19 @@ class FineTuning(Iterator[Epoch]):
 
         layers: list[Any] = self.head
         found: list[list[Any]] = [[] for _ in layers]
+        latest: dict[int, Any] = {}
         hooks = [
-            layer.register_forward_pre_hook(lambda _, x, kept=kept: kept.append(x[0].cpu()))
-            for layer, kept in zip(layers, found, strict=True)
+            layer.register_forward_pre_hook(lambda _, x, k=k: latest.update({k: x[0].cpu()}))
+            for k, layer in enumerate(layers)
         ]
+
+        def keep() -> None:  # a pass that failed behind the hooks is made again
+            for k, x in latest.items():
+                found[k].append(x)
+            latest.clear()
+
         try:
-            rows = self._predict(self._images, plain_view(self.half))[0]
+            rows = self._predict(self._images, plain_view(self.half), keep)[0]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -568,7 +575,9 @@ class FineTuning(Iterator[Epoch]):
             total += losses.detach() / len(x)
         return total
 
-    def _predict(self, images: Images, view: Any = same) -> tuple[np.ndarray, np.ndarray]:
+    def _predict(
+        self, images: Images, view: Any = same, passed: Callable[[], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the readable rows and their class probabilities."""
         import torch
 
@@ -587,6 +596,8 @@ class FineTuning(Iterator[Epoch]):
                 try:
                     logits.append(forward(module, self.half, part, self.device))
                     start += len(part)
+                    if passed is not None:
+                        passed()
                 except (RuntimeError, MemoryError) as error:
                     self._halve(error, len(part))
         if not rows:

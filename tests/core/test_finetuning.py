@@ -414,6 +414,21 @@ def test_out_of_memory_keeps_the_batch(caplog):
 # ---- odd input
 
 
+def test_out_of_memory_in_the_head_shifts_no_features(monkeypatch):
+    whole = train(epochs=0)
+    real = nn.Linear.forward
+
+    def small(self, x):
+        if len(x) > 9:
+            raise torch.OutOfMemoryError("CUDA out of memory (as if)")
+        return real(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", small)
+    parts = train(epochs=0)
+    assert parts.history[0].accuracy == whole.history[0].accuracy
+    assert parts.history[0].log_loss == pytest.approx(whole.history[0].log_loss, rel=1e-3)
+
+
 def test_divergence_names_the_learning_rate():
     with pytest.raises(DivergedError, match=r"diverged in epoch \d.*lr=1e\+30; try lr=1e\+29"):
         train(optimizer="sgd", lr=1e30, clip_grad=None, warmup_epochs=0)
