@@ -31,10 +31,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from sfda_tune.engines import NO_TIME, Job, Trial, attempt, read_trial
 from sfda_tune.files import read_json, write_text
 from sfda_tune.formats import EXPERIMENTS
+from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.spaces import Dimension, Space
+from sfda_tune.values import Ranking
 from sfda_tune_ray.callbacks import SchedulerStateCallback
 from sfda_tune_ray.cluster import connect, count_places
 from sfda_tune_ray.searcher import SFDASearcher
+from sfda_tune_ray.spaces import backbone_resources
+from sfda_tune_ray.trainable import limit_memory
 
 __all__ = ["tune"]
 
@@ -118,7 +122,7 @@ def _is_done(job: Job) -> bool:
 
 def _open_tuner(job: Job) -> raytune.Tuner:
     """Return the tuner of the next experiment."""
-    gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+    gpus = _share_gpu(job)
     train = raytune.with_resources(_make_trainable(job), {"cpu": 1, "gpu": gpus})
     past, known = _read_experiments(job), _read_all(job)
     path = job.folder / f"ray-{len(past)}"
@@ -203,11 +207,40 @@ def _convert(space: Space) -> dict[str, Any]:
     return {d.name: domain(d) for d in space.dimensions}
 
 
+def _share_gpu(job: Job) -> float:
+    """Return the fraction of a GPU that holds any trial, 0 where there are none.
+
+    Trials share actors, so they all get the same: what the largest needs by `backbone_resources`,
+    which goes by the memory that ranking measured.
+    """
+    if not ray.cluster_resources().get("GPU", 0):
+        return 0
+    memory = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_measure_memory).remote())
+    if memory is None or not (job.folder / "ranking.json").is_file():
+        return 1
+    ranking = Ranking.from_json(job.folder / "ranking.json")
+    sizes = [FinetuneConfig().batch_size]
+    for d in job.space.dimensions:
+        if d.name == "batch_size":
+            sizes = [int(n) for n in d.choices or (d.high,)]
+    need = backbone_resources(ranking, gpu_memory=memory, batch_size=max(sizes))
+    asked = (need({"backbone": name}).required_resources["GPU"] for name in job.scores)
+    return max(asked, default=1)
+
+
+def _measure_memory() -> int | None:
+    """Return the bytes of a GPU."""
+    import torch
+
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
 def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
     remake, folder, here = job.remake, job.folder, os.getcwd()
     made: list[Any] = []  # once in each actor
 
     def train(config: dict[str, Any]) -> None:
+        limit_memory()
         with suppress(OSError):  # the data may have been given as a relative path
             os.chdir(here)
         own = folder / "trials" / _name(config, raytune.get_context().get_trial_id())

@@ -89,7 +89,7 @@ def finetune_trainable(
             raise ValueError(
                 f"{param_name!r} must be the name of one of {found}, but is {name!r}."
             )
-        _limit_memory()
+        limit_memory()
         with tempfile.TemporaryDirectory() as folder:
             saved = tune.get_checkpoint()
             if saved is not None:
@@ -111,7 +111,7 @@ def finetune_trainable(
     return tune.with_parameters(train, data=dataset)
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
     """Keep a trial to its fraction of a GPU, which Ray only counts."""
     import torch
 
