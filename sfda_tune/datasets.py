@@ -331,7 +331,9 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         if os.path.isdir(path) and os.fspath(spec):  # "" is not the current folder
             return "a folder (the labels are the folder names)", _open_folder, ("split", "least")
         suffix = os.path.splitext(path)[1].lower()
-        if not os.path.isfile(path):
+        if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+            fact = f"{str(spec)!r} is neither a file nor a folder"
+        elif not os.path.isfile(path):
             fact = f"{str(spec)!r} does not exist{_close_matches(path)}"
         elif suffix in (".csv", ".tsv", ".parquet", ".pq"):
             return "a table", _open_table, ("split", *columns, "least")

@@ -49,6 +49,7 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import kendalltau, rankdata
 
+from sfda_tune.files import LARGEST_NUMBER
 from sfda_tune.values import Ranking, require
 
 __all__ = [
@@ -580,9 +581,10 @@ def _fit(
         if o.state in ("complete", "pruned") and has_value:
             seen.append(o)
         if o.cost is not None and o.state == "complete":
-            seconds[k], paid[k] = seconds[k] + o.cost, paid[k] + 1
+            seconds[k], paid[k] = seconds[k] + min(o.cost, LARGEST_NUMBER), paid[k] + 1
     arm = np.array([index[o.backbone] for o in seen], dtype=int)
     raw = np.array([o.value for o in seen], dtype=float)
+    raw = raw.clip(-LARGEST_NUMBER, LARGEST_NUMBER)  # squares of a diverged loss overflow
     full = np.array([o.state == "complete" for o in seen], dtype=bool)
     y, weight, is_alone = _comparable(seen, raw, arm, full)
     valued, n = np.bincount(arm, None, K), np.bincount(arm, weight, K)

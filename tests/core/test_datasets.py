@@ -1104,6 +1104,8 @@ def test_path_that_does_not_exist(tmp_path):
     assert str(tmp_path / "flowers") in message(tmp_path / "flower" / "train" / "cat")
     for spec in ("", "nul\0", "https://example.org/x.csv"):
         assert f"{spec!r} does not exist" in message(spec)
+    os.mkfifo(tmp_path / "table.csv")
+    assert "table.csv' is neither a file nor a folder" in message(tmp_path / "table.csv")
     (tmp_path / "x.zip").touch()
     assert "x.zip'; unpack it first" in message(tmp_path / "x.zip")
 

@@ -118,6 +118,14 @@ def test_a_diverged_trial_does_not_hide_the_others():
 
 
 # Degenerate input -------------------------------------------------------------------------------
+@pytest.mark.parametrize("values", [(-1e300, 0.9), (1e160, -1e160), (1e308, -1e308, 0.0)])
+def test_huge_values_and_costs_are_counted_but_do_not_overflow(values):
+    history = [module.Observation("ab"[k % 2], "complete", v, 1e308) for k, v in enumerate(values)]
+    history += history
+    assert module.choose(SCORES, history, number=2, cost_exponent=0.5) in SCORES
+    assert math.isfinite(module.calibrate(SCORES, history).slope)
+
+
 def test_few_candidates_empty_scores_and_only_failures_are_defined():
     assert choose({"a": 1.0}, [seen("a", None, "failed")] * 9) == "a"
     assert {choose({}, candidates=["a", "b"], seed=s) for s in range(30)} == {"a", "b"}
