@@ -323,6 +323,7 @@ class _Search:
 
     def __init__(self, given: dict[str, Any], board: Any) -> None:
         self.given, self.board, self.folder = given, board, given["out"]
+        self.kind: Any = STATE  # what `state` looks for in search.json
         known = self.state["seconds"]["total"] if (self.folder / "search.json").is_file() else 0.0
         self.now = Clock(self.folder / "seconds.json", known)  # all times are such seconds
         self.begun = self.now()
@@ -335,7 +336,6 @@ class _Search:
         self.known: list[Trial] = []  # trials with a value
         self.best: Trial | None = None  # of these
         self.shared = SharedWork()
-        self.kind: Any = STATE
 
     def run(self, number: int = 0) -> None:
         """Go through the stages that are not done yet; helpers (`number` > 0) only tune."""
