@@ -61,9 +61,7 @@ def start(server):
     groups = []
 
     def begin(arguments, log, **environment):
-        child = server.Process(
-            target=chaos_lab.run_command, args=(arguments, log, environment)
-        )
+        child = server.Process(target=chaos_lab.run_command, args=(arguments, log, environment))
         child.start()
         groups.append(child.pid)
         return child
