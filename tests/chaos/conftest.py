@@ -112,9 +112,10 @@ def cli(clean_environment, monkeypatch, capfd):
     handlers = {sign: signal.getsignal(sign) for sign in signs}
 
     def run(*arguments):
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as done:
+        with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
-            commands.main(list(map(str, arguments)))
+            with pytest.raises(SystemExit) as done:
+                commands.main(list(map(str, arguments)))
         out, err = capfd.readouterr()
         both = out + err
         assert done.value.code in (0, 1), both
