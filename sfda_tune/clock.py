@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from sfda_tune.values import write_text
+from sfda_tune.files import AtLeast, read_json, write_text
 
 __all__ = ["Beat", "Clock"]
 
@@ -79,7 +78,6 @@ class Clock:
             write_text(self._file, json.dumps({"seconds": round(self(), 3)}))
 
     def _read(self) -> float:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
-            seconds = float(json.loads(self._file.read_text(encoding="utf-8"))["seconds"])
-            return seconds if math.isfinite(seconds) else 0.0
+        with suppress(OSError, ValueError):  # none yet, or a damaged one
+            return float(read_json(self._file, {"seconds": AtLeast(0)})["seconds"])
         return 0.0

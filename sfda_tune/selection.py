@@ -50,7 +50,7 @@ from sfda_tune.evaluation import accuracy_interval
 from sfda_tune.extraction import resolve_device, use_threads
 from sfda_tune.files import check, read_json
 from sfda_tune.finetuning import BEST, CHECKPOINT, FineTuning, finetune
-from sfda_tune.formats import FOUND, PROVENANCE, SEARCH, STATE, TRIAL
+from sfda_tune.formats import FOUND, PROVENANCE, SEARCH, SPLITS, STATE, TRIAL
 from sfda_tune.predictions import load_model, predict
 from sfda_tune.ranking import RankingInterruptedError, rank
 from sfda_tune.recipe import MONITORS, FinetuneConfig, measure
@@ -459,7 +459,7 @@ class _Search:
     def look(self, opened: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the rows that can be read; they are looked at when the search begins."""
         if (self.folder / "config.json").is_file():
-            splits = json.loads((self.folder / "splits.json").read_text(encoding="utf-8"))
+            splits = read_json(self.folder / "splits.json", SPLITS)
             bad = splits.get("left_out", {})
         else:
             limit = self.given["max_unreadable"]
