@@ -607,7 +607,8 @@ def main(arguments: list[str] | None = None) -> None:
         _print_error(known or f"{type(error).__name__}: {error} (--debug shows the traceback)")
         sys.exit(1)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by `>&-`
+            sys.stdout.flush()
     except BrokenPipeError:  # `sfda-tune … | head`
         hang_up(sys.stdout)
     sys.exit(code or 0)

@@ -99,11 +99,14 @@ def read_parts(
     for column in columns:
         word = _letters(column)
         flag = part_of(word.removeprefix("is")) if word.startswith("is") else None
-        flag = flag or (word if word in ("train", "test") else None)
+        bare = re.fullmatch("(in)?(train|val|test)(set|split)?", word)
+        flag = flag or (bare[2] if bare else None)
         if flag is None and word not in (*_COLUMNS, *_MORE_COLUMNS):
             continue
         said = ["" if value is None else str(value).strip() for value in cells(column)]
         distinct = Counter(said)
+        if flag and {v.casefold() for v in distinct} & (_TRUE | _FALSE):
+            _check_full(distinct, column, where)
         if flag and {v.casefold() for v in distinct} <= _TRUE | _FALSE:
             flags[column] = flag, [v.casefold() in _TRUE for v in said]
         elif not flag:

@@ -2,6 +2,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -376,6 +377,14 @@ def start(clean_environment, *arguments):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment,
         start_new_session=True,
     )  # fmt: skip
+
+
+def test_without_a_standard_output_it_ends_as_with_one(clean_environment):
+    command = f"exec {shlex.join(COMMAND)} --version >&-"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, env=clean_environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def wait_for(marker: Path, process: subprocess.Popen) -> None:

@@ -1472,6 +1472,8 @@ def parts_table(path: Path, head: str, values: list[str]) -> Path:
         ("is_valid", "False", "True"),
         ("is_test", "0", "1"),
         ("is_train", "yes", "no"),
+        ("in_test", "0", "1"),
+        ("test_set", "False", "True"),
         ("is_valid,is_test", "0,0", "0,1"),
         ("split,is_test", "train,0", "test,1"),
     ],
@@ -1509,6 +1511,8 @@ def test_columns_that_name_parts_are_honoured_or_fail(tmp_path):
     parts_table(path, "split", ["train"] * 4 + [""] * 2)
     assert "column 'split', must name the part of every row, but 2 of 6" in message(path)
     assert len(open_dataset(path, split="all")) == 6
+    parts_table(path, "is_test", ["0"] * 3 + ["", "1", "1"])
+    assert "column 'is_test', must name the part of every row, but 1 of 6" in message(path)
     parts_table(path, "split,is_valid", ["train,0"] * 2 + ["train,1"] * 2)
     assert "'split' and 'is_valid' contradict each other" in message(path)
     parts_table(path, "fold", list("001122"))
