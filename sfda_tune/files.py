@@ -118,7 +118,7 @@ def read_json(path: str | os.PathLike[str], kind: Any = object, advice: str = "r
         One line with the file, and with what in it is wrong.
     """
     try:
-        return parse_json(read_text(path), kind)
+        return parse_json(read_text(path, errors="surrogateescape"), kind)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:

@@ -55,8 +55,13 @@ class Twins:
         name = images.item_name
         return {
             "n_images": len(images),
-            "copies": [[name(copy), name(row)] for copy, row in sorted(self.copies.items())],
-            "several_classes": [[name(row), list(c)] for row, c in sorted(self.torn.items())],
+            "copies": [
+                {"image": name(copy), "same_as": name(row)}
+                for copy, row in sorted(self.copies.items())
+            ],
+            "several_classes": [
+                {"image": name(row), "classes": list(c)} for row, c in sorted(self.torn.items())
+            ],
         }
 
 
@@ -110,14 +115,15 @@ def tell_copies(about: Mapping[str, Any]) -> list[str]:
     copies, torn = about.get("copies") or [], about.get("several_classes") or []
     said = []
     if copies:
+        pairs = [f"{c['image']} = {c['same_as']}" for c in copies]
         one = "is an exact copy of another and was"
         many = "are exact copies of others and were"
         said.append(
             f"{len(copies)} of {about['n_images']} images {one if len(copies) == 1 else many} "
-            f"left out: each image takes part once ({_some([f'{c} = {r}' for c, r in copies])})"
+            f"left out: each image takes part once ({_some(pairs)})"
         )
     if torn:
-        shown = _some([f"{name}: {', '.join(classes)}" for name, classes in torn])
+        shown = _some([f"{t['image']}: {', '.join(t['classes'])}" for t in torn])
         stand = "image stands" if len(torn) == 1 else "images stand"
         said.append(
             f"{len(torn)} {stand} in more than one class and counted in one only ({shown}); "

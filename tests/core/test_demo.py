@@ -122,9 +122,13 @@ def test_untrained_weights_are_reproducible(tmp_path):
         None,
         tmp_path,
     )
-    assert (tmp_path / "model.safetensors").read_bytes() == (
-        demo.folder("vit_untrained") / "model.safetensors"
-    ).read_bytes()
+    found, expected = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path, demo.folder("vit_untrained"))
+    )
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():  # processors round the error function differently
+        torch.testing.assert_close(found[name], weight, rtol=2e-3, atol=1e-6)
 
 
 def _probe(name: str) -> float:

@@ -69,7 +69,7 @@ def test_copies_change_neither_scores_nor_winner(photos, toy_zoo, tmp_path, metr
         twice = rank(root, toy_zoo, metric=metric, **CPU)
     assert dict(twice) == pytest.approx(dict(alone), rel=1e-6)
     assert len(twice.info["copies"]) == 38
-    assert [classes for _, classes in twice.info["several_classes"]] == [["ant", "bee"]] * 2
+    assert [t["classes"] for t in twice.info["several_classes"]] == [["ant", "bee"]] * 2
     assert twice.info["n_samples"] == alone.info["n_samples"]
     (found,) = [d for d in diagnose(twice) if d.kind == "copies"]
     assert found.severity == "warning"
@@ -113,8 +113,8 @@ def test_without_copies_the_splits_are_as_ever():
 def test_own_test_images_among_the_training_images_are_said():
     x, y = pixels(60), np.arange(60) % 2
     own = data(np.concatenate([x[:3], pixels(20, seed=1)]), np.arange(23) % 2, "ab")
-    parts, _, source = split_images(arguments(data(x, y, "ab"), test=own))
-    assert source == "given"
+    parts, _, sources = split_images(arguments(data(x, y, "ab"), test=own))
+    assert sources["test"] == "given"
     (note,) = tell_shared(parts)
     assert "of 23 test images" in note
     assert "among the training images, too (row " in note
