@@ -36,6 +36,10 @@ class Terminal(Console):
             super().print(*args, **kwargs)
         except BrokenPipeError:
             self.on_broken_pipe()
+        except OSError:  # a full disk
+            if not self.stderr:  # messages only
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """Go on: files are still to be written, and the exit status says how it went."""

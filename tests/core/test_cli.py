@@ -387,6 +387,16 @@ def test_without_a_standard_output_it_ends_as_with_one(clean_environment):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+def test_messages_that_cannot_be_written_lose_no_result(photos, toy_zoo, tmp_path):
+    out, backbone = tmp_path / "r.json", toy_zoo / "resnet"
+    command = [*COMMAND, "rank", photos, "-b", backbone, *RANK, "--out", out]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*map(str, command)], stderr=full, check=False)
+    assert done.returncode == 0
+    assert json.loads(out.read_text())["scores"]
+
+
 def wait_for(marker: Path, process: subprocess.Popen) -> None:
     for _ in range(1200):
         if marker.exists() or process.poll() is not None:
