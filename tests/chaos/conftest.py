@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SLOW_TO_IMPORT = ["timm.optim", "torch._dynamo", "sklearn.datasets", "sqlalchemy.orm", "pandas"]
 sys.path.insert(0, str(HERE))  # `--import-mode=importlib` does not
 
 
@@ -49,7 +50,7 @@ def server():
         for name, value in {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}.items():
             patch.setenv(name, value)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["chaos_lab"])
+        context.set_forkserver_preload(["chaos_lab", *SLOW_TO_IMPORT])
         yield context
 
 

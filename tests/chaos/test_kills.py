@@ -45,7 +45,7 @@ def undisturbed(finish, photos, tmp_path_factory):
     return essence(folder / "0" / "r.json"), seconds
 
 
-@trials(8)
+@trials(6)
 def test_rank(seed, undisturbed, finish, kill, photos, tmp_path):
     expected, seconds = undisturbed
     rng = random.Random(seed)
@@ -94,7 +94,7 @@ def check_study(run):
     assert not {TrialState.RUNNING, TrialState.WAITING} & set(states)
 
 
-@trials(4)
+@trials(3)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of SQLite's connections
 def test_search(seed, seconds, finish, kill, tmp_path):
     command = search(tmp_path, 3)
