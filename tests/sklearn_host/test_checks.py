@@ -1,5 +1,6 @@
 """scikit-learn's own checks of what an estimator must do."""
 
+import pytest
 from sfda_tune_sklearn import BackboneClassifier, BackboneFeatures
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
@@ -19,6 +20,7 @@ def expected(estimator):
     return EXPECTED_TO_FAIL
 
 
+@pytest.mark.filterwarnings("ignore::sfda_tune.twins.CopiesWarning")  # small integers repeat
 @parametrize_with_checks(ESTIMATORS, expected_failed_checks=expected)
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
