@@ -346,6 +346,8 @@ class _Search:
             with self.lock("stage"):
                 self.begin()
                 if self.is_done("test"):
+                    if not (self.folder / "report.html").exists():  # killed before it was written
+                        write_report(self.folder)
                     return
                 stack.enter_context(Beat(self.now.write, 1.0))
                 self.rank()
@@ -950,14 +952,14 @@ class _Search:
         result = self.test(self.best)
         spent = any("budget" in s["note"] for s in self.state["stages"])
         low, high = self.interval
-        self.leave("test", f"accuracy {result['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})")
-        with self.edit() as state:
-            state["status"] = "budget spent" if spent else "done"
-            state["best"] = self.summarise(self.best, state["costs"]) | {
-                "test": result,
-                "test_interval": self.interval,
-                "latency_ms": self.latency,
-            }
+        best = self.summarise(self.best, self.state["costs"]) | {
+            "test": result,
+            "test_interval": self.interval,
+            "latency_ms": self.latency,
+        }
+        note = f"accuracy {result['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
+        # at once: a search whose last stage is done, but which has no winner, would never end
+        self.leave("test", note, best=best, status="budget spent" if spent else "done")
         write_report(self.folder)
 
     def train_winner(self, best: Trial) -> str:

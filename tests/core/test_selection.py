@@ -128,10 +128,12 @@ def test_only_the_best_keeps_its_weights(found):
 
 def test_the_same_call_repeats_nothing_and_another_one_is_refused(found):
     before, started = read(found.folder), time.monotonic()
+    (found.folder / "report.html").unlink()  # as if killed just before it was written
     again = search("digits", PAIR, **QUICK, cache=False, out=found.folder)
     assert time.monotonic() - started < 10
     assert essence(again) == essence(found)
     assert read(found.folder) == before
+    assert (found.folder / "report.html").is_file()
     with pytest.raises(ValueError, match="holds a search with seed 0, but now seed is 1"):
         search("digits", PAIR, **QUICK, cache=False, out=found.folder, seed=1)
     with pytest.raises(ValueError, match=r"with space None, but now space is .*'lr': 0.001"):
