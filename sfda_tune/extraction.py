@@ -163,7 +163,8 @@ class Extraction:
         No forward pass was needed.
     seconds : dict of str to float
         Spent now: ``load``, ``decode`` (waiting for pixels), ``forward``; ``decode_work`` is the
-        time the decoding took in the workers, most of it hidden behind the forward passes.
+        time the decoding took in the workers, ``copy`` what features took to come to the host
+        with the wait for the device, most of both hidden behind the forward passes.
     """
 
     backbone: Backbone
@@ -524,7 +525,7 @@ class Worker:
 
     def __call__(self, unit: Unit) -> Outcome:
         """Return the outcome; only a fault of the data set is raised."""
-        seconds = {"load": 0.0, "forward": 0.0, "decode": 0.0, "decode_work": 0.0}
+        seconds = dict.fromkeys(("load", "forward", "copy", "decode", "decode_work"), 0.0)
         outcome = Outcome(unit.backbone.name, seconds=seconds)
         try:
             set_switches(unit.switches)
@@ -621,7 +622,9 @@ class Worker:
 
     def _keep(self, done: _Shard, outcome: Outcome, n_params: int) -> None:
         """Wait for the features of a shard and put them into the store."""
+        started = time.perf_counter()
         x, forward_seconds = done.features(), done.seconds()
+        outcome.seconds["copy"] += time.perf_counter() - started
         outcome.seconds["forward"] += forward_seconds
         info = {
             "backbone": outcome.name,

@@ -240,7 +240,7 @@ class _Run:
         self.store, self.map_fn, self.executor, self.scorer = store, map_fn, executor, scorer
         self.scores: dict[str, Score] = {}
         self.seconds: dict[str, float] = dict.fromkeys(
-            ("load", "decode", "decode_work", "forward", "score"), 0.0
+            ("load", "decode", "decode_work", "forward", "copy", "score"), 0.0
         )
         self.unreadable: dict[int, str] = {}
         self.rows: Any = None  # of the data set, behind the latest scores

@@ -310,7 +310,7 @@ def extract_all(dataset, backbones, settings, **kwargs) -> dict:
             raise RuntimeError(f"{e.backbone.name}: {e.error}")
         marks.append(time.perf_counter())
         found.append(e)
-    parts = ("load", "decode", "decode_work", "forward")
+    parts = ("load", "decode", "decode_work", "forward", "copy")
     return {
         "wall": marks[-1] - started,
         "first": marks[0],
@@ -351,8 +351,11 @@ def extraction_(part: Part) -> None:
         part.add(f"{precision}: device computing, images decoded", r["computing"], "", "≥ .90")
         if (share := busy.between(r["first"], r["last"])) is not None:
             part.add(f"{precision}: GPU busy by NVML, images decoded", share, "", "≥ .90")
-        for what in ("decode", "load"):
-            label = {"decode": "waiting for pixels", "load": "opening networks"}[what]
+        for what, label in (
+            ("decode", "waiting for pixels"),
+            ("load", "opening networks"),
+            ("copy", "features to the host, with the wait for the device"),
+        ):
             part.add(f"{precision}: {label}", r["seconds"][what], "s")
         part.add(f"{precision}: difference to float32 on the CPU", differ(r["features"], expected))
         best = max(best, n / r["wall"])
