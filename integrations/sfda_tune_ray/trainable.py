@@ -113,9 +113,10 @@ def finetune_trainable(
 
 def limit_memory() -> None:
     """Keep a trial to its fraction of a GPU, which Ray only counts."""
-    import torch
-
     resources = tune.get_context().get_trial_resources()
     share = resources.required_resources.get("GPU", 0) if resources else 0
-    if 0 < share < 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(share)
+    if 0 < share < 1:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(share)

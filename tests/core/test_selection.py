@@ -532,7 +532,7 @@ def test_it_abstains_where_the_ranking_cannot_tell(tmp_path):
     assert not list((tmp_path / "r" / "trials").glob("short-*/*.safetensors"))
 
 
-@pytest.mark.parametrize("engine", ["optuna", "ray"])
+@pytest.mark.parametrize("engine", ["optuna", pytest.param("ray", marks=pytest.mark.slow)])
 def test_the_first_trial_goes_on_from_the_short_fine_tuning(tmp_path, engine):
     pytest.importorskip(engine)
     for name in "ab":

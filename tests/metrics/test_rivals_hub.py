@@ -245,7 +245,7 @@ def test_a_missing_table_says_where_to_get_it(tmp_path):
     with pytest.raises(ValueError, match=r"`path` must be a CSV file .* leave it out"):
         imagenet_prior(["a"], path=tmp_path / "none.csv")
     (tmp_path / "other.csv").write_text("model,accuracy\na,1\n")
-    with pytest.raises(ValueError, match="`path` must have columns 'model' and 'top1' but"):
+    with pytest.raises(ValueError, match="must be CSV with model, top1, but it lacks top1"):
         imagenet_prior(["a"], path=tmp_path / "other.csv")
     with pytest.raises(ValueError, match="`names` must be several names but is 'resnet50'"):
         imagenet_prior("resnet50", path=tmp_path / "other.csv")

@@ -101,7 +101,7 @@ def test_trials_without_time_for_an_epoch(ray_cluster, tmp_path):
                 trial,
                 value=0.5,
                 values=(0.5,),
-                epochs=({"number": 0, "value": 0.5, "seconds": 1},),
+                epochs=({"number": 0, "value": 0.5, "log_loss": 1, "seconds": 1},),
             )
 
         return train
