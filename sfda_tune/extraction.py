@@ -525,7 +525,8 @@ class Worker:
 
     def __call__(self, unit: Unit) -> Outcome:
         """Return the outcome; only a fault of the data set is raised."""
-        seconds = dict.fromkeys(("load", "forward", "copy", "decode", "decode_work"), 0.0)
+        parts = ("load", "forward", "copy", "decode", "decode_work")
+        seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
         outcome = Outcome(unit.backbone.name, seconds=seconds)
         try:
             set_switches(unit.switches)
