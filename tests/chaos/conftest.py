@@ -64,13 +64,14 @@ def start(server):
     def begin(arguments, log, **environment):
         child = server.Process(target=chaos_lab.run_command, args=(arguments, log, environment))
         child.start()
-        groups.append(child.pid)
+        groups.append(child)
         return child
 
     yield begin
-    for group in groups:
-        with suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+    for child in groups:  # a number may belong to somebody else once its process is gone
+        if child.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
