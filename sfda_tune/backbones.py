@@ -29,6 +29,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import multiprocessing
 import os
 import sys
 import threading
@@ -620,8 +621,37 @@ def _own_architecture(backbone: Backbone, architecture: str) -> str:
 def _try_out(module: Any, half: Preprocessing) -> str:
     """Return roughly what a network makes of two fixed images, on the CPU.
 
-    It tells networks apart whose code is no Python, or reads a file. Rounded to a hundredth of
-    the features' size, because the last digits depend on the processor and its threads.
+    It tells networks apart whose code is no Python, or reads a file. Where there is a fork, in a
+    process of its own, which a network may end.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.parent_process():
+        return _respond(module, half)
+    fork = multiprocessing.get_context("fork")
+    there, here = fork.Pipe(duplex=False)
+    process = fork.Process(target=_send_response, args=(here, module, half), daemon=True)
+    process.start()
+    here.close()
+    try:
+        return there.recv() if there.poll(60) else "hangs"
+    except EOFError:
+        return "ends its process"
+    finally:
+        process.kill()
+        process.join()
+        there.close()
+
+
+def _send_response(pipe: Any, module: Any, half: Preprocessing) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # those of the other process do not exist here
+    pipe.send(_respond(module, half))
+
+
+def _respond(module: Any, half: Preprocessing) -> str:
+    """Return the outputs on fixed images, rounded to a hundredth of the features' size.
+
+    The last digits depend on the processor and its threads.
     """
     import torch
 
