@@ -12,12 +12,12 @@ P(y|z)      from (1/N) Σ_{n: y_n = y} θ_nz, as in LEEP                        
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 
 from sfda_tune.metrics._input import load, narrow, pca, whole
+from sfda_tune.metrics._mixture import fit_mixture
 from sfda_tune.metrics.leep import log_expected_prediction
 from sfda_tune.values import MetricResult
 
@@ -71,11 +71,13 @@ def nleep(
 
     Notes
     -----
-    The mixture is scikit-learn's, on features divided by one common scale, so that its
+    The mixture is that of scikit-learn, on features divided by one common scale, so that its
     regularisation (1e-6) does not depend on theirs. The published code drops the logarithm.
     Constant features: one component, the value is Σ_c q_c log q_c.
 
-    *Cost*: PCA, then EM: O(N·5C·K²) a step with full covariances.
+    *Cost*: PCA, then EM. A component of m < K rows has a covariance of rank m beside its
+    regularisation, so a step with full covariances is O(N·K·Σm), where Σm ≈ N with few rows for
+    each component, and not O(N·5C·K²).
 
     References
     ----------
@@ -93,9 +95,6 @@ def nleep(
     >>> nleep(noise + centres, labels).value > nleep(noise, labels).value
     True
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     components_per_class = whole("components_per_class", components_per_class, 1)
     if covariance not in ("full", "diag", "spherical"):
         raise ValueError(
@@ -108,17 +107,13 @@ def nleep(
     scale = np.sqrt(variances[0])
     constant = scale <= 1e-14 * np.abs(data.X).max()
     n_components = 1 if constant else min(components_per_class * data.C, data.N)
-    mixture = GaussianMixture(n_components, covariance_type=covariance, random_state=seed)
-    with warnings.catch_warnings():  # reported in the details
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        theta = mixture.fit(np.zeros_like(X) if constant else X / scale).predict_proba(
-            np.zeros_like(X) if constant else X / scale
-        )
+    rows = np.zeros_like(X) if constant else X / scale
+    theta, n_iter, converged = fit_mixture(rows, n_components, covariance, seed)
     terms = log_expected_prediction(data, theta)
     details = {
         "n_components": n_components,
         "n_pca": kept,
-        "n_iter": int(mixture.n_iter_),
-        "converged": bool(mixture.converged_),
+        "n_iter": n_iter,
+        "converged": converged,
     }
     return MetricResult(float(terms.mean()), data.unsorted(terms), data.details() | details)

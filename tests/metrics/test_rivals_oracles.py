@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from itertools import combinations, permutations
 
@@ -318,7 +319,8 @@ def test_soft_and_hard_source_labels_agree_where_the_softmax_is_sharp():
 
 
 def test_nleep_is_leep_on_the_clusters_of_scikit_learn():
-    for shape in [(120, 10, 4), (40, 90, 3)]:
+    # many rows for each component; fewer than dimensions; one for each; both kinds at once
+    for shape in [(120, 10, 4), (40, 90, 3), (60, 20, 30), (200, 40, 6)]:
         X, y = samples(0, *shape)
         data = load(X, y)
         model = PCA(0.8, svd_solver="full")
@@ -330,6 +332,21 @@ def test_nleep_is_leep_on_the_clusters_of_scikit_learn():
         result = nleep(X, y)
         assert result.details["n_pca"] == Z.shape[1]
         assert result.value == pytest.approx(plain_leep(theta, data.y).mean(), abs=1e-6)
+
+
+def test_nleep_of_many_classes_needs_no_covariance_of_each_component():
+    """Five components for each of 60 classes, in 300 dimensions: 216 MB as matrices, twice."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(60), 6)
+    X = rng.normal(size=(60, 400))[y] + rng.normal(size=(360, 400))
+    tracemalloc.start()
+    try:
+        result = nleep(X, y)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert result.details["n_components"] == 300
+    assert -0.5 < result.value <= 0
 
 
 def test_nleep_of_separated_clusters_is_zero():
