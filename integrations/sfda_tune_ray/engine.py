@@ -34,6 +34,7 @@ from sfda_tune.formats import EXPERIMENTS
 from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.spaces import Dimension, Space
 from sfda_tune.values import Ranking
+from sfda_tune_ray._compat import end_at_once
 from sfda_tune_ray.callbacks import SchedulerStateCallback
 from sfda_tune_ray.cluster import connect, count_places
 from sfda_tune_ray.searcher import SFDASearcher
@@ -72,7 +73,7 @@ def _tune(job: Job) -> list[Trial]:
     job.tell(_read_all(job))
     if _is_done(job):
         return _read_all(job)
-    with connect(job.storage), _quietly():
+    with connect(job.storage), _quietly(), end_at_once():
         _JOBS[job.name] = job
         try:
             while not _is_done(job):
