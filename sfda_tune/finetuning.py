@@ -40,7 +40,7 @@ import numpy as np
 
 import sfda_tune
 from sfda_tune import extraction
-from sfda_tune.checkpoints import read_state, write_state
+from sfda_tune.checkpoints import DamagedError, read_state, write_state
 from sfda_tune.classifiers import (
     forward,
     make_optimizer,
@@ -660,7 +660,12 @@ class FineTuning(Iterator[Epoch]):
         }
 
     def _resume(self, folder: Path) -> None:
-        state, notes = read_state(folder / CHECKPOINT)
+        try:
+            state, notes = read_state(folder / CHECKPOINT)
+            self._weights, best = read_state(folder / BEST)
+        except DamagedError as error:
+            logger.warning("%s; the run starts over", error)
+            return
         for name, value in self._identity().items():
             if notes.get(name) != value:
                 raise ValueError(
@@ -668,7 +673,6 @@ class FineTuning(Iterator[Epoch]):
                     f"{notes.get(name)!r} instead of {value!r}; pass resume=False to start over, "
                     "or another folder."
                 )
-        self._weights, best = read_state(folder / BEST)
         try:
             check(
                 notes, {"history": [NUMBERS], "unreadable": {str: str}, "micro": AtLeast(1, int)}

@@ -992,6 +992,9 @@ class _Search:
             backbone, parts["train"], config, val=val, checkpoint_dir=folder, device=self.device,
             shared=self.shared,
         )  # fmt: skip
+        with run:  # it is there, unless its checkpoint was damaged
+            while (run.history[-1].number if run.history else -1) < last:
+                next(run)
         self.save(run, best, "train")
         return f"the weights of the best trial, {why}"
 

@@ -32,8 +32,15 @@ from sfda_tune import (
     open_dataset,
     resolve_backbones,
 )
-from sfda_tune.checkpoints import read_state
+from sfda_tune.checkpoints import (
+    DamagedError,
+    read_state,
+    read_tensors,
+    write_state,
+    write_tensors,
+)
 from sfda_tune.finetuning import (
+    BEST,
     CHECKPOINT,
     DivergedError,
     Epoch,
@@ -276,9 +283,42 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train(folder=tmp_path, epochs=1, lr=0.1)
     with pytest.raises(ValueError, match="another run, with images"):
         train(folder=tmp_path, data=digits(70), epochs=1)
-    (tmp_path / CHECKPOINT).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="cannot be read"):
+    write_tensors(tmp_path / CHECKPOINT, {"x": torch.zeros(3)}, {"of": "somebody else"})
+    with pytest.raises(ValueError, match="is another file"):
         train(folder=tmp_path, epochs=1)
+
+
+@pytest.mark.parametrize("name", [CHECKPOINT, BEST])
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path, name, caplog):
+    whole = train(folder=tmp_path, epochs=2)
+    content = (tmp_path / name).read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = np.random.default_rng(0)
+    for place in [*rng.integers(header, size=25), *rng.integers(header, len(content), size=25)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(DamagedError, match="cannot be read"):
+            read_state(tmp_path / name)
+    again = train(folder=tmp_path, epochs=2)  # as if it were not there
+    assert metrics(again) == metrics(whole)
+    assert equal(again._weights, whole._weights)
+    assert f"{name}' must be a checkpoint" in caplog.text
+    assert "the run starts over" in caplog.text
+    for cut in (b"", b"damaged", content[:-1]):
+        (tmp_path / name).write_bytes(cut)
+        with pytest.raises(DamagedError):
+            read_state(tmp_path / name)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digest(tmp_path):
+    write_state(tmp_path / CHECKPOINT, {"x": torch.ones(3)}, {})
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        header = file.metadata()["sfda_tune"]
+    tensors = read_tensors(tmp_path / CHECKPOINT)
+    write_tensors(tmp_path / CHECKPOINT, tensors, {"sfda_tune": header})
+    state, _ = read_state(tmp_path / CHECKPOINT)
+    assert state["x"].tolist() == [1, 1, 1]
 
 
 def test_checkpoints_hold_no_pickle(tmp_path):
