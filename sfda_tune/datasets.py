@@ -37,6 +37,7 @@ from sfda_tune.images import (
     decode,
     deep_to_uint8,
     digest,
+    digest_pixels,
     explain,
     to_rgb,
 )
@@ -166,8 +167,17 @@ class ImageDataset:
         except Exception:  # a foreign data set may raise anything
             return UNREADABLE
 
-    def digests(self, rows: Iterable[int] | None = None, workers: int = 8) -> list[str]:
-        """`digest` of the given rows (default: all), by `workers` threads.
+    def pixel_digest(self, row: int) -> str:
+        """Fingerprint of what one image shows, whatever file it is in; `UNREADABLE` if none."""
+        try:
+            return digest_pixels(self.load(row))
+        except UnreadableImage:
+            return UNREADABLE
+
+    def digests(
+        self, rows: Iterable[int] | None = None, workers: int = 8, *, pixels: bool = False
+    ) -> list[str]:
+        """`digest` (or `pixel_digest`) of the given rows (default: all), by `workers` threads.
 
         `DatasetError` if one of them stalls.
         """
@@ -175,7 +185,7 @@ class ImageDataset:
 
         rows = range(len(self)) if rows is None else list(rows)
         batches = [[rows[i] for i in part] for part in cut(len(rows), 64)]
-        found = Loader(_Digests(self), batches, list, threads=min(workers, len(batches)))
+        found = Loader(_Digests(self, pixels), batches, list, threads=min(workers, len(batches)))
         return [digest for _, part in found for digest in part]
 
     def subset(self, rows: Any) -> ImageDataset:
@@ -230,12 +240,13 @@ class _Digests:
     """The digests of a data set, for `sfda_tune.decoding`."""
 
     dataset: ImageDataset
+    pixels: bool
 
     def name(self, row: int) -> str:
         return self.dataset.item_name(row)
 
     def __getitem__(self, row: int) -> str:
-        return self.dataset.digest(row)
+        return self.dataset.pixel_digest(row) if self.pixels else self.dataset.digest(row)
 
 
 def open_dataset(
