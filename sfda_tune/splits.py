@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def split_images(
     `sfda_tune.search`. What is opened goes through `look`, which returns the rows to use, and
     what `group_twins` would of the training images (None: not known).
     """
-    opened, sources = _open_parts(g)
+    with _say_once():
+        opened, sources = _open_parts(g)
     kept = {name: np.arange(len(part)) for name, part in opened.items()}
     usable, twins = look(opened) if look else ({}, None)
     kept |= usable
@@ -71,6 +74,23 @@ def split_images(
     if empty:
         raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
     return parts, rows, sources
+
+
+@contextmanager
+def _say_once() -> Iterator[None]:
+    """Let a warning through once: each part that is opened says what holds for all of them."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except DatasetError as error:
+            problem = error
+        else:
+            problem = None
+    for w in {(str(w.message), w.category): w for w in said}.values():
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    if problem is not None:
+        raise problem
 
 
 def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
@@ -149,7 +169,8 @@ def tell_shared(
     """
     said = []
     for key, name in (("val", "validation"), ("test", "test")):
-        images, both = parts[key], pixels and (pixels["train"], pixels[key])
+        images = parts[key]
+        both = None if pixels is None else (pixels["train"], pixels[key])
         if shared := shared_images(parts["train"], images, both):
             said.append(
                 f"{len(shared)} of {len(images)} {name} images "
