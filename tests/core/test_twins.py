@@ -198,3 +198,15 @@ def test_parts_that_say_little_are_named():
 def test_too_few_images_for_a_search_are_said_in_words_of_the_data_set():
     with pytest.raises(ValueError, match="too few images for a search: 3 in 3 classes, 'a' has 1"):
         split_images(arguments(data(pixels(3), [0, 1, 2])))
+
+
+def test_opening_the_parts_says_what_holds_for_all_of_them_once(tmp_path):
+    for k, part in enumerate(["train", "val", "test", "notes"]):
+        for c in "ab":
+            (tmp_path / part / c).mkdir(parents=True)
+            for i, x in enumerate(pixels(3, seed=10 * k + (c == "b"))):
+                Image.fromarray(x).save(tmp_path / part / c / f"{i}.png")
+    with pytest.warns(UserWarning, match="left out is what lies beside") as said:
+        _, rows, _ = split_images(arguments(str(tmp_path)))
+    assert {name: len(r) for name, r in rows.items()} == {"train": 6, "val": 6, "test": 6}
+    assert len(said) == 1
