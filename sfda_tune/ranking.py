@@ -255,10 +255,10 @@ class _Copies:
         first: dict[str, int] = {}
         for row in alike:
             if (digest := self.pixels[row]) != UNREADABLE:
-                same = first.setdefault(digest, self.codes[row])
+                same = first.setdefault(digest, int(self.codes[row]))
                 self.codes[self.codes == self.codes[row]] = same
         among = self.kept[rows]
-        self.twins = find_twins(self.whole, self.codes, among)
+        self.twins = find_twins(self.whole, self.codes, among.tolist())
         self.rows, self.dropped = rows, rows[~np.isin(among, self.twins.kept)]
 
 

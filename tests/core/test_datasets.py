@@ -1582,7 +1582,7 @@ def test_valid_beside_another_part_is_one(tmp_path):
 
 
 def test_names_of_class_folders_that_are_none_or_the_same(tmp_path):
-    with pytest.raises(DatasetError, match="class folders whose names .* ' ' consists of white"):
+    with pytest.raises(DatasetError, match=r"class folders whose names .* ' ' consists of white"):
         open_dataset(tree(tmp_path / "1", " ", "b"))
     with pytest.raises(DatasetError, match="'a', 'a ' differ only in white space; rename"):
         open_dataset(tree(tmp_path / "2", "a", "a ", "b"))
