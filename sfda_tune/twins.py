@@ -126,8 +126,10 @@ def find_alike(x: np.ndarray) -> np.ndarray:
     points, code, counts = np.unique(z, axis=0, return_inverse=True, return_counts=True)
     near = counts > 1
     if len(points) > 1:
-        distance = KDTree(points).query(points, k=2)[0][:, 1]
-        near |= distance <= ALIKE * np.linalg.norm(points, axis=1)
+        reach = ALIKE * np.linalg.norm(points, axis=1)
+        furthest = float(reach.max()) * (1 + 1e-9) + 1e-300  # a bound that is itself excluded
+        distance = KDTree(points).query(points, k=2, distance_upper_bound=furthest)[0]
+        near |= distance[:, 1] <= reach
     return np.flatnonzero(near[code.reshape(-1)])
 
 
