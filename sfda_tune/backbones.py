@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune import demo
-from sfda_tune.files import digest_file, read_json
+from sfda_tune.files import digest_file, read_json, say_kind
 from sfda_tune.hub import cache_only_if_unreachable
 from sfda_tune.identity import files_behind, identify, is_installed, version_of
 from sfda_tune.preprocessing import Preprocessing, check_input_size
@@ -111,7 +111,7 @@ def load_plugin(source: str | os.PathLike[str]) -> ModuleType:
     """
     name = os.fspath(source)
     path = Path(name).expanduser()
-    is_file = path.suffix == ".py" or path.is_file()
+    is_file = path.suffix == ".py" or path.exists() or os.sep in name
     key = str(path.resolve()) if is_file else name
     with _PLUGIN_LOCK:
         if key in _PLUGINS:
@@ -121,7 +121,7 @@ def load_plugin(source: str | os.PathLike[str]) -> ModuleType:
                 module = importlib.import_module(name)
             else:
                 if not path.is_file():
-                    raise FileNotFoundError(f"no file {str(path)!r}")
+                    raise FileNotFoundError(f"{str(path)!r} {say_kind(path)}")
                 module = _imported_from(key) or _run_file(path.resolve())
         except (Exception, SystemExit) as error:
             raise BackboneError(
@@ -268,6 +268,10 @@ def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
     literal = os.path.isdir(path) or not globbing.has_magic(path)  # "runs [v1]" may be there
     folders = [path] if literal else sorted(globbing.glob(path))
     folders = [Path(os.path.abspath(folder)) for folder in folders if os.path.isdir(folder)]
+    if not folders and (os.path.exists(spec) or spec.endswith(WEIGHT_FILES)):
+        raise BackboneError(
+            f"{spec!r} {say_kind(spec)}; pass the folder that holds config.json and weights"
+        )
     if not folders:
         hub = f", or hf-hub:{spec} for one on the hub" if spec.count("/") == 1 else ""
         raise BackboneError(
@@ -284,6 +288,9 @@ def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
                 + ", ".join(printable(f.name) for f in bare),
                 stacklevel=2,
             )
+    for config in [f / "config.json" for f in folders]:
+        if config.exists() and not config.is_file():
+            raise BackboneError(f"{str(config)!r} must be a file but {say_kind(config)}")
     if not found:
         raise BackboneError(
             f"{spec!r} holds no timm checkpoint: neither it nor a folder in it has a config.json"
@@ -537,6 +544,11 @@ def _explain(backbone: Backbone, error: Exception) -> str:
     text = text if len(text) <= 300 else f"{text[:300]} …"  # a list of all missing keys
     where = f"; check {timm_name(backbone.spec).partition(':')[2]}"
     local = timm_name(backbone.spec).startswith("local-dir:")
+    if local and isinstance(error, FileNotFoundError) and not text:  # timm's own says nothing
+        folder = Path(timm_name(backbone.spec).partition(":")[2])
+        odd = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_FILES and not f.is_file()]
+        text = "; ".join(f"{printable(f.name)} {say_kind(f)}" for f in odd)
+        text = text or "its weights are missing"
     return f"{type(error).__name__}: {text}" + (where if local else "")
 
 

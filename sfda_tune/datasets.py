@@ -16,6 +16,7 @@ import numbers
 import os
 import re
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from sfda_tune.images import (
     decode,
     deep_to_uint8,
     digest,
+    digest_pixels,
     explain,
     to_rgb,
 )
@@ -166,8 +168,17 @@ class ImageDataset:
         except Exception:  # a foreign data set may raise anything
             return UNREADABLE
 
-    def digests(self, rows: Iterable[int] | None = None, workers: int = 8) -> list[str]:
-        """`digest` of the given rows (default: all), by `workers` threads.
+    def pixel_digest(self, row: int) -> str:
+        """Fingerprint of what one image shows, whatever file it is in; `UNREADABLE` if none."""
+        try:
+            return digest_pixels(self.load(row))
+        except UnreadableImage:
+            return UNREADABLE
+
+    def digests(
+        self, rows: Iterable[int] | None = None, workers: int = 8, *, pixels: bool = False
+    ) -> list[str]:
+        """`digest` (or `pixel_digest`) of the given rows (default: all), by `workers` threads.
 
         `DatasetError` if one of them stalls.
         """
@@ -175,7 +186,7 @@ class ImageDataset:
 
         rows = range(len(self)) if rows is None else list(rows)
         batches = [[rows[i] for i in part] for part in cut(len(rows), 64)]
-        found = Loader(_Digests(self), batches, list, threads=min(workers, len(batches)))
+        found = Loader(_Digests(self, pixels), batches, list, threads=min(workers, len(batches)))
         return [digest for _, part in found for digest in part]
 
     def subset(self, rows: Any) -> ImageDataset:
@@ -230,12 +241,13 @@ class _Digests:
     """The digests of a data set, for `sfda_tune.decoding`."""
 
     dataset: ImageDataset
+    pixels: bool
 
     def name(self, row: int) -> str:
         return self.dataset.item_name(row)
 
     def __getitem__(self, row: int) -> str:
-        return self.dataset.digest(row)
+        return self.dataset.pixel_digest(row) if self.pixels else self.dataset.digest(row)
 
 
 def open_dataset(
@@ -444,6 +456,7 @@ def _encode(
     hint: str = "",
     least: int = 2,
     places: np.ndarray | None = None,
+    folders: bool = False,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels of any hashable type → codes 0 … C−1 and class names; all checks are here.
 
@@ -462,7 +475,7 @@ def _encode(
             f"{where} must hold one label per image, a number or a name, but the first is "
             f"{one_line(repr(labels[0]), 60)}; for one-hot labels pass labels.argmax(axis=1)."
         ) from None
-    missing = {label for label in distinct if _is_missing(label)}
+    missing = {label for label in distinct if not folders and _is_missing(label)}
     known = distinct - missing
     if names is not None and all(isinstance(v, int) and v < len(names) for v in known):
         missing |= {label for label in known if label < 0}  # the mark of unlabelled rows
@@ -487,9 +500,40 @@ def _encode(
             f"{where} must have at least 2 classes to rank backbones, but all {n} "
             f"images are of class {', '.join(classes)!r}.{hint}"
         )
+    if alike := _find_lookalikes(classes):
+        warnings.warn(
+            f"{where} has classes whose names differ only in case, or in how their letters are "
+            f"encoded ({_some(map(ascii, alike))}); if they are the same, give them one name.",
+            UserWarning,
+            stacklevel=2,
+        )
     code = {name: n for n, name in enumerate(classes)}
     codes = np.array([code[text[label]] for label in labels])
     return codes if places is None else codes[places], classes
+
+
+def _find_lookalikes(classes: Iterable[str]) -> list[str]:
+    """Return names that are one after normalisation; of letters a and A are two."""
+    groups: dict[str, list[str]] = {}
+    for name in classes:
+        normal = unicodedata.normalize("NFC", name)
+        groups.setdefault(normal if len(normal) == 1 else normal.casefold(), []).append(name)
+    return [name for group in groups.values() if len(group) > 1 for name in group]
+
+
+def _check_folder_names(names: Iterable[str], where: str) -> None:
+    """Refuse class folders without a name of their own."""
+    count = Counter(name.strip() for name in dict.fromkeys(names))
+    if blank := [name for name in dict.fromkeys(names) if not name.strip()]:
+        raise DatasetError(
+            f"{where} must have class folders whose names are the classes, but "
+            f"{_some(map(ascii, blank))} consists of white space; rename it."
+        )
+    if same := [name for name in dict.fromkeys(names) if count[name.strip()] > 1]:
+        raise DatasetError(
+            f"{where} must have one folder per class, but {_some(map(ascii, same))} differ only "
+            "in white space; rename or merge them."
+        )
 
 
 def _check_some_exist(items: Sequence[Any], base: str, what: str) -> None:
@@ -663,6 +707,21 @@ def image_files(folder: str | os.PathLike[str]) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in files if _is_image(name))
 
 
+def _hidden_classes(folder: str) -> list[str]:
+    """Return hidden sub-folders that hold images, but for those that programs keep there."""
+    with suppress(OSError):
+        hidden = [e for e in os.scandir(folder) if e.name.startswith(".") and e.is_dir()]
+        return sorted(
+            entry.name
+            for entry in hidden
+            if not re.match(
+                r"\.(_|ipynb_checkpoints|thumb|trash|cache|git)", entry.name.casefold()
+            )
+            and any(_is_image(name) for name in os.listdir(entry))
+        )
+    return []
+
+
 def _unwrap(folder: str) -> str:
     """Go down where a folder holds nothing but one of its own name, as archives have it."""
     folders, files = _list(folder, silent=True)
@@ -753,6 +812,11 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
                 "and no sub-folders; move the images into class folders, or pass a .csv table "
                 "with the columns path and label."
             )
+        if hidden := _hidden_classes(top):
+            text = (
+                f"{_some(map(repr, hidden))} in {top!r} are left out: hidden folders with images."
+            )
+            warnings.warn(text, UserWarning, stacklevel=2)
         if loose:
             text = f"{loose} images directly in {top!r} are left out: they are in no class folder."
             warnings.warn(text, UserWarning, stacklevel=2)
@@ -778,11 +842,12 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
         warnings.warn(f"{where}: {len(empty)} {text}.", UserWarning, stacklevel=2)
     if doubt := _doubt_classes(inside):
         warnings.warn(f"{where}: {doubt}", UserWarning, stacklevel=2)
+    _check_folder_names(labels, where)
     hint = " Put the images of each class into a sub-folder of their own."
     inner = os.path.join(tops[0], labels[0])
     if len(_list(inner, silent=True)[0]) > 1:
         hint = f" Its sub-folders look like classes: try {inner!r}."
-    return ImageDataset(name, paths, *_encode(labels, where, hint=hint, least=least))
+    return ImageDataset(name, paths, *_encode(labels, where, hint=hint, least=least, folders=True))
 
 
 def _doubt_classes(inside: Mapping[str, Sequence[str]]) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "read_rows",
     "read_text",
     "replacing",
+    "say_kind",
     "unfinished",
     "write_bytes",
     "write_text",
@@ -73,6 +74,17 @@ def open_regular(path: str | os.PathLike[str], limit: int = LARGEST) -> IO[bytes
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def say_kind(path: str | os.PathLike[str]) -> str:
+    """Say what is in the place of a file: "is a FIFO", "does not exist", …."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return "does not exist" if isinstance(error, FileNotFoundError) else _line(str(error))
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    return f"is {next((text for test, text in _KINDS if test(mode)), 'a file')}"
 
 
 _BINARY = getattr(os, "O_BINARY", 0)

@@ -33,7 +33,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sfda_tune.files import open_regular
 from sfda_tune.texts import one_line
 
-__all__ = ["UNREADABLE", "Passing", "UnreadableImage", "decode", "digest", "explain", "to_rgb"]
+__all__ = [
+    "UNREADABLE", "Passing", "UnreadableImage", "decode", "digest", "digest_pixels", "explain",
+    "to_rgb",
+]  # fmt: skip
 
 UNREADABLE = "unreadable"
 """`ImageDataset.digest` of an image that cannot be read."""
@@ -161,6 +164,13 @@ def digest(item: Any) -> str:
         with _stream(item) as stream:
             while block := stream.read(1 << 20):
                 result.update(block)
+    return result.hexdigest()
+
+
+def digest_pixels(image: Image.Image) -> str:
+    """Blake2b, in hexadecimal, of what a decoded image shows, whatever file it came from."""
+    result = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=20)
+    result.update(np.ascontiguousarray(image).data)
     return result.hexdigest()
 
 

@@ -30,6 +30,8 @@ _BOTH = re.compile(f"({_WORDS['train']})(and)?({_WORDS['val']})(set|data|images?
 _SHORT = {"tr": "train", "va": "val", "te": "test"}  # in a column, where it is clear what is meant
 _COLUMNS = ("split", "fold", "set", "subset", "partition")
 _MORE_COLUMNS = ("splits", "datasplit", "dataset", "phase", "usage", "part", "traintest")
+_VAGUE = ("group", "groups", "mode", "role", "stage", "purpose", "type", "kind")  # names only
+_DOUBTFUL = ("valid", "validity")  # of the validation, or good
 _TRUE, _FALSE = {"true", "1", "1.0", "yes", "y", "t"}, {"false", "0", "0.0", "no", "n", "f"}
 
 
@@ -99,28 +101,39 @@ def read_parts(
     for column in columns:
         word = _letters(column)
         flag = part_of(word.removeprefix("is")) if word.startswith("is") else None
-        bare = re.fullmatch("(in)?(train|val|test)(set|split)?", word)
-        flag = flag or (bare[2] if bare else None)
-        if flag is None and word not in (*_COLUMNS, *_MORE_COLUMNS):
+        bare = re.fullmatch("(?!invalid)(in)?([a-z]+?)(set|split)?", word)
+        flag = flag or (part_of(bare[2]) if bare else None)
+        if flag is None and word not in (*_COLUMNS, *_MORE_COLUMNS, *_VAGUE):
             continue
         said = ["" if value is None else str(value).strip() for value in cells(column)]
         distinct = Counter(said)
-        if flag and {v.casefold() for v in distinct} & (_TRUE | _FALSE):
+        truths = {v.casefold() for v in distinct} & (_TRUE | _FALSE)
+        if flag and truths and word not in _DOUBTFUL:
             _check_full(distinct, column, where)
         if flag and {v.casefold() for v in distinct} <= _TRUE | _FALSE:
             flags[column] = flag, [v.casefold() in _TRUE for v in said]
+        elif word in _VAGUE:
+            known = {v: part_of(v) for v in distinct}
+            if all(known.values()) and "train" in known.values():
+                found[column] = said, [str(known[v]) for v in said]
+            elif any(known.values()):
+                _leave(column, distinct, "not all name a training, validation or test part", where)
+        elif flag and (truths or any(map(part_of, distinct))):
+            _leave(column, distinct, "are not all true or false", where)
         elif not flag:
             known = {v: _SHORT.get(v.casefold()) or hint_at(v) for v in distinct}
             if any(known.values()):
                 _check_full(distinct, column, where)
                 found[column] = said, [known[v] or v for v in said]
             elif word in _COLUMNS and len(distinct) > 1:
-                warnings.warn(
-                    f"{where}: the column {column!r} is not used, for its values "
-                    f"({_some(distinct)}) name no training, validation or test part.",
-                    UserWarning,
-                    stacklevel=2,
-                )
+                _leave(column, distinct, "name no training, validation or test part", where)
+    doubtful = [column for column in flags if _letters(column) in _DOUBTFUL]
+    if doubtful and len({part for part, _ in flags.values()}) == 1:
+        for column in doubtful:
+            values = list(dict.fromkeys(map(str, flags.pop(column)[1])))
+            if len(values) > 1:  # else it leaves nothing out, whatever it means
+                why = "may say which rows are good; call it is_valid if it is the validation part"
+                _leave(column, values, why, where)
     if flags:
         parts = _from_flags(flags)
         found[" and ".join(flags)] = parts, parts
@@ -134,6 +147,14 @@ def read_parts(
                 "contradict each other; remove one, or pass split='all' to use all rows."
             )
     return column, said, parts
+
+
+def _leave(column: str, values: Iterable[str], why: str, where: str) -> None:
+    warnings.warn(
+        f"{where}: the column {column!r} is not used, for its values ({_some(values)}) {why}.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _check_full(distinct: Mapping[str, int], column: str, where: str) -> None:

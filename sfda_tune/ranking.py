@@ -17,11 +17,11 @@ from sfda_tune.backbones import resolve_backbones
 from sfda_tune.datasets import ImageDataset, open_dataset
 from sfda_tune.ensembles import select_ensemble
 from sfda_tune.extraction import Executor, Extraction, Map, Settings, extract, resolve_device
-from sfda_tune.images import Passing
+from sfda_tune.images import UNREADABLE, Passing
 from sfda_tune.racing import Course, Race, make_stages, run
 from sfda_tune.scoring import Metric, Scorer
 from sfda_tune.store import FeatureStore, open_store
-from sfda_tune.twins import CopiesWarning, find_twins, tell_copies
+from sfda_tune.twins import CopiesWarning, find_alike, find_twins, group_twins, tell_copies
 from sfda_tune.values import Backbone, Ranking, Score
 
 __all__ = ["RankingInterruptedError", "rank"]
@@ -161,8 +161,8 @@ def rank(
     )
     if samples is not None:
         images = images.sample(samples, seed=seed)
-    twins = find_twins(images)
-    copies = twins.describe(images)
+    whole, codes = images, group_twins(images)
+    twins = find_twins(whole, codes)
     if twins.copies:
         images = images.subset(twins.kept)
 
@@ -174,6 +174,7 @@ def rank(
         if executor is not None:  # whose devices are known now
             settings = replace(settings, device=executor.resolve_device(device))
         run = _Run(images, candidates, settings, store, map_fn, executor, scorer)
+        run.copies = _Copies(whole, codes, twins.kept)
         try:
             if race:
                 course = run.race(Race(top, seed=seed), bar)
@@ -202,6 +203,7 @@ def rank(
             ),
             stacklevel=2,
         )
+    copies = run.copies.twins.describe(whole)
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
     info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
@@ -221,6 +223,43 @@ def rank(
     if interrupted:
         raise RankingInterruptedError(ranking)
     return ranking
+
+
+class _Copies:
+    """The copies of images that a ranking leaves out: equal files first, then equal pixels."""
+
+    def __init__(self, whole: ImageDataset, codes: np.ndarray, kept: np.ndarray) -> None:
+        self.whole, self.codes, self.kept = whole, codes, kept  # `kept`: rows that are extracted
+        self.twins = find_twins(whole, codes)
+        self.pixels: dict[int, str] = {}  # row of the whole → digest
+        self.rows: Any = None  # that were compared last
+        self.dropped: Any = ()  # of these
+
+    def leave_out(self, extraction: Extraction) -> Extraction:
+        """Return an extraction without the rows whose pixels others have as well."""
+        features, rows = extraction.features, extraction.rows
+        if features is None:
+            return extraction
+        if self.rows is None or not _same(self.rows, rows):
+            self._compare(rows, features.x)
+        if not len(self.dropped):
+            return extraction
+        stay = ~np.isin(rows, self.dropped)
+        features = replace(features, x=features.x[stay], y=features.y[stay])
+        return replace(extraction, features=features, rows=rows[stay])
+
+    def _compare(self, rows: np.ndarray, x: np.ndarray) -> None:
+        alike = self.kept[rows[find_alike(x)]].tolist()
+        new = [row for row in alike if row not in self.pixels]
+        self.pixels |= zip(new, self.whole.digests(new, pixels=True), strict=True)
+        first: dict[str, int] = {}
+        for row in alike:
+            if (digest := self.pixels[row]) != UNREADABLE:
+                same = first.setdefault(digest, int(self.codes[row]))
+                self.codes[self.codes == self.codes[row]] = same
+        among = self.kept[rows]
+        self.twins = find_twins(self.whole, self.codes, among.tolist())
+        self.rows, self.dropped = rows, rows[~np.isin(among, self.twins.kept)]
 
 
 class _Run:
@@ -244,6 +283,7 @@ class _Run:
         )
         self.unreadable: dict[int, str] = {}
         self.rows: Any = None  # of the data set, behind the latest scores
+        self.copies: _Copies
         self.seen: dict[str, Extraction] = {}  # what a race or an ensemble needs again
 
     def measure(
@@ -277,6 +317,7 @@ class _Run:
                 name = extraction.backbone.name
                 if seen is not None:
                     extraction = seen[name] = _join(before.get(name), extraction)
+                extraction = self.copies.leave_out(extraction)
                 begun = time.perf_counter()
                 result = _score(extraction, self.scorer, self.settings.device)
                 self.seconds["score"] += time.perf_counter() - begun
@@ -325,7 +366,7 @@ class _Run:
 
     def finished(self) -> dict[str, Score]:
         """Return the scores on all images: an interrupted race has others, too."""
-        n = len(self.images) - len(self.unreadable)
+        n = len(self.images) - len(self.unreadable) - len(self.copies.dropped)
         return {name: s for name, s in self.scores.items() if s.error or s.n_samples == n}
 
     def ensemble(self, k: int) -> dict[str, Any]:
@@ -333,7 +374,7 @@ class _Run:
         names = [
             name for name, s in self.scores.items() if s.error is None and "race" not in s.details
         ]
-        hub = {name: self.seen[name].features for name in names}
+        hub = {name: self.copies.leave_out(self.seen[name]).features for name in names}
         if not hub:
             return {}
         chosen = select_ensemble(hub, None, min(k, len(hub)))

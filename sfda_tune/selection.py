@@ -70,7 +70,8 @@ from sfda_tune.splits import (
     write_predictions,
 )
 from sfda_tune.stages import SilentBoard, as_board
-from sfda_tune.training_images import find_unreadable, own_randomness
+from sfda_tune.training_images import look_at, own_randomness
+from sfda_tune.twins import group_twins
 from sfda_tune.values import Backbone, Ranking, require, write_text
 
 __all__ = ["SearchResult", "measure_latency", "search"]
@@ -458,14 +459,25 @@ class _Search:
             self.create(config)
         self.deadline = self.budget or math.inf
 
-    def look(self, opened: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Return the rows that can be read; they are looked at when the search begins."""
+    def look(self, opened: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], Any]:
+        """Return the rows that can be read, and a code for each training image, as `group_twins`.
+
+        The images are looked at when the search begins.
+        """
+        codes = None
         if (self.folder / "config.json").is_file():
             splits = read_json(self.folder / "splits.json", SPLITS)
             bad = splits.get("left_out", {})
+            if "copies" in splits:  # else an earlier version compared bytes
+                codes = np.arange(len(opened["train"]))
+                for rows in splits["copies"]:
+                    codes[rows] = rows[0]
         else:
             limit = self.given["max_unreadable"]
-            bad = self.unreadable = {name: find_unreadable(d) for name, d in opened.items()}
+            seen = {name: look_at(data) for name, data in opened.items()}
+            bad = self.unreadable = {name: found for name, (found, _) in seen.items()}
+            self.pixels = {name: digests for name, (_, digests) in seen.items()}
+            codes = self.twins = group_twins(opened["train"], self.pixels["train"])
             self.unreadable_names = {
                 opened[name].item_name(row): why for name in bad for row, why in bad[name].items()
             }
@@ -477,13 +489,17 @@ class _Search:
                     f"max_unreadable={limit:g} allows; the first is {item} ({why})"
                 )
         rows = {name: np.arange(len(data)) for name, data in opened.items()}
-        return {name: np.setdiff1d(rows[name], list(bad.get(name, ()))) for name in rows}
+        left = {name: np.setdiff1d(rows[name], list(bad.get(name, ()))) for name in rows}
+        return left, codes
 
     def create(self, config: dict[str, Any]) -> None:
         g = self.given
         getattr(self.engine, "check_storage", lambda url: None)(g["storage"])
         costs, excluded = self.measure_costs()
-        shared = tell_shared(self.parts)
+        of = {name: self.pixels.get(name, self.pixels["train"]) for name in self.parts}
+        digests = {name: [of[name][row] for row in rows] for name, rows in self.rows.items()}
+        shared = tell_shared(self.parts, digests)
+        copies = np.flatnonzero(np.bincount(self.twins) > 1)
         if len(excluded) == len(self.backbones):  # nothing is written: it may be called otherwise
             name, why = next(iter(excluded.items()))
             raise ValueError(
@@ -493,7 +509,8 @@ class _Search:
         write_json(
             self.folder / "splits.json",
             {"fingerprint": config["data"], **self.rows, "test_source": self.sources["test"]}
-            | {"left_out": {name: sorted(rows) for name, rows in self.unreadable.items()}},
+            | {"left_out": {name: sorted(rows) for name, rows in self.unreadable.items()}}
+            | {"copies": [np.flatnonzero(self.twins == c).tolist() for c in copies]},
         )
         state = {
             "format": 1, "status": "ranking", "dataset": self.parts["train"].name,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +42,25 @@ HELD_OUT = 0.2  # of the images for the test, then of the others for validation
 
 def split_images(
     g: Mapping[str, Any],
-    look: Callable[[Mapping[str, ImageDataset]], Mapping[str, np.ndarray]] | None = None,
+    look: Callable[[Mapping[str, ImageDataset]], tuple[Mapping[str, np.ndarray], Any]]
+    | None = None,
 ) -> tuple[dict[str, ImageDataset], dict[str, list[int]], dict[str, str]]:
     """Return the parts "train", "val" and "test", their rows, and where each is from.
 
     The data set's own parts, where it has them; else stratified ones. `g` are arguments of
-    `sfda_tune.search`. What is opened goes through `look`, which returns the rows to use.
+    `sfda_tune.search`. What is opened goes through `look`, which returns the rows to use, and
+    what `group_twins` would of the training images (None: not known).
     """
-    opened, sources = _open_parts(g)
+    with _say_once():
+        opened, sources = _open_parts(g)
     kept = {name: np.arange(len(part)) for name, part in opened.items()}
-    kept |= look(opened) if look else {}
+    usable, twins = look(opened) if look else ({}, None)
+    kept |= usable
     whole, rest = opened["train"], kept["train"]
     parts: dict[str, ImageDataset] = {}
     rows: dict[str, list[int]] = {}
     fraction = g["test"] if isinstance(g["test"], float) else HELD_OUT
-    twins = group_twins(whole)
+    twins = group_twins(whole) if twins is None else twins
     for name, share in (("test", fraction), ("val", HELD_OUT)):
         if name in opened:
             parts[name] = _relabel(opened[name].subset(kept[name]), whole)
@@ -68,6 +74,23 @@ def split_images(
     if empty:
         raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
     return parts, rows, sources
+
+
+@contextmanager
+def _say_once() -> Iterator[None]:
+    """Let a warning through once: each part that is opened says what holds for all of them."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except DatasetError as error:
+            problem = error
+        else:
+            problem = None
+    for w in {(str(w.message), w.category): w for w in said}.values():
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    if problem is not None:
+        raise problem
 
 
 def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
@@ -137,11 +160,18 @@ def _hold_out(
     return rest[stays], rest[~stays]
 
 
-def tell_shared(parts: Mapping[str, ImageDataset]) -> list[str]:
-    """Say which validation and test images are training images as well."""
+def tell_shared(
+    parts: Mapping[str, ImageDataset], pixels: Mapping[str, Sequence[str]] | None = None
+) -> list[str]:
+    """Say which validation and test images are training images as well.
+
+    Where they are known, by the digests of their `pixels`.
+    """
     said = []
-    for name, images in (("validation", parts["val"]), ("test", parts["test"])):
-        if shared := shared_images(parts["train"], images):
+    for key, name in (("val", "validation"), ("test", "test")):
+        images = parts[key]
+        both = None if pixels is None else (pixels["train"], pixels[key])
+        if shared := shared_images(parts["train"], images, both):
             said.append(
                 f"{len(shared)} of {len(images)} {name} images "
                 f"{'is' if len(shared) == 1 else 'are'} among the training images, too "

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.files import read_text
+from sfda_tune.files import read_text, say_kind
 from sfda_tune.texts import printable, read_csv_cell
 from sfda_tune.values import FORMAT, Ranking
 
@@ -52,6 +52,10 @@ def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool)
         text = read_text(path, errors="surrogateescape").strip("\r\n ")
     except ValueError as error:
         raise ValueError(f"{where}: must be text in UTF-8 ({error}).") from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{where}: must be a file of scores but {say_kind(where)}.") from None
     if not text:
         raise ValueError(f"{where}: must hold scores or accuracies but is empty.")
     if text[0] not in "{[":

@@ -14,7 +14,7 @@ from PIL import Image
 from sfda_tune import extraction
 from sfda_tune.datasets import ImageDataset, UnreadableImage
 from sfda_tune.decoding import Loader, count_workers, cut, is_in_memory
-from sfda_tune.images import Passing, is_passing
+from sfda_tune.images import UNREADABLE, Passing, digest_pixels, is_passing
 from sfda_tune.preprocessing import Geometry, Preprocessing
 from sfda_tune.recipe import FinetuneConfig
 from sfda_tune.texts import one_line
@@ -25,7 +25,7 @@ __all__ = [
     "Order",
     "augmentation",
     "collate",
-    "find_unreadable",
+    "look_at",
     "own_randomness",
     "plain_view",
     "same",
@@ -182,17 +182,16 @@ class Images:
         return Loader(items, batches, collate, workers=workers, direct=direct)
 
 
-def find_unreadable(dataset: ImageDataset) -> dict[int, str]:
-    """Return the rows that cannot be read, each with the reason, by decoding every image."""
-    if isinstance(dataset.items, np.ndarray):  # pixels
-        return {}
-    images = Images(dataset, _forget, None)
-    found = ((row, images[row]) for row in range(len(images)))
-    return {row: why for row, why in found if why is not None}
+def look_at(dataset: ImageDataset) -> tuple[dict[int, str], list[str]]:
+    """Decode every image: rows that cannot be read, with the reason; all digests of pixels."""
+    images = Images(dataset, _digest, None)
+    found = [images[row] for row in range(len(images))]
+    bad = {row: why for row, why in enumerate(found) if isinstance(why, str)}
+    return bad, [UNREADABLE if row in bad else one.hex() for row, one in enumerate(found)]
 
 
-def _forget(image: Image.Image) -> None:
-    """Keep nothing of an image that could be decoded."""
+def _digest(image: Image.Image) -> bytes:  # texts are reasons
+    return bytes.fromhex(digest_pixels(image))
 
 
 class _Viewed:

@@ -6,8 +6,10 @@ the first. So each image takes part once, whatever the metric: its copies are le
 judgement alike. An image that stands in several classes counts in the one in which it has most
 copies; among equals in the smallest, lest rare classes lose their images to large ones.
 
-Copies are files with the same bytes, or arrays with the same pixels. The same picture written
-anew (another format, size or quality) is not recognised.
+Copies are images that show the same pixels, whatever file they are in: with other metadata, or
+written anew without loss. To compare pixels, all images would have to be decoded once more. So
+`rank` finds equal files by their digest, and decodes again only what has nearly equal features;
+`search` looks at all images anyway. The same picture in another size or quality is no copy.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from sfda_tune.datasets import ImageDataset
 from sfda_tune.images import UNREADABLE, _resolve, _stream
 
 __all__ = [
-    "CopiesWarning", "Twins", "find_twins", "group_twins", "shared_images", "tell_copies",
+    "CopiesWarning", "Twins", "find_alike", "find_twins", "group_twins", "shared_images",
+    "tell_copies",
 ]  # fmt: skip
+
+ALIKE = 0.02  # of the length of the features: twice what bfloat16 and other kernels change
 
 
 class CopiesWarning(UserWarning):
@@ -65,26 +70,34 @@ class Twins:
         }
 
 
-def group_twins(images: ImageDataset) -> np.ndarray:
+def group_twins(images: ImageDataset, pixels: Sequence[str] | None = None) -> np.ndarray:
     """Return a code for each row, equal for copies of one image; unreadable files have none.
+
+    Copies have the same bytes, or the same digest of `pixels`, where these are known.
 
     >>> pixels = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
     >>> group_twins(ImageDataset("x", pixels[[0, 1, 0, 2]], np.zeros(4, int), ("a",))).tolist()
     [0, 1, 0, 3]
     """
     first: dict[str, int] = {}
-    digests = images.digests()
+    digests = images.digests() if pixels is None else pixels
     codes = np.array([first.setdefault(d, row) for row, d in enumerate(digests)], dtype=np.int64)
     for row in np.flatnonzero(np.bincount(codes, minlength=len(codes)) > 1).tolist():
-        if digests[row] == UNREADABLE or not _is_image(images.items[row]):
+        lost = digests[row] == UNREADABLE
+        if lost or (pixels is None and not _is_image(images.items[row])):
             same = np.flatnonzero(codes == row)
             codes[same] = same
     return codes
 
 
-def find_twins(images: ImageDataset) -> Twins:
-    """Find the copies in a data set, and which of them to keep."""
-    codes = group_twins(images)
+def find_twins(
+    images: ImageDataset, codes: np.ndarray | None = None, among: Sequence[int] | None = None
+) -> Twins:
+    """Find the copies in a data set, and which of them to keep: one `among` these rows."""
+    codes = group_twins(images) if codes is None else codes
+    eligible = np.ones(len(images), bool)
+    if among is not None:
+        eligible = np.isin(np.arange(len(images)), among)
     sizes = np.bincount(images.labels, minlength=len(images.classes))
     members: dict[int, list[int]] = {}
     for row in np.flatnonzero(np.bincount(codes, minlength=len(codes))[codes] > 1).tolist():
@@ -92,21 +105,44 @@ def find_twins(images: ImageDataset) -> Twins:
     copies, torn = {}, {}
     for rows in members.values():
         counts = Counter(images.labels[rows].tolist())
-        label = min(counts, key=lambda c: (-counts[c], sizes[c], c))
-        kept = next(row for row in rows if images.labels[row] == label)
+        choice = [row for row in rows if eligible[row]] or rows
+        label = min(set(images.labels[choice].tolist()), key=lambda c: (-counts[c], sizes[c], c))
+        kept = next(row for row in choice if images.labels[row] == label)
         copies |= {row: kept for row in rows if row != kept}
         if len(counts) > 1:
             torn[kept] = tuple(images.classes[c] for c in sorted(counts))
     return Twins(np.setdiff1d(np.arange(len(images)), list(copies)), copies, torn)
 
 
-def shared_images(a: ImageDataset, b: ImageDataset) -> list[int]:
-    """Return the rows of `b` whose image is in `a`, too."""
-    known = set(a.digests()) - {UNREADABLE}
+def find_alike(x: np.ndarray) -> np.ndarray:
+    """Return the rows of features that may be those of one image, seen more than once.
+
+    Not by equality, for a sum depends on what else is in the batch.
+    """
+    from scipy.spatial import KDTree
+
+    some = np.random.default_rng(0).normal(size=(x.shape[1], 16))  # keeps distances, roughly
+    z = np.nan_to_num(x @ some.astype(x.dtype)).astype(np.float64)
+    points, code, counts = np.unique(z, axis=0, return_inverse=True, return_counts=True)
+    near = counts > 1
+    if len(points) > 1:
+        reach = ALIKE * np.linalg.norm(points, axis=1)
+        furthest = float(reach.max()) * (1 + 1e-9) + 1e-300  # a bound that is itself excluded
+        distance = KDTree(points).query(points, k=2, distance_upper_bound=furthest)[0]
+        near |= distance[:, 1] <= reach
+    return np.flatnonzero(near[code.reshape(-1)])
+
+
+def shared_images(
+    a: ImageDataset, b: ImageDataset, pixels: Sequence[Sequence[str]] | None = None
+) -> list[int]:
+    """Return the rows of `b` whose image is in `a`, too; `pixels` are the digests of both."""
+    ours, theirs = (a.digests(), b.digests()) if pixels is None else pixels
+    known = set(ours) - {UNREADABLE}
     return [
         row
-        for row, digest in enumerate(b.digests())
-        if digest in known and _is_image(b.items[row])
+        for row, digest in enumerate(theirs)
+        if digest in known and (pixels is not None or _is_image(b.items[row]))
     ]
 
 

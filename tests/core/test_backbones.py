@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -474,3 +475,25 @@ def test_taking_the_classifier_off_is_num_classes_0(name):
     x = torch.randn(1, *whole.pretrained_cfg["input_size"])
     with torch.inference_mode():
         torch.testing.assert_close(whole(x), plain(x), rtol=0, atol=0)
+
+
+def test_what_stands_in_the_place_of_a_file_is_named(tmp_path, make_checkpoint):
+    def put(path, kind):
+        path.unlink(missing_ok=True)
+        path.mkdir() if kind == "folder" else os.mkfifo(path)
+        return path
+
+    for kind in ("folder", "FIFO"):
+        folder = make_checkpoint(tmp_path / kind, "test_resnet", 32)
+        (weights,) = folder.glob("model.*")
+        put(weights, kind)
+        with pytest.raises(BackboneError, match=rf"model\.safetensors is a {kind};"):
+            load(resolve_backbones([str(folder)])[0])
+        put(folder / "config.json", kind)
+        with pytest.raises(BackboneError, match=rf"config\.json' must be a file but is a {kind}"):
+            resolve_backbones([str(folder)])
+        plugin = put(tmp_path / f"{kind}.py", kind)
+        with pytest.raises(BackboneError, match=rf"{kind}\.py' is a {kind}\)"):
+            resolve_backbones(["demo:*"], plugins=[str(plugin)])
+    with pytest.raises(BackboneError, match=r"is a FIFO; pass the folder that holds config\.json"):
+        resolve_backbones([str(put(tmp_path / "w.safetensors", "FIFO"))])

@@ -1542,3 +1542,60 @@ def test_labels_of_other_parts_may_be_missing(tmp_path):
 def test_hugging_face_splits_by_other_names(hf):
     data = hf.DatasetDict(Training=_hf_dataset(hf), dev=_hf_dataset(hf, 4))
     assert (len(open_dataset(data)), len(open_dataset(data, split="val"))) == (6, 4)
+
+
+@pytest.mark.parametrize(
+    ("head", "cells", "used"),
+    [
+        ("group", ["train", "train", "train", "test"], True),
+        ("mode", ["training", "training", "training", "validation"], True),
+        ("validation", [0, 0, 0, 1], True),
+        ("training", ["True", "True", "True", "False"], True),
+        ("valid", [0, 0, 0, 1], False),
+        ("group", ["train", "train", "b", "test"], False),
+        ("testing", [0, 0, 0.5, 1], False),
+    ],
+)
+def test_columns_of_truths_or_vague_names_are_used_or_said(tmp_path, head, cells, used):
+    rows: list[Any] = [["path", "label", head]]
+    for k, cell in enumerate([*cells, *cells]):
+        write(tmp_path / f"{k}.png")
+        rows.append([f"{k}.png", "ab"[k // len(cells)], cell])
+    path = table(tmp_path / "t.csv", rows)
+    if used:
+        assert len(open_dataset(path)) == 6
+    else:
+        with pytest.warns(UserWarning, match=f"the column '{head}' is not used, for its values"):
+            assert len(open_dataset(path)) == 8
+        assert len(open_dataset(path, split="all")) == 8
+
+
+def test_valid_beside_another_part_is_one(tmp_path):
+    rows: list[Any] = [["path", "label", "valid", "test"]]
+    for k in range(8):
+        write(tmp_path / f"{k}.png")
+        rows.append([f"{k}.png", "ab"[k % 2], int(k in (2, 3)), int(k in (4, 5))])
+    path = table(tmp_path / "t.csv", rows)
+    assert [len(open_dataset(path, split=s)) for s in ("train", "val", "test")] == [4, 2, 2]
+    (tmp_path / "u.csv").write_text("path,label,valid\n0.png,a,1\n1.png,b,1\n")
+    assert len(open_dataset(tmp_path / "u.csv")) == 2  # leaves nothing out: nothing to say
+
+
+def test_names_of_class_folders_that_are_none_or_the_same(tmp_path):
+    with pytest.raises(DatasetError, match=r"class folders whose names .* ' ' consists of white"):
+        open_dataset(tree(tmp_path / "1", " ", "b"))
+    with pytest.raises(DatasetError, match="'a', 'a ' differ only in white space; rename"):
+        open_dataset(tree(tmp_path / "2", "a", "a ", "b"))
+    for k, names in enumerate([("caf\u00e9", "cafe\u0301"), ("Cat", "cat")]):
+        root = tree(tmp_path / f"like{k}", *names)
+        if len(list(root.iterdir())) < 2:
+            pytest.skip("a file system that takes them for one")
+        with pytest.warns(UserWarning, match="differ only in case, or in how"):
+            assert len(open_dataset(root).classes) == 2
+    with pytest.warns(UserWarning, match=r"'\.c' in .* left out: hidden folders with images"):
+        assert open_dataset(tree(tmp_path / "3", "a", "b", ".c", ".thumbnails")).classes == (
+            "a",
+            "b",
+        )
+    assert open_dataset(tree(tmp_path / "4", "nan", "None")).classes == ("None", "nan")
+    assert open_dataset(tree(tmp_path / "5", "a", "A", "\x7f")).classes == ("A", "\\x7f", "a")

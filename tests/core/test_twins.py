@@ -5,12 +5,21 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sfda_tune import open_dataset, rank
 from sfda_tune.confidence import diagnose
 from sfda_tune.datasets import ImageDataset
 from sfda_tune.splits import split_images, tell_gaps, tell_shared
-from sfda_tune.twins import CopiesWarning, find_twins, group_twins, shared_images, tell_copies
+from sfda_tune.training_images import look_at
+from sfda_tune.twins import (
+    CopiesWarning,
+    find_alike,
+    find_twins,
+    group_twins,
+    shared_images,
+    tell_copies,
+)
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
@@ -78,6 +87,60 @@ def test_copies_change_neither_scores_nor_winner(photos, toy_zoo, tmp_path, metr
     assert [d.message for d in diagnose(again)] == [d.message for d in diagnose(twice)]
 
 
+@pytest.mark.parametrize("options", [{}, {"race": True, "top": 1}, {"ensemble": 2}])
+def test_the_same_pixels_in_other_files_are_copies(photos, toy_zoo, tmp_path, options):
+    alone = rank(photos, toy_zoo, **CPU, **options)
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    for k, file in enumerate(sorted(root.glob("*/*"))[::2]):
+        to = file.with_name(f"{file.stem}_{'again' if k % 2 else 'anew'}")
+        with Image.open(file) as image:
+            image.convert("RGB").save(to.with_suffix(".bmp" if k % 2 else ".png"))
+    (again,) = list(root.glob("ant/*_anew.png"))[:1]
+    shutil.copy(again, root / "bee" / "other.png")
+    with pytest.warns(CopiesWarning, match="images are exact copies of others") as said:
+        twice = rank(root, toy_zoo, **CPU, **options)
+    assert len(said) == 1
+    assert len(twice.info["copies"]) == len(list(root.glob("*/*"))) - alone.info["n_samples"]
+    assert [t["classes"] for t in twice.info["several_classes"]] == [["ant", "bee"]]
+    assert twice.info["n_samples"] == alone.info["n_samples"]
+    if not options:
+        assert dict(twice) == pytest.approx(dict(alone), rel=1e-5)
+
+
+def test_alike_are_rows_that_rounding_or_nothing_keeps_apart():
+    x = np.random.default_rng(0).normal(size=(300, 32)).astype(np.float32)
+    x[7], x[9] = x[200] * (1 + 1e-3), x[100]
+    assert find_alike(x).tolist() == [7, 9, 100, 200]
+    assert len(find_alike(np.ones((5, 4), np.float32))) == 5
+    assert find_alike(x[:1]).tolist() == []
+
+
+def test_a_search_splits_and_compares_by_pixels(tmp_path):
+    x = np.random.default_rng(0).integers(0, 255, (30, 9, 9, 3), np.uint8)
+    for k, image in enumerate(x):
+        folder = tmp_path / "ab"[k % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"{k}.png")
+        Image.fromarray(image).save(folder / f"{k}.bmp")
+    images = open_dataset(tmp_path)
+    bad, digests = look_at(images)
+    codes = group_twins(images, digests)
+    assert not bad
+    assert len(set(codes.tolist())) == 30
+    assert len(set(group_twins(images).tolist())) == 60
+    everything = {"train": np.arange(60)}
+    parts, rows, _ = split_images(arguments(images), lambda _: (everything, codes))
+    sides = [set(codes[rows[name]]) for name in ("train", "val", "test")]
+    assert sum(map(len, sides)) == 30
+    of = {name: [digests[row] for row in rows[name]] for name in rows}
+    assert tell_shared(parts, of) == []
+    parts["test"], of["test"] = images.subset([0]), [digests[0]]
+    parts["train"], of["train"] = images.subset([1, 2]), [digests[1], digests[2]]
+    assert len(tell_shared(parts, of)) == 1
+    assert tell_shared(parts) == []
+
+
 def test_the_table_says_it_once_and_below(photos, toy_zoo, tmp_path, capsys):
     from sfda_tune.cli import main
 
@@ -135,3 +198,15 @@ def test_parts_that_say_little_are_named():
 def test_too_few_images_for_a_search_are_said_in_words_of_the_data_set():
     with pytest.raises(ValueError, match="too few images for a search: 3 in 3 classes, 'a' has 1"):
         split_images(arguments(data(pixels(3), [0, 1, 2])))
+
+
+def test_opening_the_parts_says_what_holds_for_all_of_them_once(tmp_path):
+    for k, part in enumerate(["train", "val", "test", "notes"]):
+        for c in "ab":
+            (tmp_path / part / c).mkdir(parents=True)
+            for i, x in enumerate(pixels(3, seed=10 * k + (c == "b"))):
+                Image.fromarray(x).save(tmp_path / part / c / f"{i}.png")
+    with pytest.warns(UserWarning, match="left out is what lies beside") as said:
+        _, rows, _ = split_images(arguments(str(tmp_path)))
+    assert {name: len(r) for name, r in rows.items()} == {"train": 6, "val": 6, "test": 6}
+    assert len(said) == 1
