@@ -95,7 +95,7 @@ def etran(features: Any, labels: Any, *, logits: Any = None) -> MetricResult:
     data = load(features, labels)
     outputs = features if logits is None else logits
     source = data if logits is None else load_logits(outputs, labels, "etran")
-    energy = float(np.mean(logsumexp(source.X, axis=1)))
+    energy = float(np.mean(np.asarray(logsumexp(source.X, axis=1))))
     X = narrow(data.X - data.X.mean(axis=0))
     _, S_W = within(data, X)
     top = len(S_W) - 1
