@@ -1,7 +1,7 @@
 """Rank the demo backbones on `digits`, and compare the ranking with the truth.
 
 The truth, the accuracy of each backbone after full fine-tuning, was measured once by
-``python -m sfda_tune.demo.measure`` and ships with the package.
+``python -m sfda_tune.backbones.demo.measure`` and ships with the package.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import argparse
 from scipy.stats import weightedtau
 
 import sfda_tune
-from sfda_tune import demo
+from sfda_tune.backbones import demo
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import timm
 import torch
 
 import sfda_tune
-from sfda_tune.finetuning import FinetuneConfig, finetune
-from sfda_tune.predictions import predict
+from sfda_tune.finetuning.models import predict
+from sfda_tune.finetuning.run import FinetuneConfig, finetune
 
 
 def main() -> None:

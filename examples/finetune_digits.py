@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 import sfda_tune
-from sfda_tune import ImageDataset, backbones
+from sfda_tune import ImageDataset
+from sfda_tune.backbones import specs as backbones
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and other workers need them

@@ -24,34 +24,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfda_tune.backbones import BackboneError, resolve_backbones
-    from sfda_tune.datasets import DatasetError, ImageDataset, open_dataset
-    from sfda_tune.ensembles import select_ensemble
-    from sfda_tune.extraction import extract
-    from sfda_tune.ranking import RankingInterruptedError, rank
-    from sfda_tune.scoring import score
-    from sfda_tune.selection import search
-    from sfda_tune.values import Backbone, Features, MetricResult, Ranking, Score
+    from sfda_tune.backbones.specs import BackboneError, resolve_backbones
+    from sfda_tune.data.opening import DatasetError, ImageDataset, open_dataset
+    from sfda_tune.extraction.run import extract
+    from sfda_tune.metrics.scoring import score
+    from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
+    from sfda_tune.pipelines.search import search
+    from sfda_tune.selection.ensembles import select_ensemble
+    from sfda_tune.values.ranking import Backbone, Features, MetricResult, Ranking, Score
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Backbone": "values",
-    "BackboneError": "backbones",
-    "DatasetError": "datasets",
-    "Features": "values",
-    "ImageDataset": "datasets",
-    "MetricResult": "values",
-    "Ranking": "values",
-    "RankingInterruptedError": "ranking",
-    "Score": "values",
-    "extract": "extraction",
-    "open_dataset": "datasets",
-    "rank": "ranking",
-    "resolve_backbones": "backbones",
-    "score": "scoring",
-    "search": "selection",
-    "select_ensemble": "ensembles",
+    "Backbone": "values.ranking",
+    "BackboneError": "backbones.specs",
+    "DatasetError": "data.opening",
+    "Features": "values.ranking",
+    "ImageDataset": "data.opening",
+    "MetricResult": "values.ranking",
+    "Ranking": "values.ranking",
+    "RankingInterruptedError": "pipelines.ranking",
+    "Score": "values.ranking",
+    "extract": "extraction.run",
+    "open_dataset": "data.opening",
+    "rank": "pipelines.ranking",
+    "resolve_backbones": "backbones.specs",
+    "score": "metrics.scoring",
+    "search": "pipelines.search",
+    "select_ensemble": "selection.ensembles",
 }
 
 __all__ = [

@@ -14,8 +14,8 @@ from typing import Any
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
-from sfda_tune.redaction import hide_secrets, redact
-from sfda_tune.values import Ranking
+from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.redaction import hide_secrets, redact
 from sfda_tune_optuna.store import load_ranking, load_record, save_ranking
 from sfda_tune_optuna.study import calibrate_study, enqueue_top_k, find_param_name
 

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from sfda_tune.files import read_rows
+from sfda_tune.values.files import read_rows
 
 try:
     from optunahub.benchmarks import BaseProblem

@@ -33,11 +33,11 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.clock import Beat
-from sfda_tune.engines import DIED, NO_TIME, Job, Trial, attempt, read_trial
-from sfda_tune.redaction import hide_secrets, redact
-from sfda_tune.spaces import Dimension
-from sfda_tune.values import write_text
+from sfda_tune.pipelines.clock import Beat
+from sfda_tune.pipelines.engines import DIED, NO_TIME, Job, Trial, attempt, read_trial
+from sfda_tune.pipelines.spaces import Dimension
+from sfda_tune.values.ranking import write_text
+from sfda_tune.values.redaction import hide_secrets, redact
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.pruner import SFDAPruner
 from sfda_tune_optuna.sampler import SFDASampler

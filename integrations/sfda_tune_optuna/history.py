@@ -1,4 +1,4 @@
-"""The trials of a study as the evidence that `sfda_tune.policy` decides upon."""
+"""The trials of a study as the evidence that `sfda_tune.selection.policy` decides upon."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.policy import Observation, name_arm, rate
+from sfda_tune.selection.policy import Observation, name_arm, rate
 from sfda_tune_optuna._compat import is_feasible
 
 GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone
@@ -58,7 +58,7 @@ def observe(
     param_name : str
         The parameter that holds the backbone.
     weights : sequence of float, optional
-        Of the objectives, see `sfda_tune.policy.rate`.
+        Of the objectives, see `sfda_tune.selection.policy.rate`.
     leave_out : int, default -1
         Number of the trial that is being sampled.
 

@@ -12,9 +12,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from sfda_tune import policy as decisions
-from sfda_tune.policy import Calibration, name_arm
-from sfda_tune.values import Ranking, Score
+from sfda_tune.selection import policy as decisions
+from sfda_tune.selection.policy import Calibration, name_arm
+from sfda_tune.values.ranking import Ranking, Score
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.history import find_choices, observe
 from sfda_tune_optuna.store import load_ranking, load_record, read_scores, save_ranking

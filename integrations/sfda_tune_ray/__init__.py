@@ -8,7 +8,7 @@
 `SFDAScheduler`                trials of other backbones never start
 `PerBackboneScheduler`         slow starters are not stopped by small, fast networks
 `SchedulerStateCallback`       keeps the state of a scheduler over ``Tuner.restore``
-`finetune_trainable`           `sfda_tune.finetuning.finetune`, reporting every epoch
+`finetune_trainable`           `sfda_tune.finetuning.run.finetune`, reporting every epoch
 `hp_space`                     Hugging Face's ``Trainer.hyperparameter_search`` over the best
 `backbone_space` `backbone_grid` `warm_start_points` `backbone_resources`   for any searcher
 =============================  ==================================================================

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from sfda_tune.redaction import redact
+from sfda_tune.values.redaction import redact
 
 __all__ = ["connect", "count_places", "share_cpus"]
 

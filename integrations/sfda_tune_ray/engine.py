@@ -28,12 +28,12 @@ from filelock import FileLock
 from ray import tune as raytune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from sfda_tune.engines import NO_TIME, Job, Trial, attempt, read_trial
-from sfda_tune.files import read_json, write_text
-from sfda_tune.formats import EXPERIMENTS
-from sfda_tune.recipe import FinetuneConfig
-from sfda_tune.spaces import Dimension, Space
-from sfda_tune.values import Ranking
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.pipelines.engines import NO_TIME, Job, Trial, attempt, read_trial
+from sfda_tune.pipelines.spaces import Dimension, Space
+from sfda_tune.values.files import read_json, write_text
+from sfda_tune.values.formats import EXPERIMENTS
+from sfda_tune.values.ranking import Ranking
 from sfda_tune_ray._compat import end_at_once
 from sfda_tune_ray.callbacks import SchedulerStateCallback
 from sfda_tune_ray.cluster import connect, count_places

@@ -43,9 +43,10 @@ import ray
 from ray.cloudpickle import dumps  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 
-from sfda_tune.datasets import DatasetError
-from sfda_tune.devices import is_working
-from sfda_tune.extraction import (
+from sfda_tune.backbones.devices import is_working
+from sfda_tune.data.decoding import UNREADABLE
+from sfda_tune.data.opening import DatasetError
+from sfda_tune.extraction.run import (
     Outcome,
     Plan,
     Unit,
@@ -54,7 +55,6 @@ from sfda_tune.extraction import (
     resolve_device,
     shards_per_block,
 )
-from sfda_tune.images import UNREADABLE
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
 

@@ -1,4 +1,4 @@
-"""The trials of a Tune experiment as the evidence that `sfda_tune.policy` decides upon."""
+"""The trials of a Tune experiment as the evidence that `sfda_tune.selection.policy` decides upon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sfda_tune.policy import Observation, rate
+from sfda_tune.selection.policy import Observation, rate
 
 __all__ = ["Record", "observe"]
 

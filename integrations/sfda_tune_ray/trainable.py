@@ -10,8 +10,8 @@ from typing import Any
 
 from ray import tune
 
-from sfda_tune.recipe import FinetuneConfig
-from sfda_tune.sharing import SharedWork
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.shared import SharedWork
 from sfda_tune_ray import _compat
 
 __all__ = ["finetune_trainable"]
@@ -28,7 +28,7 @@ def finetune_trainable(
 ) -> Callable[[dict[str, Any]], None]:
     """Return a function for ``tune.Tuner`` that fine-tunes the backbone of its configuration.
 
-    It reports the values of `sfda_tune.recipe.Epoch` after every epoch, among them ``accuracy``
+    It reports the values of `sfda_tune.finetuning.config.Epoch` after every epoch, among them ``accuracy``
     and ``log_loss``, with a checkpoint, from which a trial that was killed goes on. Running out of
     memory fails the trial, which `SFDASearcher` learns from.
 
@@ -42,11 +42,11 @@ def finetune_trainable(
         Those that can be chosen, as for `sfda_tune.rank`, if their names are not what
         `sfda_tune.resolve_backbones` understands.
     config : mapping, optional
-        Fields of `sfda_tune.finetuning.FinetuneConfig`. Those that are searched are in
+        Fields of `sfda_tune.finetuning.run.FinetuneConfig`. Those that are searched are in
         ``param_space`` under the same names, flat.
     param_name : str, default "backbone"
     device, workers
-        See `sfda_tune.finetuning.finetune`.
+        See `sfda_tune.finetuning.run.finetune`.
 
     Returns
     -------
@@ -71,8 +71,8 @@ def finetune_trainable(
 
     def train(config: dict[str, Any], data: Any = dataset) -> None:
         from sfda_tune import open_dataset, resolve_backbones
-        from sfda_tune.finetuning import finetune
-        from sfda_tune.splits import open_own_part
+        from sfda_tune.data.splits import open_own_part
+        from sfda_tune.finetuning.run import finetune
 
         flat = _compat.flatten_dict(config)
         if param_name not in flat:

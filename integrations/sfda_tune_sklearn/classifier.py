@@ -17,14 +17,14 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 import sfda_tune
-from sfda_tune.classifiers import write_model
-from sfda_tune.datasets import ImageDataset, open_dataset
-from sfda_tune.files import check, read_json
-from sfda_tune.finetuning import FinetuneConfig, finetune
-from sfda_tune.formats import CLASSIFIER
-from sfda_tune.predictions import PROVENANCE, Model, load_model, predict
-from sfda_tune.texts import json_text
-from sfda_tune.values import Backbone, Ranking, write_text
+from sfda_tune.data.opening import ImageDataset, open_dataset
+from sfda_tune.finetuning.heads import write_model
+from sfda_tune.finetuning.models import PROVENANCE, Model, load_model, predict
+from sfda_tune.finetuning.run import FinetuneConfig, finetune
+from sfda_tune.values.files import check, read_json
+from sfda_tune.values.formats import CLASSIFIER
+from sfda_tune.values.ranking import Backbone, Ranking, write_text
+from sfda_tune.values.text import json_text
 from sfda_tune_sklearn.images import as_dataset, read_images
 
 __all__ = ["BackboneClassifier"]
@@ -42,7 +42,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
     Parameters
     ----------
     backbones : str, Backbone, mapping, or an iterable of these, default "demo:*"
-        The candidates, see `sfda_tune.backbones`.
+        The candidates, see `sfda_tune.backbones.specs`.
     finetune : bool, default True
         Needs an engine, ``pip install 'sfda-tune[optuna]'``. A fifth of the images is held out for
         the test, ``result_.test``.
@@ -56,7 +56,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
     image_shape, value_range
         How X is read, see `BackboneFeatures`.
     device, precision
-        See `sfda_tune.extraction.Settings`.
+        See `sfda_tune.extraction.run.Settings`.
     cache : bool or path, default True
         Where features are kept for the next time, see `sfda_tune.rank`.
     plugins : iterable of str
@@ -72,7 +72,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         What the search found. Its folder is only there if `options` has ``out``.
     backbone_ : str
         Name of the winner.
-    model_ : sfda_tune.predictions.Model
+    model_ : sfda_tune.finetuning.models.Model
         Network, preprocessing and class names.
     n_features_in_ : int
         If X has one row of numbers per image.
@@ -150,7 +150,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
     def _search(
         self, dataset: Any, candidates: list[Backbone], how: dict[str, Any]
     ) -> tuple[str, Model]:
-        from sfda_tune.selection import search
+        from sfda_tune.pipelines.search import search
 
         with tempfile.TemporaryDirectory() as folder:
             limits = {"trials": self.n_trials, "budget": self.time_budget, "out": folder}
@@ -209,7 +209,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         """Write the fitted classifier to a folder, and return it; nothing is pickled.
 
         ``model/`` is a timm checkpoint, which ``timm.create_model("local-dir:…/model")`` and
-        `sfda_tune.predictions.load_model` open; ``ranking.json`` and ``classifier.json`` are text.
+        `sfda_tune.finetuning.models.load_model` open; ``ranking.json`` and ``classifier.json`` are text.
 
         Raises
         ------
@@ -266,7 +266,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         if state.get("format") != FORMAT:
             raise ValueError(
                 f"`folder` must be written by BackboneClassifier.save but {str(folder)!r} is not; "
-                "open other models with `sfda_tune.predictions.load_model`."
+                "open other models with `sfda_tune.finetuning.models.load_model`."
             )
         try:
             check(state, CLASSIFIER)

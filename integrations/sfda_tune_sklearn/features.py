@@ -8,10 +8,10 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from sfda_tune import backbones as zoo
-from sfda_tune.datasets import ImageDataset
-from sfda_tune.extraction import Settings, extract
-from sfda_tune.store import FeatureStore
+from sfda_tune.backbones import specs as zoo
+from sfda_tune.data.opening import ImageDataset
+from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction.store import FeatureStore
 from sfda_tune_sklearn.images import as_dataset, read_images
 
 __all__ = ["BackboneFeatures"]
@@ -26,14 +26,14 @@ class BackboneFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     Parameters
     ----------
     backbone : str, Backbone or mapping, default "demo:resnet_glyphs"
-        One backbone, see `sfda_tune.backbones`; a timm name such as "resnet50.a1_in1k" for photos.
+        One backbone, see `sfda_tune.backbones.specs`; a timm name such as "resnet50.a1_in1k" for photos.
     image_shape : tuple of int, optional
         Shape of an image where X has one row of numbers per image: (h, w), (h, w, c), or with one
         −1 as in `numpy.reshape`. Default: a grey or an RGB square, if the row fills one.
     value_range : (low, high), optional
         What is black and white in X, unless X is uint8. See `sfda_tune_sklearn.images`.
     device, precision, batch_size, workers
-        See `sfda_tune.extraction.Settings`.
+        See `sfda_tune.extraction.run.Settings`.
     cache : bool or path, default True
         Where features are kept for the next time, see `sfda_tune.rank`.
     plugins : iterable of str

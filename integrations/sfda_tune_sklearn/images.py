@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from sklearn.utils.validation import check_array, validate_data
 
-from sfda_tune.datasets import ImageDataset, image_files, open_dataset
+from sfda_tune.data.opening import ImageDataset, image_files, open_dataset
 
 __all__ = ["as_dataset", "read_images"]
 

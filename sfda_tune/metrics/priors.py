@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sfda_tune.files import read_rows
-from sfda_tune.values import Ranking
+from sfda_tune.values.files import read_rows
+from sfda_tune.values.ranking import Ranking
 
 __all__ = ["PRIORS", "imagenet", "imagenet_prior", "params", "params_prior"]
 
@@ -152,7 +152,7 @@ def params_prior(names: Iterable[str], *, path: str | Path | None = None) -> dic
     Examples
     --------
     >>> from sfda_tune.metrics import params_prior
-    >>> from sfda_tune.values import Ranking, Score
+    >>> from sfda_tune.values.ranking import Ranking, Score
     >>> params_prior(Ranking([Score("a", 0.2, details={"n_params": 25_000_000})]))
     {'a': 25.0}
     """

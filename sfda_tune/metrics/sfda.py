@@ -65,7 +65,7 @@ validation images has τ −.15 with it. What helps there is capacity, which "of
 fault, and which a prior may bring in knowingly (``sfda + params``). Differences below .05 are
 noise. The summaries of "loo" (mean probability, accuracy, temperature-scaled log-probability,
 Brier score) were within .04 of each other; the mean probability is a mean over images, which
-`sfda_tune.confidence` needs, and has no further parameter.
+`sfda_tune.selection.uncertainty` needs, and has no further parameter.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sfda_tune.metrics._fisher import Array, Discriminants, Samples, Scatter, load
-from sfda_tune.values import MetricResult
+from sfda_tune.values.ranking import MetricResult
 
 __all__ = ["VARIANTS", "sfda"]
 

@@ -26,7 +26,7 @@ import numpy as np
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
-from sfda_tune.confidence import Confidence, bootstrap
+from sfda_tune.selection.uncertainty import Confidence, bootstrap
 
 SPREADS = (0.0, 0.5, 1.0, 3.0)
 BINS = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)

@@ -37,12 +37,12 @@ import numpy as np
 import optuna
 
 import sfda_tune
-from sfda_tune.backbones import describe
-from sfda_tune.finetuning import finetune
-from sfda_tune.predictions import predict
-from sfda_tune.selection import _ToTheEnd
-from sfda_tune.spaces import default_space
-from sfda_tune.splits import join, split_images
+from sfda_tune.backbones.specs import describe
+from sfda_tune.data.splits import join, split_images
+from sfda_tune.finetuning.models import predict
+from sfda_tune.finetuning.run import finetune
+from sfda_tune.pipelines.search import _ToTheEnd
+from sfda_tune.pipelines.spaces import default_space
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 ARMS = ("search", "everything", "imagenet", "optuna")

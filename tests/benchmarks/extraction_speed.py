@@ -21,10 +21,11 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
 
-from sfda_tune import extraction, open_dataset, resolve_backbones
-from sfda_tune.backbones import load_plugin, timm_name
-from sfda_tune.datasets import ImageDataset
-from sfda_tune.decoding import count_cores
+from sfda_tune import open_dataset, resolve_backbones
+from sfda_tune.backbones.specs import load_plugin, timm_name
+from sfda_tune.data.loader import count_cores
+from sfda_tune.data.opening import ImageDataset
+from sfda_tune.extraction import run as extraction
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 ARCHITECTURES = [

@@ -38,13 +38,15 @@ from extraction_speed import plain_loop, synthetic
 from PIL import Image
 from timm.models import save_for_hf
 
-from sfda_tune import backbones as loading
-from sfda_tune import devices, extraction, open_dataset, resolve_backbones
-from sfda_tune.extraction import Settings, extract
-from sfda_tune.finetuning import FinetuneConfig, finetune
+from sfda_tune import open_dataset, resolve_backbones
+from sfda_tune.backbones import devices
+from sfda_tune.backbones import specs as loading
+from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction.store import FeatureStore
+from sfda_tune.finetuning.run import FinetuneConfig, finetune
 from sfda_tune.metrics import sfda
-from sfda_tune.store import FeatureStore
-from sfda_tune.values import write_text
+from sfda_tune.values.ranking import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT.parent / "shared" / "zoo"

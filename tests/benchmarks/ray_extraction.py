@@ -118,9 +118,9 @@ def show_overhead(samples, repeats, zoo):
     from sfda_tune_ray import RayExecutor
 
     import sfda_tune
-    from sfda_tune import extraction
-    from sfda_tune.extraction import Settings, extract
-    from sfda_tune.store import FeatureStore
+    from sfda_tune.extraction import run as extraction
+    from sfda_tune.extraction.run import Settings, extract
+    from sfda_tune.extraction.store import FeatureStore
 
     one_thread()
     extraction.SHARD = 128

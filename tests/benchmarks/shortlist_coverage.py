@@ -24,7 +24,7 @@ import argparse
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from sfda_tune.confidence import bootstrap, shortlist
+from sfda_tune.selection.uncertainty import bootstrap, shortlist
 
 SPREADS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)
 SHAPES = ("normal", "crowded")

@@ -8,8 +8,8 @@ import pytest
 import sfda_tune_optuna.engine  # noqa: F401  imported once, in the server that forks
 import torch
 
-import sfda_tune.cli
-import sfda_tune.selection
+import sfda_tune.cli.main
+import sfda_tune.pipelines.search
 from sfda_tune import Ranking
 
 TIMES = int(os.environ.get("SFDA_TUNE_CHAOS") or 1)
@@ -34,7 +34,7 @@ def run_command(arguments, log, environment):
             os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (os.fdopen(k, "w", closefd=False) for k in (1, 2))
     torch.set_num_threads(1)
-    sfda_tune.cli.main(list(map(str, arguments)))
+    sfda_tune.cli.main.main(list(map(str, arguments)))
 
 
 def essence(ranking):

@@ -107,7 +107,7 @@ def kill(start):
 @pytest.fixture
 def cli(clean_environment, monkeypatch, capfd):
     """`sfda-tune` in this process: it must end well, or with one line for people."""
-    from sfda_tune import cli as commands
+    from sfda_tune.cli import main as commands
 
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets these
     signs = (signal.SIGTERM, signal.SIGHUP)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import sfda_tune
-from sfda_tune.store import FeatureStore
-from sfda_tune.texts import printable
+from sfda_tune.extraction.store import FeatureStore
+from sfda_tune.values.text import printable
 
 HERE = {"device": "cpu", "workers": 0}
 

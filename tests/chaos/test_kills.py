@@ -13,7 +13,7 @@ import pytest
 from chaos_lab import BACKBONES, essence, trials
 from optuna.trial import TrialState
 
-from sfda_tune.recipe import FinetuneConfig
+from sfda_tune.finetuning.config import FinetuneConfig
 
 SEARCH = ["--epochs", 2, "--samples", 60, "--keep", 2, "--device", "cpu", "-q"]
 DONE = ("complete", "pruned")

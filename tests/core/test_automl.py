@@ -6,8 +6,8 @@ import math
 import pytest
 
 from sfda_tune import Ranking
-from sfda_tune.automl import TrainerSpace, to_autogluon, to_ludwig
-from sfda_tune.values import Score
+from sfda_tune.pipelines.automl import TrainerSpace, to_autogluon, to_ludwig
+from sfda_tune.values.ranking import Score
 
 NAMES = {"resnet50.a1_in1k": 2.5, "vit_small_patch16_224": 3.1, "broken": math.nan}
 

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
-from sfda_tune import Backbone, backbones, demo
-from sfda_tune.backbones import BackboneError, describe, fingerprint, load, resolve_backbones
-from sfda_tune.hub import reachable
+from sfda_tune import Backbone
+from sfda_tune.backbones import demo
+from sfda_tune.backbones import specs as backbones
+from sfda_tune.backbones.specs import BackboneError, describe, fingerprint, load, resolve_backbones
+from sfda_tune.data.hub import reachable
 
 
 def specs(*given, **kwargs):

@@ -18,8 +18,8 @@ import pytest
 from rich.console import Console
 
 from sfda_tune import Ranking, __version__
-from sfda_tune import cli as commands
-from sfda_tune.cli import _spread
+from sfda_tune.cli import main as commands
+from sfda_tune.cli.main import _spread
 
 COMMAND = [sys.executable, "-m", "sfda_tune"]
 
@@ -165,10 +165,10 @@ def test_a_ranking_that_cannot_be_written_is_still_shown(cli, toy_zoo, photos, t
     (tmp_path / "r.json").mkdir()
     assert "cannot be written" in cli("rank", "--out", tmp_path / "r.json", code=1)
     code = (
-        "import sys, sfda_tune.values as v\n"
+        "import sys, sfda_tune.values.ranking as v\n"
         "def full(*a): raise OSError(28, 'No space left on device')\n"
         "v.write_text = full\n"
-        "from sfda_tune.cli import main; main()"
+        "from sfda_tune.cli.main import main; main()"
     )
     arguments = ["rank", photos, "-b", toy_zoo / "vit", *RANK, "--out", tmp_path / "x.json"]
     done = subprocess.run(
@@ -229,8 +229,8 @@ def test_names_reach_the_terminal_as_text(cli_here, toy_zoo, photos, tmp_path, c
 def test_bars_take_names_as_text():
     from io import StringIO
 
-    from sfda_tune.progress import Bar
-    from sfda_tune.stages import Board
+    from sfda_tune.pipelines.board import Board
+    from sfda_tune.pipelines.progress import Bar
 
     for make in (Bar, Board):
         bar = make(Console(file=(shown := StringIO()), width=200, force_terminal=False))
@@ -290,7 +290,7 @@ def test_a_script_without_main_guard_works_where_processes_are_spawned(
 def test_help_is_quick(cli):
     """`--help` loads neither torch nor timm."""
     code = (
-        "import sys\nfrom sfda_tune.cli import main\n"
+        "import sys\nfrom sfda_tune.cli.main import main\n"
         "try: main(['rank', '--help'])\nexcept SystemExit: pass\n"
         "print(sorted({'torch', 'timm', 'sklearn'} & set(sys.modules)))"
     )

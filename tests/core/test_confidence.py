@@ -6,9 +6,9 @@ import pytest
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
-import sfda_tune.confidence as module
+import sfda_tune.selection.uncertainty as module
 from sfda_tune import Ranking, Score
-from sfda_tune.confidence import (
+from sfda_tune.selection.uncertainty import (
     bootstrap,
     confidence,
     diagnose,

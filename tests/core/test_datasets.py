@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sfda_tune.datasets import (
+from sfda_tune.data.opening import (
     UNREADABLE,
     DatasetError,
     ImageDataset,
@@ -86,7 +86,7 @@ def message(*args: Any, **kwargs: Any) -> str:
 
 def test_import_needs_numpy_and_pillow_only():
     code = (
-        "import sys, sfda_tune.datasets, sfda_tune.images\n"
+        "import sys, sfda_tune.data.opening, sfda_tune.data.decoding\n"
         "heavy = {'torch', 'timm', 'pandas', 'datasets', 'sklearn', 'pyarrow', 'torchvision'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -736,7 +736,7 @@ def test_transform_to_tensors_is_not_applied(caplog):
         [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.1] * 3)]
     )
     source = Cifar(transform=normalise)
-    with caplog.at_level(logging.INFO, "sfda_tune.datasets"):
+    with caplog.at_level(logging.INFO, "sfda_tune.data.opening"):
         data = open_dataset(source)
     assert "its transform is not applied" in caplog.text
     assert source.transform is normalise  # the user's object is as before

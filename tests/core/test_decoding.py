@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sfda_tune import DatasetError
-from sfda_tune.decoding import Loader
+from sfda_tune.data.loader import Loader
 
 HERE = os.getpid()
 

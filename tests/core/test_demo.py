@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from sfda_tune import demo
-from sfda_tune.demo import measure, pretrain, sources
+from sfda_tune.backbones import demo
+from sfda_tune.backbones.demo import measure, pretrain, sources
 
 
 def _config(name: str) -> dict:
@@ -158,7 +158,7 @@ def test_finetuning_is_repeatable_and_learns(monkeypatch):
 
 def test_import_is_light():
     code = (
-        "import sys, sfda_tune.demo as d; d.names(); d.accuracies();"
-        "sys.exit(bool({'torch', 'timm', 'sfda_tune.demo.pretrain'} & set(sys.modules)))"
+        "import sys, sfda_tune.backbones.demo as d; d.names(); d.accuracies();"
+        "sys.exit(bool({'torch', 'timm', 'sfda_tune.backbones.demo.pretrain'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

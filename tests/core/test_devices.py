@@ -5,11 +5,12 @@ import timm
 import torch
 from timm.models import register_model
 
-from sfda_tune import devices, extraction
-from sfda_tune.backbones import load, resolve_backbones
-from sfda_tune.extraction import Settings
-from sfda_tune.initialization import NoRandomWeights
-from sfda_tune.values import Backbone
+from sfda_tune.backbones import devices
+from sfda_tune.backbones.initialization import NoRandomWeights
+from sfda_tune.backbones.specs import load, resolve_backbones
+from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction.run import Settings
+from sfda_tune.values.ranking import Backbone
 
 
 # Networks without random weights ----------------------------------------------------------------

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from sfda_tune import Features
-from sfda_tune.ensembles import Ensemble, _leave_one_out, _t_ens, select_ensemble
 from sfda_tune.metrics import sfda
 from sfda_tune.metrics._fisher import Scatter, load
+from sfda_tune.selection.ensembles import Ensemble, _leave_one_out, _t_ens, select_ensemble
 
 METHODS = ("sfda", "greedy")
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from sfda_tune import Ranking, Score
-from sfda_tune.evaluation import (
+from sfda_tune.selection.evaluation import (
     _weighted_tau,
     evaluate,
     evaluate_many,
@@ -26,7 +26,7 @@ from sfda_tune.evaluation import (
     static_order_null,
     weighted_tau,
 )
-from sfda_tune.tables import read_scores, read_truth
+from sfda_tune.selection.tables import read_scores, read_truth
 
 NAN = math.nan
 AGREEMENT = (weighted_tau, kendall_tau, pearson, spearman, fidelity)

@@ -18,11 +18,13 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
 import sfda_tune
-from sfda_tune import DatasetError, extraction, images, open_dataset
-from sfda_tune.backbones import resolve_backbones
-from sfda_tune.extraction import Settings, extract
-from sfda_tune.images import Passing
-from sfda_tune.store import Entry, FeatureStore
+from sfda_tune import DatasetError, open_dataset
+from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.data import decoding as images
+from sfda_tune.data.decoding import Passing
+from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction.store import Entry, FeatureStore
 
 CPU = Settings(device="cpu", workers=0)
 

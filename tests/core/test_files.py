@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sfda_tune.checkpoints import write_tensors
-from sfda_tune.files import (
+from sfda_tune.finetuning.checkpoints import write_tensors
+from sfda_tune.values.files import (
     check,
     clear_leftovers,
     open_regular,
@@ -147,7 +147,7 @@ def test_what_is_no_file_is_not_read(strange):
 
 
 def test_an_image_that_is_no_file_is_unreadable(strange):
-    from sfda_tune.datasets import UNREADABLE, UnreadableImage, open_dataset
+    from sfda_tune.data.opening import UNREADABLE, UnreadableImage, open_dataset
 
     real = strange.with_name("real.png")
     Image.new("L", (4, 4)).save(real)
@@ -158,7 +158,7 @@ def test_an_image_that_is_no_file_is_unreadable(strange):
 
 
 def test_an_entry_that_is_no_file_is_absent(make_strange, tmp_path):
-    from sfda_tune.store import Entry, FeatureStore, make_key
+    from sfda_tune.extraction.store import Entry, FeatureStore, make_key
 
     store, key = FeatureStore(tmp_path / "cache"), make_key(["a"], "w", "p", "float32")
     path = store.path(key)

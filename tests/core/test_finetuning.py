@@ -26,20 +26,22 @@ from sfda_tune import (
     BackboneError,
     DatasetError,
     ImageDataset,
-    extraction,
-    finetuning,
-    images,
     open_dataset,
     resolve_backbones,
 )
-from sfda_tune.checkpoints import (
+from sfda_tune.data import decoding as images
+from sfda_tune.extraction import run as extraction
+from sfda_tune.finetuning import run as finetuning
+from sfda_tune.finetuning.checkpoints import (
     DamagedError,
     read_state,
     read_tensors,
     write_state,
     write_tensors,
 )
-from sfda_tune.finetuning import (
+from sfda_tune.finetuning.images import Images, Order, augmentation, shrink
+from sfda_tune.finetuning.models import load_model, predict
+from sfda_tune.finetuning.run import (
     BEST,
     CHECKPOINT,
     DivergedError,
@@ -50,8 +52,6 @@ from sfda_tune.finetuning import (
     finetune,
     measure,
 )
-from sfda_tune.predictions import load_model, predict
-from sfda_tune.training_images import Images, Order, augmentation, shrink
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 LIVELY = {"mixup": 0.4, "ema_decay": 0.9, "augmentation": {"scale": (0.5, 1.0), "re_prob": 0.3}}
@@ -332,7 +332,7 @@ def test_checkpoints_hold_no_pickle(tmp_path):
 
 def test_pixels_in_memory_or_not_give_the_same_result(monkeypatch):
     kept = train(epochs=1)
-    monkeypatch.setattr("sfda_tune.extraction.PIXEL_BYTES", 1000)
+    monkeypatch.setattr("sfda_tune.extraction.run.PIXEL_BYTES", 1000)
     anew = train(epochs=1)
     assert metrics(kept) == metrics(anew)
 
@@ -569,7 +569,7 @@ def test_batches_cover_every_image_and_never_hold_a_single_one():
 
 def test_large_photos_are_shrunk_once_and_small_ones_not(photos):
     (backbone,) = resolve_backbones("demo:resnet_glyphs")
-    from sfda_tune.backbones import load
+    from sfda_tune.backbones.specs import load
 
     half = load(backbone)[1]
     small = shrink(half.geometry, {"scale": (0.7, 1)})

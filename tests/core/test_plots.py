@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import sfda_tune
-from sfda_tune import plots
-from sfda_tune.confidence import confidence
-from sfda_tune.policy import Observation, calibrate
+from sfda_tune.report import plots
+from sfda_tune.selection.policy import Observation, calibrate
+from sfda_tune.selection.uncertainty import confidence
 
 ODD = r"$\frac{<b>"  # neither mathematics nor markup
 

@@ -5,9 +5,16 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from sfda_tune import policy as module
-from sfda_tune.policy import POLICIES, Observation, calibrate, choose, leaves_to_base, survivors
-from sfda_tune.values import Ranking, Score
+from sfda_tune.selection import policy as module
+from sfda_tune.selection.policy import (
+    POLICIES,
+    Observation,
+    calibrate,
+    choose,
+    leaves_to_base,
+    survivors,
+)
+from sfda_tune.values.ranking import Ranking, Score
 
 NAMES = [f"b{k:02d}" for k in range(12)]
 SCORES = {name: float(k) for k, name in enumerate(NAMES)}  # b11 is said to be the best

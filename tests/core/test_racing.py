@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sfda_tune import RankingInterruptedError, open_dataset, rank
-from sfda_tune.progress import Silent
-from sfda_tune.racing import Race, chances, make_stages, run
+from sfda_tune.pipelines.progress import Silent
+from sfda_tune.selection.racing import Race, chances, make_stages, run
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 

@@ -13,12 +13,12 @@ from sfda_tune import (
     MetricResult,
     Ranking,
     RankingInterruptedError,
-    extraction,
     rank,
     score,
 )
+from sfda_tune.extraction import run as extraction
 from sfda_tune.metrics import sfda
-from sfda_tune.progress import Silent
+from sfda_tune.pipelines.progress import Silent
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfda_tune.evaluation import (
+from sfda_tune.metrics import combine
+from sfda_tune.selection.evaluation import (
     evaluate_many,
     hit_at_k,
     leave_models_out,
@@ -20,8 +21,7 @@ from sfda_tune.evaluation import (
     static_order_null,
     weighted_tau,
 )
-from sfda_tune.metrics import combine
-from sfda_tune.tables import read_scores, read_truth
+from sfda_tune.selection.tables import read_scores, read_truth
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no recorded numbers at {DATA}")

@@ -27,10 +27,11 @@ from PIL import Image
 from sklearn.linear_model import SGDClassifier
 
 import sfda_tune
-from sfda_tune import cli, report
-from sfda_tune.datasets import open_dataset
-from sfda_tune.report import COLOURS, THEMES, Axis, read_run, render, save_plots, write_report
-from sfda_tune.values import Ranking, Score
+from sfda_tune.cli import main as cli
+from sfda_tune.data.opening import open_dataset
+from sfda_tune.report import html as report
+from sfda_tune.report.html import COLOURS, THEMES, Axis, read_run, render, save_plots, write_report
+from sfda_tune.values.ranking import Ranking, Score
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>alert('1')</script>\"&amp; 犬"

@@ -3,7 +3,7 @@ import pytest
 
 from sfda_tune import Features, Score, rank, score
 from sfda_tune.metrics import combine, combine_hub, knn, ncti, sfda
-from sfda_tune.scoring import Scorer
+from sfda_tune.metrics.scoring import Scorer
 
 CPU = {"device": "cpu", "workers": 0}
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sfda_tune import store as store_module
-from sfda_tune.store import Entry, FeatureStore, default_root, make_key
+from sfda_tune.extraction import store as store_module
+from sfda_tune.extraction.store import Entry, FeatureStore, default_root, make_key
 
 KEY = make_key(["a", "b"], "weights", "preprocessing", "float32")
 
@@ -183,7 +183,7 @@ def test_several_processes_share_a_store(tmp_path):
 
 def test_a_kill_while_writing_leaves_no_entry(tmp_path):
     script = (
-        "import os, numpy as np, sfda_tune.store as s\n"
+        "import os, numpy as np, sfda_tune.extraction.store as s\n"
         "os.replace = lambda *a: os._exit(9)\n"
         f"s.FeatureStore({str(tmp_path)!r}).put({KEY!r}, "
         "s.Entry(np.zeros((2, 2), np.float32), np.arange(2)))"

@@ -8,11 +8,7 @@ import pytest
 from PIL import Image
 
 from sfda_tune import open_dataset, rank
-from sfda_tune.confidence import diagnose
-from sfda_tune.datasets import ImageDataset
-from sfda_tune.splits import split_images, tell_gaps, tell_shared
-from sfda_tune.training_images import look_at
-from sfda_tune.twins import (
+from sfda_tune.data.copies import (
     CopiesWarning,
     find_alike,
     find_twins,
@@ -20,6 +16,10 @@ from sfda_tune.twins import (
     shared_images,
     tell_copies,
 )
+from sfda_tune.data.opening import ImageDataset
+from sfda_tune.data.splits import split_images, tell_gaps, tell_shared
+from sfda_tune.finetuning.images import look_at
+from sfda_tune.selection.uncertainty import diagnose
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
@@ -142,7 +142,7 @@ def test_a_search_splits_and_compares_by_pixels(tmp_path):
 
 
 def test_the_table_says_it_once_and_below(photos, toy_zoo, tmp_path, capsys):
-    from sfda_tune.cli import main
+    from sfda_tune.cli.main import main
 
     root = tmp_path / "photos"
     shutil.copytree(photos, root)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sfda_tune import Backbone, Features, MetricResult, Ranking, Score
-from sfda_tune.tables import read_scores
-from sfda_tune.values import encode_labels
+from sfda_tune.selection.tables import read_scores
+from sfda_tune.values.ranking import encode_labels
 
 
 def ranking() -> Ranking:
@@ -228,7 +228,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "r.json"
     path.write_text("old")
     script = (
-        "import os, sfda_tune.values as v\n"
+        "import os, sfda_tune.values.ranking as v\n"
         "os.replace = lambda *a: os._exit(9)\n"
         f"v.write_text({str(path)!r}, 'new' * 1000)"
     )

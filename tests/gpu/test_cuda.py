@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from sfda_tune import devices, extraction, open_dataset
-from sfda_tune.backbones import resolve_backbones
-from sfda_tune.extraction import Settings, extract
-from sfda_tune.finetuning import FinetuneConfig, finetune
-from sfda_tune.scoring import Scorer, score
-from sfda_tune.store import FeatureStore
-from sfda_tune.values import Features
+from sfda_tune import open_dataset
+from sfda_tune.backbones import devices
+from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction.store import FeatureStore
+from sfda_tune.finetuning.run import FinetuneConfig, finetune
+from sfda_tune.metrics.scoring import Scorer, score
+from sfda_tune.values.ranking import Features
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import rankdata, weightedtau
 
 from sfda_tune.metrics import combine, combine_hub, etran, imagenet_prior, ncti, params_prior
-from sfda_tune.values import MetricResult, Ranking, Score
+from sfda_tune.values.ranking import MetricResult, Ranking, Score
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 recorded = pytest.mark.skipif(not DATA.is_dir(), reason=f"no recorded numbers at {DATA}")

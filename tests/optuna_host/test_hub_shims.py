@@ -101,7 +101,7 @@ def test_gate_of_the_pruner_package():
 
 
 def test_table_is_complete_and_of_the_demo_backbones():
-    from sfda_tune import demo
+    from sfda_tune.backbones import demo
 
     module = load("benchmarks/backbone_selection")
     problem = module.BackboneSelectionProblem(

@@ -25,8 +25,8 @@ from optuna.trial import TrialState
 from optuna_lab import NAMES, VALUES, Log, make_trial, objective, spy_on
 from sfda_tune_optuna import SFDAPruner, SFDASampler, gate
 
-from sfda_tune import policy as decisions
-from sfda_tune.values import Ranking, Score
+from sfda_tune.selection import policy as decisions
+from sfda_tune.values.ranking import Ranking, Score
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

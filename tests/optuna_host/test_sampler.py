@@ -1,4 +1,4 @@
-"""S1–S29 of the design page: the sampler between Optuna and `sfda_tune.policy`."""
+"""S1–S29 of the design page: the sampler between Optuna and `sfda_tune.selection.policy`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from sfda_tune_optuna import (
 )
 from sfda_tune_optuna.history import observe
 
-from sfda_tune import policy as decisions
-from sfda_tune.values import Ranking, Score
+from sfda_tune.selection import policy as decisions
+from sfda_tune.values.ranking import Ranking, Score
 
 # Of GP, QMC, BruteForce, …: theirs. S29 sees to it that the default paths raise none.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

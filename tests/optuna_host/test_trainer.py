@@ -10,7 +10,7 @@ import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sfda_tune_optuna import hp_space
 
-from sfda_tune import demo
+from sfda_tune.backbones import demo
 
 transformers = pytest.importorskip("transformers")
 RANKING = {"demo:resnet_glyphs": 2.0, "demo:vit_glyphs": 1.5, "demo:resnet_noise": 0.2}

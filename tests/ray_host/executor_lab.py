@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfda_tune.store import FeatureStore
+from sfda_tune.extraction.store import FeatureStore
 
 
 @dataclass(frozen=True)

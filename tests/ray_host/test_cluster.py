@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from sfda_tune import Ranking
-from sfda_tune.store import FeatureStore
+from sfda_tune.extraction.store import FeatureStore
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ from dataclasses import asdict, replace
 import pytest
 from sfda_tune_ray.engine import _is_done, tune
 
-from sfda_tune.engines import Job, Trial, load_engine
-from sfda_tune.selection import SearchResult, search
-from sfda_tune.spaces import default_space
+from sfda_tune.pipelines.engines import Job, Trial, load_engine
+from sfda_tune.pipelines.search import SearchResult, search
+from sfda_tune.pipelines.spaces import default_space
 
 # of sockets that Tune leaves open
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -92,7 +92,7 @@ def test_trials_without_time_for_an_epoch(ray_cluster, tmp_path):
     """They report nothing, are no evidence, and do not end the others."""
 
     def remake():
-        from sfda_tune.engines import OutOfTimeError
+        from sfda_tune.pipelines.engines import OutOfTimeError
 
         def train(trial):
             if trial.backbone == "late":

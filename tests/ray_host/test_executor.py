@@ -19,12 +19,13 @@ from sfda_tune_ray import RayExecutor, cluster
 from sfda_tune_ray import executor as module
 
 import sfda_tune
-from sfda_tune import DatasetError, RankingInterruptedError, extraction
-from sfda_tune.backbones import resolve_backbones
-from sfda_tune.datasets import ImageDataset, open_dataset
-from sfda_tune.extraction import Settings, extract
-from sfda_tune.store import FeatureStore, open_store
-from sfda_tune.values import Backbone
+from sfda_tune import DatasetError, RankingInterruptedError
+from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.data.opening import ImageDataset, open_dataset
+from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction.store import FeatureStore, open_store
+from sfda_tune.values.ranking import Backbone
 
 CPU = Settings(device="cpu", workers=0)
 NETS = [Backbone("a", load=Load()), Backbone("b", load=Load(most=4, scale=2))]
@@ -374,7 +375,7 @@ def test_machines_come_and_go(ray_cluster, tmp_path):
 
 DRIVER = """
 import sys, sfda_tune
-from sfda_tune import extraction
+from sfda_tune.extraction import run as extraction
 from sfda_tune_ray import RayExecutor
 extraction.SHARD = 8
 if __name__ == "__main__":
@@ -481,7 +482,7 @@ def test_arguments(arguments, message):
 
 
 def test_command_line(ray_cluster, monkeypatch, capsys, tmp_path):
-    from sfda_tune.cli import _spread, main
+    from sfda_tune.cli.main import _spread, main
 
     for given, then in {
         "--ray": "--ray=",

@@ -27,7 +27,7 @@ from tune_lab import (
     train,
 )
 
-from sfda_tune.values import Ranking, Score
+from sfda_tune.values.ranking import Ranking, Score
 
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),

@@ -28,12 +28,14 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     packages = {"sfda_tune", "sfda_tune_optuna", "sfda_tune_ray", "sfda_tune_sklearn"}
     assert tops == packages | {info}
     assert {f"{package}/py.typed" for package in packages} <= set(names)
-    assert {"sfda_tune/report.html.j2", "sfda_tune/report.css", "sfda_tune/report.js"} <= set(
-        names
-    )
+    assert {
+        "sfda_tune/report/report.html.j2",
+        "sfda_tune/report/report.css",
+        "sfda_tune/report/report.js",
+    } <= set(names)
     assert "sfda_tune/metrics/imagenet.csv" in names
     assert sum(n.endswith("model.safetensors") for n in names) == 8
-    assert "sfda_tune/demo/accuracies.json" in names
+    assert "sfda_tune/backbones/demo/accuracies.json" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert not [n for n in names if n.endswith((".md", ".pyc", ".pt", ".pkl"))]
     assert wheel.stat().st_size < 5e6

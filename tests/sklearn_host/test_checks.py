@@ -20,7 +20,7 @@ def expected(estimator):
     return EXPECTED_TO_FAIL
 
 
-@pytest.mark.filterwarnings("ignore::sfda_tune.twins.CopiesWarning")  # small integers repeat
+@pytest.mark.filterwarnings("ignore::sfda_tune.data.copies.CopiesWarning")  # small integers repeat
 @parametrize_with_checks(ESTIMATORS, expected_failed_checks=expected)
 def test_scikit_learn_checks(estimator, check):
     check(estimator)

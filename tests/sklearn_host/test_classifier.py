@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 import sfda_tune
-from sfda_tune.predictions import load_model, predict
+from sfda_tune.finetuning.models import load_model, predict
 
 COMMON = {"finetune": False, "cache": False, "device": "cpu"}
 X, Y = load_digits(return_X_y=True)

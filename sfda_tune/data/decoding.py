@@ -1,0 +1,270 @@
+"""One item (path, encoded bytes, array, image) → upright 8-bit RGB, or `UnreadableImage`.
+
+====================================  ====================================================
+RGB, grey, 1-bit, palette, CMYK,      exactly Pillow's ``convert("RGB")``, like the loaders of
+YCbCr, HSV, LAB                       timm and torchvision
+alpha, palette with transparency      laid over white: `convert` would show the arbitrary
+                                      colours that lie below transparent pixels
+16-bit grey, 32-bit integers          v / 257 (0 … 65535 → 0 … 255): `convert` would clip
+floating point                        times 255 if all ≤ 1, as is if all ≤ 255, else v / 257
+EXIF orientation                      applied
+several frames                        the first
+====================================  ====================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import io
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sfda_tune.values.files import open_regular
+from sfda_tune.values.text import one_line
+
+__all__ = [
+    "UNREADABLE", "Passing", "UnreadableImage", "decode", "digest", "digest_pixels", "explain",
+    "to_rgb",
+]  # fmt: skip
+
+UNREADABLE = "unreadable"
+"""`ImageDataset.digest` of an image that cannot be read."""
+
+# Neither Pillow's list of formats, nor a file that Pillow opened but did not decode yet, nor
+# somebody's data set may be used by two threads at a time.
+_LOCK = threading.RLock()
+# What a second attempt may not meet again.
+_AGAIN = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+_QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `warnings.filters`
+
+
+def renew_lock() -> None:
+    """Forget who holds the lock: a thread that never ends, or one that a fork left behind."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_lock)
+
+
+class Passing(str):
+    """A reason that is no verdict about the bytes of an image: it holds for this run only."""
+
+    __slots__ = ()
+
+
+class Verdict(Exception):  # noqa: N818 - not an error of ours
+    """What the decoder says of the bytes of an image; its cause has the details."""
+
+
+class UnreadableImage(Exception):  # noqa: N818 - a fact about one image, which a sweep survives
+    """One image is missing, damaged, or no image: its `name`, and the `reason` on one line.
+
+    The reason is a `Passing` unless the decoder found it in the bytes.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode into upright 8-bit RGB; the rules stand at the top of the module.
+
+    Of several frames, the current one counts (the first of a file just opened). `ValueError` if
+    the range of deep pixels is unknown (negative, NaN, or above 65535).
+
+    >>> deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
+    >>> np.asarray(to_rgb(deep))[0, :, 0]
+    array([  0, 100, 255], dtype=uint8)
+    """
+    _prepare_pillow()
+    image.load()
+    with suppress(Exception):  # damaged EXIF data do not make the pixels unreadable
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):  # I, I;16, I;16B, …
+        return Image.fromarray(deep_to_uint8(np.asarray(image))).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def deep_to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Scale 16-bit or floating-point pixels to 8 bit; the rules stand at the top of the module."""
+    low, high = pixels.min(), pixels.max()
+    if not 0 <= low <= high <= 65535:  # also false for NaN
+        raise ValueError(
+            f"pixels from {low} to {high}: known are integers 0 … 65535 and floating point "
+            "0 … 1, 0 … 255 or 0 … 65535; convert the image to 8 bit"
+        )
+    is_float = pixels.dtype.kind == "f"
+    full = 1 if is_float and high <= 1 else 255 if is_float and high <= 255 else 65535
+    return np.rint(pixels * (255 / full)).astype(np.uint8)
+
+
+def decode(item: Any) -> Image.Image:
+    """Item of an `ImageDataset` → RGB image; `explain` says why, if it raises.
+
+    A `Verdict` is about the bytes, which were read before; anything else may pass.
+    """
+    content = _read(item)
+    try:
+        if isinstance(content, np.ndarray):
+            content = Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
+        if isinstance(content, Image.Image):
+            return to_rgb(content)
+        _prepare_pillow()
+        with Image.open(io.BytesIO(content)) as image:
+            return to_rgb(image)
+    except Exception as error:
+        if is_passing(error):
+            raise
+        raise Verdict from error
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error of the decoder, or of a transform, says more of the machine than of it.
+
+    Such are those of the operating system (an `OSError` with a number; Pillow's own have none),
+    of memory, and of libraries that are not there.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    signs = ("out of memory", "allocate memory", "bad_alloc", "start new thread")
+    missing = isinstance(error, (MemoryError, ImportError))
+    return missing or any(sign in str(error).lower() for sign in signs)
+
+
+def digest(item: Any) -> str:
+    """Blake2b, in hexadecimal, of the encoded bytes, or of the pixels, shape and dtype."""
+    item = _resolve(item)
+    if isinstance(item, Image.Image):
+        item = np.asarray(to_rgb(item))
+    result = hashlib.blake2b(digest_size=20)
+    if isinstance(item, np.ndarray):
+        result.update(f"array {item.dtype.str} {item.shape}".encode())
+        result.update(np.ascontiguousarray(item).data)
+    else:
+        with _stream(item) as stream:
+            while block := stream.read(1 << 20):
+                result.update(block)
+    return result.hexdigest()
+
+
+def digest_pixels(image: Image.Image) -> str:
+    """Blake2b, in hexadecimal, of what a decoded image shows, whatever file it came from."""
+    result = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=20)
+    result.update(np.ascontiguousarray(image).data)
+    return result.hexdigest()
+
+
+def explain(error: Exception, item: Any) -> str:
+    """Why an item cannot be decoded, on one line."""
+    if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
+        head = b"?"
+        with suppress(Exception), _stream(_resolve(item)) as stream:
+            head = stream.read(64)
+        if not head:
+            return "is empty (0 bytes)"
+        if head.startswith(b"version https://git-lfs"):
+            return "is a Git LFS pointer, not the image; run `git lfs pull`"
+        if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+            return "is HEIC, which Pillow cannot read; convert it to JPEG"
+        return "is not an image in a format that Pillow can read"
+    text = getattr(error, "strerror", None) or str(error)
+    if not text or not isinstance(error, OSError | ValueError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return one_line(text)
+
+
+def _resolve(item: Any) -> Any:
+    """Return the path, bytes, uint8 array or loaded image behind an item."""
+    with _LOCK:
+        if callable(item):
+            item = item()
+        if isinstance(item, Image.Image):
+            _prepare_pillow()
+            item = item.copy()  # decodes it, if nobody did so far
+    if item is None:
+        raise ValueError("there is no image in this row")
+    return item
+
+
+def _read(item: Any) -> Any:
+    """Return the encoded bytes, array or loaded image behind an item."""
+    item = _resolve(item)
+    if isinstance(item, (np.ndarray, Image.Image, bytes)):
+        return item
+    try:
+        with _stream(item) as stream:
+            return stream.read()
+    except OSError as error:
+        if error.errno not in _AGAIN:
+            raise
+    time.sleep(0.05)
+    with _stream(item) as stream:
+        return stream.read()
+
+
+def _stream(item: Any) -> IO[bytes]:
+    return io.BytesIO(item) if isinstance(item, bytes) else open_regular(item)
+
+
+# What of Pillow can be set, and changes which images are read, and to which pixels; its defaults.
+SWITCHES: dict[str, Any] = {
+    "Image.MAX_IMAGE_PIXELS": 89478485,
+    "ImageFile.LOAD_TRUNCATED_IMAGES": False,
+    "AvifImagePlugin.DECODE_CODEC_CHOICE": "auto",
+    "BmpImagePlugin.USE_RAW_ALPHA": False,
+    "GifImagePlugin.LOADING_STRATEGY": 0,
+    "PngImagePlugin.MAX_TEXT_CHUNK": 1 << 20,
+    "PngImagePlugin.MAX_TEXT_MEMORY": 64 << 20,
+    "TiffImagePlugin.READ_LIBTIFF": False,
+}
+
+
+def get_switches() -> dict[str, Any]:
+    """Return those of Pillow's switches that are not as they are by default."""
+    found = {}
+    for name, default in SWITCHES.items():
+        module, attribute = name.split(".")
+        value = getattr(importlib.import_module(f"PIL.{module}"), attribute, default)
+        if value != default:
+            found[name] = value
+    return found
+
+
+def set_switches(changed: Mapping[str, Any]) -> None:
+    """Set Pillow's switches as `get_switches` found them in another process."""
+    for name in {*get_switches(), *changed}:
+        module, attribute = name.split(".")
+        value = changed.get(name, SWITCHES[name])
+        setattr(importlib.import_module(f"PIL.{module}"), attribute, value)
+
+
+def _prepare_pillow() -> None:
+    """Load all formats, and keep Pillow's warnings from being noise, or errors under ``-W error``.
+
+    A filter that stays, because `warnings.catch_warnings` restores *all* filters on exit: threads
+    that overlap would undo each other's work.
+    """
+    with _LOCK:
+        Image.init()
+        if not warnings.filters or warnings.filters[0] != _QUIET:
+            warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,0 +1,268 @@
+"""The images of a search: for training, validation and test; and what it writes about them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.data.copies import group_twins, shared_images
+from sfda_tune.data.opening import (
+    DatasetError,
+    ImageDataset,
+    NoPartError,
+    open_dataset,
+    open_part,
+)
+from sfda_tune.values.ranking import write_text
+from sfda_tune.values.text import csv_line, json_text
+
+__all__ = [
+    "describe_images",
+    "fingerprint",
+    "join",
+    "open_own_part",
+    "split_images",
+    "tell_gaps",
+    "tell_shared",
+    "write_csv",
+    "write_json",
+    "write_predictions",
+]
+
+FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
+HELD_OUT = 0.2  # of the images for the test, then of the others for validation
+
+
+def split_images(
+    g: Mapping[str, Any],
+    look: Callable[[Mapping[str, ImageDataset]], tuple[Mapping[str, np.ndarray], Any]]
+    | None = None,
+) -> tuple[dict[str, ImageDataset], dict[str, list[int]], dict[str, str]]:
+    """Return the parts "train", "val" and "test", their rows, and where each is from.
+
+    The data set's own parts, where it has them; else stratified ones. `g` are arguments of
+    `sfda_tune.search`. What is opened goes through `look`, which returns the rows to use, and
+    what `group_twins` would of the training images (None: not known).
+    """
+    with _say_once():
+        opened, sources = _open_parts(g)
+    kept = {name: np.arange(len(part)) for name, part in opened.items()}
+    usable, twins = look(opened) if look else ({}, None)
+    kept |= usable
+    whole, rest = opened["train"], kept["train"]
+    parts: dict[str, ImageDataset] = {}
+    rows: dict[str, list[int]] = {}
+    fraction = g["test"] if isinstance(g["test"], float) else HELD_OUT
+    twins = group_twins(whole) if twins is None else twins
+    for name, share in (("test", fraction), ("val", HELD_OUT)):
+        if name in opened:
+            parts[name] = _relabel(opened[name].subset(kept[name]), whole)
+            rows[name] = kept[name].tolist()
+            continue
+        rest, out = _hold_out(whole, rest, share, g["seed"], twins)
+        parts[name], rows[name] = whole.subset(out), out.tolist()
+        sources[name] = "held out"
+    parts["train"], rows["train"] = whole.subset(rest), rest.tolist()
+    empty = [name for name, part in parts.items() if len(part) == 0]
+    if empty:
+        raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
+    return parts, rows, sources
+
+
+@contextmanager
+def _say_once() -> Iterator[None]:
+    """Let a warning through once: each part that is opened says what holds for all of them."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except DatasetError as error:
+            problem = error
+        else:
+            problem = None
+    for w in {(str(w.message), w.category): w for w in said}.values():
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    if problem is not None:
+        raise problem
+
+
+def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
+    """Open the images to train on, and those for validation and test that are not held out."""
+    columns = {k: g[k] for k in ("image_column", "label_column")}
+    whole = open_dataset(g["dataset"], split=g["split"], **columns)
+    whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
+    parts, sources = {"train": whole}, {"train": "own part" if g["split"] else "all images"}
+    own = ["val"] + ["test"] * (g["test"] is None) if g["split"] is None else []
+    for name in own:
+        part = open_own_part(g["dataset"], name, **columns)
+        if part is not None:
+            parts[name], sources[name] = part, "own part"
+            sources["train"] = "own part"
+    if g["test"] is not None and not isinstance(g["test"], float):
+        parts["test"], sources["test"] = open_part(g["test"], **columns), "given"
+    return parts, sources
+
+
+def open_own_part(spec: Any, name: str, **columns: Any) -> ImageDataset | None:
+    """Open the part "val" or "test" of a data set; None if it has none.
+
+    A part that is there but cannot be used is a DatasetError: the user meant it to be used.
+    """
+    try:
+        return open_part(spec, name, **columns)
+    except NoPartError:
+        return None
+    except DatasetError as error:
+        instead = "test=0.2 (--test 0.2)" if name == "test" else "split='train' (--split train)"
+        raise DatasetError(
+            f"`dataset` has a part {name!r} that cannot be used: {error} Mend it, or pass "
+            f"{instead} to hold out training images instead."
+        ) from error
+
+
+def describe_images(search: Mapping[str, Any]) -> str:
+    """Say which images trained, validated and tested, from what ``search.json`` holds."""
+    n, sources = search["n_images"], search.get("sources", {})
+    words = {
+        "own part": " (the data set's own part)",
+        "held out": " (held out of the training images)",
+        "given": " (given for it)",
+    }
+    did = {"train": "trained on", "val": "validated on", "test": "tested on"}
+    said = [f"{did[part]} {n[part]}{words.get(sources.get(part), '')}" for part in did]
+    bad = len(search.get("unreadable", {}))
+    return f"Images: {', '.join(said)}" + f"; left out as unreadable: {bad}" * bool(bad)
+
+
+def _hold_out(
+    whole: ImageDataset, rest: np.ndarray, share: float, seed: int, twins: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of the rows `rest` stay and which go; copies of one image go together."""
+    first = np.sort(rest[np.unique(twins[rest], return_index=True)[1]])
+    n, sizes = round(len(first) * (1 - share)), np.bincount(whole.labels[first])
+    sizes = sizes[sizes > 0]
+    if n < len(sizes):
+        smallest = whole.classes[int(np.argmin(np.bincount(whole.labels, minlength=1)))]
+        raise DatasetError(
+            f"`dataset` has too few images for a search: {len(whole)} in {len(whole.classes)} "
+            f"classes, {smallest!r} has {np.bincount(whole.labels).min()}; each class needs 3 or "
+            "more different ones, to train, to validate and to test, better 20. Add images, leave "
+            "small classes out, or only rank the backbones (`sfda-tune rank`)."
+        )
+    stays = np.isin(twins[rest], twins[first[whole.subset(first).sample_rows(n, seed)]])
+    return rest[stays], rest[~stays]
+
+
+def tell_shared(
+    parts: Mapping[str, ImageDataset], pixels: Mapping[str, Sequence[str]] | None = None
+) -> list[str]:
+    """Say which validation and test images are training images as well.
+
+    Where they are known, by the digests of their `pixels`.
+    """
+    said = []
+    for key, name in (("val", "validation"), ("test", "test")):
+        images = parts[key]
+        both = None if pixels is None else (pixels["train"], pixels[key])
+        if shared := shared_images(parts["train"], images, both):
+            said.append(
+                f"{len(shared)} of {len(images)} {name} images "
+                f"{'is' if len(shared) == 1 else 'are'} among the training images, too "
+                f"({images.item_name(shared[0])}{', …' * (len(shared) > 1)}): numbers on them are "
+                "too good; remove them from one side"
+            )
+    return said
+
+
+def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
+    """Say where the validation or the test images are few, or lack a class."""
+    said = []
+    for name, images in (("validation", parts["val"]), ("test", parts["test"])):
+        n, present = len(images), np.unique(images.labels)
+        missing = [images.classes[c] for c in np.setdiff1d(parts["train"].labels, present)]
+        if missing:
+            names = ", ".join(missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
+            all_of = f"all {n} are of {images.classes[present[0]]}: " * (len(present) == 1)
+            said.append(
+                f"there is no {name} image of {names}: {all_of}{name} numbers say nothing of "
+                f"{'it' if len(missing) == 1 else 'them'}"
+            )
+        if n < FEW:
+            few = "is only one" if n == 1 else f"are only {n}"
+            said.append(f"there {few} {name} image{'s' * (n > 1)}: numbers on so few are rough")
+    return said
+
+
+def fingerprint(parts: Mapping[str, ImageDataset]) -> str:
+    """Return a digest of all labels, and of at most 1,000 images of each part."""
+    found = []
+    for name, part in parts.items():
+        rows = np.unique(np.linspace(0, len(part) - 1, 1000).astype(int))
+        found.append([name, part.labels.tolist(), list(part.classes), part.digests(rows)])
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
+
+
+def _relabel(data: ImageDataset, like: ImageDataset) -> ImageDataset:
+    """Give images of a part the codes that their classes have in another part."""
+    code = {name: c for c, name in enumerate(like.classes)}
+    unknown = [name for name in data.classes if name not in code]
+    if unknown:
+        raise DatasetError(
+            f"{data.name!r} has classes that the training images lack: {', '.join(unknown[:5])}; "
+            "remove them, or add training images."
+        )
+    labels = np.array([code[data.classes[c]] for c in data.labels])
+    return ImageDataset(data.name, data.items, labels, like.classes, data.origin)
+
+
+def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:
+    """Return the images of both; `b` has the classes of `a`."""
+    labels = np.concatenate([a.labels, b.labels])
+    origin = np.concatenate([a.origin, b.origin])
+    return ImageDataset(a.name, [*a.items, *b.items], labels, a.classes, origin)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON, atomically."""
+    write_text(path, json_text(value) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table, atomically."""
+    write_text(path, "".join(map(csv_line, rows)))
+
+
+def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: Any) -> None:
+    """Write test_predictions.csv and the 12 images with the lowest probability of their label."""
+    classes = images.classes
+    table = [["item", "label", "predicted", "confidence", *(f"p_{c}" for c in classes)]]
+    for row in rows:
+        label, guess = classes[images.labels[row]], classes[p[row].argmax()]
+        numbers = [f"{x:.6g}" for x in (p[row].max(), *p[row])]
+        table.append([images.item_name(row), label, guess, *numbers])
+    write_csv(folder / "test_predictions.csv", table)
+    (folder / "hardest").mkdir(exist_ok=True)
+    right = p[rows, images.labels[rows]]
+    entries = []
+    for k, i in enumerate(np.argsort(right, kind="stable")[:12]):
+        row, file = rows[i], f"{k:02d}.png"
+        image = images.load(row)
+        image.thumbnail((160, 160))
+        image.save(folder / "hardest" / file)
+        entries.append(
+            {
+                "file": file,
+                "item": images.item_name(row),
+                "label": classes[images.labels[row]],
+                "predicted": classes[p[row].argmax()],
+                "p_label": float(right[i]),
+            }
+        )
+    write_json(folder / "hardest" / "hardest.json", entries)

@@ -1,0 +1,346 @@
+"""Features kept on disk, so that the same images never pass through a backbone again.
+
+One entry holds the features of one backbone on one *shard*, a run of at most `SHARD` images. Its
+key is a digest of everything the features depend on: the content of the images, the weights, the
+preprocessing, the precision and `FORMAT`. Entries are safetensors files, written to a temporary
+file and moved into place: a kill at any moment leaves whole entries or none, and several
+processes may share a store. An entry that is truncated, damaged, no file, or not ours counts as
+absent and is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sfda_tune.values.files import check, clear_leftovers, open_regular, replacing
+
+__all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "sfda_tune.features/2"  # raise the number when what an entry means changes
+SUFFIX = ".safetensors"
+# Protocols that know no folders: to make one would look at the whole bucket, or make a bucket.
+OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
+
+
+COUNT = (int, None)
+INFO = {
+    "backbone?": str,
+    "n_params?": COUNT,
+    "forward_seconds?": float,
+    "device?": str,
+    "peak_memory?": COUNT,
+    "peak_batch?": COUNT,
+}
+# What reading a damaged entry raises; JSON may be nested more deeply than Python's stack.
+DAMAGED = (SafetensorError, OSError, ValueError, KeyError, RecursionError)
+
+
+class UnreachableError(OSError):
+    """The host of a bucket does not answer, or not to us."""
+
+
+def default_root() -> Path:
+    """Return the user's cache folder, on Linux ``~/.cache/sfda_tune``.
+
+    The environment variable ``SFDA_TUNE_CACHE`` takes precedence.
+    """
+    import platformdirs
+
+    return Path(os.environ.get("SFDA_TUNE_CACHE") or platformdirs.user_cache_dir("sfda_tune"))
+
+
+def make_key(images: Iterable[str], weights: str, preprocessing: str, precision: str) -> str:
+    """Return the key of an entry: a digest of all that its features depend on.
+
+    Parameters
+    ----------
+    images : iterable of str
+        Content digest of each image, in order.
+    weights, preprocessing, precision : str
+        Fingerprints of the backbone and of its preprocessing; name of the precision.
+    """
+    text = json.dumps([FORMAT, list(images), weights, preprocessing, precision])
+    return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Features of one backbone on one shard.
+
+    Parameters
+    ----------
+    x : array of float32, shape (n_readable, n_dims)
+    rows : array of int64, shape (n_readable,)
+        Position in the shard of each row of `x`; what is missing could not be read.
+    unreadable : mapping of str to str
+        Position in the shard → reason, for the others.
+    info : mapping of str to JSON value
+        Backbone, parameters, seconds: shown, never used as a key.
+    """
+
+    x: np.ndarray
+    rows: np.ndarray
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """A folder of entries.
+
+    Parameters
+    ----------
+    root : path, optional
+        Default: `default_root`.
+    """
+
+    root: Path = field(default_factory=default_root)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root).expanduser())
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"`cache` must be a folder but {str(self.root)!r} is a file.")
+
+    def path(self, key: str) -> Path:
+        """Return where the entry of a key is or would be."""
+        return self.root / "features" / key[:2] / f"{key}{SUFFIX}"
+
+    def get(self, key: str) -> Entry | None:
+        """Return an entry, or None if there is no sound one."""
+        try:
+            with self._reading(key) as path:
+                return _read(path, key)
+        except FileNotFoundError:
+            return None
+        except UnreachableError:
+            raise
+        except DAMAGED as error:
+            logger.warning("ignoring the cache file %s: %s", self.path(key), error)
+            return None
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[Path]:
+        path = self.path(key)
+        yield path
+        with contextlib.suppress(OSError):  # a read-only store
+            os.utime(path)  # last use, for `clear(older_than=…)`
+
+    def put(self, key: str, entry: Entry) -> None:
+        """Write an entry; another process that writes the same key does no harm.
+
+        Raises
+        ------
+        OSError
+            If the folder cannot be written, for instance on a full disk.
+        """
+        from safetensors.numpy import save_file
+
+        x, rows = np.ascontiguousarray(entry.x), np.ascontiguousarray(entry.rows)
+        header = {
+            "format": FORMAT,
+            "key": key,
+            "unreadable": json.dumps(dict(entry.unreadable)),
+            "info": json.dumps(dict(entry.info)),
+        }
+        header["digest"] = _digest(x, rows, header)
+        try:
+            with self._writing(key) as temporary:
+                save_file({"x": x, "rows": rows}, temporary, metadata=header)
+        except Exception as error:
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+
+    @contextlib.contextmanager
+    def _writing(self, key: str) -> Iterator[Path]:
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+
+    def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Iterate over the files of all entries."""
+        yield from self._files(f"*{SUFFIX}")
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in sorted(self.root.glob(f"features/??/{pattern}")):
+            with contextlib.suppress(FileNotFoundError):  # another process clears it
+                if path.is_file():
+                    yield path, path.stat()
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Return number of entries, images and bytes for each backbone name."""
+        totals: dict[str, dict[str, int]] = {}
+        for path, stat in self.entries():
+            try:
+                with _open(path) as file:
+                    n, name = _count(file), str(_info(file.metadata()).get("backbone", "?"))
+            except DAMAGED:
+                n, name = 0, "(damaged or foreign)"
+            total = totals.setdefault(name, {"entries": 0, "images": 0, "bytes": 0})
+            total["entries"] += 1
+            total["images"] += n
+            total["bytes"] += stat.st_size
+        return totals
+
+    def clear(self, older_than: float | None = None) -> tuple[int, int]:
+        """Delete entries; return how many, and how many bytes.
+
+        Parameters
+        ----------
+        older_than : float, optional
+            Only those not used for so many days.
+        """
+        now, count, size = time.time(), 0, 0
+        for path, stat in self.entries():
+            if older_than is None or now - stat.st_mtime > older_than * 86400:
+                path.unlink(missing_ok=True)
+                count, size = count + 1, size + stat.st_size
+        for folder in self.root.glob("features/??"):
+            clear_leftovers(folder, *([0.0] if older_than is None else []))
+        return count, size
+
+
+def open_store(root: str | os.PathLike[str] | None = None) -> FeatureStore:
+    """Return the store in a folder, or at the address of a bucket (``s3://…``).
+
+    >>> open_store("memory://features").root
+    'memory://features'
+    """
+    if root is None:
+        return FeatureStore()
+    return RemoteStore(root) if "://" in str(root) else FeatureStore(Path(root))  # type: ignore
+
+
+@dataclass(frozen=True)
+class RemoteStore(FeatureStore):
+    """Entries in a bucket, or wherever else fsspec reaches: ``s3://bucket/features``.
+
+    Needs the package ``fsspec`` and the one it names for the protocol (``s3fs``, ``gcsfs``). An
+    object appears when its upload is complete, so there are whole entries or none here, too.
+
+    Parameters
+    ----------
+    root : str
+    """
+
+    root: Any = ""
+
+    def __post_init__(self) -> None:
+        self._open()
+
+    def _open(self) -> tuple[Any, str]:
+        try:
+            from fsspec.core import url_to_fs
+
+            return url_to_fs(self.root)  # which keeps the connection for the next time
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"`cache` is {self.root!r} but that cannot be opened ({error}); install fsspec "
+                "and the package for the protocol, or pass a folder."
+            ) from error
+
+    def path(self, key: str) -> Path:
+        """Return the place of an entry below the root."""
+        return Path("features") / key[:2] / f"{key}{SUFFIX}"
+
+    @contextlib.contextmanager
+    def _reading(self, key: str) -> Iterator[Path]:
+        with self._copy() as (fs, root, copy):
+            with self._speaking():
+                fs.get_file(f"{root}/{self.path(key).as_posix()}", str(copy))
+            yield copy
+
+    @contextlib.contextmanager
+    def _writing(self, key: str) -> Iterator[Path]:
+        with self._copy() as (fs, root, copy):
+            yield copy
+            path = f"{root}/{self.path(key).as_posix()}"
+            with self._speaking():
+                if not OBJECTS & {fs.protocol, *fs.protocol}:  # a text, or several
+                    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                fs.put_file(str(copy), path)
+
+    @contextlib.contextmanager
+    def _speaking(self) -> Iterator[None]:
+        """Give errors of a client library, other than those of a file system, a clear text."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise UnreachableError(
+                f"`cache` is {self.root!r} but it cannot be reached ({error}); look at the "
+                "address, the credentials and the network, or pass a folder."
+            ) from error
+
+    @contextlib.contextmanager
+    def _copy(self) -> Iterator[tuple[Any, str, Path]]:
+        with tempfile.TemporaryDirectory() as folder:
+            fs, root = self._open()
+            yield fs, root.rstrip("/"), Path(folder) / "entry"
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        raise ValueError(f"{self.root} is looked after with the tools of its host, not from here.")
+
+
+# One entry --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    with open_regular(path), safe_open(path, framework="numpy") as file:
+        yield file
+
+
+def _count(file: Any) -> int:
+    """Return the number of rows, if the arrays are such as an entry has; they are not read yet."""
+    x, rows = file.get_slice("x"), file.get_slice("rows")
+    if (x.get_dtype(), rows.get_dtype()) != ("F32", "I64"):
+        raise ValueError("its arrays are of other types than an entry's")
+    if len(x.get_shape()) != 2 or rows.get_shape() != x.get_shape()[:1]:
+        raise ValueError("its arrays have other shapes than an entry's")
+    return rows.get_shape()[0]
+
+
+def _info(header: Mapping[str, str] | None) -> dict[str, Any]:
+    info = json.loads((header or {})["info"])
+    check(info, INFO, "info")
+    return info
+
+
+def _read(path: Path, key: str) -> Entry:
+    with _open(path) as file:
+        header = file.metadata() or {}
+        if header.get("format") != FORMAT or header.get("key") != key:
+            raise ValueError("it is not an entry of this key")
+        _count(file)
+        x, rows = file.get_tensor("x"), file.get_tensor("rows")
+    if header.get("digest") != _digest(x, rows, header):
+        raise ValueError("its content is damaged")
+    unreadable = json.loads(header["unreadable"])
+    check(unreadable, {str: str}, "unreadable")
+    told = np.sort([*rows, *map(int, unreadable)])
+    if (np.diff(rows) <= 0).any() or not np.array_equal(told, np.arange(len(told))):
+        raise ValueError("its rows are not those of a shard")
+    return Entry(x, rows, unreadable, _info(header))
+
+
+def _digest(x: np.ndarray, rows: np.ndarray, header: Mapping[str, str]) -> str:
+    told = [header[name] for name in ("format", "key", "unreadable", "info")]
+    text = json.dumps([x.shape, x.dtype.str, rows.shape, rows.dtype.str, *told])
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    digest.update(x.data if x.size else b"")
+    digest.update(rows.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,695 @@
+"""Fine-tuning: a backbone and labelled images in, one `Epoch` after the other out.
+
+Built from timm's parts: optimizers, parameter groups, schedules, transforms, mixup, EMA; torch's
+AMP; scikit-learn's metrics. What is added here:
+
+- The head starts as logistic regression on the frozen features (linear probe, then fine-tuning:
+  Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054); that start is epoch 0.
+- Images are decoded once, shrunk to what random crops need, and kept in memory where they fit.
+- Everything random comes from streams named by (seed, epoch, row) or (seed, epoch, step), so a
+  run depends neither on the number of workers nor on where it was interrupted.
+- A checkpoint is one safetensors file, written whole or not at all, without pickle.
+
+Example
+-------
+>>> from sfda_tune import open_dataset, resolve_backbones
+>>> from sfda_tune.finetuning.run import FinetuneConfig, finetune
+>>> (backbone,) = resolve_backbones("demo:resnet_glyphs")
+>>> run = finetune(backbone, open_dataset("digits", samples=100), FinetuneConfig(epochs=1))
+>>> [(epoch.number, epoch.accuracy > 0.5) for epoch in run]
+[(0, True), (1, True)]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+
+import sfda_tune
+from sfda_tune.backbones.devices import check_precision, compute
+from sfda_tune.data.decoding import Passing
+from sfda_tune.data.opening import DatasetError, ImageDataset
+from sfda_tune.extraction import run as extraction
+from sfda_tune.finetuning.checkpoints import DamagedError, read_state, write_state
+from sfda_tune.finetuning.config import MONITORS, Epoch, FinetuneConfig, OutOfTimeError, measure
+from sfda_tune.finetuning.heads import (
+    forward,
+    make_optimizer,
+    probabilities,
+    start_head,
+    with_head,
+    write_model,
+)
+from sfda_tune.finetuning.images import (
+    Images,
+    Order,
+    own_randomness,
+    plain_view,
+    same,
+    seed_streams,
+    shrink,
+    split,
+    train_loader,
+)
+from sfda_tune.finetuning.models import PROVENANCE, Model
+from sfda_tune.finetuning.shared import SharedWork
+from sfda_tune.values.files import AtLeast, check, write_text
+from sfda_tune.values.formats import NUMBERS
+from sfda_tune.values.ranking import Backbone
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "MONITORS",
+    "DivergedError",
+    "Epoch",
+    "FineTuning",
+    "FinetuneConfig",
+    "OutOfTimeError",
+    "SharedWork",
+    "finetune",
+    "measure",
+]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
+FORMAT = "sfda_tune.finetuning/1"
+
+
+class DivergedError(ValueError):
+    """The loss became infinite or NaN."""
+
+
+def finetune(
+    backbone: Backbone,
+    dataset: ImageDataset,
+    config: FinetuneConfig | None = None,
+    *,
+    val: ImageDataset | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    device: str = "auto",
+    workers: int | None = None,
+    max_unreadable: float = 0.1,
+    shared: SharedWork | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> FineTuning:
+    """Fine-tune a backbone; iterate over the result to make it happen.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Any that `resolve_backbones` gives.
+    dataset : ImageDataset
+        Images that cannot be read are left out and listed in ``unreadable`` of the result.
+    config : FinetuneConfig, optional
+    val : ImageDataset, optional
+        Validation images, classes matched by name; default: ``config.val_fraction`` of `dataset`.
+    checkpoint_dir : str or path, optional
+        Where state and best weights are kept after every epoch.
+    resume : bool, default True
+        Go on from the checkpoint that is there. On a CPU the result is that of a run without
+        interruption, to the last bit. False starts over.
+    device : str, default "auto"
+    workers : int, optional
+        Processes that decode and augment; has no influence on the result.
+    max_unreadable : float, default 0.1
+        Fraction of unreadable images, of both parts, above which they are refused.
+    shared : SharedWork, optional
+        Spares this run what earlier runs on the same images have done; no influence on the result.
+    should_stop : callable, optional
+        Asked before every batch and every image that is decoded, so inside an epoch, too; once it
+        returns True, iterating raises `OutOfTimeError`.
+
+    Returns
+    -------
+    FineTuning
+        An iterator of `Epoch`; ``close()`` ends it early. Epochs before a resumption are in
+        ``history`` and not repeated.
+
+    Raises
+    ------
+    ValueError, DatasetError, BackboneError
+        Fewer than two classes or images; classes in `val` that `dataset` lacks; too many images
+        unreadable; a checkpoint of another run. `DivergedError` and `OutOfTimeError` while
+        iterating.
+
+    Notes
+    -----
+    Timm draws from the global random streams of Python, NumPy and torch. They are given back as
+    they were after every epoch, but runs in two *threads* of one process disturb each other.
+    """
+    config = config or FinetuneConfig()
+    device = extraction.resolve_device(device)
+    check_precision(config.precision, device)
+    parts = partial(split, dataset, val, config)
+    how = ("split", config.val_fraction, config.seed)
+    return FineTuning(
+        backbone,
+        shared.recall((dataset, val), how, parts) if shared else parts(),
+        config,
+        None if checkpoint_dir is None else Path(checkpoint_dir),
+        resume,
+        device,
+        workers,
+        shared,
+        max_unreadable,
+        should_stop,
+    )
+
+
+# The run ----------------------------------------------------------------------------------------
+class FineTuning(Iterator[Epoch]):
+    """A fine-tuning run: an iterator of `Epoch`. Made by `finetune`.
+
+    ``history`` holds all epochs so far, ``best`` the best of them, ``unreadable`` the name of each
+    unreadable image → reason, ``config`` the configuration with the number of epochs filled in.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        parts: tuple[ImageDataset, ImageDataset],
+        config: FinetuneConfig,
+        folder: Path | None,
+        resume: bool,
+        device: str,
+        workers: int | None,
+        shared: SharedWork | None = None,
+        max_unreadable: float = 0.1,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self._max_unreadable = max_unreadable
+        self.backbone, self.folder, self.device, self.workers = backbone, folder, device, workers
+        self.train, self.val = parts
+        self._shared, self._should_stop = shared, should_stop
+        if config.epochs == "auto":
+            epochs = round(30 * min(1, 200 / len(self.train)) ** (1 / 3))
+            config = replace(config, epochs=max(5, epochs))
+        self.config = config
+        self.history: list[Epoch] = []
+        self.best: Epoch | None = None
+        self.unreadable: dict[str, str] = {}
+        self._weights: dict[str, Any] = {}  # of the best epoch
+        self._state: dict[str, Any] | None = None  # of the checkpoint
+        self._micro = config.batch_size  # images that go through the network at a time
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if resume and (folder / CHECKPOINT).is_file() and (folder / BEST).is_file():
+                self._resume(folder)
+        self._epochs = self._run()
+
+    def __next__(self) -> Epoch:
+        return next(self._epochs)
+
+    def close(self) -> None:
+        """End the run; the last checkpoint and the best weights stay usable."""
+        self._epochs.close()
+
+    def __enter__(self) -> FineTuning:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def model(self) -> Model:
+        """Return the network with the best weights so far."""
+        if self.best is None:
+            raise ValueError("there is no model before the first epoch; iterate over the run.")
+        with own_randomness(self.device):
+            module, preprocessing, _ = with_head(self.backbone, len(self.train.classes))
+        module.load_state_dict(self._weights)
+        return Model(module.eval(), preprocessing, self.train.classes, self._provenance())
+
+    def save_model(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the best weights so far as a timm checkpoint folder, and return it.
+
+        ``model.safetensors``; ``config.json`` in timm's form with architecture, preprocessing and
+        class names, so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens it;
+        ``provenance.json`` with data set, configuration, versions and all epochs. A network that
+        is none of timm's has no ``config.json``: `load_model` needs its Backbone then.
+        """
+        model, folder = self.model(), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_model(self.backbone, model, folder)
+        write_text(folder / PROVENANCE, json.dumps(model.provenance, indent=1) + "\n")
+        return folder
+
+    def _provenance(self) -> dict[str, Any]:
+        import timm
+        import torch
+
+        assert self.best is not None
+        train, val = self._fingerprints
+        return {
+            "format": FORMAT,
+            "backbone": self.backbone.name,
+            "spec": self.backbone.spec,
+            "classes": list(self.train.classes),
+            "dataset": self.train.name,
+            "train": {"images": len(self.train), "fingerprint": train},
+            "val": {"images": len(self.val), "fingerprint": val},
+            "unreadable": self.unreadable,
+            "config": self.config.to_dict(),
+            "best": self.best.to_dict(),
+            "epochs": [epoch.to_dict() for epoch in self.history],
+            "versions": {
+                "sfda_tune": sfda_tune.__version__,
+                "timm": timm.__version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    @cached_property
+    def _fingerprints(self) -> list[str]:
+        def digest(part: ImageDataset) -> str:
+            text = json.dumps([part.digests(), part.labels.tolist(), part.classes])
+            return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
+
+        parts = (self.train, self.val)
+        return [self._once((part,), "digest", partial(digest, part)) for part in parts]
+
+    def _once(self, owners: tuple[Any, ...], key: Hashable, make: Callable[[], T]) -> T:
+        """Make what other runs with the same objects need, too, unless one has made it already."""
+        return self._shared.recall(owners, key, make) if self._shared else make()
+
+    def _start_once(self, what: str, make: Callable[[], T]) -> T:
+        """Make what depends on the backbone and the images, but not on how it is trained."""
+
+        def note() -> tuple[T, dict[str, str]]:
+            return make(), dict(self.unreadable)
+
+        b, config = self.backbone, self.config
+        how = self._how(self._images.prepare)
+        named = (b.name, b.spec, how, config.batch_size, config.seed, self.device)
+        if any(isinstance(why, Passing) for why in self.unreadable.values()):
+            return make()  # what this run cannot read the next may
+        found, unreadable = self._once((self.train, self.val, b.load), (what, *named), note)
+        self.unreadable.update(unreadable)
+        return found
+
+    def _check_time(self) -> None:
+        if self._should_stop is not None and self._should_stop():
+            raise OutOfTimeError("the time is over")
+
+    # One epoch after the other ------------------------------------------------------------------
+    def _run(self) -> Generator[Epoch, None, None]:
+        if self._finished():
+            return
+        try:
+            started = time.perf_counter()
+            with own_randomness(self.device):
+                self._open()
+                with extraction.few_threads(self.module, self.half):
+                    first = self._begin(started)
+            if first is not None:
+                yield first
+            while not self._finished():
+                started = time.perf_counter()
+                with (
+                    own_randomness(self.device),
+                    extraction.few_threads(self.module, self.half),
+                    self._tf32(),
+                ):
+                    epoch = self._epoch(started)
+                yield epoch
+        finally:
+            self._loader = self._images = self._unseen = None  # lets workers and pixels go
+
+    def _tf32(self) -> AbstractContextManager[None]:
+        """Cut products in the backward pass, too; autocast knows by itself what it did."""
+        if self.config.precision == "tf32":
+            return compute(self.device, "tf32")
+        return nullcontext()
+
+    def _finished(self) -> bool:
+        if not self.history or self.best is None:
+            return False
+        last, patience = self.history[-1].number, self.config.patience
+        stale = patience is not None and last - self.best.number >= patience
+        return stale or last >= cast(int, self.config.epochs)
+
+    def _open(self) -> None:
+        """Open the network."""
+        import torch
+
+        self._check_time()
+        seed_streams(2, self.config.seed)
+        self.module, self.half, self.head = with_head(self.backbone, len(self.train.classes))
+        self.module.to(self.device).to(memory_format=cast(Any, torch.channels_last))
+
+    def _begin(self, started: float) -> Epoch | None:
+        """Open the images, go back to the checkpoint or start the head; return epoch 0."""
+        geometry, view = self.half.geometry, self.half.build()
+        prepare = shrink(geometry, self.config.augmentation) if geometry else view
+        self._images: Any = self._prepare(self.train, prepare)
+        self._unseen: Any = self._prepare(self.val, view)
+        for images in (self._images, self._unseen):
+            kept = enumerate(images.kept or ())
+            self._report(images, {row: why for row, why in kept if isinstance(why, str)})
+        self._ema: Any = None
+        fresh = self._state is None
+        if fresh and self.config.head == "probe":
+            self._probe()
+        self._build()
+        if self._state is not None:
+            self._restore(self._state)
+            self._state = None
+        if fresh and self.config.head == "probe":
+            return self._finish(0, started, math.nan, math.nan)
+        return None
+
+    def _prepare(self, part: ImageDataset, prepare: Any) -> Images:
+        """Return the images as they are before what differs between epochs."""
+        check = None if self._should_stop is None else self._check_time
+        images = partial(Images, part, prepare, self.workers, check)
+        if self._shared is None:
+            return images()
+        return self._shared.recall_images(part, (self._how(prepare), self.workers), images)
+
+    def _how(self, prepare: Any) -> Hashable:
+        """Return what prepared images depend on."""
+        return prepare.side if isinstance(prepare, shrink) else self.half.key
+
+    def _report(self, images: Images, unreadable: Mapping[int, str]) -> None:
+        """Take down unreadable images; refuse the data set if there are too many."""
+        data, n = images.dataset, len(self.train) + len(self.val)
+        self.unreadable.update({data.item_name(row): why for row, why in unreadable.items()})
+        if len(self.unreadable) > self._max_unreadable * n:
+            name, why = next(iter(self.unreadable.items()))
+            raise DatasetError(
+                f"{len(self.unreadable)} of the {n} images cannot be read, more than "
+                f"max_unreadable={self._max_unreadable:g} allows; the first is {name} ({why})"
+            )
+
+    def _build(self) -> None:
+        """Make everything that training needs besides the network."""
+        import torch
+        from timm.data.mixup import Mixup
+        from timm.data.random_erasing import RandomErasing
+        from timm.utils.model_ema import ModelEmaV3
+
+        config, n_classes = self.config, len(self.train.classes)
+        self._order = Order(len(self.train), config.batch_size, config.seed)
+        self._optimizer, self._schedule = make_optimizer(
+            self.module, self.head, config, len(self._order)
+        )
+        self._scaler = torch.amp.GradScaler(
+            torch.device(self.device).type, enabled=config.precision == "float16"
+        )
+        if config.ema_decay is not None:
+            self._ema = ModelEmaV3(self.module, decay=config.ema_decay, use_warmup=True)
+        self._mixup: Any = None
+        if config.mixup or config.cutmix:
+            self._mixup = Mixup(
+                config.mixup, config.cutmix, label_smoothing=0.0, num_classes=n_classes
+            )
+        given = config.augmentation
+        self._erase = RandomErasing(
+            given.get("re_prob", 0.0),
+            mode=given.get("re_mode", "const"),
+            max_count=given.get("re_count", 1),
+            device=self.device,
+        )
+        self._class_weights = None
+        if config.class_weights == "balanced":
+            counts = np.bincount(self.train.labels, minlength=n_classes)
+            weights = len(self.train) / np.maximum(counts, 1) / np.count_nonzero(counts)
+            self._class_weights = torch.tensor(weights, device=self.device).float()
+        self._loader: Any = train_loader(
+            self._images, self.half, self._order, config, self.workers, self.device
+        )
+
+    def _probe(self) -> None:
+        """Start the head as logistic regression on the frozen features of the training images."""
+        states = self._start_once("head", self._fit_head)
+        for layer, state in zip(self.head, states, strict=True):
+            layer.load_state_dict(state)
+
+    def _fit_head(self) -> list[dict[str, torch.Tensor]]:
+        """Return the state of the classifier layers."""
+        import torch
+
+        layers: list[Any] = self.head
+        found: list[list[Any]] = [[] for _ in layers]
+        latest: dict[int, Any] = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, x, k=k: latest.update({k: x[0].cpu()}))
+            for k, layer in enumerate(layers)
+        ]
+
+        def keep() -> None:  # a pass that failed behind the hooks is made again
+            for k, x in latest.items():
+                found[k].append(x)
+            latest.clear()
+
+        try:
+            rows = self._predict(self._images, plain_view(self.half), keep)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        features = [torch.cat(kept).flatten(1).double() for kept in found if kept]
+        # Of a distilled network's two heads timm averages the results.
+        alike = len(features) == len(layers) and len({f.shape for f in features}) == 1
+        x = torch.stack(features).mean(0).numpy() if alike else np.empty((len(rows), 0))
+        if not start_head(layers, x, self.train.labels[rows]):
+            kinds = ", ".join(type(layer).__name__ for layer in layers)
+            logger.warning("%s: its head (%s) starts at random", self.backbone.name, kinds)
+        return [
+            {k: v.detach().cpu().clone() for k, v in layer.state_dict().items()}
+            for layer in layers
+        ]
+
+    def _epoch(self, started: float) -> Epoch:
+        """Train and validate once more."""
+        import torch
+
+        number = self.history[-1].number + 1 if self.history else 1
+        self._train_mode()
+        self._order.epoch = number
+        total, n = torch.zeros((), device=self.device), 0
+        for step, (_, (rows, pixels, unreadable)) in enumerate(self._loader):
+            done = (number - 1) * len(self._order) + step
+            self._schedule.step_update(done)
+            if unreadable:
+                self._report(self._images, unreadable)
+            if self._mixup is not None and len(rows) % 2:  # it mixes pairs
+                rows, pixels = rows[:-1], pixels[:-1]
+            if not rows:
+                continue
+            total += self._step((self.config.seed, number, step), rows, pixels) * len(rows)
+            n += len(rows)
+            if self._ema is not None:
+                self._ema.update(self.module, step=done + 1)
+            if step % 50 == 49 or step == len(self._order) - 1:
+                self._require_finite(total.item(), number)
+        seconds = time.perf_counter() - started
+        return self._finish(number, started, total.item() / max(n, 1), n / seconds)
+
+    def _train_mode(self) -> None:
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        self.module.train(self.config.freeze == "none")
+        for layer in self.module.modules():
+            if self.config.batch_norm == "frozen" and isinstance(layer, _BatchNorm):
+                layer.eval()
+        for layer in self.head:
+            layer.train()
+
+    def _require_finite(self, loss: float, number: int) -> None:
+        if not math.isfinite(loss):
+            lr = self.config.lr
+            raise DivergedError(
+                f"training {self.backbone.name!r} diverged in epoch {number}: the loss is {loss} "
+                f"with lr={lr:g}; try lr={lr / 10:g} or clip_grad=1"
+                + (", or precision='bfloat16'." if self.config.precision == "float16" else ".")
+            )
+
+    def _step(self, key: tuple[int, ...], rows: list[int], pixels: list[Any]) -> torch.Tensor:
+        """Make one optimizer step, in as many parts as the memory demands; return the loss."""
+        import torch
+
+        while True:
+            seed_streams(1, *key)
+            self._optimizer.zero_grad()
+            try:
+                loss = self._backward(rows, pixels)
+                break
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error, len(rows))
+        if self.config.clip_grad is not None:
+            self._scaler.unscale_(self._optimizer)
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_grad)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return loss
+
+    def _halve(self, error: Exception, n: int) -> None:
+        """Go on with half as many images at a time, if it is the memory that failed."""
+        if not extraction._out_of_memory(error) or self._micro == 1:
+            raise error
+        self._micro = max(1, min(self._micro, n) // 2)
+        logger.warning("out of memory: %d images at a time now", self._micro)
+
+    def _backward(self, rows: list[int], pixels: list[Any]) -> torch.Tensor:
+        """Accumulate the gradient of the mean loss of a batch; return that loss."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        x = self.half.normalize(torch.stack(pixels).to(self.device, non_blocking=True))
+        y = torch.tensor(self.train.labels[rows], device=self.device)
+        x = self._erase(x)
+        if self._mixup is not None:
+            x, y = self._mixup(x, y)
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(x), self._micro):
+            self._check_time()
+            part = slice(start, start + self._micro)
+            with compute(self.device, self.config.precision, exact=False):
+                logits = self.module(x[part].contiguous(memory_format=torch.channels_last))
+            smoothing = self.config.label_smoothing
+            losses = cross_entropy(
+                logits.float(), y[part], self._class_weights, reduction="sum",
+                label_smoothing=smoothing,
+            )  # fmt: skip
+            self._scaler.scale(losses / len(x)).backward()
+            total += losses.detach() / len(x)
+        return total
+
+    def _predict(
+        self, images: Images, view: Any = same, passed: Callable[[], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the readable rows and their class probabilities."""
+        import torch
+
+        module = self.module if self._ema is None else self._ema.module
+        module.eval()
+        rows: list[int] = []
+        logits: list[torch.Tensor] = []
+        for some, pixels, unreadable in images.batches(self.config.batch_size, view):
+            rows += some
+            if unreadable:
+                self._report(images, unreadable)
+            start = 0
+            while start < len(some):
+                self._check_time()
+                part = pixels[start : start + self._micro]
+                try:
+                    logits.append(forward(module, self.half, part, self.device))
+                    start += len(part)
+                    if passed is not None:
+                        passed()
+                except (RuntimeError, MemoryError) as error:
+                    self._halve(error, len(part))
+        if not rows:
+            raise DatasetError("no validation image can be read; pass other `val` images.")
+        return np.array(rows), probabilities(torch.cat(logits))
+
+    # After an epoch -----------------------------------------------------------------------------
+    def _finish(self, number: int, started: float, loss: float, rate: float) -> Epoch:
+        """Validate, keep the best weights, write the checkpoint."""
+        predict = partial(self._predict, self._unseen)
+        rows, p = predict() if number else self._start_once("epoch 0", predict)
+        self._require_finite(p.sum(), number)
+        values = measure(self.val.labels[rows], p)
+        epoch = Epoch(
+            number=number,
+            steps=number * len(self._order),
+            seconds=time.perf_counter() - started,
+            lr=max(group["lr"] for group in self._optimizer.param_groups) if number else 0.0,
+            train_loss=loss,
+            **values,
+            best=values[self.config.monitor],
+            best_number=number,
+            images_per_second=rate,
+        )
+        if self.best is not None and self._goodness(epoch) <= self._goodness(self.best):
+            epoch = replace(epoch, best=self.best.best, best_number=self.best.number)
+        else:
+            module = self.module if self._ema is None else self._ema.module
+            self.best = epoch
+            self._weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+            if self.folder is not None:
+                write_state(self.folder / BEST, self._weights, epoch.to_dict())
+        self.history.append(epoch)
+        if self.folder is not None:
+            state = {
+                "model": self.module.state_dict(),
+                "ema": None if self._ema is None else self._ema.module.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "scaler": self._scaler.state_dict(),
+            }
+            notes = {
+                **self._identity(),
+                "history": [epoch.to_dict() for epoch in self.history],
+                "unreadable": self.unreadable,
+                "micro": self._micro,
+            }
+            write_state(self.folder / CHECKPOINT, state, notes)
+        return epoch
+
+    def _goodness(self, epoch: Epoch) -> tuple[float, float]:
+        value = getattr(epoch, self.config.monitor)
+        return (-value if self.config.monitor == "log_loss" else value), -epoch.log_loss
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "backbone": self.backbone.name,
+            "images": self._fingerprints,
+            **self.config.to_dict(),
+        }
+
+    def _resume(self, folder: Path) -> None:
+        try:
+            state, notes = read_state(folder / CHECKPOINT)
+            self._weights, best = read_state(folder / BEST)
+        except DamagedError as error:
+            logger.warning("%s; the run starts over", error)
+            return
+        for name, value in self._identity().items():
+            if notes.get(name) != value:
+                raise ValueError(
+                    f"`checkpoint_dir` {str(folder)!r} belongs to another run, with {name} "
+                    f"{notes.get(name)!r} instead of {value!r}; pass resume=False to start over, "
+                    "or another folder."
+                )
+        try:
+            check(
+                notes, {"history": [NUMBERS], "unreadable": {str: str}, "micro": AtLeast(1, int)}
+            )
+            check(best, NUMBERS)
+            self.best = Epoch.from_dict(best)
+            self.history = [Epoch.from_dict(values) for values in notes["history"]]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoints in {str(folder)!r} must be of this package, but {error}; delete "
+                "them, or pass resume=False to start over."
+            ) from error
+        self.unreadable, self._micro, self._state = notes["unreadable"], notes["micro"], state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._ema is not None:
+            self._ema.module.load_state_dict(state["ema"])

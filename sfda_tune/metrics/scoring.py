@@ -1,0 +1,252 @@
+"""Scoring: from the features of one backbone to its `Score`, and from all scores to one column.
+
+A metric is a name, a function, or a *combination* of names such as ``"sfda + imagenet"`` or
+``"2*sfda + knn"``: the weighted mean of the ranks of its terms over the backbones
+(`sfda_tune.metrics.combine`). A term may also be a prior, which knows backbones by name, or a
+metric whose parts are scaled over all backbones (`ncti`, `etran`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.backbones.devices import scores_faster
+from sfda_tune.metrics import combine, combine_hub, describe_metrics, get_metric
+from sfda_tune.metrics.priors import PRIORS
+from sfda_tune.metrics.sfda import VARIANTS, sfda
+from sfda_tune.values.ranking import Features, MetricResult, Ranking, Score
+
+__all__ = ["Metric", "Scorer", "score"]
+
+logger = logging.getLogger(__name__)
+
+Metric = str | Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One metric of a combination; `function` is None for a prior."""
+
+    name: str
+    label: str
+    weight: float
+    function: Callable[[Any, Any], Any] | None
+    hub: bool = False
+
+
+class Scorer:
+    """What `metric` and `variant` mean, checked before any work is done.
+
+    Parameters
+    ----------
+    metric : str or callable
+    variant : str, optional
+        Of the metric ``sfda``.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, a metric needs what images and features do not have, or no term is
+        computed from features.
+    """
+
+    def __init__(self, metric: Metric = "sfda", variant: str | None = None) -> None:
+        needs = {info.name: info.needs for info in describe_metrics()}
+        texts = [metric]
+        if isinstance(metric, str) and metric not in needs:
+            texts = [text.strip() for text in metric.split("+")]
+        self.terms = [_term(text, variant, needs) for text in texts]
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`metric` must name each metric once but is {metric!r}.")
+        if not any(term.function for term in self.terms):
+            raise ValueError(
+                f"`metric` must have a term that looks at the images but is {metric!r}; a prior "
+                f"is one of several terms: 'sfda + {names[0]}'."
+            )
+        if variant is not None and all(_bare(term.function) is not sfda for term in self.terms):
+            raise ValueError(
+                f"`variant` belongs to the metric 'sfda' but `metric` is {metric!r} and "
+                f"`variant` {variant!r}; leave it out, or pass functools.partial(your_metric, …)."
+            )
+        self.label = " + ".join(
+            term.label if term.weight == 1 else f"{term.weight:g}*{term.label}"
+            for term in self.terms
+        )
+
+    @property
+    def combined(self) -> bool:
+        """Whether a value depends on the other backbones."""
+        return len(self.terms) > 1 or self.terms[0].hub
+
+    def score(self, features: Features, device: str = "cpu") -> Score:
+        """Score the features of one backbone; a metric that fails gives a score with its error.
+
+        SFDA computes on `device` where that is faster, `details["device"]` says where it did.
+        """
+        started = time.perf_counter()
+        problem = None
+        try:
+            results = {
+                term.name: _result(_compute(term.function, features, device))
+                for term in self.terms
+                if term.function
+            }
+            result = next(iter(results.values()))
+            if len(self.terms) > 1:
+                details = {name: dict(r.details) for name, r in results.items()}
+                parts = {name: r.value for name, r in results.items()}
+                result = MetricResult(result.value, None, {"parts": parts, **details})
+        except Exception as error:
+            logger.debug("%s could not be scored", features.backbone, exc_info=True)
+            text = " ".join(str(error).split())
+            result, problem = MetricResult(0.0), f"{type(error).__name__}: {text}"
+        return Score(
+            features.backbone,
+            result.value,
+            result.per_sample,
+            features.n_samples,
+            features.n_dims,
+            result.details,
+            time.perf_counter() - started,
+            problem,
+        )
+
+    def combine(self, scores: Sequence[Score]) -> list[Score]:
+        """Bring the terms of all backbones to one scale; nothing to do for a single metric.
+
+        A backbone that a prior does not know gets the median of those it knows, and a note.
+        """
+        good = [s for s in scores if s.error is None]
+        if not self.combined or not good:
+            return list(scores)
+        if len(self.terms) == 1:
+            values, unknown = combine_hub({s.backbone: s for s in good}), {}
+        else:
+            columns, unknown = [], {}
+            for term in self.terms:
+                columns.append(self._column(term, good, unknown))
+            values = combine(*columns, weights=[term.weight for term in self.terms])
+        return [
+            s
+            if s.error is not None
+            else replace(
+                s,
+                value=values[s.backbone],
+                per_sample=None,
+                details=_noted(s.details, unknown.get(s.backbone)),
+            )
+            for s in scores
+        ]
+
+    def _column(
+        self, term: Term, scores: Sequence[Score], unknown: dict[str, list[str]]
+    ) -> dict[str, float]:
+        if term.hub:
+            return combine_hub(
+                {s.backbone: MetricResult(s.value, details=s.details[term.name]) for s in scores}
+            )
+        if term.function:
+            return {s.backbone: s.details["parts"][term.name] for s in scores}
+        known = PRIORS[term.name](Ranking(tuple(scores)))
+        missing = [name for name, value in known.items() if not math.isfinite(value)]
+        for name in missing:
+            unknown.setdefault(name, []).append(term.name)
+        median = float(np.median([v for v in known.values() if math.isfinite(v)] or [0.0]))
+        return {**known, **dict.fromkeys(missing, median)}
+
+
+def score(features: Features, metric: Metric = "sfda", *, variant: str | None = None) -> Score:
+    """Score the features of one backbone.
+
+    Parameters
+    ----------
+    features : Features
+    metric : str or callable, default "sfda"
+        A name in `sfda_tune.metrics.METRICS`, or any ``f(x, y)`` that returns a float or a
+        `MetricResult`, higher being better. Combinations need all backbones: see `rank`.
+    variant : str, optional
+        Of the metric ``sfda``.
+
+    Returns
+    -------
+    Score
+        A metric that fails gives a score with its error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> y = np.arange(60) % 3
+    >>> apart = Features(rng.normal(size=(60, 4)) + 3 * y[:, None], y, backbone="apart")
+    >>> mixed = Features(rng.normal(size=(60, 4)), y, backbone="mixed")
+    >>> score(apart).value > score(mixed).value
+    True
+    """
+    scorer = Scorer(metric, variant)
+    if len(scorer.terms) > 1:
+        raise ValueError(
+            f"`metric` must be a single one here but is {metric!r}: ranks need several backbones; "
+            "score them one by one and pass the scores to sfda_tune.metrics.combine."
+        )
+    return scorer.score(features)
+
+
+def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]]) -> Term:
+    weight = 1.0
+    if isinstance(text, str) and (match := re.fullmatch(r"([\d.]+)\s*\*\s*(.+)", text)):
+        weight, text = float(match[1]), match[2]
+    name = text if isinstance(text, str) else getattr(text, "__name__", "score")
+    function = get_metric(text)  # refuses an unknown name
+    if isinstance(text, str) and name in PRIORS:
+        return Term(name, name, weight, None)
+    if "features" not in needs.get(name, ("features",)):
+        usable = ", ".join(key for key, need in needs.items() if "features" in need)
+        raise ValueError(
+            f"`metric` {name!r} needs {' and '.join(needs[name])}, which `rank` does not have; "
+            f"choose one of {usable}, or call it yourself: sfda_tune.metrics.{name}."
+        )
+    if function is sfda:
+        chosen = variant or signature(sfda).parameters["variant"].default
+        if chosen not in VARIANTS:
+            raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)} but is {variant!r}.")
+        return Term(name, f"sfda ({chosen})", weight, partial(sfda, variant=chosen))
+    return Term(name, name, weight, function, hub="hub" in needs.get(name, ()))
+
+
+def _bare(function: Any) -> Any:
+    return getattr(function, "func", function)
+
+
+def _result(value: Any) -> MetricResult:
+    return value if isinstance(value, MetricResult) else MetricResult(float(value))
+
+
+def _compute(function: Callable[[Any, Any], Any], features: Features, device: str) -> Any:
+    x, y = features.x, features.y
+    if device != "cpu" and _bare(function) is sfda and scores_faster(x.shape, device):
+        import torch
+
+        try:
+            return function(torch.as_tensor(x, device=device), y)
+        except RuntimeError as error:  # too little memory, or lost to another's fault
+            why = " ".join(str(error).split())[:200]
+            logger.warning("%s is scored on the CPU (%s)", features.backbone, why)
+    return function(x, y)
+
+
+def _noted(details: Mapping[str, Any], priors: list[str] | None) -> dict[str, Any]:
+    if not priors:
+        return dict(details)
+    notes = [str(details.get("note", "")), f"unknown to {' and '.join(priors)}"]
+    return {**details, "note": "; ".join(filter(None, notes))}

@@ -1,0 +1,466 @@
+"""`rank`: from labelled images and candidate backbones to a `Ranking`, in one call."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.data.copies import CopiesWarning, find_alike, find_twins, group_twins, tell_copies
+from sfda_tune.data.decoding import UNREADABLE, Passing
+from sfda_tune.data.opening import ImageDataset, open_dataset
+from sfda_tune.extraction.run import Executor, Extraction, Map, Settings, extract, resolve_device
+from sfda_tune.extraction.store import FeatureStore, open_store
+from sfda_tune.metrics.scoring import Metric, Scorer
+from sfda_tune.selection.ensembles import select_ensemble
+from sfda_tune.selection.racing import Course, Race, make_stages, run
+from sfda_tune.values.ranking import Backbone, Ranking, Score
+
+__all__ = ["RankingInterruptedError", "rank"]
+
+
+class RankingInterruptedError(KeyboardInterrupt):
+    """`rank` was interrupted; what was finished is in `ranking` (and in the cache).
+
+    A `KeyboardInterrupt`, so that a program that knows nothing of it stops as usual.
+    """
+
+    def __init__(self, ranking: Ranking) -> None:
+        super().__init__(f"interrupted with {len(ranking) - len(ranking.failed)} backbones ranked")
+        self.ranking = ranking
+
+
+def rank(
+    dataset: Any,
+    backbones: Any = "demo:*",
+    *,
+    metric: Metric = "sfda",
+    variant: str | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    max_unreadable: float = 0.1,
+    cache: bool | str | os.PathLike[str] | None = True,
+    plugins: Iterable[str] = (),
+    map_fn: Map | None = None,
+    executor: Executor | None = None,
+    progress: Any = False,
+    race: bool = False,
+    top: int = 5,
+    ensemble: int | None = None,
+) -> Ranking:
+    """Rank backbones by how well their frozen features suit a labelled image data set.
+
+    Every candidate runs once over the images; no network is trained.
+
+    Parameters
+    ----------
+    dataset : str, path, ImageDataset, torchvision or Hugging Face data set, or (images, labels)
+        See `sfda_tune.data.opening.open_dataset`.
+    backbones : str, Backbone, mapping, or an iterable of these, default "demo:*"
+        See `sfda_tune.backbones.specs`.
+    metric, variant
+        See `score`; or several names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the weighted
+        mean of their ranks over the backbones. ``imagenet`` and ``params`` are priors.
+    samples : int, optional
+        Use a stratified sample of so many images.
+    seed : int, default 0
+        Of that sample; nothing else is random.
+    split : str, optional
+        Which part of a data set that comes in parts; default: the training part.
+    image_column, label_column : str, optional
+        Of a table or a Hugging Face data set, where they have unusual names.
+    device, precision, batch_size, workers, max_unreadable
+        See `sfda_tune.extraction.run.Settings`.
+    cache : bool or path, default True
+        Where features are kept for the next run: True for `sfda_tune.extraction.store.default_root`, False
+        for nowhere; a folder, or a bucket (``"s3://…"``, by fsspec).
+    plugins : iterable of str
+        Python files or modules that register further timm architectures.
+    map_fn : callable, optional
+        Anything called like the builtin `map`, to run the extraction elsewhere, for instance
+        ``ThreadPoolExecutor(4).map``; the ranking is the same.
+    executor : Executor, optional
+        Runs the extraction elsewhere and plans it itself, for instance
+        ``sfda_tune_ray.RayExecutor()``; needs a `cache` that all its machines reach.
+        ``info["executor"]`` has what it reports.
+    progress : bool or object, default False
+        Whether to show a progress bar; or an object that takes its part (see `extract`).
+    race : bool, default False
+        Show few images to all backbones and more only to those that still have a chance to be in
+        the `top`, see `sfda_tune.selection.racing`: the same top as without, with probability .95. The
+        features are cached stage by stage, apart from those of a full run.
+    top : int, default 5
+        How many backbones a race is to find.
+    ensemble : int, optional
+        Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
+        ``info["ensemble"]`` has them. All features are then held in memory.
+
+    Returns
+    -------
+    Ranking
+        Best first; failed backbones last, each with its error. A backbone that left a race has
+        its score on the images it saw, plus the median gain of those that finished, at most the
+        lowest of theirs; ``info["race"]`` has the stages and the forward passes saved.
+
+    Raises
+    ------
+    DatasetError, BackboneError, ValueError
+        If an argument cannot be understood; before any image is read.
+    RankingInterruptedError
+        On Ctrl-C, with the ranking of what is finished.
+
+    Examples
+    --------
+    >>> ranking = rank("digits", ["demo:*noise*", "demo:*untrained"], samples=100, cache=False)
+    >>> len(ranking), ranking.info["n_samples"]
+    (2, 100)
+    """
+    settings = Settings(device, precision, batch_size, workers, max_unreadable)
+    if executor is None:
+        settings = replace(settings, device=resolve_device(device))
+    elif isinstance(executor, type):
+        raise ValueError(
+            f"`executor` must be an executor but is the class {executor.__name__}; call it: "
+            f"{executor.__name__}()."
+        )
+    elif map_fn is not None or not cache:
+        raise ValueError(
+            "`executor` needs a `cache`, where its workers leave the features, and no `map_fn`; "
+            "pass cache=True or a folder that all machines share."
+        )
+    store = open_store(None if cache is True else cache) if cache else None  # type: ignore
+    candidates = resolve_backbones(backbones, plugins=plugins)
+    scorer = Scorer(metric, variant)  # after the plug-ins, which may have registered it
+    if race and scorer.combined:
+        raise ValueError(
+            f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
+            "leave race out, or take 'sfda'."
+        )
+    if ensemble is not None and not 1 <= ensemble <= len(candidates):
+        raise ValueError(
+            f"`ensemble` must be an integer from 1 to {len(candidates)}, the number of backbones, "
+            f"but is {ensemble!r}."
+        )
+    images = open_dataset(
+        dataset, split=split, image_column=image_column, label_column=label_column
+    )
+    if samples is not None:
+        images = images.sample(samples, seed=seed)
+    whole, codes = images, group_twins(images)
+    twins = find_twins(whole, codes)
+    if twins.copies:
+        images = images.subset(twins.kept)
+
+    from sfda_tune.pipelines.progress import as_progress
+
+    started = time.perf_counter()
+    course, interrupted = None, False
+    with executor or nullcontext(), as_progress(progress) as bar:
+        if executor is not None:  # whose devices are known now
+            settings = replace(settings, device=executor.resolve_device(device))
+        run = _Run(images, candidates, settings, store, map_fn, executor, scorer)
+        run.copies = _Copies(whole, codes, twins.kept)
+        try:
+            if race:
+                course = run.race(Race(top, seed=seed), bar)
+            else:
+                run.measure(candidates, None, bar, None if ensemble is None else run.seen)
+        except KeyboardInterrupt:
+            interrupted = True
+            run.scores = run.finished()
+        report = None if executor is None else executor.report()
+    for backbone in candidates:
+        unfinished = Score(backbone.name, error="not finished (interrupted)")
+        run.scores.setdefault(backbone.name, unfinished)
+    run.seconds["total"] = time.perf_counter() - started
+    if run.unreadable:
+        names = [images.item_name(row) for row in sorted(run.unreadable)]
+        passing = [why for why in run.unreadable.values() if isinstance(why, Passing)]
+        warnings.warn(
+            f"{len(names)} of {len(images)} images could not be read and were left out: "
+            + ", ".join(names[:5])
+            + (", …" if len(names) > 5 else "")
+            + (
+                f"; {len(passing)} for a reason that may pass ({passing[0]}): the next run reads "
+                "them again"
+                if passing
+                else ""
+            ),
+            stacklevel=2,
+        )
+    copies = run.copies.twins.describe(whole)
+    if said := tell_copies(copies):
+        warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
+    info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
+    info |= copies
+    if report is not None:
+        info["executor"] = report
+    if course is not None:
+        info["race"] = _report(course, top)
+    if ensemble is not None and not interrupted:
+        info["ensemble"] = run.ensemble(ensemble)
+    ranking = Ranking(
+        tuple(scorer.combine(list(run.scores.values()))),
+        scorer.label,
+        None if run.rows is None else images.labels[run.rows],
+        info,
+    )
+    if interrupted:
+        raise RankingInterruptedError(ranking)
+    return ranking
+
+
+class _Copies:
+    """The copies of images that a ranking leaves out: equal files first, then equal pixels."""
+
+    def __init__(self, whole: ImageDataset, codes: np.ndarray, kept: np.ndarray) -> None:
+        self.whole, self.codes, self.kept = whole, codes, kept  # `kept`: rows that are extracted
+        self.twins = find_twins(whole, codes)
+        self.pixels: dict[int, str] = {}  # row of the whole → digest
+        self.rows: Any = None  # that were compared last
+        self.dropped: Any = ()  # of these
+
+    def leave_out(self, extraction: Extraction) -> Extraction:
+        """Return an extraction without the rows whose pixels others have as well."""
+        features, rows = extraction.features, extraction.rows
+        if features is None:
+            return extraction
+        if self.rows is None or not _same(self.rows, rows):
+            self._compare(rows, features.x)
+        if not len(self.dropped):
+            return extraction
+        stay = ~np.isin(rows, self.dropped)
+        features = replace(features, x=features.x[stay], y=features.y[stay])
+        return replace(extraction, features=features, rows=rows[stay])
+
+    def _compare(self, rows: np.ndarray, x: np.ndarray) -> None:
+        alike = self.kept[rows[find_alike(x)]].tolist()
+        new = [row for row in alike if row not in self.pixels]
+        self.pixels |= zip(new, self.whole.digests(new, pixels=True), strict=True)
+        first: dict[str, int] = {}
+        for row in alike:
+            if (digest := self.pixels[row]) != UNREADABLE:
+                same = first.setdefault(digest, int(self.codes[row]))
+                self.codes[self.codes == self.codes[row]] = same
+        among = self.kept[rows]
+        self.twins = find_twins(self.whole, self.codes, among.tolist())
+        self.rows, self.dropped = rows, rows[~np.isin(among, self.twins.kept)]
+
+
+class _Run:
+    """One ranking under way: what was scored so far, and what it took."""
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        candidates: list[Backbone],
+        settings: Settings,
+        store: FeatureStore | None,
+        map_fn: Map | None,
+        executor: Executor | None,
+        scorer: Scorer,
+    ) -> None:
+        self.images, self.candidates, self.settings = images, candidates, settings
+        self.store, self.map_fn, self.executor, self.scorer = store, map_fn, executor, scorer
+        self.scores: dict[str, Score] = {}
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("load", "decode", "decode_work", "forward", "copy", "score"), 0.0
+        )
+        self.unreadable: dict[int, str] = {}
+        self.rows: Any = None  # of the data set, behind the latest scores
+        self.copies: _Copies
+        self.seen: dict[str, Extraction] = {}  # what a race or an ensemble needs again
+
+    def measure(
+        self,
+        candidates: list[Backbone],
+        rows: np.ndarray | None,
+        bar: Any,
+        seen: dict[str, Extraction] | None = None,
+    ) -> None:
+        """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
+        images = self.images if rows is None else self.images.subset(rows)
+        found = extract(
+            images,
+            candidates,
+            self.settings,
+            store=self.store,
+            map_fn=self.map_fn,
+            executor=self.executor,
+            progress=bar,
+        )
+        self.rows = None
+        of: dict[str, Any] = {}  # rows of each; one that comes again has fewer
+        before = dict(seen or {})  # one that comes again takes the place of what came first
+        try:
+            for extraction in found:
+                for part, spent in extraction.seconds.items():
+                    self.seconds[part] += spent
+                if rows is not None:
+                    extraction = _renumber(extraction, rows)
+                self.unreadable |= extraction.unreadable
+                name = extraction.backbone.name
+                if seen is not None:
+                    extraction = seen[name] = _join(before.get(name), extraction)
+                extraction = self.copies.leave_out(extraction)
+                begun = time.perf_counter()
+                result = _score(extraction, self.scorer, self.settings.device)
+                self.seconds["score"] += time.perf_counter() - begun
+                if extraction.features is not None:
+                    self.rows = of[name] = extraction.rows
+                self.scores[name] = result
+                bar.finish(result)
+        finally:
+            found.close()
+        for name in [name for name, rows in of.items() if not _same(self.rows, rows)]:
+            error = "its images are not those of the other backbones; rank again"
+            self.scores[name] = replace(self.scores[name], error=error)
+
+    def race(self, terms: Race, bar: Any) -> Course:
+        """Score all candidates on few images, and ever fewer of them on more."""
+        by_name = {backbone.name: backbone for backbone in self.candidates}
+        past = dict.fromkeys(by_name, np.empty(0, np.int64))
+
+        def measure(names: list[str], rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+            for n in {len(past[name]) for name in names}:  # one, unless somebody comes back
+                group = [name for name in names if len(past[name]) == n]
+                new = np.setdiff1d(rows, past[group[0]])
+                self.measure([by_name[name] for name in group], new, bar, self.seen)
+                past.update(dict.fromkeys(group, rows))
+            good = {name: self.scores[name].per_sample for name in names}
+            good = {name: p for name, p in good.items() if self.scores[name].error is None}
+            if any(p is None for p in good.values()):
+                raise ValueError(
+                    f"`race` needs a metric that is a mean over images but `metric` is "
+                    f"{self.scorer.label!r}; leave race out, or take 'sfda'."
+                )
+            return self.rows, good
+
+        stages = make_stages(self.images, terms.seed)
+        course = run(list(by_name), stages, self.images.labels, measure, terms)
+        final = [
+            s.value for n, s in self.scores.items() if n not in course.dropped and s.error is None
+        ]
+        for name, out in course.dropped.items():
+            value = min([out["value"] + out["gain"], *final])
+            note = f"left the race after {out['images']} images"
+            old = self.scores[name]
+            details = {**old.details, "race": out, "note": note}
+            self.scores[name] = replace(old, value=value, per_sample=None, details=details)
+        return course
+
+    def finished(self) -> dict[str, Score]:
+        """Return the scores on all images: an interrupted race has others, too."""
+        n = len(self.images) - len(self.unreadable) - len(self.copies.dropped)
+        return {name: s for name, s in self.scores.items() if s.error or s.n_samples == n}
+
+    def ensemble(self, k: int) -> dict[str, Any]:
+        """Choose `k` of the backbones that were scored on all images."""
+        names = [
+            name for name, s in self.scores.items() if s.error is None and "race" not in s.details
+        ]
+        hub = {name: self.copies.leave_out(self.seen[name]).features for name in names}
+        if not hub:
+            return {}
+        chosen = select_ensemble(hub, None, min(k, len(hub)))
+        return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
+
+
+def _report(course: Course, top: int) -> dict[str, Any]:
+    return {
+        "top": top,
+        "stages": list(course.stages),
+        "forward_passes": course.n_forward,
+        "full_run": course.n_full,
+    }
+
+
+def _renumber(extraction: Extraction, rows: np.ndarray) -> Extraction:
+    """Name the rows of an extraction from a part of the data set as the whole does."""
+    unreadable = {int(rows[row]): why for row, why in extraction.unreadable.items()}
+    return replace(extraction, rows=rows[extraction.rows], unreadable=unreadable)
+
+
+def _join(old: Extraction | None, new: Extraction) -> Extraction:
+    """Put the features of two parts of the data set into the order of its rows."""
+    if old is None or old.features is None or new.features is None:
+        return new
+    rows = np.concatenate([old.rows, new.rows])
+    order = np.argsort(rows)
+    x = np.concatenate([old.features.x, new.features.x])[order]
+    y = np.concatenate([old.features.y, new.features.y])[order]
+    features = replace(new.features, x=x, y=y)
+    return replace(
+        new, features=features, rows=rows[order], unreadable=old.unreadable | new.unreadable
+    )
+
+
+def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
+    """Score an extraction and add to the score's details what the extraction measured."""
+    name = extraction.backbone.name
+    spent = sum(extraction.seconds.get(part, 0.0) for part in ("load", "decode", "forward"))
+    if extraction.features is None:
+        result = Score(name, error=extraction.error or "failed", seconds=spent)
+    else:
+        result = scorer.score(extraction.features, device)
+        result = replace(result, seconds=result.seconds + spent)
+    measured = {
+        "spec": extraction.backbone.spec,
+        "n_params": extraction.n_params,
+        "input_size": extraction.input_size,
+        "images_per_second": extraction.images_per_second,
+        "peak_memory": extraction.peak_memory,
+        "peak_batch": extraction.peak_batch,
+        "cached": extraction.cached,
+        "note": "cached" if extraction.cached else "",
+    }
+    return replace(result, details={**result.details, **measured})
+
+
+def _same(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and bool((a == b).all())
+
+
+def _info(
+    images: ImageDataset,
+    settings: Settings,
+    seed: int,
+    samples: int | None,
+    seconds: dict[str, float],
+    unreadable: dict[int, str],
+    rows: Any,
+) -> dict[str, Any]:
+    versions = {}
+    for package in ("sfda-tune", "torch", "timm", "numpy", "scipy", "pillow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree
+            versions[package] = "unknown"
+    return {
+        "dataset": images.name,
+        "n_samples": len(images) if rows is None else len(rows),
+        "n_classes": len(images.classes),
+        "classes": list(images.classes),
+        "samples": samples,
+        "seed": seed,
+        "device": settings.device,
+        "precision": settings.precision,
+        "unreadable": {images.item_name(row): why for row, why in sorted(unreadable.items())},
+        "seconds": seconds,
+        "versions": versions,
+    }

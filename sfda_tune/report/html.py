@@ -1,0 +1,585 @@
+"""One self-contained HTML page about a ranking or a search: ``sfda-tune report``.
+
+`read_run` reads, the functions below compute, `report.html.j2` has the words and the layout. The
+page loads nothing: style and script are inside, and its content security policy names their
+hashes, so that a class called ``<script>`` would stay text even if it were not escaped. Charts are
+SVG in per cent of the width, as readable on a phone as on paper, and each is told in words, too.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.data.splits import describe_images
+from sfda_tune.report.plots import STATES, count_confusions, find_front, fit_line
+from sfda_tune.selection.evaluation import accuracy_interval
+from sfda_tune.selection.policy import Calibration, Observation, calibrate
+from sfda_tune.selection.tables import listed
+from sfda_tune.selection.uncertainty import Confidence, confidence, diagnose, shortlist
+from sfda_tune.values.files import check, open_regular, read_json, read_rows, write_text
+from sfda_tune.values.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
+from sfda_tune.values.ranking import Ranking, format_count
+from sfda_tune.values.text import printable, read_csv_cell
+
+__all__ = ["Run", "read_run", "render", "save_plots", "write_report"]
+
+HERE = Path(__file__).parent
+COLOURS = (
+    "page",
+    "card",
+    "ink",
+    "muted",
+    "link",
+    "complete",
+    "pruned",
+    "failed",
+    "running",
+    "front",
+)
+THEMES = {  # the first five for text, the others for marks
+    "light": "#ffffff #f3f5f7 #1b1e22 #555c64 #005a8c #0072B2 #CC79A7 #D55E00 #6b737c #009E73",
+    "dark": "#15181c #20252b #e8eaed #a8b0b8 #7cc4f0 #56B4E9 #CC79A7 #E69F00 #8d969e #2ec79b",
+}
+COSTS = (  # name, words, whether more is better
+    ("images_per_second", "images per second", True),
+    ("latency_ms", "milliseconds per image", False),
+    ("n_params", "parameters", False),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is to report: a ranking, and perhaps the search that followed."""
+
+    ranking: Ranking
+    search: Mapping[str, Any] | None = None
+    trials: Sequence[dict[str, Any]] = ()
+    config: Mapping[str, Any] | None = None
+    environment: Mapping[str, Any] | None = None
+    predictions: Sequence[Mapping[str, str]] = ()  # item, label, predicted
+    hardest: Sequence[Mapping[str, Any]] = ()
+    gaps: Sequence[str] = ()  # what is missing, in sentences
+
+    @property
+    def sign(self) -> int:
+        """−1 where lower values are better."""
+        return -1 if (self.search or {}).get("metric") == "log_loss" else 1
+
+
+# Read --------------------------------------------------------------------------------------------
+def read_run(source: str | os.PathLike[str]) -> Run:
+    """Read the folder of a search, finished or not, or the file of a ranking.
+
+    Raises
+    ------
+    ValueError
+        If there is neither, or a file is not what it should be; the message names the file. A
+        missing file is no error: the report says what is missing.
+    """
+    path = Path(source)
+    if path.is_file():
+        return Run(_read_ranking(path))
+    search, is_ranked = _read(path / "search.json", SEARCH), (path / "ranking.json").is_file()
+    if not search and not is_ranked:
+        raise ValueError(
+            f"{os.fspath(path)!r} must be a ranking.json, or the folder of a search with its "
+            "search.json, but is neither; see `sfda-tune search --out`."
+        )
+    predictions = _read_predictions(path / "test_predictions.csv")
+    entries = _read(path / "hardest" / "hardest.json", [object])
+    hardest = [entry for e in entries if (entry := _add_picture(path / "hardest", e))]
+    gaps = {
+        "There is no ranking: the search ended before the backbones were ranked.": not is_ranked,
+        "No test images were predicted, so the winner is not examined.": not predictions,
+        "Not all thumbnails of hard images could be read.": len(hardest) < len(entries),
+    }
+    return Run(
+        _read_ranking(path / "ranking.json") if is_ranked else Ranking(()),
+        search or None,
+        _complete(search.get("trials") or (), path / "search.json"),
+        _read(path / "config.json", CONFIG),
+        _read(path / "environment.json", ENVIRONMENT),
+        predictions,
+        hardest,
+        [gap for gap, holds in gaps.items() if holds],
+    )
+
+
+def _read_ranking(path: Path) -> Ranking:
+    try:
+        return Ranking.from_json(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)}: must be UTF-8 ({error}).") from None
+
+
+def _read(path: Path, kind: Any) -> Any:
+    """Read JSON of a kind; what is empty where there is no file."""
+    empty: Any = [] if isinstance(kind, list) else {}
+    if not os.path.lexists(path):
+        return empty
+    data = read_json(path, kind)
+    if data and isinstance(data, dict) and data.get("format", 1) != 1:
+        raise ValueError(
+            f"{os.fspath(path)}: must be an object of format 1; did a later sfda-tune write it?"
+        )
+    return data
+
+
+def _complete(entries: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Give each trial all fields, in the order of their numbers."""
+    empty = dict.fromkeys(("value", "values", "started", "seconds", "error")) | {"epochs": []}
+    trials = [empty | entry for entry in entries]
+    for i, trial in enumerate(trials):
+        if trial["state"] not in STATES:
+            raise ValueError(
+                f"{os.fspath(path)}: `trials[{i}].state` must be one of {', '.join(STATES)} but "
+                f"is {trial['state']!r}."
+            )
+    return sorted(trials, key=lambda t: t["number"])
+
+
+def _read_predictions(path: Path) -> list[dict[str, str]]:
+    columns = ("item", "label", "predicted")
+    if not os.path.lexists(path):
+        return []
+    return [{c: read_csv_cell(row[c]) for c in columns} for row in read_rows(path, columns)]
+
+
+def _add_picture(folder: Path, entry: Any) -> dict[str, Any] | None:
+    """Return the entry with its image as base64; decoded before, so that it is an image."""
+    from PIL import Image
+
+    try:
+        entry = dict.fromkeys(("item", "label", "predicted"), "?") | {"p_label": None} | entry
+        if Path(entry["file"]).name != entry["file"]:
+            raise ValueError("outside the folder")
+        check(entry, HARD_IMAGE)
+        with open_regular(folder / entry["file"]) as file, Image.open(file) as image:
+            picture = image.convert("RGB")
+    except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((160, 160))
+    picture.save(buffer := io.BytesIO(), "PNG")
+    return entry | {"data": base64.b64encode(buffer.getvalue()).decode("ascii")}
+
+
+# Write -------------------------------------------------------------------------------------------
+def write_report(
+    source: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write the page about a search or a ranking; return where it is.
+
+    Parameters
+    ----------
+    source : path
+        The folder that `sfda-tune search` wrote, finished or not, or a file of `Ranking.to_json`.
+    out : path, optional
+        Default: ``report.html`` in the folder, or the ranking's name with ``.html``.
+
+    Raises
+    ------
+    ValueError
+        If `source` cannot be read; see `read_run`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from sfda_tune import Score
+    >>> path = Path(tempfile.mkdtemp()) / "ranking.json"
+    >>> _ = Ranking([Score("vit", 0.9), Score("resnet", 0.8)], "knn").to_json(path)
+    >>> write_report(path).name
+    'ranking.html'
+    """
+    path = Path(source)
+    target = Path(out or (path / "report.html" if path.is_dir() else path.with_suffix(".html")))
+    write_text(target, render(read_run(path)))
+    return target
+
+
+def render(run: Run) -> str:
+    """Return the page as text."""
+    from jinja2 import Environment, FileSystemLoader
+
+    env = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"count": _count, "duration": _duration, "number": _number}
+    env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
+    env.filters["soft"] = _soften
+    themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
+    style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
+    script = (HERE / "report.js").read_text("utf-8")
+    sure = _confidence(run.ranking)
+    return env.get_template("report.html.j2").render(
+        run=run,
+        search=run.search or {},
+        style=style,
+        script=script,
+        hashes=(_hash(style), _hash(script)),
+        diagnostics=_diagnostics(run, sure),
+        rows=_rows(run.ranking, sure),
+        tradeoffs=_tradeoffs(run),
+        course=_course(run),
+        calibration=_calibration(run),
+        test=_test(run),
+        command=_command(run),
+        images=describe_images(run.search) if run.search and run.search.get("n_images") else "",
+        Axis=Axis,
+    )
+
+
+def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -> list[Path]:
+    """Save the figures of `sfda_tune.report.plots` as PNG and SVG; return the files.
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib.
+    """
+    from sfda_tune.report import plots
+
+    run, folder = read_run(source), Path(folder)
+    figure = plots.import_figure()
+    draw = {"ranking": partial(plots.plot_ranking, run.ranking)}
+    for key, label, more in COSTS:
+        if costs := _costs(run, key):
+            values = (run.ranking, costs)
+            draw[key] = partial(plots.plot_pareto, *values, cost=label, maximize=more)
+    if run.trials:
+        draw["trials"] = partial(plots.plot_trials, run.trials)
+        draw["calibration"] = partial(plots.plot_calibration, _calibrate(run))
+    if run.predictions:
+        *pairs, classes = _classes(run)
+        draw["confusion"] = partial(plots.plot_confusion, *pairs, classes=classes)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, plot in draw.items():
+        sheet = figure((6.4, 4.8), layout="constrained")
+        plot(ax=sheet.subplots())
+        for suffix in ("png", "svg"):
+            files.append(folder / f"{name}.{suffix}")
+            sheet.savefig(files[-1], dpi=200)
+    return files
+
+
+# Compute -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Axis:
+    """A scale from numbers to per cent of the width or height.
+
+    >>> axis = Axis.over([0.0, 10.0])
+    >>> axis.at(5.0), [label for _, label in axis.ticks]
+    (50.0, ['0', '2', '4', '6', '8', '10'])
+    """
+
+    low: float
+    high: float
+    log: bool = False
+
+    @classmethod
+    def over(cls, values: Iterable[float], log: bool = False) -> Axis:
+        """Return an axis that holds all `values`, with a little room."""
+        found = [math.log10(v) if log else v for v in values] or [0.0, 1.0]
+        room = 0.06 * (max(found) - min(found)) or 0.05 * abs(found[0]) or 0.5
+        return cls(min(found) - room, max(found) + room, log)
+
+    def at(self, value: float) -> float:
+        """Return where `value` lies, in per cent."""
+        place = math.log10(value) if self.log else value
+        return round(100 * (place - self.low) / (self.high - self.low), 2)
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """A few round numbers, each with its place."""
+        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
+        step = 10.0 ** math.floor(math.log10((high - low) / 3))
+        step = max(s for s in (step, 2 * step, 5 * step) if s <= (high - low) / 3)
+        values = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        if high > 8 * low and self.log:
+            digits = (1, 2, 5) if high < 200 * low else (1,)
+            values = [d * 10.0**e for e in range(-9, 13) for d in digits]
+        shown = [v for v in values if low <= v <= high]
+        return [(self.at(v), _count(v)) for v in shown]
+
+
+def _confidence(ranking: Ranking) -> Confidence | None:
+    try:
+        return confidence(ranking)
+    except ValueError:  # the metric is no mean over images, or nothing was scored
+        return None
+
+
+def _rows(ranking: Ranking, sure: Confidence | None) -> list[dict[str, Any]]:
+    """Return one row per scored backbone: `Ranking.records` and `Confidence.records`."""
+    known = {r["backbone"]: r for r in sure.records()} if sure else {}
+    rows = []
+    for r in ranking.records()[: len(ranking) - len(ranking.failed)]:
+        unknown = {"score_low": r["score"], "score_high": r["score"], "groups": ()}
+        rows.append(unknown | known.get(r["backbone"], {}) | r)
+        letters = (chr(96 + g) if g <= 26 else str(g) for g in rows[-1]["groups"])
+        rows[-1]["groups"] = " ".join(letters)
+    return rows
+
+
+def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
+    """Return (severity, sentence), warnings first."""
+    search, ranking = run.search or {}, run.ranking
+    found = [("note", gap) for gap in run.gaps]
+    if search and search.get("status") not in ("done", "budget spent"):
+        text = f"The search is not done (state: {search.get('status')}); run it again to go on."
+        found.append(("warning", text))
+    found += [("warning", f"{_capital(note)}.") for note in search.get("notes") or ()]
+    if search.get("decision"):
+        found.append(("note", str(search["decision"])))
+    if sure:
+        names = " or ".join(map(str, shortlist(sure)))
+        found.append(("note", f"Best by the score, with probability .95: {names}."))
+        for group in [g for g in sure.groups if len(g) > 1][:3]:  # the letters tell all
+            found.append(("note", f"Not told apart by these images: {listed(group, 8)}"))
+    elif len(ranking) > len(ranking.failed):
+        text = "How certain the order is cannot be told: the scores are no means over images."
+        found.append(("note", text))
+    found += [(d.severity, d.message) for d in diagnose(ranking)]
+    if warning := _calibrate(run).warning:
+        found.append(("warning", f"{warning}."))
+    for name, why in (search.get("excluded") or {}).items():
+        found.append(("note", f"{name} was excluded: {why}."))
+    for t in run.trials:
+        if t["state"] == "failed":
+            why = t["error"] or "no reason is known"
+            found.append(("warning", f"Trial {t['number']}, {t['backbone']}, failed: {why}"))
+    if run.predictions:
+        labels, _, classes = _classes(run)
+        if empty := [c for c in classes if c not in set(labels)]:
+            found.append(("note", f"Classes without a test image: {listed(empty, 8)}"))
+    return sorted(found, key=lambda pair: pair[0] != "warning")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _costs(run: Run, key: str) -> dict[str, float]:
+    """Return what each scored backbone costs: as the search measured it, or the ranking."""
+    found, measured = {}, (run.search or {}).get("costs") or {}
+    for s in run.ranking.scores:
+        cost = (measured.get(s.backbone) or {}).get(key) or s.details.get(key)
+        if cost and s.error is None:
+            found[s.backbone] = float(cost)
+    return found
+
+
+def _tradeoffs(run: Run) -> list[dict[str, Any]]:
+    """Set score against cost; a mark is (x, y, kind, label, what it is)."""
+    charts, scores = [], run.ranking
+    rank = {name: i for i, name in enumerate(scores, 1)}
+    for key, label, more in COSTS:
+        costs = _costs(run, key)
+        x, y = Axis.over(costs.values(), log=True), Axis.over(scores[n] for n in costs)
+        at = {n: (x.at(cost), y.at(scores[n])) for n, cost in costs.items()}
+        text = {
+            n: f"{n}: {scores[n]:.4f}, {_count(float(f'{c:.4g}'))} {label}"
+            for n, c in costs.items()
+        }
+        front = find_front(scores, costs, maximize=more)
+        kind = dict.fromkeys(costs, "complete") | dict.fromkeys(front, "front")
+        marks = [(*at[n], kind[n], str(rank[n]), text[n]) for n in costs]
+        lines = _lines([at[n] for n in front], "front")
+        about = {"cost": label, "more": more, "marks": marks, "lines": lines}
+        if costs:
+            charts.append({"x": x, "y": y, "names": [(rank[n], text[n]) for n in front]} | about)
+    return charts
+
+
+def _course(run: Run) -> dict[str, Any]:
+    """When the trials ran, and the values over time."""
+    begun = [t for t in run.trials if t["started"] is not None]
+    first = min((t["started"] for t in begun), default=0.0)
+    trials = [t | {"from": t["started"] - first, "for": t["seconds"] or 0.0} for t in begun]
+    x = Axis(0.0, 1.02 * max([1e-3, *(t["from"] + t["for"] for t in trials)]))
+    valued = [t for t in trials if t["value"] is not None and math.isfinite(t["value"])]
+    valued.sort(key=lambda t: t["from"] + t["for"])
+    y = Axis.over(t["value"] for t in valued)
+    marks, steps, best = [], [], -math.inf
+    for t in valued:
+        a, b = x.at(t["from"] + t["for"]), y.at(t["value"])
+        text = f"trial {t['number']}, {t['backbone']}, {t['state']}: {_number(t['value'])}"
+        marks.append((a, b, t["state"], "", text))
+        if t["state"] == "complete" and run.sign * t["value"] > best:
+            best = run.sign * t["value"]
+            steps += [(a, steps[-1][1]), (a, b)] if steps else [(a, b)]
+    lines = _lines([*steps, (100.0, steps[-1][1])] if steps else [], "complete")
+    lanes = {t["backbone"]: [u for u in trials if u["backbone"] == t["backbone"]] for t in trials}
+    return {"x": x, "y": y, "marks": marks, "lines": lines, "lanes": lanes}
+
+
+def _calibration(run: Run) -> dict[str, Any] | None:
+    """Compare the best value of each backbone with its score."""
+    c, rank = _calibrate(run), {name: i for i, name in enumerate(run.ranking, 1)}
+    rows = [r | {"best": run.sign * r["best"]} for r in c.table if r["best"] is not None]
+    rows.sort(key=lambda r: rank[r["backbone"]])
+    line = [(z, run.sign * value) for z, value in fit_line(c)]
+    x = Axis.over(r["z"] for r in rows)
+    y = Axis.over([r["best"] for r in rows] + [value for _, value in line])
+    names = [
+        (rank[r["backbone"]], f"{r['backbone']}: {_number(r['best'])}, trials: {r['n_trials']}")
+        for r in rows
+    ]
+    marks = [
+        (x.at(r["z"]), y.at(r["best"]), "complete", str(i), text)
+        for r, (i, text) in zip(rows, names, strict=True)
+    ]
+    lines = _lines([(x.at(z), y.at(value)) for z, value in line], "fit")
+    about = {"calibration": c, "marks": marks, "lines": lines, "names": names}
+    return {"x": x, "y": y} | about if rows else None
+
+
+def _test(run: Run) -> dict[str, Any] | None:
+    """Count what the winner made of the test images: per class, and what it took for what."""
+    if not run.predictions:
+        return None
+    labels, predicted, classes = _classes(run)
+    counts = count_confusions(labels, predicted, classes)
+    n, right = counts.sum(axis=1), counts.diagonal()
+    level = np.ceil(9 * counts / np.maximum(n, 1)[:, None]).astype(int)
+    rows = [
+        {"name": c, "n": int(n[i]), "right": int(right[i]), "share": right[i] / n[i]}
+        | {"interval": accuracy_interval(right[i], n[i])}
+        for i, c in enumerate(classes)
+        if n[i]
+    ]
+    wrong = counts * ~np.eye(len(classes), dtype=bool)
+    worst = zip(
+        *np.unravel_index(np.argsort(-wrong, axis=None, kind="stable"), wrong.shape), strict=True
+    )
+    pairs = [
+        (classes[i], classes[j], int(wrong[i, j]), wrong[i, j] / n[i])
+        for i, j in worst
+        if wrong[i, j]
+    ]
+    return {
+        "matrix": [
+            list(zip(*row, strict=True))
+            for row in zip(counts.tolist(), level.tolist(), strict=True)
+        ],
+        "classes": classes,
+        "pairs": pairs[:20],
+        "rows": sorted(rows, key=lambda r: r["share"]),
+        "n": int(n.sum()),
+        "right": int(right.sum()),
+        "interval": accuracy_interval(right.sum(), n.sum()),
+    }
+
+
+def _lines(points: Sequence[tuple[float, float]], kind: str) -> list[tuple[Any, ...]]:
+    """Return segments (x1, y1, x2, y2, kind): unlike a path, lines may be in per cent."""
+    return [(*a, *b, kind) for a, b in pairwise(points)]
+
+
+def _calibrate(run: Run) -> Calibration:
+    scores = {name: value for name, value in run.ranking.items() if math.isfinite(value)}
+    history = []
+    for t in run.trials:
+        value = None if t["value"] is None else run.sign * t["value"]
+        history.append(Observation(t["backbone"], t["state"], value, t["seconds"]))
+    return calibrate(scores, history)
+
+
+def _classes(run: Run) -> tuple[list[str], list[str], list[str]]:
+    """Return labels, predictions, and all classes in the order of the data set."""
+    labels, predicted = ([row[key] for row in run.predictions] for key in ("label", "predicted"))
+    known = [str(c) for c in (run.search or {}).get("classes") or ()]
+    return labels, predicted, list(dict.fromkeys([*known, *sorted({*labels, *predicted})]))
+
+
+def _command(run: Run) -> str:
+    """Return the command line that does this again, without passwords."""
+    info, options = run.ranking.info, dict(run.config or {})
+    if run.search is None:
+        metric = re.fullmatch(r"(\w+)(?: \((\w+)\))?", run.ranking.metric)
+        options = {"dataset": info.get("dataset"), "samples": info.get("samples")}
+        options |= {"seed": info.get("seed"), "metric": metric and metric[1]}
+        options |= {"variant": metric and metric[2]}
+        specs = [str(s.details.get("spec") or s.backbone) for s in run.ranking.scores]
+    else:
+        specs = options.pop("backbones", run.search.get("candidates"))
+        options = {"dataset": run.search.get("dataset")} | options
+        options |= {"import": options.pop("plugins", None)}
+    words = ["sfda-tune", "rank" if run.search is None else "search", str(options.pop("dataset"))]
+    words += ["--backbones", *map(str, [specs] if isinstance(specs, str) else specs or ())]
+    for key, value in options.items():
+        if key in ("format", "sfda_tune", "data", "progress") or value is None or value == []:
+            continue
+        option = "--" + key.replace("_", "-")
+        if key == "import":
+            words += [word for one in value for word in (option, str(one))]
+        elif not isinstance(value, bool):
+            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [option, value]
+        elif value and key != "cache":
+            words.append(option)
+    return re.sub(r"(://[^:/@\s]+):[^@\s]+@", r"\1:***@", shlex.join(words))
+
+
+def _printable(value: Any) -> Any:
+    """Let no name turn the text around it, or hide in it; markup of the template stays."""
+    from markupsafe import Markup
+
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def _soften(name: Any) -> Any:
+    """Let a long name go on in the next line after its punctuation, rather than inside a word."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(?<=[._:/-])(?=\w)", "<wbr>", str(escape(printable(name)))))
+
+
+def _words(key: Any) -> str:
+    return (
+        str(key).replace("_", " ").replace("macro f1", "macro-F1").replace("log loss", "log-loss")
+    )
+
+
+def _count(value: float) -> str:
+    return format_count(value) if value >= 1000 else f"{value:.10g}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _duration(seconds: float | None) -> str:
+    """Format seconds for people.
+
+    >>> [_duration(s) for s in (0.42, 75, 7321, None)]
+    ['0.42 s', '1 min 15 s', '2 h 2 min', '–']
+    """
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

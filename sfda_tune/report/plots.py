@@ -1,0 +1,245 @@
+"""Figures for papers and notebooks, with matplotlib (extra ``report``); the page has its own.
+
+Every function takes values and, as `ax`, the Axes to draw on (default: new ones), and returns the
+Axes. Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which the colour-blind
+tell apart; what matters is told by shape or hatching, too.
+
+>>> from sfda_tune.report.plots import plot_pareto
+>>> axes = plot_pareto({"vit": 0.9, "resnet": 0.8}, {"vit": 86e6, "resnet": 25e6}, cost="params")
+>>> axes.get_xlabel()
+'params'
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sfda_tune.values.ranking import Ranking, encode_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from sfda_tune.selection.policy import Calibration
+
+__all__ = [
+    "find_front", "plot_calibration", "plot_confusion", "plot_pareto", "plot_ranking",
+    "plot_trials",
+]  # fmt: skip
+
+OKABE_ITO = {
+    "black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73",
+    "yellow": "#F0E442", "blue": "#0072B2", "vermillion": "#D55E00", "purple": "#CC79A7",
+}  # fmt: skip
+STATES = {  # colour, hatching, marker
+    "complete": ("blue", "", "o"),
+    "pruned": ("purple", "////", "^"),
+    "failed": ("vermillion", "xxxx", "X"),
+    "running": ("sky", "....", "D"),
+}
+
+
+def find_front(
+    scores: Mapping[str, float], costs: Mapping[str, float | None], *, maximize: bool = False
+) -> list[str]:
+    """Return the Pareto front, cheapest first: no other has both a higher score and a lower cost.
+
+    Of equal ones the first by name is kept; whoever lacks a finite number is left out.
+
+    With `maximize` more of the "cost" is better, as of images per second.
+
+    >>> find_front({"a": 0.9, "b": 0.8, "c": 0.7}, {"a": 90.0, "b": 20.0, "c": 30.0})
+    ['b', 'a']
+    """
+    sign = -1 if maximize else 1
+    points = [(sign * c, -scores[n], n) for n in scores if (c := costs.get(n)) is not None]
+    front, best = [], math.inf
+    for _, loss, name in sorted(p for p in points if math.isfinite(p[0] + p[1])):
+        if loss < best:
+            front, best = [*front, name], loss
+    return front
+
+
+def fit_line(calibration: Calibration) -> list[tuple[float, float]]:
+    """Return the two ends (z, value) of the fitted line; none with fewer than 3 backbones."""
+    rows = [row for row in calibration.table if row["best"] is not None]
+    if len(rows) < 3:
+        return []
+    z = [row["z"] for row in rows]
+    mean = sum(row["best"] for row in rows) / len(rows)
+    slope = calibration.slope * calibration.scale
+    return [(end, mean + slope * (end - sum(z) / len(z))) for end in (min(z), max(z))]
+
+
+def plot_ranking(ranking: Mapping[str, float], *, top: int = 30, ax: Axes | None = None) -> Axes:
+    """Draw the `top` scores, with 90 % intervals where the metric is a mean over images.
+
+    `ranking` is a `Ranking`, or a mapping of str to float, then without intervals.
+    """
+    from sfda_tune.selection.uncertainty import confidence
+
+    order = sorted((n for n in ranking if math.isfinite(ranking[n])), key=lambda n: -ranking[n])
+    names = order[:top][::-1]
+    ax = _axes(ax, 1.2 + 0.28 * len(names))
+    values, places = np.array([ranking[name] for name in names]), np.arange(len(names))
+    xerr = None
+    if isinstance(ranking, Ranking):
+        try:
+            c = confidence(ranking)
+        except ValueError:  # no mean over images, or nothing was scored
+            pass
+        else:
+            between = dict(zip(c.names, c.score_interval, strict=True))
+            ends = np.array([between.get(n, (ranking[n],) * 2) for n in names])
+            xerr = np.abs(ends - values[:, None]).T
+    ax.errorbar(values, places, xerr=xerr, fmt="o", color=OKABE_ITO["blue"], capsize=3)
+    ax.set_yticks(places, names, parse_math=False)
+    ax.set_xlabel(getattr(ranking, "metric", "") or "score")
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+
+def plot_pareto(
+    scores: Mapping[str, float],
+    costs: Mapping[str, float | None],
+    *,
+    cost: str = "cost",
+    maximize: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw scores against costs (logarithmic), and the front; see `find_front` for the arguments.
+
+    `cost` labels the axis.
+    """
+    ax, front = _axes(ax), find_front(scores, costs, maximize=maximize)
+    known = {n: c for n in scores if (c := costs.get(n)) and c > 0 and math.isfinite(scores[n])}
+    ax.plot(list(known.values()), [scores[n] for n in known], "o", color=OKABE_ITO["blue"])
+    line = [name for name in front if name in known]
+    x, y = [known[name] for name in line], [scores[name] for name in line]
+    ax.plot(x, y, "D-", color=OKABE_ITO["green"])
+    if known:
+        ax.set_xscale("log")
+    ax.margins(0.12)
+    for n in line:
+        _name(ax, n, known[n], scores[n])
+    ax.set(xlabel=cost, ylabel="score")
+    return ax
+
+
+def plot_calibration(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
+    """Draw each backbone's best value against its score; see `sfda_tune.selection.policy.calibrate`."""
+    ax = _axes(ax)
+    rows = [row for row in calibration.table if row["best"] is not None]
+    ax.plot([r["z"] for r in rows], [r["best"] for r in rows], "o", color=OKABE_ITO["blue"])
+    if line := fit_line(calibration):
+        ax.plot(*zip(*line, strict=True), "--", color=OKABE_ITO["vermillion"])
+    low, high = calibration.slope_interval
+    ax.margins(0.15)
+    for r in rows:
+        _name(ax, r["backbone"], r["z"], r["best"])
+    ax.set(xlabel="score, standardised rank", ylabel="best value")
+    ax.set_title(
+        f"slope {calibration.slope:.2f} [{low:.2f}, {high:.2f}], "
+        f"Kendall's tau {calibration.kendall_tau:.2f}"
+    )
+    return ax
+
+
+def plot_trials(trials: Iterable[Mapping[str, Any]], *, ax: Axes | None = None) -> Axes:
+    """Draw when each trial ran: a row per backbone, colour and hatching by state.
+
+    `trials` are those of a `search.json`: ``backbone``, ``state``, ``started`` and ``seconds``.
+    """
+    shown = [t for t in trials if t["started"] is not None]
+    shown.sort(key=lambda t: t["started"])
+    names = list(dict.fromkeys(t["backbone"] for t in shown))
+    ax, seen = _axes(ax, 1.4 + 0.35 * len(names)), set()
+    for t in shown:
+        colour, hatch, _ = STATES[t["state"]]
+        left, width = t["started"] - shown[0]["started"], t["seconds"] or 1e-3
+        label = "_" if t["state"] in seen else t["state"]  # matplotlib leaves out "_"
+        seen.add(t["state"])
+        ax.barh(
+            names.index(t["backbone"]), width, left=left, height=0.6, label=label, hatch=hatch,
+            facecolor=OKABE_ITO[colour], edgecolor="white", linewidth=0.8,
+        )  # fmt: skip
+    ax.set_yticks(range(len(names)), names, parse_math=False)
+    ax.invert_yaxis()
+    ax.set_xlabel("seconds")
+    if seen:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+    return ax
+
+
+def plot_confusion(
+    labels: Sequence[Any],
+    predicted: Sequence[Any],
+    *,
+    classes: Sequence[Any] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the confusion matrix; the shade is the share of the label, counts up to 20 classes.
+
+    `classes` is their order (default: sorted). ValueError if a label is none of them, or if
+    `labels` and `predicted` differ in length.
+    """
+    classes = tuple(classes or encode_labels([*labels, *predicted])[1])
+    counts = count_confusions(labels, predicted, classes)
+    ax, n = _axes(ax, 5.0), len(classes)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    if n <= 20:
+        names = [str(c) for c in classes]
+        ax.set_xticks(range(n), names, rotation=90, parse_math=False)
+        ax.set_yticks(range(n), names, parse_math=False)
+        for i, j in np.argwhere(counts):
+            colour = "white" if share[i, j] > 0.5 else "black"
+            ax.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, size="small")
+    ax.set(xlabel="predicted", ylabel="label")
+    return ax
+
+
+# What the page needs, too ------------------------------------------------------------------------
+def count_confusions(
+    labels: Sequence[Any], predicted: Sequence[Any], classes: Sequence[Any]
+) -> np.ndarray:
+    """Return how often class i was taken for class j, int64 (n_classes, n_classes)."""
+    code = {c: k for k, c in enumerate(classes)}
+    unknown = sorted({str(v) for v in [*labels, *predicted] if v not in code})
+    if unknown or len(labels) != len(predicted):
+        what = f"{unknown[:5]} are none of them" if unknown else "the lengths differ"
+        raise ValueError(f"`labels` and `predicted` must be `classes`, one per image, but {what}.")
+    counts = np.zeros((len(code), len(code)), np.int64)
+    np.add.at(counts, ([code[v] for v in labels], [code[v] for v in predicted]), 1)
+    return counts
+
+
+def _name(ax: Axes, name: str, x: float, y: float) -> None:
+    place = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
+    side = "right" if place[0] > 0.5 else "left"  # so that names stay inside
+    style: Any = {"textcoords": "offset points", "ha": side, "parse_math": False}
+    ax.annotate(name, (x, y), (0, 7), **style)
+
+
+def _axes(ax: Axes | None, height: float = 4.0) -> Axes:
+    if ax is not None:
+        return ax
+    import_figure()
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(6.4, min(height, 20.0)), layout="constrained")[1]
+
+
+def import_figure() -> Any:
+    """Return matplotlib's `Figure`; ImportError says what to install."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "sfda_tune.report.plots needs matplotlib: pip install 'sfda-tune[report]'.",
+            name=error.name,
+        ) from error
+    return Figure

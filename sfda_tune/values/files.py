@@ -1,0 +1,329 @@
+"""Files: read only if they are regular, bounded and of the expected form; written whole or not.
+
+What is being written has a name of its own beside its target, unique among threads, processes and
+machines, and moves into place when it is whole. What a killed process leaves behind is cleared by
+the next one that writes into that folder, once it is a day old.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import reprlib
+import shutil
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = [
+    "AtLeast",
+    "check",
+    "clear_leftovers",
+    "digest_file",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "read_rows",
+    "read_text",
+    "replacing",
+    "say_kind",
+    "unfinished",
+    "write_bytes",
+    "write_text",
+]
+
+PREFIX, SUFFIX = ".sfda_tune-", ".tmp"  # of the names of what is not whole yet
+AGE = 86400.0  # seconds after which that is of a process that was killed
+LARGEST = 1 << 32  # bytes; nothing that is read as a whole has more
+LARGEST_NUMBER = 1e30  # nothing that is measured is larger, and sums of such are finite
+
+_KINDS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
+_CLEARED: set[str] = set()  # folders that this process has looked through
+_LOCK = threading.Lock()
+
+
+# Read -------------------------------------------------------------------------------------------
+def open_regular(path: str | os.PathLike[str], limit: int = LARGEST) -> IO[bytes]:
+    """Open a file for reading; refuse what would block, or never end.
+
+    Raises
+    ------
+    OSError
+        As `open`; and if it is a FIFO, socket, device or folder, or has more than `limit` bytes.
+    """
+    _refuse(os.stat(path), path, limit)  # first, for opening a device may do something
+    # between the two it may have become a FIFO, which would wait for a writer
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
+    try:
+        _refuse(os.fstat(descriptor), path, limit)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def say_kind(path: str | os.PathLike[str]) -> str:
+    """Say what is in the place of a file: "is a FIFO", "does not exist", …."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return "does not exist" if isinstance(error, FileNotFoundError) else _line(str(error))
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    return f"is {next((text for test, text in _KINDS if test(mode)), 'a file')}"
+
+
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+def _refuse(found: os.stat_result, path: Any, limit: int) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(found.st_mode):
+        what = next((text for test, text in _KINDS if test(found.st_mode)), "something else")
+        raise OSError(errno.EINVAL, f"is {what}, not a file", os.fspath(path))
+    if found.st_size > limit:
+        size = f"{found.st_size / 2**30:.3g} GiB, more than the {limit / 2**30:.3g} expected"
+        raise OSError(errno.EFBIG, f"has {size}", os.fspath(path))
+
+
+def read_text(path: str | os.PathLike[str], limit: int = LARGEST, errors: str = "strict") -> str:
+    """Return a text in UTF-8, with or without a mark of it; a `ValueError` if it is none.
+
+    With the `errors` "surrogateescape" the bytes of names in other encodings become surrogates.
+    """
+    with open_regular(path, limit) as file:
+        return file.read().decode("utf-8-sig", errors)
+
+
+def digest_file(path: str | os.PathLike[str]) -> str:
+    """Return Blake2b, in hexadecimal, of what a file holds, however large it is."""
+    result = hashlib.blake2b(digest_size=20)
+    with open_regular(path, 1 << 60) as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()
+
+
+def read_json(path: str | os.PathLike[str], kind: Any = object, advice: str = "restore it") -> Any:
+    """Read JSON of a `kind` that `check` knows.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        One line with the file, and with what in it is wrong.
+    """
+    try:
+        return parse_json(read_text(path, errors="surrogateescape"), kind)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"{_line(os.fspath(path))}: {_line(why)}; {advice}.") from error
+
+
+def parse_json(text: str, kind: Any = object) -> Any:
+    """Return what strict JSON holds; a `ValueError` says what in it is wrong."""
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("must be valid JSON but is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"must be valid JSON ({error})") from None
+    check(data, kind)
+    return data
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def read_rows(path: str | os.PathLike[str], columns: Iterable[str]) -> list[dict[str, str]]:
+    """Read a CSV file in UTF-8 that has `columns`, perhaps among others; else a `ValueError`."""
+    columns = list(columns)
+    try:
+        lines = io.StringIO(read_text(path, errors="surrogateescape"), newline="")
+        reader = csv.DictReader(lines, restval="", strict=True)
+        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        rows = list(reader)
+        if long := next((n for n, row in enumerate(rows, 2) if None in row), None):
+            raise ValueError(f"row {long} has more fields than its header")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"{_line(os.fspath(path))}: must be CSV with {', '.join(columns)}, but {_line(why)}."
+        ) from error
+    return rows
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """A kind for `check`: a number, or an integer, that is not less."""
+
+    least: int
+    type: Any = float
+
+
+def check(value: Any, kind: Any, where: str = "") -> None:
+    """See that a value from a file is of the expected kind.
+
+    A kind is ``str``, ``int``, ``float`` (or an integer), ``bool``, ``None``, ``object`` (any
+    value), `AtLeast`; ``[kind]``, ``{str: kind}``, ``{"field": kind, "optional?": kind}``, where
+    further fields may be anything; or a tuple of kinds, one of which it must be.
+
+    Raises
+    ------
+    ValueError
+        With the place of the first value that is of another kind.
+
+    Examples
+    --------
+    >>> kind = {"trials": [{"value": (float, None), "error?": str}]}
+    >>> check({"trials": [{"value": None}]}, kind)
+    >>> check({"trials": [{"value": "x"}]}, kind)
+    Traceback (most recent call last):
+    ...
+    ValueError: `trials[0].value` must be a number or null but is 'x'
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    fitting = [one for one in kinds if _fits(value, one)]
+    name = f"`{_line(where)}`" if where else "it"
+    if not fitting:
+        said = " or ".join(map(_say, kinds))
+        raise ValueError(f"{name} must be {said} but is {_line(reprlib.repr(value))}")
+    inner = fitting[0]
+    if isinstance(inner, list):
+        for i, one in enumerate(value):
+            check(one, inner[0], f"{where}[{i}]")
+    elif isinstance(inner, dict):
+        dot = f"{where}." if where else ""
+        for field, one in inner.items():
+            if field is str:
+                for key, item in value.items():
+                    check(item, one, f"{dot}{key}")
+            elif (key := field.removesuffix("?")) in value:
+                check(value[key], one, f"{dot}{key}")
+            elif key == field:
+                raise ValueError(f"{name} must have {key!r} but has {_line(reprlib.repr(value))}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is object or kind is None:
+        return kind is object or value is None
+    if isinstance(kind, (list, dict)):
+        return isinstance(value, type(kind))
+    if isinstance(kind, AtLeast):
+        return _fits(value, kind.type) and value >= kind.least
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int) and kind in (int, float):
+        return abs(value) < (2**63 if kind is int else LARGEST_NUMBER)
+    if isinstance(value, float) and kind is float:
+        return abs(value) < LARGEST_NUMBER  # false for NaN, too
+    return isinstance(value, kind)
+
+
+def _say(kind: Any) -> str:
+    if isinstance(kind, AtLeast):
+        return f"{_say(kind.type)} ≥ {kind.least}"
+    if isinstance(kind, (list, dict)):
+        return "a list" if isinstance(kind, list) else "an object"
+    names = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+    return names.get(kind, "null")
+
+
+def _line(text: str) -> str:
+    from sfda_tune.values.text import one_line
+
+    return one_line(" ".join(text.split()))
+
+
+# Write ------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Hand out the path of an empty file; what it holds at the end takes the place of `path`.
+
+    A reader sees the old file or the whole new one; after an error the old one stays. The
+    permissions are those that the umask allows, whatever wrote the file.
+    """
+    path = Path(path)
+    with unfinished(path.parent) as temporary:
+        # The system applies the umask; to ask for it one would have to set it, for all threads.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
+        yield temporary
+        if temporary.stat().st_mode != mode:  # safetensors writes for its owner only
+            temporary.chmod(stat.S_IMODE(mode))
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def unfinished(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Hand out a path in `folder` that nobody else uses; what is there at the end is deleted."""
+    folder = Path(folder)
+    with _LOCK:
+        first = (key := os.path.abspath(folder)) not in _CLEARED
+        _CLEARED.add(key)
+    if first:
+        clear_leftovers(folder)
+    # Not with the target's name in it: that may be as long as names can be.
+    temporary = folder / f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
+    try:
+        yield temporary
+    finally:
+        _delete(temporary)
+
+
+def clear_leftovers(folder: str | os.PathLike[str], age: float = AGE) -> None:
+    """Delete what killed processes left unfinished in a folder more than `age` seconds ago."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if entry.name.startswith(PREFIX) and entry.name.endswith(SUFFIX):
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime >= age:
+                        _delete(Path(entry.path))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one.
+
+    UTF-8; surrogates, which stand for the bytes of a name that is no UTF-8, become these bytes,
+    and those that stand for nothing become escapes.
+    """
+    try:
+        content = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        content = text.encode("utf-8", "backslashreplace")
+    write_bytes(path, content)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,202 @@
+"""What the JSON files hold that are read again, as kinds for `files.read_json`.
+
+Only what somebody works with is named; further fields may be anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfda_tune.values.files import AtLeast
+
+__all__ = [
+    "CLASSIFIER",
+    "CONFIG",
+    "ENVIRONMENT",
+    "EXPERIMENTS",
+    "FOUND",
+    "HARD_IMAGE",
+    "PROVENANCE",
+    "RANKING",
+    "RECORD",
+    "SEARCH",
+    "SEARCHER",
+    "STATE",
+    "TRIAL",
+]
+
+COUNT = (AtLeast(0), None)
+NUMBER = (float, None)
+TEXT = (str, None)
+NUMBERS = {str: NUMBER}
+
+RANKING: dict[Any, Any] = {
+    "format": str,
+    "metric": str,
+    "labels": TEXT,
+    "info": {
+        "dataset?": object,
+        "classes?": (list, None),
+        "unreadable?": ({str: object}, None),
+        "n_images?": AtLeast(0, int),
+        "copies?": ([{"image": str, "same_as": str}], None),
+        "several_classes?": ([{"image": str, "classes": [str]}], None),
+        "seconds?": (NUMBERS, None),
+        "versions?": ({str: object}, None),
+    },
+    "scores": [
+        {
+            "backbone": str,
+            "value": NUMBER,
+            "per_sample": TEXT,
+            "n_samples": AtLeast(0, int),
+            "n_dims": AtLeast(0, int),
+            "seconds": float,
+            "error": TEXT,
+            "details": {
+                "n_params?": COUNT,
+                "images_per_second?": COUNT,
+                "peak_memory?": COUNT,
+                "peak_batch?": COUNT,
+                "input_size?": ([AtLeast(1, int)], None),
+                "standard_error?": COUNT,
+                "lambda?": (float, None, str, [object], {str: object}),
+            },
+        }
+    ],
+}
+
+EPOCH = {
+    "number": AtLeast(0, int),
+    "value": float,
+    "log_loss?": float,
+    "train_loss?": NUMBER,
+    "seconds": AtLeast(0),
+}
+OUTLINE: dict[Any, Any] = {  # of a trial, as a report needs it
+    "number": int,
+    "backbone": str,
+    "params": {str: object},
+    "folder?": str,
+    "state": str,
+    "value?": NUMBER,
+    "values?": ([NUMBER], None),
+    "started?": COUNT,
+    "seconds?": COUNT,
+    "worker?": str,
+    "error?": TEXT,
+    "epochs?": [EPOCH],
+}
+TRIAL: dict[Any, Any] = OUTLINE | {"epochs": [EPOCH | {"log_loss": float}], "started": AtLeast(0)}
+
+SEARCH: dict[Any, Any] = {
+    "format?": int,
+    "status?": str,
+    "dataset?": str,
+    "classes?": [str],
+    "n_images?": {str: AtLeast(0, int)},
+    "stages?": [{"name": str, "seconds": COUNT, "note?": str}],
+    "candidates?": [str],
+    "excluded?": ({str: str}, None),
+    "survivors?": [str],
+    "separable?": (bool, None),
+    "decision?": TEXT,
+    "objectives?": [str],
+    "metric?": str,
+    "engine?": str,
+    "storage?": TEXT,
+    "plausible?": [str],
+    "scores?": {str: float},
+    "trials?": [OUTLINE],
+    "short_trials?": [OUTLINE],
+    "front?": [int],
+    "costs?": (
+        {str: {"latency_ms?": COUNT, "n_params?": COUNT, "seconds_per_epoch?": COUNT}},
+        None,
+    ),
+    "seconds?": {"total?": COUNT, "train_everything_estimate?": COUNT},
+    "best?": (
+        {
+            "trial": int,
+            "backbone": str,
+            "params?": {str: object},
+            "epochs?": (int, None),
+            "val?": (NUMBERS, None),
+            "test?": (NUMBERS, None),
+            "latency_ms?": COUNT,
+            "n_params?": COUNT,
+        },
+        None,
+    ),
+}
+# What a search needs of its own folder, and what one that is done tells
+_NEEDED = ("status", "classes", "n_images", "stages", "excluded", "survivors", "separable")
+_NEEDED += ("decision", "costs")
+STATE: dict[Any, Any] = {
+    key.removesuffix("?") if key[:-1] in _NEEDED else key: kind
+    for key, kind in SEARCH.items()
+    if "trials" not in key and key != "seconds?"
+} | {
+    "trials": [TRIAL],
+    "short_trials": [TRIAL],
+    "seconds": {"total": AtLeast(0), "train_everything_estimate": COUNT},
+}
+FOUND: dict[Any, Any] = STATE | {
+    "best": {
+        "trial": int,
+        "backbone": str,
+        "params": {str: object},
+        "test": {str: float},
+        "latency_ms": COUNT,
+        "n_params": COUNT,
+    }
+}
+CONFIG: dict[Any, Any] = {"format?": int, "plugins?": ([str], None)}
+ENVIRONMENT: dict[Any, Any] = {"format?": int, "versions?": {str: str}}
+HARD_IMAGE: dict[Any, Any] = {
+    "file": str,
+    "item": str,
+    "label": str,
+    "predicted": str,
+    "p_label": NUMBER,
+}
+SPLITS: dict[Any, Any] = {
+    "left_out?": {str: [AtLeast(0, int)]},
+    "copies?": [[AtLeast(0, int)]],
+}
+EXPERIMENTS = [{"trials": [str], "end": TEXT, "n_trials": (int, None)}]
+PROVENANCE: dict[Any, Any] = {"classes": [str], "backbone": object}
+CLASSIFIER: dict[Any, Any] = {
+    "params": {str: object},
+    "classes": [(str, int, float, bool)],
+    "dtype": str,
+    "backbone": str,
+    "fitted": {
+        "image_shape_?": ([int], None),
+        "value_range_?": object,
+        "n_features_in_?": (int, None),
+    },
+}
+SEARCHER: dict[Any, Any] = {
+    "format": str,
+    "metric": object,
+    "mode": object,
+    "space": object,
+    "seed": object,
+    "number": AtLeast(0, int),
+    "points": AtLeast(0, int),
+    "unattributed": object,
+    "records": {str: {str: object}},
+    "base_searcher": str,
+    "bases": {str: str},
+}
+RECORD: dict[Any, Any] = {
+    "version": int,
+    "digest": str,
+    "metric": str,
+    "info": {str: object},
+    "scores": {str: NUMBER},
+    "errors": {str: float},
+    "failed": {str: str},
+    "settings": {str: object},
+}
