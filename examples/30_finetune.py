@@ -10,8 +10,9 @@ import timm
 import torch
 
 import sfda_tune
+from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.models import predict
-from sfda_tune.finetuning.run import FinetuneConfig, finetune
+from sfda_tune.finetuning.run import finetune
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 import sfda_tune
 from sfda_tune import ImageDataset
+from sfda_tune.backbones import loading
 from sfda_tune.backbones import specs as backbones
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +36,7 @@ def open_split() -> tuple[ImageDataset, ImageDataset]:
 def open_backbone(name: str) -> tuple[nn.Module, backbones.Preprocessing]:
     """Open any backbone that can be ranked: a timm network without classifier."""
     (backbone,) = sfda_tune.resolve_backbones(name)
-    return backbones.load(backbone)
+    return loading.load(backbone)
 
 
 @lru_cache

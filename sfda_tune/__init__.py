@@ -24,27 +24,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sfda_tune.backbones.specs import BackboneError, resolve_backbones
-    from sfda_tune.data.opening import DatasetError, ImageDataset, open_dataset
+    from sfda_tune.backbones.plugins import BackboneError
+    from sfda_tune.backbones.specs import resolve_backbones
+    from sfda_tune.data.dataset import DatasetError, ImageDataset
+    from sfda_tune.data.opening import open_dataset
     from sfda_tune.extraction.run import extract
     from sfda_tune.metrics.scoring import score
     from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
     from sfda_tune.pipelines.search import search
     from sfda_tune.selection.ensembles import select_ensemble
-    from sfda_tune.values.ranking import Backbone, Features, MetricResult, Ranking, Score
+    from sfda_tune.values.features import Backbone, Features, MetricResult, Score
+    from sfda_tune.values.ranking import Ranking
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Backbone": "values.ranking",
-    "BackboneError": "backbones.specs",
-    "DatasetError": "data.opening",
-    "Features": "values.ranking",
-    "ImageDataset": "data.opening",
-    "MetricResult": "values.ranking",
+    "Backbone": "values.features",
+    "BackboneError": "backbones.plugins",
+    "DatasetError": "data.dataset",
+    "Features": "values.features",
+    "ImageDataset": "data.dataset",
+    "MetricResult": "values.features",
     "Ranking": "values.ranking",
     "RankingInterruptedError": "pipelines.ranking",
-    "Score": "values.ranking",
+    "Score": "values.features",
     "extract": "extraction.run",
     "open_dataset": "data.opening",
     "rank": "pipelines.ranking",

@@ -6,7 +6,7 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from sfda_tune.selection.policy import Calibration
+from sfda_tune.selection.calibration import Calibration
 from sfda_tune_optuna.store import load_ranking
 from sfda_tune_optuna.study import calibrate_study, summarise
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from optuna.study import Study
 
-from sfda_tune.selection.policy import Calibration
+from sfda_tune.selection.calibration import Calibration
 from sfda_tune_optuna.plots import _show, plot_backbone_ranking, plot_proxy_calibration
 from sfda_tune_optuna.store import load_ranking
 from sfda_tune_optuna.study import calibrate_study, summarise

@@ -36,7 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sfda_tune.pipelines.clock import Beat
 from sfda_tune.pipelines.engines import DIED, NO_TIME, Job, Trial, attempt, read_trial
 from sfda_tune.pipelines.spaces import Dimension
-from sfda_tune.values.ranking import write_text
+from sfda_tune.values.files import write_text
 from sfda_tune.values.redaction import hide_secrets, redact
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.pruner import SFDAPruner

@@ -11,7 +11,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.selection.policy import Observation, name_arm, rate
+from sfda_tune.selection.calibration import Observation, name_arm
+from sfda_tune.selection.policy import rate
 from sfda_tune_optuna._compat import is_feasible
 
 GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone

@@ -12,7 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.policy import name_arm
+from sfda_tune.selection.calibration import name_arm
 from sfda_tune_optuna._compat import flag_trial
 from sfda_tune_optuna.history import GATED
 from sfda_tune_optuna.store import read_scores

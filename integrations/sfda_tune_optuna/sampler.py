@@ -18,8 +18,9 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.selection.policy import Advisor, Calibration, Observation, find_barred, name_arm
-from sfda_tune.values.ranking import require
+from sfda_tune.selection.calibration import Calibration, Observation, name_arm
+from sfda_tune.selection.policy import Advisor, find_barred
+from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat, store
 from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_arm
 from sfda_tune_optuna.pruner import SFDAPruner

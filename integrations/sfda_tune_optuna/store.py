@@ -11,10 +11,11 @@ from typing import Any
 
 from optuna.study import Study
 
-from sfda_tune.selection.policy import estimate_errors, name_arm
+from sfda_tune.selection.calibration import estimate_errors, name_arm
+from sfda_tune.values.features import Score
 from sfda_tune.values.files import AtLeast, check, parse_json
 from sfda_tune.values.formats import RECORD
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.values.ranking import Ranking
 from sfda_tune_optuna._compat import read_study_attrs, write_study_attr
 
 __all__ = ["SFDAWarning", "load_ranking", "save_ranking"]

@@ -12,9 +12,11 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import TrialState
 
+from sfda_tune.selection import calibration
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.policy import Calibration, name_arm
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.selection.calibration import Calibration, name_arm
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.history import find_choices, observe
 from sfda_tune_optuna.store import load_ranking, load_record, read_scores, save_ranking
@@ -187,7 +189,7 @@ def calibrate_study(
     ranking = load_ranking(study) if ranking is None else ranking
     scores = read_scores(ranking)
     name = param_name or find_param_name(study)
-    return decisions.calibrate(scores, observe(study, study.get_trials(deepcopy=False), name))
+    return calibration.calibrate(scores, observe(study, study.get_trials(deepcopy=False), name))
 
 
 def summarise(calibration: Calibration) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from sfda_tune.pipelines.automl import TrainerSpace, find_specs
+from sfda_tune.finetuning.trainer import TrainerSpace, find_specs
 
 __all__ = ["hp_space"]
 

@@ -43,18 +43,12 @@ import ray
 from ray.cloudpickle import dumps  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 
-from sfda_tune.backbones.devices import is_working
+from sfda_tune.backbones.devices import is_working, resolve_device
+from sfda_tune.data.dataset import DatasetError
 from sfda_tune.data.decoding import UNREADABLE
-from sfda_tune.data.opening import DatasetError
-from sfda_tune.extraction.run import (
-    Outcome,
-    Plan,
-    Unit,
-    Worker,
-    find_poison,
-    resolve_device,
-    shards_per_block,
-)
+from sfda_tune.extraction.crashes import find_poison
+from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_per_block
+from sfda_tune.extraction.worker import Worker
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
 

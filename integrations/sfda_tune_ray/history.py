@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sfda_tune.selection.policy import Observation, rate
+from sfda_tune.selection.calibration import Observation
+from sfda_tune.selection.policy import rate
 
 __all__ = ["Record", "observe"]
 

@@ -10,7 +10,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.policy import name_arm
+from sfda_tune.selection.calibration import name_arm
 from sfda_tune_ray import _compat
 
 __all__ = ["PerBackboneScheduler", "SFDAScheduler"]

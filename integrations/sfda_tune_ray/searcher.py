@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from ray.tune.search import Searcher
 
-from sfda_tune.selection.policy import Advisor, Calibration, find_barred, name_arm
+from sfda_tune.selection.calibration import Calibration, name_arm
+from sfda_tune.selection.policy import Advisor, find_barred
 from sfda_tune.values.files import check, read_json, write_text
 from sfda_tune.values.formats import SEARCHER
-from sfda_tune.values.ranking import require
+from sfda_tune.values.text import require
 from sfda_tune_ray import _compat
 from sfda_tune_ray.history import Record, observe, plain
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from ray.tune import PlacementGroupFactory
 
-from sfda_tune.selection.policy import name_arm, survivors
+from sfda_tune.selection.calibration import name_arm
+from sfda_tune.selection.policy import survivors
 from sfda_tune.values.ranking import Ranking
 from sfda_tune_ray import _compat
 
@@ -134,7 +135,7 @@ def backbone_resources(
 
     Examples
     --------
-    >>> from sfda_tune.values.ranking import Score
+    >>> from sfda_tune.values.features import Score
     >>> details = {"n_params": 25_600_000, "input_size": (3, 224, 224)}
     >>> ranking = Ranking([Score("resnet50", 0.9, details=details)])
     >>> need = backbone_resources(ranking, cpus=2, gpu_memory=24e9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sfda_tune.pipelines.automl import TrainerSpace, find_specs
+from sfda_tune.finetuning.trainer import TrainerSpace, find_specs
 from sfda_tune_ray.spaces import backbone_space
 
 __all__ = ["hp_space"]

@@ -17,13 +17,15 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 import sfda_tune
-from sfda_tune.data.opening import ImageDataset, open_dataset
-from sfda_tune.finetuning.heads import write_model
-from sfda_tune.finetuning.models import PROVENANCE, Model, load_model, predict
-from sfda_tune.finetuning.run import FinetuneConfig, finetune
-from sfda_tune.values.files import check, read_json
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.opening import open_dataset
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.models import PROVENANCE, Model, load_model, predict, write_model
+from sfda_tune.finetuning.run import finetune
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.files import check, read_json, write_text
 from sfda_tune.values.formats import CLASSIFIER
-from sfda_tune.values.ranking import Backbone, Ranking, write_text
+from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import json_text
 from sfda_tune_sklearn.images import as_dataset, read_images
 
@@ -56,7 +58,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
     image_shape, value_range
         How X is read, see `BackboneFeatures`.
     device, precision
-        See `sfda_tune.extraction.run.Settings`.
+        See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
         Where features are kept for the next time, see `sfda_tune.rank`.
     plugins : iterable of str

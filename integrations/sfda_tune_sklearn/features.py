@@ -8,9 +8,11 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from sfda_tune.backbones import loading
 from sfda_tune.backbones import specs as zoo
-from sfda_tune.data.opening import ImageDataset
-from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
 from sfda_tune_sklearn.images import as_dataset, read_images
 
@@ -33,7 +35,7 @@ class BackboneFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     value_range : (low, high), optional
         What is black and white in X, unless X is uint8. See `sfda_tune_sklearn.images`.
     device, precision, batch_size, workers
-        See `sfda_tune.extraction.run.Settings`.
+        See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
         Where features are kept for the next time, see `sfda_tune.rank`.
     plugins : iterable of str
@@ -91,7 +93,7 @@ class BackboneFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """Open the backbone and note how X is to be read; `y` is ignored."""
         items = read_images(self, X, fit=True)
         backbone = self._open()
-        n_dims = zoo.describe(backbone).n_dims
+        n_dims = loading.describe(backbone).n_dims
         if n_dims is None:  # a network of the user's own
             n_dims = self._extract(as_dataset(items[:1])).shape[1]
         self.backbone_, self._n_features_out = backbone.name, n_dims

@@ -26,7 +26,9 @@ import numpy as np
 from PIL import Image
 from sklearn.utils.validation import check_array, validate_data
 
-from sfda_tune.data.opening import ImageDataset, image_files, open_dataset
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.folders import image_files
+from sfda_tune.data.opening import open_dataset
 
 __all__ = ["as_dataset", "read_images"]
 

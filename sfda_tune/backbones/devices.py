@@ -6,15 +6,17 @@ import contextlib
 import logging
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["check_precision", "compute", "has_fast_float64", "is_working", "pin", "scores_faster"]
+from sfda_tune.backbones.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    import torch
+
+
+__all__ = ["check_precision", "compute", "is_working", "pin"]
 
 logger = logging.getLogger(__name__)
-
-# Multiplications of a score from which a GPU repays the transfer of the features and the start of
-# its libraries; below, a CPU takes some hundredths of a second.
-WORTH_A_TRANSFER = 2e9
 
 
 def check_precision(precision: str, device: str) -> None:
@@ -116,27 +118,66 @@ def is_working(device: Any) -> bool:
         return False
 
 
-def has_fast_float64(device: Any) -> bool:
-    """Whether a CUDA device has more than the token float64 units of cards for games.
+SMALL = 5e5  # parameters × (pixels / 224²): below, one thread computes
 
-    Those of compute capability x.0 up to 10 (P100, V100, A100, H100, B200) compute float64 at half
-    the rate of float32, all others at 1/32 or 1/64.
+
+@contextlib.contextmanager
+def use_threads(n: int) -> Iterator[None]:
+    """Let PyTorch compute with `n` threads, then with as many as before."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def few_threads(module: torch.nn.Module, preprocessing: Preprocessing) -> Iterator[None]:
+    """Let PyTorch compute a small network with one thread.
+
+    On an idle machine with two cores a second thread gained such networks at most a tenth; with
+    anything else running beside, waiting for each other cost them 20 to 50 times the seconds.
+    Goes by the network, not by the load, so that the same input gives the same bits.
     """
     import torch
 
-    major, minor = torch.cuda.get_device_capability(device)
-    return minor == 0 and 6 <= major <= 10
+    _, height, width = preprocessing.input_size or (3, 224, 224)
+    work = sum(p.numel() for p in module.parameters()) * height * width / 224**2
+    with use_threads(1 if work < SMALL else torch.get_num_threads()):
+        yield
 
 
-def scores_faster(shape: tuple[int, int], device: Any) -> bool:
-    """Whether SFDA of so many samples and dimensions is faster on a device than on the host.
+def resolve_device(device: str) -> str:
+    """Return the torch device behind ``"auto"``, or check the given one.
 
-    Goes by the size and the kind of card, not by the clock: the same input is computed in the same
-    place each time.
+    Raises
+    ------
+    ValueError
+        If torch cannot use it.
     """
     import torch
 
-    n, d = shape
-    if torch.device(device).type != "cuda" or n * d * min(n, d) < WORTH_A_TRANSFER:
-        return False
-    return torch.cuda.is_available() and has_fast_float64(device)
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"`device` must be 'auto' or a device torch can use but is {device!r} ({reason})."
+        ) from error
+    return device
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "bad_alloc")
+    )

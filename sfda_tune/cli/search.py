@@ -101,15 +101,15 @@ def search(
 
       sfda-tune search photos/ -b 'resnet50*' 'convnext_*.fb_in22k*' --budget 2h -o run/
     """
-    from sfda_tune.cli import main as cli
+    from sfda_tune.cli import terminal
     from sfda_tune.pipelines import search as selection
-    from sfda_tune.pipelines.board import Board
+    from sfda_tune.pipelines.progress import Board
     from sfda_tune.pipelines.terminal import say
 
     try:
         found = selection.search(
             dataset,
-            ["demo:*"] if backbones is None else cli._split_commas(backbones),
+            ["demo:*"] if backbones is None else terminal._split_commas(backbones),
             trials=trials,
             budget=budget,
             engine=engine,
@@ -134,13 +134,13 @@ def search(
             cache=cache or True,
             seed=seed,
             out=out,
-            progress=False if quiet else Board(cli.messages),
+            progress=False if quiet else Board(terminal.messages),
         )
     except KeyboardInterrupt:
-        say(cli.messages, "The same command goes on from here.")
+        say(terminal.messages, "The same command goes on from here.")
         raise
-    say(cli.output, found)
-    say(cli.output, found.images)
+    say(terminal.output, found)
+    say(terminal.output, found.images)
 
 
 def predict(
@@ -164,14 +164,13 @@ def predict(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Classify IMAGES with the winner of the search in RUN."""
-    from sfda_tune.cli import main as cli
-    from sfda_tune.data.opening import image_files
+    from sfda_tune.data.folders import image_files
     from sfda_tune.finetuning.models import load_model, predict_batches
-    from sfda_tune.pipelines.search import SearchResult
+    from sfda_tune.pipelines.result import SearchResult
     from sfda_tune.pipelines.terminal import say
 
     if csv is not None:
-        cli._check_out(csv, "--csv")
+        rank._check_out(csv, "--csv")
     model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
     files: list[str] = []
     for given in images:
@@ -199,13 +198,13 @@ def predict(
                 known += is_known
             table.write(lines)  # before they are shown: a kill loses nothing that was
             for line in shown:
-                say(cli.output, line)
+                say(terminal.output, line)
             unreadable |= bad
     if unreadable:
         text = f"{len(unreadable)} of {len(files)} images cannot be read"
         warnings.warn(text, stacklevel=2)
     if table.problem:
-        cli._fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
+        terminal._fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
     if not known:
         raise typer.Exit(1)
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, _resolve, _stream
-from sfda_tune.data.opening import ImageDataset
 
 __all__ = [
     "CopiesWarning", "Twins", "find_alike", "find_twins", "group_twins", "shared_images",

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.data.dataset import DatasetError, ImageDataset
 from sfda_tune.data.decoding import get_switches, renew_lock, set_switches
-from sfda_tune.data.opening import DatasetError, ImageDataset
 
 __all__ = ["BATCH", "Loader", "count_cores", "count_workers", "cut", "is_in_memory", "patience"]
 
@@ -364,7 +364,7 @@ def _serve(
     """Make batches until the other end of the pipe is closed."""
     import torch
 
-    from sfda_tune.backbones.specs import load_plugin
+    from sfda_tune.backbones.plugins import load_plugin
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     torch.set_num_threads(1)

@@ -5,36 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sfda_tune.data.copies import group_twins, shared_images
-from sfda_tune.data.opening import (
-    DatasetError,
-    ImageDataset,
-    NoPartError,
-    open_dataset,
-    open_part,
-)
-from sfda_tune.values.ranking import write_text
-from sfda_tune.values.text import csv_line, json_text
+from sfda_tune.data.dataset import DatasetError, ImageDataset, NoPartError
+from sfda_tune.data.opening import open_dataset, open_part
 
-__all__ = [
-    "describe_images",
-    "fingerprint",
-    "join",
-    "open_own_part",
-    "split_images",
-    "tell_gaps",
-    "tell_shared",
-    "write_csv",
-    "write_json",
-    "write_predictions",
-]
+__all__ = ["fingerprint", "join", "open_own_part", "split_images", "tell_gaps", "tell_shared"]
 
 FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
 HELD_OUT = 0.2  # of the images for the test, then of the others for validation
@@ -127,20 +108,6 @@ def open_own_part(spec: Any, name: str, **columns: Any) -> ImageDataset | None:
         ) from error
 
 
-def describe_images(search: Mapping[str, Any]) -> str:
-    """Say which images trained, validated and tested, from what ``search.json`` holds."""
-    n, sources = search["n_images"], search.get("sources", {})
-    words = {
-        "own part": " (the data set's own part)",
-        "held out": " (held out of the training images)",
-        "given": " (given for it)",
-    }
-    did = {"train": "trained on", "val": "validated on", "test": "tested on"}
-    said = [f"{did[part]} {n[part]}{words.get(sources.get(part), '')}" for part in did]
-    bad = len(search.get("unreadable", {}))
-    return f"Images: {', '.join(said)}" + f"; left out as unreadable: {bad}" * bool(bad)
-
-
 def _hold_out(
     whole: ImageDataset, rest: np.ndarray, share: float, seed: int, twins: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -227,42 +194,3 @@ def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:
     labels = np.concatenate([a.labels, b.labels])
     origin = np.concatenate([a.origin, b.origin])
     return ImageDataset(a.name, [*a.items, *b.items], labels, a.classes, origin)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON, atomically."""
-    write_text(path, json_text(value) + "\n")
-
-
-def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write a table, atomically."""
-    write_text(path, "".join(map(csv_line, rows)))
-
-
-def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: Any) -> None:
-    """Write test_predictions.csv and the 12 images with the lowest probability of their label."""
-    classes = images.classes
-    table = [["item", "label", "predicted", "confidence", *(f"p_{c}" for c in classes)]]
-    for row in rows:
-        label, guess = classes[images.labels[row]], classes[p[row].argmax()]
-        numbers = [f"{x:.6g}" for x in (p[row].max(), *p[row])]
-        table.append([images.item_name(row), label, guess, *numbers])
-    write_csv(folder / "test_predictions.csv", table)
-    (folder / "hardest").mkdir(exist_ok=True)
-    right = p[rows, images.labels[rows]]
-    entries = []
-    for k, i in enumerate(np.argsort(right, kind="stable")[:12]):
-        row, file = rows[i], f"{k:02d}.png"
-        image = images.load(row)
-        image.thumbnail((160, 160))
-        image.save(folder / "hardest" / file)
-        entries.append(
-            {
-                "file": file,
-                "item": images.item_name(row),
-                "label": classes[images.labels[row]],
-                "predicted": classes[p[row].argmax()],
-                "p_label": float(right[i]),
-            }
-        )
-    write_json(folder / "hardest" / "hardest.json", entries)

@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
-from sfda_tune.data.decoding import UNREADABLE, Passing, digest_pixels, is_passing
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage, digest_pixels, is_passing
 from sfda_tune.data.loader import Loader, count_workers, cut, is_in_memory
-from sfda_tune.data.opening import ImageDataset, UnreadableImage
-from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction import pixels
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.values.text import one_line
 
@@ -121,7 +121,7 @@ class Images:
     def _keep(self) -> None:
         import psutil
 
-        budget = min(extraction.PIXEL_BYTES, psutil.virtual_memory().available // 4)
+        budget = min(pixels.PIXEL_BYTES, psutil.virtual_memory().available // 4)
         kept: list[Any] = []
         size = 0
         for rows, batch in self.loader(self, cut(len(self)), list, self.workers):

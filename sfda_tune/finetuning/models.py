@@ -11,23 +11,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfda_tune.backbones import specs as zoo
-from sfda_tune.backbones.devices import check_precision
+from sfda_tune.backbones import loading
+from sfda_tune.backbones.devices import check_precision, compute, few_threads, resolve_device
 from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.decoding import UnreadableImage
+from sfda_tune.data.folders import image_files
 from sfda_tune.data.loader import Loader, cut, is_in_memory
-from sfda_tune.data.opening import ImageDataset, UnreadableImage, image_files
-from sfda_tune.extraction.run import few_threads, resolve_device
-from sfda_tune.finetuning.checkpoints import read_tensors
-from sfda_tune.finetuning.heads import WEIGHTS, forward, probabilities, with_head
+from sfda_tune.finetuning.checkpoints import read_tensors, write_tensors
 from sfda_tune.values import formats
-from sfda_tune.values.files import read_json
-from sfda_tune.values.ranking import Backbone
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.files import read_json, replacing, unfinished
 from sfda_tune.values.text import one_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-__all__ = ["PROVENANCE", "Model", "load_model", "predict", "predict_batches"]
+
+__all__ = [
+    "PROVENANCE",
+    "WEIGHTS",
+    "Model",
+    "forward",
+    "load_model",
+    "predict",
+    "predict_batches",
+    "probabilities",
+    "with_head",
+    "write_model",
+]
 
 PROVENANCE = "provenance.json"
 
@@ -79,7 +92,7 @@ def load_model(
     try:
         provenance = read_json(folder / PROVENANCE, formats.PROVENANCE)
     except FileNotFoundError:
-        raise zoo.BackboneError(
+        raise plugins.BackboneError(
             f"`folder` must be a model saved by fine-tuning but {str(folder)!r} has no "
             f"{PROVENANCE}; open other timm checkpoints with timm.create_model('local-dir:…')."
         ) from None
@@ -87,7 +100,7 @@ def load_model(
     if (folder / "config.json").is_file():
         backbone = Backbone(folder.name, f"local-dir:{folder}", plugins=tuple(plugins))
     elif backbone is None:
-        raise zoo.BackboneError(
+        raise plugins.BackboneError(
             f"`backbone` must be given for {str(folder)!r}: its {provenance['backbone']!r} is no "
             "network of timm's; pass the Backbone with `load=`."
         )
@@ -95,7 +108,7 @@ def load_model(
     try:
         module.load_state_dict(read_tensors(folder / WEIGHTS))
     except (OSError, ValueError, RuntimeError) as error:
-        raise zoo.BackboneError(
+        raise plugins.BackboneError(
             f"the weights in {str(folder / WEIGHTS)!r} are not those of {backbone.name}: "
             f"{one_line(' '.join(str(error).split()))}"
         ) from error
@@ -200,3 +213,92 @@ def _images(images: Any) -> ImageDataset:
         images = list(image_files(images)) if os.path.isdir(images) else [images]
     items = [os.fspath(i) if isinstance(i, os.PathLike) else i for i in images]
     return ImageDataset("images", items, np.zeros(len(items), np.int64), ("",))
+
+
+WEIGHTS = "model.safetensors"
+
+
+def with_head(
+    backbone: Backbone, n_classes: int
+) -> tuple[nn.Module, Preprocessing, list[nn.Module]]:
+    """Open a backbone with a new classifier; return module, preprocessing, classifier layers.
+
+    Timm networks get timm's own head, networks of the user's own a linear layer on top.
+    """
+    import torch
+
+    module, preprocessing = loading.load(backbone)
+    if preprocessing.geometry is not None:  # a timm network: `load` took its head off
+        network: Any = module
+        network.reset_classifier(n_classes)
+        head = network.get_classifier()
+        return module, preprocessing, list(head) if isinstance(head, tuple | list) else [head]
+    from PIL import Image
+
+    example = preprocessing.build()(Image.new("RGB", (256, 256)))
+    with torch.inference_mode():
+        width = _pool(module(example[None].float())).shape[1]
+    headed = _headed(module, width, n_classes)
+    return headed.eval(), preprocessing, [headed.head]
+
+
+def _headed(body: nn.Module, width: int, n_classes: int) -> Any:
+    from torch import nn
+
+    class Headed(nn.Module):
+        pretrained_cfg = {"classifier": "head"}  # noqa: RUF012 - tells timm which layer is last
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, nn.Linear(width, n_classes)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(_pool(self.body(x)))
+
+    return Headed()
+
+
+def _pool(features: torch.Tensor) -> torch.Tensor:
+    """Average feature maps (n, n_dims, h, w) over h and w, as the extraction does."""
+    return features.mean((2, 3)) if features.ndim == 4 else features
+
+
+def forward(
+    module: nn.Module,
+    preprocessing: Preprocessing,
+    pixels: list[torch.Tensor],
+    device: str,
+    precision: str = "float32",
+) -> torch.Tensor:
+    """Return the logits of decoded images, on the CPU."""
+    import torch
+
+    with torch.inference_mode(), compute(device, precision, exact=False):
+        batch = preprocessing.normalize(torch.stack(pixels).to(device))
+        return module(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
+
+
+def probabilities(logits: torch.Tensor) -> np.ndarray:
+    """Return softmax probabilities in float64, whose rows add up to one."""
+    return logits.double().softmax(1).numpy()
+
+
+def write_model(backbone: Backbone, model: Model, folder: Path) -> None:
+    """Write weights and, for a network of timm's, its ``config.json``."""
+    from timm.models import save_for_hf
+
+    module: Any = model.module
+    if "architecture" not in (getattr(module, "pretrained_cfg", None) or {}):
+        write_tensors(folder / WEIGHTS, module.state_dict(), {"format": "pt"})
+        return
+    more: dict[str, Any] = {"label_names": list(model.classes)}
+    name = loading.timm_name(backbone.spec)
+    if name.startswith("local-dir:"):  # a network can be called otherwise than its base variant
+        more["architecture"] = loading.read_config(name.partition(":")[2])["architecture"]
+    elif name and not name.startswith("hf-hub:"):
+        more["architecture"] = name.partition(".")[0]
+    with unfinished(folder) as new:
+        save_for_hf(module, str(new), model_config=more, safe_serialization=True)
+        for file in (WEIGHTS, "config.json"):
+            with replacing(folder / file) as whole:
+                os.replace(new / file, whole)

@@ -39,20 +39,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 import sfda_tune
+from sfda_tune.backbones import devices
 from sfda_tune.backbones.devices import check_precision, compute
+from sfda_tune.data.dataset import DatasetError, ImageDataset
 from sfda_tune.data.decoding import Passing
-from sfda_tune.data.opening import DatasetError, ImageDataset
-from sfda_tune.extraction import run as extraction
 from sfda_tune.finetuning.checkpoints import DamagedError, read_state, write_state
-from sfda_tune.finetuning.config import MONITORS, Epoch, FinetuneConfig, OutOfTimeError, measure
-from sfda_tune.finetuning.heads import (
-    forward,
-    make_optimizer,
-    probabilities,
-    start_head,
-    with_head,
-    write_model,
-)
+from sfda_tune.finetuning.config import MONITORS, FinetuneConfig
+from sfda_tune.finetuning.epochs import Epoch, OutOfTimeError, measure
+from sfda_tune.finetuning.heads import start_head
 from sfda_tune.finetuning.images import (
     Images,
     Order,
@@ -64,11 +58,19 @@ from sfda_tune.finetuning.images import (
     split,
     train_loader,
 )
-from sfda_tune.finetuning.models import PROVENANCE, Model
+from sfda_tune.finetuning.models import (
+    PROVENANCE,
+    Model,
+    forward,
+    probabilities,
+    with_head,
+    write_model,
+)
+from sfda_tune.finetuning.optimizers import make_optimizer
 from sfda_tune.finetuning.shared import SharedWork
+from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import AtLeast, check, write_text
 from sfda_tune.values.formats import NUMBERS
-from sfda_tune.values.ranking import Backbone
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +159,7 @@ def finetune(
     they were after every epoch, but runs in two *threads* of one process disturb each other.
     """
     config = config or FinetuneConfig()
-    device = extraction.resolve_device(device)
+    device = devices.resolve_device(device)
     check_precision(config.precision, device)
     parts = partial(split, dataset, val, config)
     how = ("split", config.val_fraction, config.seed)
@@ -319,7 +321,7 @@ class FineTuning(Iterator[Epoch]):
             started = time.perf_counter()
             with own_randomness(self.device):
                 self._open()
-                with extraction.few_threads(self.module, self.half):
+                with devices.few_threads(self.module, self.half):
                     first = self._begin(started)
             if first is not None:
                 yield first
@@ -327,7 +329,7 @@ class FineTuning(Iterator[Epoch]):
                 started = time.perf_counter()
                 with (
                     own_randomness(self.device),
-                    extraction.few_threads(self.module, self.half),
+                    devices.few_threads(self.module, self.half),
                     self._tf32(),
                 ):
                     epoch = self._epoch(started)
@@ -545,7 +547,7 @@ class FineTuning(Iterator[Epoch]):
 
     def _halve(self, error: Exception, n: int) -> None:
         """Go on with half as many images at a time, if it is the memory that failed."""
-        if not extraction._out_of_memory(error) or self._micro == 1:
+        if not devices._out_of_memory(error) or self._micro == 1:
             raise error
         self._micro = max(1, min(self._micro, n) // 2)
         logger.warning("out of memory: %d images at a time now", self._micro)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction import pixels
 from sfda_tune.finetuning.images import Images
 
 __all__ = ["SharedWork"]
@@ -55,7 +55,7 @@ class SharedWork:
         images = self._images.pop(full, None) or make()  # they hold `owner`
         if images.kept is not None:
             self._images[full] = images
-        while len(self._images) > 1 and self._size() > extraction.PIXEL_BYTES:
+        while len(self._images) > 1 and self._size() > pixels.PIXEL_BYTES:
             self._images.popitem(last=False)
         return images
 

@@ -50,7 +50,7 @@ from sfda_tune.metrics.priors import imagenet, imagenet_prior, params, params_pr
 from sfda_tune.metrics.sfda import sfda
 from sfda_tune.metrics.tmi import tmi
 from sfda_tune.metrics.transrate import transrate
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = [
     "METRICS",

@@ -55,7 +55,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.linalg import eigh, get_blas_funcs, get_lapack_funcs
 
-from sfda_tune.values.ranking import encode_labels
+from sfda_tune.values.labels import encode_labels
 
 Array: TypeAlias = Any  # an ndarray, or a torch tensor on the device of the features
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh
 
-from sfda_tune.values.ranking import encode_labels
+from sfda_tune.values.labels import encode_labels
 
 __all__ = ["Data", "load", "load_logits", "narrow", "pca", "positive", "triangle", "whole"]
 

@@ -148,7 +148,7 @@ def combine_hub(
     Examples
     --------
     >>> from sfda_tune.metrics import combine_hub
-    >>> from sfda_tune.values.ranking import MetricResult
+    >>> from sfda_tune.values.features import MetricResult
     >>> parts = {"a": (0.8, 11.0), "b": (0.9, 13.0), "c": (0.6, 15.0)}
     >>> hub = {
     ...     name: MetricResult(lda, details={"hub_parts": {"lda": lda, "energy": energy}})

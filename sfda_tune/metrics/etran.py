@@ -23,7 +23,7 @@ from scipy.special import logsumexp
 
 from sfda_tune.metrics._input import load, load_logits, narrow
 from sfda_tune.metrics._linear import lda_log_posterior, within
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["etran"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.metrics._input import Data, load_logits
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["leep"]
 

@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 
 from sfda_tune.metrics._input import Data, load, positive, whole
 from sfda_tune.metrics._linear import fit_softmax
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["linear_probe"]
 

@@ -24,7 +24,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from sfda_tune.metrics._input import EPS, Data, load
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["logme"]
 

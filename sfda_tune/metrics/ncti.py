@@ -23,7 +23,7 @@ from scipy.linalg import svdvals
 
 from sfda_tune.metrics._input import load, pca, triangle
 from sfda_tune.metrics._linear import lda_directions, lda_log_posterior
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["ncti"]
 

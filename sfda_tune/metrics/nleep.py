@@ -19,7 +19,7 @@ import numpy as np
 from sfda_tune.metrics._input import load, narrow, pca, whole
 from sfda_tune.metrics._mixture import fit_mixture
 from sfda_tune.metrics.leep import log_expected_prediction
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["nleep"]
 

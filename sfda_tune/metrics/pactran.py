@@ -22,7 +22,7 @@ from scipy.special import softmax
 
 from sfda_tune.metrics._input import load, narrow, positive
 from sfda_tune.metrics._linear import fit_softmax
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["pactran"]
 

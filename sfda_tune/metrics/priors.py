@@ -152,7 +152,8 @@ def params_prior(names: Iterable[str], *, path: str | Path | None = None) -> dic
     Examples
     --------
     >>> from sfda_tune.metrics import params_prior
-    >>> from sfda_tune.values.ranking import Ranking, Score
+    >>> from sfda_tune.values.ranking import Ranking
+    >>> from sfda_tune.values.features import Score
     >>> params_prior(Ranking([Score("a", 0.2, details={"n_params": 25_000_000})]))
     {'a': 25.0}
     """

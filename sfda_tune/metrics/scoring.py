@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.backbones.devices import scores_faster
-from sfda_tune.metrics import combine, combine_hub, describe_metrics, get_metric
+from sfda_tune.metrics import combine, describe_metrics, get_metric
+from sfda_tune.metrics.combine import combine_hub
 from sfda_tune.metrics.priors import PRIORS
 from sfda_tune.metrics.sfda import VARIANTS, sfda
-from sfda_tune.values.ranking import Features, MetricResult, Ranking, Score
+from sfda_tune.values.features import Features, MetricResult, Score
+from sfda_tune.values.ranking import Ranking
 
-__all__ = ["Metric", "Scorer", "score"]
+__all__ = ["Metric", "Scorer", "has_fast_float64", "score", "scores_faster"]
 
 logger = logging.getLogger(__name__)
 
@@ -250,3 +251,34 @@ def _noted(details: Mapping[str, Any], priors: list[str] | None) -> dict[str, An
         return dict(details)
     notes = [str(details.get("note", "")), f"unknown to {' and '.join(priors)}"]
     return {**details, "note": "; ".join(filter(None, notes))}
+
+
+# Multiplications of a score from which a GPU repays the transfer of the features and the start of
+# its libraries; below, a CPU takes some hundredths of a second.
+WORTH_A_TRANSFER = 2e9
+
+
+def has_fast_float64(device: Any) -> bool:
+    """Whether a CUDA device has more than the token float64 units of cards for games.
+
+    Those of compute capability x.0 up to 10 (P100, V100, A100, H100, B200) compute float64 at half
+    the rate of float32, all others at 1/32 or 1/64.
+    """
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    return minor == 0 and 6 <= major <= 10
+
+
+def scores_faster(shape: tuple[int, int], device: Any) -> bool:
+    """Whether SFDA of so many samples and dimensions is faster on a device than on the host.
+
+    Goes by the size and the kind of card, not by the clock: the same input is computed in the same
+    place each time.
+    """
+    import torch
+
+    n, d = shape
+    if torch.device(device).type != "cuda" or n * d * min(n, d) < WORTH_A_TRANSFER:
+        return False
+    return torch.cuda.is_available() and has_fast_float64(device)

@@ -79,7 +79,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sfda_tune.metrics._fisher import Array, Discriminants, Samples, Scatter, load
-from sfda_tune.values.ranking import MetricResult
+from sfda_tune.values.features import MetricResult
 
 __all__ = ["VARIANTS", "sfda"]
 

@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from sfda_tune.finetuning.config import OutOfTimeError
+from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.pipelines.spaces import Space
 from sfda_tune.values.files import read_json
 from sfda_tune.values.formats import TRIAL

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sfda_tune.values.ranking import Score
+from sfda_tune.pipelines.engines import Trial
+from sfda_tune.values.features import Score
 from sfda_tune.values.text import printable
 
-__all__ = ["Bar", "Silent", "as_progress"]
+__all__ = ["Bar", "Board", "Silent", "SilentBoard", "as_board", "as_progress"]
 
 
 class Silent:
@@ -81,3 +84,100 @@ def as_progress(progress: Any) -> Iterator[Any]:
             yield bar
     else:
         yield Silent()
+
+
+class SilentBoard(Silent):
+    """Shows nothing; what the progress object of a search must answer to."""
+
+    def enter(self, stage: str) -> None:
+        """Hear that a stage begins."""
+
+    def leave(self, stage: str, note: str) -> None:
+        """Hear what a stage has found."""
+
+    def say(self, what: str, done: float, total: float | None) -> None:
+        """Hear what is at work now, and how much of the stage is done."""
+
+    def show(
+        self, trials: Sequence[Trial], best: Trial | None, n_trials: int | None, stop: float
+    ) -> None:
+        """Hear of all trials so far; no more than `n_trials`, none after `stop` (Unix time)."""
+
+
+class Board(SilentBoard):
+    """One line per finished stage and a moving one below, on standard error."""
+
+    def __init__(self, console: Any = None) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from sfda_tune.pipelines.terminal import Terminal
+
+        self.rich = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[left]}"),
+            TimeElapsedColumn(),
+            console=console or Terminal(stderr=True),
+            transient=True,
+        )
+        self._task = self.rich.add_task("starting", total=None, left="")
+        self._stage, self._seen, self._total = "", 0, 0
+
+    def enter(self, stage: str) -> None:
+        """Name the stage."""
+        self._stage, self._started = stage, time.monotonic()
+        self.say("", 0, None)
+
+    def leave(self, stage: str, note: str) -> None:
+        """Print what the stage has found."""
+        from sfda_tune.pipelines.terminal import say
+
+        seconds = time.monotonic() - self._started
+        say(self.rich.console, f"{stage:<9} {seconds:6.1f} s  {note}")
+
+    def say(self, what: str, done: float, total: float | None, left: float | None = None) -> None:
+        """Move the bar, and estimate the seconds left from the share that is done."""
+        if left is None and total and done:
+            left = (time.monotonic() - self._started) * (total - done) / done
+        shown = "" if left is None else _left(left)
+        text = f"{self._stage}: {printable(what)}" if what else self._stage
+        self.rich.update(self._task, description=text, completed=done, total=total, left=shown)
+
+    def start(self, n_images: int, n_cached: int) -> None:
+        """Hear how many images the ranking has to look at."""
+        self._seen, self._total = 0, n_images
+
+    def advance(self, backbone: str, n_images: int) -> None:
+        """Show which backbone is being ranked."""
+        self._seen += n_images
+        self.say(backbone, self._seen, self._total)
+
+    def show(
+        self, trials: Sequence[Trial], best: Trial | None, n_trials: int | None, stop: float
+    ) -> None:
+        """Show how many trials are done, and the best."""
+        done = sum(t.state != "running" for t in trials)
+        text = f"{done}{f' of {n_trials}' if n_trials else ''} trials"
+        if best is not None and best.value is not None:
+            text += f", best {best.value:.4f} by {best.backbone} (trial {best.number})"
+        if n_trials is None or (math.isfinite(stop) and not done):
+            spent, left = time.monotonic() - self._started, max(0.0, stop - time.time())
+            self.say(text, spent, spent + left, left)
+        else:
+            self.say(text, done, n_trials)
+
+
+def _left(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+@contextmanager
+def as_board(progress: Any) -> Iterator[Any]:
+    """Turn a bool into a board and show it; hand any other object through."""
+    board = Board() if progress is True else progress or SilentBoard()
+    if isinstance(board, Board):
+        with board.rich:
+            yield board
+    else:
+        yield board

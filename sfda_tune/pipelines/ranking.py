@@ -13,16 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.backbones.devices import resolve_device
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.copies import CopiesWarning, find_alike, find_twins, group_twins, tell_copies
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
-from sfda_tune.data.opening import ImageDataset, open_dataset
-from sfda_tune.extraction.run import Executor, Extraction, Map, Settings, extract, resolve_device
+from sfda_tune.data.opening import open_dataset
+from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
+from sfda_tune.extraction.worker import Executor
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.racing import Course, Race, make_stages, run
-from sfda_tune.values.ranking import Backbone, Ranking, Score
+from sfda_tune.values.features import Backbone, Score
+from sfda_tune.values.ranking import Ranking
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -85,7 +90,7 @@ def rank(
     image_column, label_column : str, optional
         Of a table or a Hugging Face data set, where they have unusual names.
     device, precision, batch_size, workers, max_unreadable
-        See `sfda_tune.extraction.run.Settings`.
+        See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
         Where features are kept for the next run: True for `sfda_tune.extraction.store.default_root`, False
         for nowhere; a folder, or a bucket (``"s3://…"``, by fsspec).

@@ -25,64 +25,54 @@ import multiprocessing
 import os
 import pickle
 import platform
-import re
 import shutil
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
 import sfda_tune
-from sfda_tune.backbones.specs import describe, load, resolve_backbones
+from sfda_tune.backbones.devices import resolve_device, use_threads
+from sfda_tune.backbones.loading import describe
+from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.copies import group_twins
-from sfda_tune.data.opening import DatasetError, UnreadableImage
-from sfda_tune.data.splits import (
-    describe_images,
-    fingerprint,
-    join,
-    split_images,
-    tell_gaps,
-    tell_shared,
-    write_json,
-    write_predictions,
-)
-from sfda_tune.extraction.run import resolve_device, use_threads
-from sfda_tune.finetuning.config import MONITORS, FinetuneConfig, measure
+from sfda_tune.data.dataset import DatasetError
+from sfda_tune.data.decoding import UnreadableImage
+from sfda_tune.data.splits import fingerprint, join, split_images, tell_gaps, tell_shared
+from sfda_tune.finetuning.config import MONITORS, FinetuneConfig
+from sfda_tune.finetuning.epochs import OutOfTimeError, measure
 from sfda_tune.finetuning.images import look_at, own_randomness
 from sfda_tune.finetuning.models import load_model, predict
 from sfda_tune.finetuning.run import BEST, CHECKPOINT, FineTuning, finetune
 from sfda_tune.finetuning.shared import SharedWork
-from sfda_tune.pipelines.board import SilentBoard, as_board
+from sfda_tune.pipelines.budget import _ends_later, _Watch, parse_budget
 from sfda_tune.pipelines.clock import Beat, Clock
-from sfda_tune.pipelines.engines import (
-    DIED,
-    Job,
-    OutOfTimeError,
-    Trial,
-    attempt,
-    load_engine,
-    read_trial,
-)
+from sfda_tune.pipelines.engines import DIED, Job, Trial, attempt, load_engine, read_trial
+from sfda_tune.pipelines.latency import _time_forward, measure_latency
+from sfda_tune.pipelines.progress import SilentBoard, as_board
 from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
+from sfda_tune.pipelines.result import SearchResult, write_predictions
 from sfda_tune.pipelines.spaces import default_space, open_space
 from sfda_tune.report.html import write_report
+from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
-from sfda_tune.selection.uncertainty import diagnose
-from sfda_tune.values.files import check, read_json
-from sfda_tune.values.formats import FOUND, PROVENANCE, SEARCH, SPLITS, STATE, TRIAL
-from sfda_tune.values.ranking import Backbone, Ranking, require, write_text
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.files import read_json, write_json, write_text
+from sfda_tune.values.formats import PROVENANCE, SPLITS, STATE, TRIAL
+from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.redaction import hide_secrets, without_secrets
 from sfda_tune.values.redaction import redact as _redact
+from sfda_tune.values.text import require
 
-__all__ = ["SearchResult", "measure_latency", "search"]
+__all__ = ["search"]
 
 KEEP = 3
 RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a budget
@@ -90,91 +80,6 @@ RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a b
 FREE = ("workers", "progress", "out", "cache", "device", "max_unreadable")
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found; `open` reads it from the folder.
-
-    Parameters
-    ----------
-    folder : Path
-    summary : mapping
-        What ``search.json`` holds: stages, decision, trials, front, costs, seconds.
-    ranking : Ranking
-    """
-
-    folder: Path
-    summary: Mapping[str, Any]
-    ranking: Ranking
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> SearchResult:
-        """Open the folder of a finished search.
-
-        Raises
-        ------
-        ValueError
-            If there is none, or it has not finished.
-        """
-        folder = Path(folder)
-        path = folder / "search.json"
-        summary = read_json(path, SEARCH) if path.is_file() else {}
-        if summary.get("status") not in ("done", "budget spent"):
-            raise ValueError(
-                f"`folder` must be that of a finished search but {str(folder)!r} has status "
-                f"{summary.get('status')!r}; run `sfda-tune search` with --out, to the end."
-            )
-        check(summary, FOUND, "search.json")
-        return cls(folder, summary, Ranking.from_json(folder / "ranking.json"))
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The winner: ``trial, backbone, params, val, test, latency_ms, n_params``."""
-        return self.summary["best"]
-
-    @property
-    def trials(self) -> list[dict[str, Any]]:
-        """All trials, each a dict."""
-        return self.summary["trials"]
-
-    @property
-    def test(self) -> dict[str, float]:
-        """Accuracy, balanced accuracy, macro-F1 and log-loss on the test images."""
-        return self.best["test"]
-
-    @property
-    def classes(self) -> list[str]:
-        """The classes behind the columns of `predict`."""
-        return self.summary["classes"]
-
-    @property
-    def images(self) -> str:
-        """Which images trained, validated and tested, in a sentence."""
-        return describe_images(self.summary)
-
-    def predict(self, images: Any, **options: Any) -> np.ndarray:
-        """Return class probabilities (n_images, n_classes); see `predictions.predict`."""
-        return predict(self.folder / "model", images, **options)
-
-    def __str__(self) -> str:
-        b, s = self.best, self.summary
-        numbers = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in b["test"].items())
-        n = s["n_images"]["test"]
-        return (
-            f"{b['backbone']} (trial {b['trial']}, {len(s['trials'])} in all): {numbers} on "
-            f"{n} test image{'s' * (n != 1)}{self._interval}; {s['decision']}; "
-            f"{s['seconds']['total']:.0f} s"
-            + f"; {self.folder}" * self.folder.is_dir()
-            + "".join(f"\nnote: {note}" for note in s.get("notes", ()))
-        )
-
-    @property
-    def _interval(self) -> str:
-        if "test_interval" not in self.best:  # of an older version
-            return ""
-        low, high = self.best["test_interval"]
-        return f" (95 % interval of the accuracy: {low:.4f} to {high:.4f})"
 
 
 def search(
@@ -1053,20 +958,6 @@ class _ToTheEnd(FineTuning):
         return float(epoch.number), 0.0
 
 
-class _Watch:
-    """Passes on the progress of a ranking, and interrupts it at its deadline."""
-
-    def __init__(self, board: Any, is_late: Callable[[], bool]) -> None:
-        self.start, self.finish, self._board = board.start, board.finish, board
-        self._is_late, self.is_over = is_late, False
-
-    def advance(self, backbone: str, n_images: int) -> None:
-        self._board.advance(backbone, n_images)
-        if self._is_late():
-            self.is_over = True
-            raise KeyboardInterrupt
-
-
 # Parts ------------------------------------------------------------------------------------------
 @contextmanager
 def _as_found(device: str) -> Iterator[None]:
@@ -1082,55 +973,6 @@ def _share_cores(workers: int) -> Iterator[None]:
 
     with use_threads(max(1, torch.get_num_threads() // workers)):
         yield
-
-
-def measure_latency(backbone: Backbone, device: str = "auto") -> float:
-    """Return the milliseconds that a forward pass with one image takes: the median of several.
-
-    >>> (backbone,) = resolve_backbones("demo:resnet_glyphs")
-    >>> 0 < measure_latency(backbone, "cpu") < 10_000
-    True
-    """
-    module, preprocessing = load(backbone)
-    return _time_forward(module, preprocessing, resolve_device(device))
-
-
-def _time_forward(module: Any, preprocessing: Any, device: str) -> float:
-    import torch
-    from PIL import Image
-
-    pixels = preprocessing.build()(Image.new("RGB", (256, 256)))
-    x = preprocessing.normalize(torch.stack([pixels])).to(device)
-    module, times = module.to(device), []
-    until = time.perf_counter() + 0.5
-    with torch.inference_mode():
-        while len(times) < 4 or (len(times) < 30 and time.perf_counter() < until):
-            started = time.perf_counter()
-            module(x).sum().item()  # waits for the device
-            times.append(time.perf_counter() - started)
-    return 1000 * float(np.median(times[1:]))  # the first one warms up
-
-
-def parse_budget(budget: str | float | None) -> float | None:
-    """Return seconds.
-
-    >>> parse_budget("1h30m"), parse_budget("90s"), parse_budget(5)
-    (5400.0, 90.0, 5.0)
-    """
-    seconds = budget
-    if isinstance(budget, str):
-        found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", budget.strip())
-        parts = [float(part or 0) for part in found.groups()] if found else [0.0]
-        seconds = float(np.dot(parts, [3600, 60, 1][: len(parts)]))
-    if seconds is not None and not 0 < float(seconds) < math.inf:
-        raise ValueError(f"`budget` must be a time such as '2h', '45m' or 90 but is {budget!r}.")
-    return None if seconds is None else float(seconds)
-
-
-def _ends_later(new: str | float | None, old: str | float | None) -> bool:
-    """Compare two numbers of trials or two budgets; None has no end."""
-    a, b = (math.inf if value is None else parse_budget(value) for value in (new, old))
-    return cast(float, a) > cast(float, b)
 
 
 def _check(g: Mapping[str, Any]) -> None:

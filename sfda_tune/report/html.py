@@ -10,32 +10,29 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.splits import describe_images
-from sfda_tune.report.plots import STATES, count_confusions, find_front, fit_line
+from sfda_tune.report.axes import Axis, _count, _lines
+from sfda_tune.report.plots import count_confusions, find_front, fit_line
+from sfda_tune.report.run import Run, read_run
+from sfda_tune.selection.calibration import Calibration, Observation, calibrate
+from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
-from sfda_tune.selection.policy import Calibration, Observation, calibrate
 from sfda_tune.selection.tables import listed
-from sfda_tune.selection.uncertainty import Confidence, confidence, diagnose, shortlist
-from sfda_tune.values.files import check, open_regular, read_json, read_rows, write_text
-from sfda_tune.values.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
-from sfda_tune.values.ranking import Ranking, format_count
-from sfda_tune.values.text import printable, read_csv_cell
+from sfda_tune.selection.uncertainty import Confidence, confidence, shortlist
+from sfda_tune.values.files import write_text
+from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import describe_images, printable
 
-__all__ = ["Run", "read_run", "render", "save_plots", "write_report"]
+__all__ = ["render", "save_plots", "write_report"]
 
 HERE = Path(__file__).parent
 COLOURS = (
@@ -59,122 +56,6 @@ COSTS = (  # name, words, whether more is better
     ("latency_ms", "milliseconds per image", False),
     ("n_params", "parameters", False),
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """What there is to report: a ranking, and perhaps the search that followed."""
-
-    ranking: Ranking
-    search: Mapping[str, Any] | None = None
-    trials: Sequence[dict[str, Any]] = ()
-    config: Mapping[str, Any] | None = None
-    environment: Mapping[str, Any] | None = None
-    predictions: Sequence[Mapping[str, str]] = ()  # item, label, predicted
-    hardest: Sequence[Mapping[str, Any]] = ()
-    gaps: Sequence[str] = ()  # what is missing, in sentences
-
-    @property
-    def sign(self) -> int:
-        """−1 where lower values are better."""
-        return -1 if (self.search or {}).get("metric") == "log_loss" else 1
-
-
-# Read --------------------------------------------------------------------------------------------
-def read_run(source: str | os.PathLike[str]) -> Run:
-    """Read the folder of a search, finished or not, or the file of a ranking.
-
-    Raises
-    ------
-    ValueError
-        If there is neither, or a file is not what it should be; the message names the file. A
-        missing file is no error: the report says what is missing.
-    """
-    path = Path(source)
-    if path.is_file():
-        return Run(_read_ranking(path))
-    search, is_ranked = _read(path / "search.json", SEARCH), (path / "ranking.json").is_file()
-    if not search and not is_ranked:
-        raise ValueError(
-            f"{os.fspath(path)!r} must be a ranking.json, or the folder of a search with its "
-            "search.json, but is neither; see `sfda-tune search --out`."
-        )
-    predictions = _read_predictions(path / "test_predictions.csv")
-    entries = _read(path / "hardest" / "hardest.json", [object])
-    hardest = [entry for e in entries if (entry := _add_picture(path / "hardest", e))]
-    gaps = {
-        "There is no ranking: the search ended before the backbones were ranked.": not is_ranked,
-        "No test images were predicted, so the winner is not examined.": not predictions,
-        "Not all thumbnails of hard images could be read.": len(hardest) < len(entries),
-    }
-    return Run(
-        _read_ranking(path / "ranking.json") if is_ranked else Ranking(()),
-        search or None,
-        _complete(search.get("trials") or (), path / "search.json"),
-        _read(path / "config.json", CONFIG),
-        _read(path / "environment.json", ENVIRONMENT),
-        predictions,
-        hardest,
-        [gap for gap, holds in gaps.items() if holds],
-    )
-
-
-def _read_ranking(path: Path) -> Ranking:
-    try:
-        return Ranking.from_json(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{os.fspath(path)}: must be UTF-8 ({error}).") from None
-
-
-def _read(path: Path, kind: Any) -> Any:
-    """Read JSON of a kind; what is empty where there is no file."""
-    empty: Any = [] if isinstance(kind, list) else {}
-    if not os.path.lexists(path):
-        return empty
-    data = read_json(path, kind)
-    if data and isinstance(data, dict) and data.get("format", 1) != 1:
-        raise ValueError(
-            f"{os.fspath(path)}: must be an object of format 1; did a later sfda-tune write it?"
-        )
-    return data
-
-
-def _complete(entries: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Give each trial all fields, in the order of their numbers."""
-    empty = dict.fromkeys(("value", "values", "started", "seconds", "error")) | {"epochs": []}
-    trials = [empty | entry for entry in entries]
-    for i, trial in enumerate(trials):
-        if trial["state"] not in STATES:
-            raise ValueError(
-                f"{os.fspath(path)}: `trials[{i}].state` must be one of {', '.join(STATES)} but "
-                f"is {trial['state']!r}."
-            )
-    return sorted(trials, key=lambda t: t["number"])
-
-
-def _read_predictions(path: Path) -> list[dict[str, str]]:
-    columns = ("item", "label", "predicted")
-    if not os.path.lexists(path):
-        return []
-    return [{c: read_csv_cell(row[c]) for c in columns} for row in read_rows(path, columns)]
-
-
-def _add_picture(folder: Path, entry: Any) -> dict[str, Any] | None:
-    """Return the entry with its image as base64; decoded before, so that it is an image."""
-    from PIL import Image
-
-    try:
-        entry = dict.fromkeys(("item", "label", "predicted"), "?") | {"p_label": None} | entry
-        if Path(entry["file"]).name != entry["file"]:
-            raise ValueError("outside the folder")
-        check(entry, HARD_IMAGE)
-        with open_regular(folder / entry["file"]) as file, Image.open(file) as image:
-            picture = image.convert("RGB")
-    except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
-        return None
-    picture.thumbnail((160, 160))
-    picture.save(buffer := io.BytesIO(), "PNG")
-    return entry | {"data": base64.b64encode(buffer.getvalue()).decode("ascii")}
 
 
 # Write -------------------------------------------------------------------------------------------
@@ -278,46 +159,6 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
             files.append(folder / f"{name}.{suffix}")
             sheet.savefig(files[-1], dpi=200)
     return files
-
-
-# Compute -----------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Axis:
-    """A scale from numbers to per cent of the width or height.
-
-    >>> axis = Axis.over([0.0, 10.0])
-    >>> axis.at(5.0), [label for _, label in axis.ticks]
-    (50.0, ['0', '2', '4', '6', '8', '10'])
-    """
-
-    low: float
-    high: float
-    log: bool = False
-
-    @classmethod
-    def over(cls, values: Iterable[float], log: bool = False) -> Axis:
-        """Return an axis that holds all `values`, with a little room."""
-        found = [math.log10(v) if log else v for v in values] or [0.0, 1.0]
-        room = 0.06 * (max(found) - min(found)) or 0.05 * abs(found[0]) or 0.5
-        return cls(min(found) - room, max(found) + room, log)
-
-    def at(self, value: float) -> float:
-        """Return where `value` lies, in per cent."""
-        place = math.log10(value) if self.log else value
-        return round(100 * (place - self.low) / (self.high - self.low), 2)
-
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        """A few round numbers, each with its place."""
-        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
-        step = 10.0 ** math.floor(math.log10((high - low) / 3))
-        step = max(s for s in (step, 2 * step, 5 * step) if s <= (high - low) / 3)
-        values = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-        if high > 8 * low and self.log:
-            digits = (1, 2, 5) if high < 200 * low else (1,)
-            values = [d * 10.0**e for e in range(-9, 13) for d in digits]
-        shown = [v for v in values if low <= v <= high]
-        return [(self.at(v), _count(v)) for v in shown]
 
 
 def _confidence(ranking: Ranking) -> Confidence | None:
@@ -489,11 +330,6 @@ def _test(run: Run) -> dict[str, Any] | None:
     }
 
 
-def _lines(points: Sequence[tuple[float, float]], kind: str) -> list[tuple[Any, ...]]:
-    """Return segments (x1, y1, x2, y2, kind): unlike a path, lines may be in per cent."""
-    return [(*a, *b, kind) for a, b in pairwise(points)]
-
-
 def _calibrate(run: Run) -> Calibration:
     scores = {name: value for name, value in run.ranking.items() if math.isfinite(value)}
     history = []
@@ -561,10 +397,6 @@ def _words(key: Any) -> str:
     return (
         str(key).replace("_", " ").replace("macro f1", "macro-F1").replace("log loss", "log-loss")
     )
-
-
-def _count(value: float) -> str:
-    return format_count(value) if value >= 1000 else f"{value:.10g}"
 
 
 def _number(value: Any) -> str:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfda_tune.values.ranking import Ranking, encode_labels
+from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.ranking import Ranking
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from sfda_tune.selection.policy import Calibration
+    from sfda_tune.selection.calibration import Calibration
 
 __all__ = [
     "find_front", "plot_calibration", "plot_confusion", "plot_pareto", "plot_ranking",
@@ -130,7 +131,7 @@ def plot_pareto(
 
 
 def plot_calibration(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
-    """Draw each backbone's best value against its score; see `sfda_tune.selection.policy.calibrate`."""
+    """Draw each backbone's best value against its score; see `sfda_tune.selection.calibration.calibrate`."""
     ax = _axes(ax)
     rows = [row for row in calibration.table if row["best"] is not None]
     ax.plot([r["z"] for r in rows], [r["best"] for r in rows], "o", color=OKABE_ITO["blue"])

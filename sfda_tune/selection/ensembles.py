@@ -27,7 +27,8 @@ from scipy.special import log_softmax
 
 from sfda_tune.metrics._fisher import EPS, Scatter, load
 from sfda_tune.metrics.sfda import LAM, TEMPERATURES
-from sfda_tune.values.ranking import Features, _Value, encode_labels
+from sfda_tune.values.features import Features, _Value
+from sfda_tune.values.labels import encode_labels
 
 __all__ = ["Ensemble", "select_ensemble"]
 

@@ -47,7 +47,7 @@ import numpy as np
 from sfda_tune.selection.uncertainty import bootstrap
 
 if TYPE_CHECKING:
-    from sfda_tune.data.opening import ImageDataset
+    from sfda_tune.data.dataset import ImageDataset
 
 __all__ = ["Course", "Race", "chances", "make_stages", "run"]
 

@@ -22,29 +22,25 @@ the fit; and they say how sure the *score* is, not how well the score predicts f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from scipy.special import ndtr
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
-from sfda_tune.data.copies import tell_copies
-from sfda_tune.values.ranking import Ranking, Score, _read_only, _Value, encode_labels
+from sfda_tune.values.features import _read_only, _Value
+from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.ranking import Ranking
 
-__all__ = [
-    "Confidence", "Diagnostic", "bootstrap", "confidence", "diagnose", "find_plausible",
-    "shortlist", "shrink",
-]  # fmt: skip
+__all__ = ["Confidence", "bootstrap", "confidence", "find_plausible", "shortlist", "shrink"]
 
 Name: TypeAlias = str | int
 
 CELLS = 1 << 18  # resamples × images at a time: 2 MiB a temporary
-IN_SAMPLE = ("sfda (official)", "sfda (paper)", "hscore", "transrate")
-SATURATED = 1 - 1e-6
 ATOMS, EM_STEPS, BLOCKS = 400, 30, 40  # of `shrink`: the grid, the steps, draws of g
 
 
@@ -173,29 +169,6 @@ class Confidence(_Value):
                 f"{rank:>9}  {r['backbone']!s:<{width}}  {score:>26}  {r['p_best']:7.3f}  {groups}"
             )
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Diagnostic:
-    """A sign that a ranking deserves a second look.
-
-    Parameters
-    ----------
-    kind : str
-        ``"failed"``, ``"ties"``, ``"few_samples"``, ``"width"``, ``"small_classes"``,
-        ``"shrinkage"``, ``"unreadable"`` or ``"copies"``.
-    severity : {"warning", "note"}
-        A warning means that the order itself may be wrong.
-    message : str
-        One sentence: what it is, and what to do.
-    """
-
-    kind: str
-    severity: Literal["warning", "note"]
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {self.message}"
 
 
 def bootstrap(
@@ -594,54 +567,6 @@ def shrink(score: np.ndarray, resamples: np.ndarray, *, seed: int = 0) -> np.nda
     return draws
 
 
-def diagnose(ranking: Ranking) -> list[Diagnostic]:
-    """Look for signs that a ranking means less than it seems to; warnings first.
-
-    =================  ======================================================================
-    kind               when
-    =================  ======================================================================
-    ``failed``         a backbone could not be scored
-    ``ties``           two scores are equal, or exceed 1 − 1e-6 where all lie in [0, 1]
-    ``few_samples``    N < 5 D for a metric that scores the images it was fitted on
-    ``width``          Spearman correlation of score and feature width > 0.6, 5 or more backbones
-    ``small_classes``  a class has fewer than 5 images
-    ``shrinkage``      λ ≤ 1e-9 or ≥ 0.999
-    ``unreadable``     images were left out
-    ``copies``         images are exact copies of others, or stand in several classes
-    =================  ======================================================================
-
-    A metric is taken to score the images it was fitted on if its details say
-    ``in_sample: true``, or else if it is ``official`` or ``paper`` SFDA, H-score or TransRate.
-
-    Parameters
-    ----------
-    ranking : Ranking
-
-    Returns
-    -------
-    list of Diagnostic
-        At most one of each kind.
-
-    Examples
-    --------
-    >>> for finding in diagnose(Ranking([Score("a", 0.5), Score("b", 0.5)])):
-    ...     print(finding)
-    warning: 2 backbones have the score 0.5 exactly: a, b; use another metric to tell them apart.
-    """
-    scores = [s for s in ranking.scores if s.error is None]
-    checks = (
-        _failed(ranking),
-        _ties(ranking, scores),
-        _few_samples(ranking, scores),
-        _width(scores),
-        _small_classes(ranking),
-        _shrinkage(scores),
-        _unreadable(ranking),
-        _copies(ranking),
-    )
-    return sorted((d for d in checks if d), key=lambda d: d.severity != "warning")
-
-
 # Resampling --------------------------------------------------------------------------------------
 def _bootstrap(
     names: tuple[Name, ...],
@@ -889,137 +814,3 @@ def _some(names: Iterable[Any], limit: int = 5) -> str:
     names = [str(name) for name in names]
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _count(n: int, singular: str, plural: str) -> str:
-    return f"{n} {singular if n == 1 else plural}"
-
-
-# Diagnostics -------------------------------------------------------------------------------------
-def _failed(ranking: Ranking) -> Diagnostic | None:
-    if not ranking.failed:
-        return None
-    name, error = next(iter(ranking.failed.items()))
-    return Diagnostic(
-        "failed",
-        "warning",
-        f"{len(ranking.failed)} of {_count(len(ranking), 'backbone', 'backbones')} could not be "
-        f"scored ({_some(ranking.failed)}; {name}: {error}); the best may be among them, so mend "
-        "or drop them and rank again.",
-    )
-
-
-def _ties(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None:
-    values = [s.value for s in scores]
-    bounded = all(0 <= value <= 1 + 1e-9 for value in values)  # else 1 is a score like any other
-    full = [s.backbone for s in scores if bounded and s.value > SATURATED]
-    if len(full) > 1:
-        advice = "use variant='loo'" if ranking.metric in IN_SAMPLE[:2] else "use another metric"
-        what = f"{len(full)} backbones score more than 1 − 1e-6 and are tied"
-        return Diagnostic("ties", "warning", f"{what}: {_some(full)}; {advice} or more images.")
-    equal = {v: [s.backbone for s in scores if s.value == v] for v in values}
-    tied = [(v, names) for v, names in equal.items() if len(names) > 1]
-    if not tied:
-        return None
-    value, names = tied[0]
-    more = f" (and {_count(len(tied) - 1, 'other tie', 'other ties')})" if len(tied) > 1 else ""
-    return Diagnostic(
-        "ties",
-        "warning",
-        f"{len(names)} backbones have the score {value:.6g} exactly{more}: {_some(names)}; "
-        "use another metric to tell them apart.",
-    )
-
-
-def _few_samples(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None:
-    fitted = ranking.metric in IN_SAMPLE
-    wide = [
-        s for s in scores if s.details.get("in_sample", fitted) and 0 < s.n_samples < 5 * s.n_dims
-    ]
-    if not wide:
-        return None
-    s = max(wide, key=lambda s: s.n_dims)
-    advice = "use variant='loo'" if ranking.metric in IN_SAMPLE[:2] else "use a held-out metric"
-    return Diagnostic(
-        "few_samples",
-        "warning",
-        f"{_count(len(wide), 'backbone has', 'backbones have')} fewer than 5 images per feature "
-        f"(widest: {s.backbone}, {s.n_samples} images for width {s.n_dims}) while the metric "
-        f"scores the images it was fitted on, which favours wide backbones; {advice}, or at least "
-        f"{5 * s.n_dims} images.",
-    )
-
-
-def _width(scores: Sequence[Score]) -> Diagnostic | None:
-    pairs = np.array([(s.value, s.n_dims) for s in scores if s.n_dims > 0])
-    if len(pairs) < 5 or (np.ptp(pairs, axis=0) == 0).any():
-        return None
-    rho = np.corrcoef(rankdata(pairs, axis=0).T)[0, 1]
-    if not rho > 0.6:
-        return None
-    return Diagnostic(
-        "width",
-        "note",
-        f"the scores follow the feature width (Spearman {rho:.2f} over {len(pairs)} backbones); "
-        "compare backbones of one width, or check the order with a held-out metric.",
-    )
-
-
-def _small_classes(ranking: Ranking) -> Diagnostic | None:
-    if ranking.labels is None or not len(ranking.labels):
-        return None
-    classes = list(ranking.info.get("classes") or ())
-    sizes = np.bincount(ranking.labels, minlength=len(classes))
-    names = classes if len(classes) == len(sizes) else [f"class {c}" for c in range(len(sizes))]
-    small = [(size, names[c]) for c, size in enumerate(sizes.tolist()) if size < 5]
-    if not small:
-        return None
-    small.sort(key=lambda pair: pair[0])
-    return Diagnostic(
-        "small_classes",
-        "warning" if small[0][0] < 2 else "note",
-        f"{_count(len(small), 'class has', 'classes have')} fewer than 5 images "
-        f"({_some(f'{name}: {size}' for size, name in small)}); add images or leave "
-        f"{'it' if len(small) == 1 else 'them'} out.",
-    )
-
-
-def _shrinkage(scores: Sequence[Score]) -> Diagnostic | None:
-    low, high = [], []
-    for s in scores:
-        lam = s.details.get("lambda")
-        if isinstance(lam, int | float):
-            (low if lam <= 1e-9 else high if lam >= 0.999 else []).append(s.backbone)
-    if not low and not high:
-        return None
-    parts = []
-    if low:
-        parts.append(f"at the lower bound (nothing is shrunk: overfits) for {_some(low)}")
-    if high:
-        parts.append(f"at 1 (the covariance is ignored) for {_some(high)}")
-    return Diagnostic(
-        "shrinkage",
-        "note",
-        f"the shrinkage λ is {' and '.join(parts)}, because its rule depends on the scale of the "
-        "features; use variant='loo' or fix `shrinkage`.",
-    )
-
-
-def _unreadable(ranking: Ranking) -> Diagnostic | None:
-    files = ranking.info.get("unreadable")
-    if not files:
-        return None
-    return Diagnostic(
-        "unreadable",
-        "note",
-        f"{_count(len(files), 'image', 'images')} could not be read and took no part "
-        f"({_some(files)}); mend or remove {'it' if len(files) == 1 else 'them'}.",
-    )
-
-
-def _copies(ranking: Ranking) -> Diagnostic | None:
-    said = tell_copies(ranking.info)
-    if not said:
-        return None
-    severity = "warning" if ranking.info.get("several_classes") else "note"
-    return Diagnostic("copies", severity, "; ".join(said) + ".")

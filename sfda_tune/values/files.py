@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sfda_tune.values.text import csv_line, json_text
+
 __all__ = [
     "AtLeast",
     "check",
@@ -39,6 +41,8 @@ __all__ = [
     "say_kind",
     "unfinished",
     "write_bytes",
+    "write_csv",
+    "write_json",
     "write_text",
 ]
 
@@ -327,3 +331,13 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the whole new one."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON, atomically."""
+    write_text(path, json_text(value) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table, atomically."""
+    write_text(path, "".join(map(csv_line, rows)))

@@ -12,10 +12,10 @@ import json
 import numbers
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["csv_line", "json_text", "one_line", "printable", "read_csv_cell"]
+__all__ = ["csv_line", "describe_images", "json_text", "one_line", "printable", "read_csv_cell"]
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full width
@@ -83,3 +83,35 @@ def read_csv_cell(text: str) -> str:
     ('=1+1', "'tis")
     """
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def require(name: str, value: Any, rule: str, holds: Any) -> None:
+    """Raise a ValueError that names argument, rule and value, unless the rule `holds`."""
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+
+
+def format_count(n: float) -> str:
+    """Format a count for people.
+
+    >>> [format_count(n) for n in (950, 25_557_032, 1_840_000_000)]
+    ['950', '25.6M', '1.84B']
+    """
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def describe_images(search: Mapping[str, Any]) -> str:
+    """Say which images trained, validated and tested, from what ``search.json`` holds."""
+    n, sources = search["n_images"], search.get("sources", {})
+    words = {
+        "own part": " (the data set's own part)",
+        "held out": " (held out of the training images)",
+        "given": " (given for it)",
+    }
+    did = {"train": "trained on", "val": "validated on", "test": "tested on"}
+    said = [f"{did[part]} {n[part]}{words.get(sources.get(part), '')}" for part in did]
+    bad = len(search.get("unreadable", {}))
+    return f"Images: {', '.join(said)}" + f"; left out as unreadable: {bad}" * bool(bad)

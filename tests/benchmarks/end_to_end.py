@@ -37,7 +37,7 @@ import numpy as np
 import optuna
 
 import sfda_tune
-from sfda_tune.backbones.specs import describe
+from sfda_tune.backbones.loading import describe
 from sfda_tune.data.splits import join, split_images
 from sfda_tune.finetuning.models import predict
 from sfda_tune.finetuning.run import finetune

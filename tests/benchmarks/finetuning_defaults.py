@@ -29,7 +29,9 @@ import numpy as np
 import torch
 
 import sfda_tune
-from sfda_tune.finetuning.run import FinetuneConfig, SharedWork, finetune
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.run import finetune
+from sfda_tune.finetuning.shared import SharedWork
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 NETWORKS = "tf_mobilenetv3_small_100", "regnetx_002", "mobilenetv1_050"

@@ -39,14 +39,16 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from sfda_tune import open_dataset, resolve_backbones
-from sfda_tune.backbones import devices
+from sfda_tune.backbones import devices, loading
 from sfda_tune.backbones import specs as loading
-from sfda_tune.extraction import run as extraction
-from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction import pixels, worker
+from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
-from sfda_tune.finetuning.run import FinetuneConfig, finetune
-from sfda_tune.metrics import sfda
-from sfda_tune.values.ranking import write_text
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.run import finetune
+from sfda_tune.metrics import scoring, sfda
+from sfda_tune.values.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT.parent / "shared" / "zoo"
@@ -294,7 +296,7 @@ def scores(part: Part) -> None:
                         lambda: sfda(torch.as_tensor(x, device=part.device), y, variant=variant),  # noqa: B023
                         part.device,
                     )
-                    chosen = devices.scores_faster((n, d), part.device)
+                    chosen = scoring.scores_faster((n, d), part.device)
                     part.add(f"{name}: CPU ÷ device with transfer", on_cpu / moved, "×")
                     part.add(
                         f"{name}: `rank` takes the device", str(chosen), "", str(moved < on_cpu)
@@ -380,7 +382,7 @@ def overlap(part: Part) -> None:
     dataset = dataset.subset(np.arange(min(len(dataset), 24 if part.tiny else 1000)))
     settings = Settings(part.device, "bfloat16" if part.device != "cpu" else "float32")
     extract_all(dataset, backbones, settings)  # to warm up
-    lanes, build = extraction.LANES, loading._build
+    lanes, build = worker.LANES, loading._build
     switches: dict[str, dict] = {
         "all": {},
         "no network opened meanwhile": {"LANES": 1},
@@ -391,8 +393,8 @@ def overlap(part: Part) -> None:
         "all, again": {},
     }
     for name, switch in switches.items():
-        extraction.LANES = switch.get("LANES", lanes)
-        extraction.PIN, extraction.SIDE_STREAM = "PIN" not in switch, "SIDE_STREAM" not in switch
+        worker.LANES = switch.get("LANES", lanes)
+        pixels.PIN, worker.SIDE_STREAM = "PIN" not in switch, "SIDE_STREAM" not in switch
         if "build" in switch:
             loading._build = lambda name: timm.create_model(name, pretrained=True)
         try:
@@ -711,7 +713,7 @@ def main() -> None:
         pack(options.pack, options.python)
         return
     try:
-        options.device = extraction.resolve_device(options.device)
+        options.device = devices.resolve_device(options.device)
     except ValueError as error:
         sys.exit(f"{error} To try the script without a GPU: --device cpu --tiny")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -118,12 +118,13 @@ def show_overhead(samples, repeats, zoo):
     from sfda_tune_ray import RayExecutor
 
     import sfda_tune
-    from sfda_tune.extraction import run as extraction
-    from sfda_tune.extraction.run import Settings, extract
+    from sfda_tune.extraction import plan
+    from sfda_tune.extraction.run import extract
+    from sfda_tune.extraction.settings import Settings
     from sfda_tune.extraction.store import FeatureStore
 
     one_thread()
-    extraction.SHARD = 128
+    plan.SHARD = 128
     dataset = sfda_tune.open_dataset("digits" if zoo is None else zoo[0]).sample(samples)
     backbones = sfda_tune.resolve_backbones(
         "demo:*" if zoo is None else zoo[1], plugins=[] if zoo is None else zoo[2:]
@@ -156,7 +157,7 @@ def show_overhead(samples, repeats, zoo):
             timed("2 actors", None, dataset, executor=executor)
             timed("plain local", None, dataset, Settings(device="cpu"))
         report = executor.report()
-    print(f"{len(backbones)} backbones × {len(dataset)} images, shards of {extraction.SHARD}")
+    print(f"{len(backbones)} backbones × {len(dataset)} images, shards of {plan.SHARD}")
     for name, each in seconds.items():
         print(f"{name:12} best {min(each):7.2f} s   all {[round(s, 2) for s in each]}")
     print(f"2 actors / 2 processes: {min(seconds['2 actors']) / min(seconds['2 processes']):.3f}")

@@ -42,13 +42,14 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import cross_entropy
 
 from sfda_tune import extract, open_dataset, resolve_backbones
-from sfda_tune.backbones.specs import describe, load
-from sfda_tune.extraction.run import Settings
+from sfda_tune.backbones.loading import describe, load
+from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
-from sfda_tune.metrics import combine, combine_hub, describe_metrics, get_metric, sfda
+from sfda_tune.metrics import combine, describe_metrics, get_metric, sfda
+from sfda_tune.metrics.combine import combine_hub
 from sfda_tune.metrics.sfda import VARIANTS
 from sfda_tune.selection.evaluation import hit_at_k, regret_at_k, weighted_tau
-from sfda_tune.values.ranking import write_text
+from sfda_tune.values.files import write_text
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 RESULTS = Path(__file__).with_name("real_zoo.json")

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from sfda_tune import Ranking
-from sfda_tune.pipelines.automl import TrainerSpace, to_autogluon, to_ludwig
-from sfda_tune.values.ranking import Score
+from sfda_tune.finetuning.trainer import TrainerSpace
+from sfda_tune.pipelines.automl import to_autogluon, to_ludwig
+from sfda_tune.values.features import Score
 
 NAMES = {"resnet50.a1_in1k": 2.5, "vit_small_patch16_224": 3.1, "broken": math.nan}
 

@@ -16,9 +16,11 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
 from sfda_tune import Backbone
-from sfda_tune.backbones import demo
-from sfda_tune.backbones import specs as backbones
-from sfda_tune.backbones.specs import BackboneError, describe, fingerprint, load, resolve_backbones
+from sfda_tune.backbones import demo, loading, plugins
+from sfda_tune.backbones.fingerprints import fingerprint
+from sfda_tune.backbones.loading import describe, load
+from sfda_tune.backbones.plugins import BackboneError
+from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.hub import reachable
 
 
@@ -119,7 +121,7 @@ def test_a_plugin_may_be_called_like_a_library(tmp_path):
     import json
 
     (tmp_path / "json.py").write_text("x = 1")
-    assert backbones.load_plugin(tmp_path / "json.py").x == 1
+    assert plugins.load_plugin(tmp_path / "json.py").x == 1
     assert sys.modules["json"] is json
 
 
@@ -217,8 +219,8 @@ def test_plugin_registers_architectures_and_runs_once(toy_zoo, tmp_path):
     (backbone,) = resolve_backbones(checkpoint, plugins=[str(plugin)])
     assert backbone.plugins == (str(plugin),)
     assert load(backbone)[0](torch.zeros(1, 3, 32, 32)).shape == (1, 96)
-    module = backbones.load_plugin(plugin)
-    assert backbones.load_plugin(str(plugin)) is module
+    module = plugins.load_plugin(plugin)
+    assert plugins.load_plugin(str(plugin)) is module
     assert module.runs == 1
     assert str(tmp_path) not in sys.path
 
@@ -237,10 +239,10 @@ def test_bad_plugins(tmp_path, text, message):
     if text is not None:
         plugin.write_text(text)
     with pytest.raises(BackboneError, match=f"could not be imported.*{message}"):
-        backbones.load_plugin(plugin)
+        plugins.load_plugin(plugin)
     assert not [name for name in sys.modules if "bad_plugin" in name]
     with pytest.raises(BackboneError, match="no_such_module_at_all"):
-        backbones.load_plugin("no_such_module_at_all")
+        plugins.load_plugin("no_such_module_at_all")
 
 
 def test_modules_of_ones_own(toy_zoo):
@@ -290,7 +292,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_an_impossible_configuration_fails_alone(toy_zoo, tmp_path, case, monkeypatch):
     field, change, message = IMPOSSIBLE[case]
-    monkeypatch.setattr(backbones, "CALLS", 5_000)
+    monkeypatch.setattr(loading, "CALLS", 5_000)
     folder = shutil.copytree(toy_zoo / "resnet", tmp_path / case)
     config = json.loads((folder / "config.json").read_text())
     config[field] = {**config.get(field, {}), **change} if isinstance(change, dict) else change
@@ -345,7 +347,7 @@ def test_fingerprint_depends_on_what_a_plugin_imports(tmp_path, monkeypatch, by_
     cfg = {"input_size": [3, 8, 8], "classifier": "fc", "first_conv": "conv", "num_classes": 4}
     config = {"architecture": f"{beside}_net", "num_classes": 4, "pretrained_cfg": cfg}
     (folder / "config.json").write_text(json.dumps(config))
-    backbones.load_plugin(plugin)
+    plugins.load_plugin(plugin)
     net = sys.modules[beside].Net
     save_file(net().state_dict(), folder / "model.safetensors")
     (backbone,) = resolve_backbones(folder, plugins=[plugin])

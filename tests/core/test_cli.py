@@ -19,7 +19,8 @@ from rich.console import Console
 
 from sfda_tune import Ranking, __version__
 from sfda_tune.cli import main as commands
-from sfda_tune.cli.main import _spread
+from sfda_tune.cli import terminal
+from sfda_tune.cli.options import _spread
 
 COMMAND = [sys.executable, "-m", "sfda_tune"]
 
@@ -51,8 +52,8 @@ def cli_here(clean_environment, monkeypatch, capfd):
         assert done.value.code == code, out + err
         return out if code == 0 else err
 
-    monkeypatch.setattr(commands, "output", Console(width=200, no_color=True))
-    monkeypatch.setattr(commands, "messages", Console(stderr=True, width=200, no_color=True))
+    monkeypatch.setattr(terminal, "output", Console(width=200, no_color=True))
+    monkeypatch.setattr(terminal, "messages", Console(stderr=True, width=200, no_color=True))
     yield run
     for sign, handler in handlers.items():
         signal.signal(sign, handler)
@@ -229,8 +230,7 @@ def test_names_reach_the_terminal_as_text(cli_here, toy_zoo, photos, tmp_path, c
 def test_bars_take_names_as_text():
     from io import StringIO
 
-    from sfda_tune.pipelines.board import Board
-    from sfda_tune.pipelines.progress import Bar
+    from sfda_tune.pipelines.progress import Bar, Board
 
     for make in (Bar, Board):
         bar = make(Console(file=(shown := StringIO()), width=200, force_terminal=False))

@@ -8,10 +8,10 @@ from scipy.stats import t as student
 
 import sfda_tune.selection.uncertainty as module
 from sfda_tune import Ranking, Score
+from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.uncertainty import (
     bootstrap,
     confidence,
-    diagnose,
     find_plausible,
     shortlist,
     shrink,

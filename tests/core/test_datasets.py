@@ -21,14 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sfda_tune.data.opening import (
-    UNREADABLE,
-    DatasetError,
-    ImageDataset,
-    UnreadableImage,
-    open_dataset,
-    to_rgb,
-)
+from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.decoding import UNREADABLE, UnreadableImage, to_rgb
+from sfda_tune.data.opening import open_dataset
 
 ZOO = Path(__file__).parents[2] / ".." / "shared" / "zoo"
 RNG = np.random.default_rng(0)

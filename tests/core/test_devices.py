@@ -7,10 +7,11 @@ from timm.models import register_model
 
 from sfda_tune.backbones import devices
 from sfda_tune.backbones.initialization import NoRandomWeights
-from sfda_tune.backbones.specs import load, resolve_backbones
-from sfda_tune.extraction import run as extraction
-from sfda_tune.extraction.run import Settings
-from sfda_tune.values.ranking import Backbone
+from sfda_tune.backbones.loading import load
+from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.extraction.settings import Settings
+from sfda_tune.metrics import scoring
+from sfda_tune.values.features import Backbone
 
 
 # Networks without random weights ----------------------------------------------------------------
@@ -74,15 +75,15 @@ def test_products_are_cut_only_meanwhile():
 def test_scores_go_to_cards_that_compute_float64(capability, fast, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert devices.scores_faster((5000, 2048), "cuda") == fast
-    assert not devices.scores_faster((500, 256), "cuda")
-    assert not devices.scores_faster((5000, 2048), "cpu")
+    assert scoring.scores_faster((5000, 2048), "cuda") == fast
+    assert not scoring.scores_faster((500, 256), "cuda")
+    assert not scoring.scores_faster((5000, 2048), "cpu")
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has MPS")
 def test_mps_is_refused_where_it_is_not():
     with pytest.raises(ValueError, match="`device` must be 'auto' or a device torch can use"):
-        extraction.resolve_device("mps")
+        devices.resolve_device("mps")
 
 
 def test_what_mps_needs_is_there():
@@ -91,7 +92,7 @@ def test_what_mps_needs_is_there():
         importlib.import_module(f"sfda_tune.{name}")
     assert Settings(device="mps").device == "mps"
     assert devices.is_working("mps")
-    assert not devices.scores_faster((50000, 2048), "mps")
+    assert not scoring.scores_faster((50000, 2048), "mps")
     with devices.compute("mps", "float32"):
         pass
     with pytest.raises(ValueError, match="needs a CUDA device"):

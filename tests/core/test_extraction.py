@@ -19,11 +19,14 @@ from timm.data.transforms_factory import create_transform
 
 import sfda_tune
 from sfda_tune import DatasetError, open_dataset
+from sfda_tune.backbones import devices
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data import decoding as images
 from sfda_tune.data.decoding import Passing
+from sfda_tune.extraction import pixels, plan, worker
 from sfda_tune.extraction import run as extraction
-from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import Entry, FeatureStore
 
 CPU = Settings(device="cpu", workers=0)
@@ -106,7 +109,7 @@ class Counting:
 
 @pytest.mark.parametrize("map_fn", [None, "threads"])
 def test_every_image_is_decoded_once_for_all_backbones(dataset, zoo, map_fn, monkeypatch):
-    monkeypatch.setattr(extraction, "SHARD", 10)
+    monkeypatch.setattr(plan, "SHARD", 10)
     counting = Counting(dataset)
     if map_fn:
         with ThreadPoolExecutor(3) as pool:
@@ -126,38 +129,38 @@ def test_runs_side_by_side_do_not_disturb_each_other(dataset, zoo):
         for name, x in result.items():
             np.testing.assert_allclose(x, alone[name], atol=1e-6)
         assert len(counting.count) == 36
-    assert not extraction._BLOCKS
+    assert not pixels._BLOCKS
 
 
 def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
     """A process of a pool is not told that a run has ended."""
-    worker, left = extraction.Worker(CPU, None), []
+    worker, left = worker.Worker(CPU, None), []
 
     def pool(fn, units):
         (unit,) = units
         for k in range(6):  # as if of six runs
             yield worker(replace(unit, run=f"{unit.run} {k}"))
-            left.append(sum(block.nbytes for _, block in extraction._BLOCKS.values()))
+            left.append(sum(block.nbytes for _, block in pixels._BLOCKS.values()))
 
     one = 36 * 3 * 32 * 32
-    monkeypatch.setattr(extraction, "PIXEL_BYTES", 2.5 * one)
+    monkeypatch.setattr(pixels, "PIXEL_BYTES", 2.5 * one)
     run(dataset, zoo[:1], map_fn=pool)
     assert left == [one, 2 * one, 2 * one, 2 * one, 2 * one, 2 * one]
-    monkeypatch.setattr(extraction, "IDLE", 0.01)
-    monkeypatch.setattr(extraction, "_JANITOR", None)
-    with extraction._BLOCKS_LOCK:
-        extraction._watch_idle()
-    while extraction._JANITOR is not None:
-        extraction._JANITOR.join(0.1)
-    assert not extraction._BLOCKS
+    monkeypatch.setattr(pixels, "IDLE", 0.01)
+    monkeypatch.setattr(pixels, "_JANITOR", None)
+    with pixels._BLOCKS_LOCK:
+        pixels._watch_idle()
+    while pixels._JANITOR is not None:
+        pixels._JANITOR.join(0.1)
+    assert not pixels._BLOCKS
 
 
 def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, monkeypatch):
     whole = features(run(dataset, zoo))
-    monkeypatch.setattr(extraction, "SHARD", 8)
+    monkeypatch.setattr(plan, "SHARD", 8)
     settings = replace(CPU, batch_size=4)
     small = features(run(dataset, zoo, settings))
-    monkeypatch.setattr(extraction, "PIXEL_BYTES", 1)  # one shard per block
+    monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)  # one shard per block
     blocks = features(run(dataset, zoo, settings))
     workers = features(run(dataset, zoo, replace(settings, workers=2)))
     for name, x in whole.items():
@@ -298,14 +301,14 @@ class StopAfter:
 def test_after_an_interrupt_only_the_unfinished_is_computed(
     dataset, zoo, tmp_path, monkeypatch, after
 ):
-    monkeypatch.setattr(extraction, "SHARD", 16)  # three shards: 16, 16, 4
+    monkeypatch.setattr(plan, "SHARD", 16)  # three shards: 16, 16, 4
     settings = replace(CPU, batch_size=4)
     whole = features(run(dataset, zoo, settings))
     store = FeatureStore(tmp_path)
     stop = StopAfter(after)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, zoo, settings, store=store, progress=stop)
-    assert not extraction._BLOCKS  # the pixels are given back
+    assert not pixels._BLOCKS  # the pixels are given back
     kept = sum(len(store.get(p.stem).rows) for p, _ in store.entries())
     assert kept >= after - 16
     count = StopAfter(10**9)
@@ -327,8 +330,8 @@ def test_a_damaged_entry_is_computed_again(dataset, zoo, tmp_path):
 
 def test_between_blocks_features_wait_in_the_store(dataset, zoo, tmp_path, monkeypatch):
     whole = features(run(dataset, zoo))
-    monkeypatch.setattr(extraction, "SHARD", 16)
-    monkeypatch.setattr(extraction, "PIXEL_BYTES", 1)
+    monkeypatch.setattr(plan, "SHARD", 16)
+    monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)
     reads = []
     get = FeatureStore.get
     monkeypatch.setattr(FeatureStore, "get", lambda self, key: reads.append(key) or get(self, key))
@@ -446,7 +449,7 @@ def apart(monkeypatch, units):
     def run_units(worker, plan):
         for unit in plan:
             units.append(unit)
-            extraction._forget_blocks(unit.run)
+            pixels._forget_blocks(unit.run)
             with monkeypatch.context() as patch:
                 if len(units) == 2:
                     _fail_at(patch, "ant/05.jpg", MemoryError())
@@ -600,7 +603,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_one_failing_backbone_stops_nothing(dataset, zoo, name, monkeypatch):
-    monkeypatch.setattr(extraction, "SHARD", 8)
+    monkeypatch.setattr(plan, "SHARD", 8)
     net, message = BROKEN[name]
     net.sizes.clear()
     broken = resolve_backbones({name: (net, to_tensor)})
@@ -663,7 +666,7 @@ def test_settings_refused(settings, message):
 @pytest.mark.parametrize("device", ["cuda:77", "nonsense", "xpu"])
 def test_devices_refused(device):
     with pytest.raises(ValueError, match=f"`device` must be .* but is '{device}'"):
-        extraction.resolve_device(device)
+        devices.resolve_device(device)
 
 
 def test_bfloat16_is_close_to_float32(dataset, zoo):
@@ -684,7 +687,7 @@ def test_cuda_gives_the_features_of_the_cpu(dataset, zoo):
 
 # What a GPU needs, on a CPU ---------------------------------------------------------------------
 def test_overlapping_units_give_the_same_features_in_the_same_order(dataset, zoo, monkeypatch):
-    monkeypatch.setattr(extraction, "SHARD", 10)
+    monkeypatch.setattr(plan, "SHARD", 10)
     expected = run(dataset, zoo)
     for lanes in (2, 3):
         overlap = partial(extraction._overlap, lanes=lanes)
@@ -725,7 +728,7 @@ def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
             stop.set()
 
         for unit in units:
-            yield replace(worker, turn=extraction._Turn(None, stop), advance=advance)(unit)
+            yield replace(worker, turn=worker._Turn(None, stop), advance=advance)(unit)
 
     results = run(dataset, zoo[:2], replace(CPU, batch_size=4), map_fn=interrupt)
     assert [e.error for e in results.values()] == ["RuntimeError: the run has ended"] * 2

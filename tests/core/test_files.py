@@ -147,7 +147,8 @@ def test_what_is_no_file_is_not_read(strange):
 
 
 def test_an_image_that_is_no_file_is_unreadable(strange):
-    from sfda_tune.data.opening import UNREADABLE, UnreadableImage, open_dataset
+    from sfda_tune.data.decoding import UNREADABLE, UnreadableImage
+    from sfda_tune.data.opening import open_dataset
 
     real = strange.with_name("real.png")
     Image.new("L", (4, 4)).save(real)

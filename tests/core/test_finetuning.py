@@ -30,7 +30,7 @@ from sfda_tune import (
     resolve_backbones,
 )
 from sfda_tune.data import decoding as images
-from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction import pixels
 from sfda_tune.finetuning import run as finetuning
 from sfda_tune.finetuning.checkpoints import (
     DamagedError,
@@ -39,19 +39,12 @@ from sfda_tune.finetuning.checkpoints import (
     write_state,
     write_tensors,
 )
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.epochs import Epoch, OutOfTimeError, measure
 from sfda_tune.finetuning.images import Images, Order, augmentation, shrink
 from sfda_tune.finetuning.models import load_model, predict
-from sfda_tune.finetuning.run import (
-    BEST,
-    CHECKPOINT,
-    DivergedError,
-    Epoch,
-    FinetuneConfig,
-    OutOfTimeError,
-    SharedWork,
-    finetune,
-    measure,
-)
+from sfda_tune.finetuning.run import BEST, CHECKPOINT, DivergedError, finetune
+from sfda_tune.finetuning.shared import SharedWork
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 LIVELY = {"mixup": 0.4, "ema_decay": 0.9, "augmentation": {"scale": (0.5, 1.0), "re_prob": 0.3}}
@@ -332,7 +325,7 @@ def test_checkpoints_hold_no_pickle(tmp_path):
 
 def test_pixels_in_memory_or_not_give_the_same_result(monkeypatch):
     kept = train(epochs=1)
-    monkeypatch.setattr("sfda_tune.extraction.run.PIXEL_BYTES", 1000)
+    monkeypatch.setattr("sfda_tune.extraction.pixels.PIXEL_BYTES", 1000)
     anew = train(epochs=1)
     assert metrics(kept) == metrics(anew)
 
@@ -569,7 +562,7 @@ def test_batches_cover_every_image_and_never_hold_a_single_one():
 
 def test_large_photos_are_shrunk_once_and_small_ones_not(photos):
     (backbone,) = resolve_backbones("demo:resnet_glyphs")
-    from sfda_tune.backbones.specs import load
+    from sfda_tune.backbones.loading import load
 
     half = load(backbone)[1]
     small = shrink(half.geometry, {"scale": (0.7, 1)})
@@ -782,7 +775,7 @@ def test_unreadable_images_are_told_by_every_run_that_shares_work(monkeypatch, t
     runs = [train(demo(), broken, workers=0, epochs=0, shared=shared) for _ in range(2)]
     assert list(runs[0].unreadable) == [str(tmp_path / "gone.png")]
     assert runs[0].unreadable == runs[1].unreadable
-    monkeypatch.setattr(extraction, "PIXEL_BYTES", 1)  # too little memory to keep any image
+    monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)  # too little memory to keep any image
     shared = SharedWork()
     runs = [train(demo(), broken, workers=0, epochs=0, shared=shared) for _ in range(2)]
     assert runs[0].unreadable == runs[1].unreadable != {}
@@ -795,7 +788,7 @@ def test_shared_images_take_no_more_memory_than_those_of_one_run(monkeypatch):
     kept = [images.nbytes for images in shared._images.values()]
     assert len(kept) == 4  # three sizes for training, one for validation
     limit = sum(kept) - 1
-    monkeypatch.setattr(extraction, "PIXEL_BYTES", limit)
+    monkeypatch.setattr(pixels, "PIXEL_BYTES", limit)
     train(demo(), data, workers=0, epochs=0, shared=shared, augmentation={"scale": (0.2, 1)})
     assert 0 < sum(images.nbytes for images in shared._images.values()) <= limit
 

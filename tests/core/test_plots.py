@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 import sfda_tune
 from sfda_tune.report import plots
-from sfda_tune.selection.policy import Observation, calibrate
+from sfda_tune.selection.calibration import Observation, calibrate
 from sfda_tune.selection.uncertainty import confidence
 
 ODD = r"$\frac{<b>"  # neither mathematics nor markup

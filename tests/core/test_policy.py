@@ -5,16 +5,12 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from sfda_tune.selection import calibration
 from sfda_tune.selection import policy as module
-from sfda_tune.selection.policy import (
-    POLICIES,
-    Observation,
-    calibrate,
-    choose,
-    leaves_to_base,
-    survivors,
-)
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.selection.calibration import Observation, calibrate
+from sfda_tune.selection.policy import POLICIES, choose, leaves_to_base, survivors
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 NAMES = [f"b{k:02d}" for k in range(12)]
 SCORES = {name: float(k) for k, name in enumerate(NAMES)}  # b11 is said to be the best
@@ -70,7 +66,7 @@ def follow(truth, n):
 
 
 def fit(history=(), errors=None):
-    return module._fit(NAMES, SCORES, history, 1.0, errors)
+    return calibration._fit(NAMES, SCORES, history, 1.0, errors)
 
 
 # What must not matter ---------------------------------------------------------------------------
@@ -108,7 +104,7 @@ def test_without_prior_strength_the_scores_do_not_matter():
 def test_equal_scores_are_alike_and_unknown_ones_average():
     assert {choose(dict.fromkeys(NAMES, 0.5), seed=s) for s in range(100)} == set(NAMES)
     marked = dict(zip("abcdex", [1.0, 2.0, 2.0, 2.0, 3.0, math.nan], strict=True))
-    z = module._fit([*"abcdexy"], marked, [], 1.0).z
+    z = calibration._fit([*"abcdexy"], marked, [], 1.0).z
     assert z[1] == z[2] == z[3] == z[5] == z[6] == 0
     assert z[0] == -z[4] < 0
 
@@ -127,10 +123,12 @@ def test_a_diverged_trial_does_not_hide_the_others():
 # Degenerate input -------------------------------------------------------------------------------
 @pytest.mark.parametrize("values", [(-1e300, 0.9), (1e160, -1e160), (1e308, -1e308, 0.0)])
 def test_huge_values_and_costs_are_counted_but_do_not_overflow(values):
-    history = [module.Observation("ab"[k % 2], "complete", v, 1e308) for k, v in enumerate(values)]
+    history = [
+        calibration.Observation("ab"[k % 2], "complete", v, 1e308) for k, v in enumerate(values)
+    ]
     history += history
     assert module.choose(SCORES, history, number=2, cost_exponent=0.5) in SCORES
-    assert math.isfinite(module.calibrate(SCORES, history).slope)
+    assert math.isfinite(calibration.calibrate(SCORES, history).slope)
 
 
 def test_few_candidates_empty_scores_and_only_failures_are_defined():
@@ -300,11 +298,13 @@ def test_survivors_are_the_best_or_the_named():
 
 def test_the_improvement_is_the_integral_and_never_underflows():
     found, x = fit(trials()), np.linspace(0, 40, 400_001)
-    for mean, sd, log in zip(found.mean, found.sd, module._log_improvement(found), strict=True):
+    for mean, sd, log in zip(
+        found.mean, found.sd, calibration._log_improvement(found), strict=True
+    ):
         density = np.exp(-0.5 * ((found.top + x - mean) / sd) ** 2) / sd / math.sqrt(2 * math.pi)
         assert math.exp(log) == pytest.approx(np.trapezoid(x * density, x), rel=1e-3)
     tops = [*np.linspace(0, 60, 500), 1e6]
-    steps = [module._log_improvement(found._replace(top=top))[0] for top in tops]
+    steps = [calibration._log_improvement(found._replace(top=top))[0] for top in tops]
     assert np.isfinite(steps).all()
     assert (np.diff(steps) < 0).all()
 

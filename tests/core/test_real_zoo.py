@@ -12,7 +12,7 @@ from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 
 from sfda_tune import Ranking, extract, open_dataset, resolve_backbones
-from sfda_tune.extraction.run import Settings
+from sfda_tune.extraction.settings import Settings
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 pytestmark = [pytest.mark.zoo, pytest.mark.slow]

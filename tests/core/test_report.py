@@ -30,8 +30,11 @@ import sfda_tune
 from sfda_tune.cli import main as cli
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.report import html as report
-from sfda_tune.report.html import COLOURS, THEMES, Axis, read_run, render, save_plots, write_report
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.report.axes import Axis
+from sfda_tune.report.html import COLOURS, THEMES, render, save_plots, write_report
+from sfda_tune.report.run import read_run
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE = "<script>alert('1')</script>\"&amp; 犬"

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from sfda_tune import Features, Score, rank, score
-from sfda_tune.metrics import combine, combine_hub, knn, ncti, sfda
+from sfda_tune.metrics import combine, knn, ncti, sfda
+from sfda_tune.metrics.combine import combine_hub
 from sfda_tune.metrics.scoring import Scorer
 
 CPU = {"device": "cpu", "workers": 0}

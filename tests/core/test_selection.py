@@ -22,17 +22,19 @@ from PIL import Image
 import sfda_tune
 from sfda_tune import Backbone, open_dataset
 from sfda_tune.backbones import demo
-from sfda_tune.data.opening import DatasetError
+from sfda_tune.data.dataset import DatasetError
 from sfda_tune.data.splits import split_images
 from sfda_tune.finetuning import models as predictions
 from sfda_tune.finetuning import run as finetuning
 from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.finetuning.run import finetune
 from sfda_tune.pipelines import search as selection
-from sfda_tune.pipelines.board import Board, SilentBoard
 from sfda_tune.pipelines.clock import Beat, Clock
-from sfda_tune.pipelines.engines import OutOfTimeError, Trial, attempt
-from sfda_tune.pipelines.search import SearchResult, search
+from sfda_tune.pipelines.engines import Trial, attempt
+from sfda_tune.pipelines.progress import Board, SilentBoard
+from sfda_tune.pipelines.result import SearchResult
+from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space, open_space
 from sfda_tune.values.redaction import redact, without_secrets
 from sfda_tune.values.text import read_csv_cell
@@ -581,7 +583,7 @@ def test_a_network_of_ones_own_and_a_test_part_of_its_own(tmp_path):
     import timm
 
     module = timm.create_model(f"local-dir:{demo.folder('resnet_glyphs')}", pretrained=True)
-    transform = sfda_tune.backbones.specs.load(sfda_tune.resolve_backbones(ONE)[0])[1].build()
+    transform = sfda_tune.backbones.loading.load(sfda_tune.resolve_backbones(ONE)[0])[1].build()
     module.reset_classifier(0)
     own = Backbone("mine", load=lambda: (module, lambda image: transform(image).float() / 255))
     result = search(tmp_path / "data", own, trials=1, epochs=1, out=tmp_path / "run")
@@ -622,7 +624,7 @@ def test_bad_arguments_are_named_before_any_work(tmp_path, options, message):
 
 
 def test_what_cannot_be_sent_is_refused(tmp_path):
-    module, half = sfda_tune.backbones.specs.load(Backbone(ONE))
+    module, half = sfda_tune.backbones.loading.load(Backbone(ONE))
     own = Backbone("mine", load=lambda: (module, half.build()))
     with pytest.raises(ValueError, match=r"`workers` must be 1 but is 2: .* instead of lambdas"):
         search("digits", own, samples=60, workers=2, out=tmp_path)

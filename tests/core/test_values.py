@@ -13,7 +13,7 @@ import torch
 
 from sfda_tune import Backbone, Features, MetricResult, Ranking, Score
 from sfda_tune.selection.tables import read_scores
-from sfda_tune.values.ranking import encode_labels
+from sfda_tune.values.labels import encode_labels
 
 
 def ranking() -> Ranking:

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from sfda_tune import open_dataset
-from sfda_tune.backbones import devices
 from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.extraction import plan, settings
 from sfda_tune.extraction import run as extraction
-from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
-from sfda_tune.finetuning.run import FinetuneConfig, finetune
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.run import finetune
+from sfda_tune.metrics import scoring
 from sfda_tune.metrics.scoring import Scorer, score
-from sfda_tune.values.ranking import Features
+from sfda_tune.values.features import Features
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +48,7 @@ def on_cpu(dataset, zoo):
     return run(dataset, zoo, Settings(device="cpu", workers=0))
 
 
-@pytest.mark.parametrize("precision", extraction.PRECISIONS)
+@pytest.mark.parametrize("precision", settings.PRECISIONS)
 def test_precisions(dataset, zoo, on_cpu, precision):
     before = torch.backends.cudnn.conv.fp32_precision
     found = run(dataset, zoo, replace(CUDA, precision=precision))
@@ -58,7 +61,7 @@ def test_precisions(dataset, zoo, on_cpu, precision):
 @pytest.mark.parametrize("switch", ["LANES", "PIN", "SIDE_STREAM"])
 def test_what_is_fast_changes_nothing(dataset, zoo, switch, monkeypatch):
     """Each alone, and in shards so small that several are under way."""
-    monkeypatch.setattr(extraction, "SHARD", 8)
+    monkeypatch.setattr(plan, "SHARD", 8)
     settings = replace(CUDA, batch_size=3)
     expected = run(dataset, zoo, settings)
     monkeypatch.setattr(extraction, switch, 1 if switch == "LANES" else False)
@@ -162,7 +165,7 @@ def test_scores_on_the_device_are_those_of_the_cpu():
     for variant in ("loo", "official", "paper"):
         here = score(features, variant=variant)
         there = Scorer("sfda", variant).score(features, "cuda")
-        fast = devices.has_fast_float64("cuda")
+        fast = scoring.has_fast_float64("cuda")
         assert there.details["device"].startswith("cuda" if fast else "cpu")
         assert there.value == pytest.approx(here.value, abs=1e-9)
         assert np.abs(there.per_sample - here.per_sample).max() <= 1e-6
@@ -171,7 +174,7 @@ def test_scores_on_the_device_are_those_of_the_cpu():
 CONFIG = FinetuneConfig(epochs=2, batch_size=8, lr=1e-3)
 
 
-@pytest.mark.parametrize("precision", extraction.PRECISIONS)
+@pytest.mark.parametrize("precision", settings.PRECISIONS)
 def test_fine_tuning(dataset, zoo, precision, tmp_path):
     config = replace(CONFIG, precision=precision)
     (*_, last) = finetune(zoo[0], dataset, config, device="cuda", workers=0)

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata, weightedtau
 
-from sfda_tune.metrics import combine, combine_hub, etran, imagenet_prior, ncti, params_prior
-from sfda_tune.values.ranking import MetricResult, Ranking, Score
+from sfda_tune.metrics import combine, etran, ncti
+from sfda_tune.metrics.combine import combine_hub
+from sfda_tune.metrics.priors import imagenet_prior, params_prior
+from sfda_tune.values.features import MetricResult, Score
+from sfda_tune.values.ranking import Ranking
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 recorded = pytest.mark.skipif(not DATA.is_dir(), reason=f"no recorded numbers at {DATA}")

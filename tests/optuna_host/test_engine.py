@@ -13,7 +13,8 @@ from sfda_tune_optuna import engine
 from sfda_tune_optuna.engine import BEAT, FOLDER, RECORD, open_study, read_trials, tune
 from sfda_tune_optuna.history import observe
 
-from sfda_tune.pipelines.engines import Job, OutOfTimeError, load_engine
+from sfda_tune.finetuning.epochs import OutOfTimeError
+from sfda_tune.pipelines.engines import Job, load_engine
 from sfda_tune.pipelines.spaces import open_space
 
 SCORES = {"vit": 3.0, "resnet": 2.0, "alexnet": 1.0}

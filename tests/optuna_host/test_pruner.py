@@ -26,7 +26,8 @@ from optuna_lab import NAMES, VALUES, Log, make_trial, objective, spy_on
 from sfda_tune_optuna import SFDAPruner, SFDASampler, gate
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 

@@ -39,7 +39,8 @@ from sfda_tune_optuna import (
 from sfda_tune_optuna.history import observe
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 # Of GP, QMC, BruteForce, …: theirs. S29 sees to it that the default paths raise none.
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")

@@ -27,8 +27,9 @@ from sfda_tune_optuna import (
 from sfda_tune_optuna.__main__ import main
 from sfda_tune_optuna.store import KEY, compare_rankings
 
-from sfda_tune.selection.policy import estimate_errors
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.selection.calibration import estimate_errors
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 
 def make_ranking(**info):

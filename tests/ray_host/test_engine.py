@@ -13,7 +13,8 @@ import pytest
 from sfda_tune_ray.engine import _is_done, tune
 
 from sfda_tune.pipelines.engines import Job, Trial, load_engine
-from sfda_tune.pipelines.search import SearchResult, search
+from sfda_tune.pipelines.result import SearchResult
+from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space
 
 # of sockets that Tune leaves open
@@ -92,7 +93,7 @@ def test_trials_without_time_for_an_epoch(ray_cluster, tmp_path):
     """They report nothing, are no evidence, and do not end the others."""
 
     def remake():
-        from sfda_tune.pipelines.engines import OutOfTimeError
+        from sfda_tune.finetuning.epochs import OutOfTimeError
 
         def train(trial):
             if trial.backbone == "late":

@@ -21,11 +21,13 @@ from sfda_tune_ray import executor as module
 import sfda_tune
 from sfda_tune import DatasetError, RankingInterruptedError
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.data.opening import ImageDataset, open_dataset
-from sfda_tune.extraction import run as extraction
-from sfda_tune.extraction.run import Settings, extract
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.opening import open_dataset
+from sfda_tune.extraction import plan
+from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
-from sfda_tune.values.ranking import Backbone
+from sfda_tune.values.features import Backbone
 
 CPU = Settings(device="cpu", workers=0)
 NETS = [Backbone("a", load=Load()), Backbone("b", load=Load(most=4, scale=2))]
@@ -40,7 +42,7 @@ def executor(ray_cluster):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(extraction, "SHARD", 8)
+    monkeypatch.setattr(plan, "SHARD", 8)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +379,7 @@ DRIVER = """
 import sys, sfda_tune
 from sfda_tune.extraction import run as extraction
 from sfda_tune_ray import RayExecutor
-extraction.SHARD = 8
+plan.SHARD = 8
 if __name__ == "__main__":
     executor = RayExecutor(sys.argv[1], num_gpus=0, actors=1, unit_seconds=0.01)
     sfda_tune.rank(sys.argv[2], sys.argv[3], cache=sys.argv[4], executor=executor)
@@ -482,7 +484,8 @@ def test_arguments(arguments, message):
 
 
 def test_command_line(ray_cluster, monkeypatch, capsys, tmp_path):
-    from sfda_tune.cli.main import _spread, main
+    from sfda_tune.cli.main import main
+    from sfda_tune.cli.options import _spread
 
     for given, then in {
         "--ray": "--ray=",

@@ -26,7 +26,8 @@ from sfda_tune_ray.searcher import WHOLE
 from tune_lab import NAMES, SCORES, VALUES
 
 from sfda_tune.selection import policy
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 LR = {"lr": tune.loguniform(1e-5, 1e-1)}

@@ -17,7 +17,8 @@ from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import chisquare
 from sfda_tune_ray import backbone_grid, backbone_resources, backbone_space, warm_start_points
 
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 SCORES = {"low": 0.3, "top": 0.8, "mid": 0.5, "none": float("nan")}
 ROOT = Path(__file__).resolve().parents[2]

@@ -27,7 +27,8 @@ from tune_lab import (
     train,
 )
 
-from sfda_tune.values.ranking import Ranking, Score
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),

@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 
 from sfda_tune import extract, open_dataset, resolve_backbones
-from sfda_tune.finetuning.models import image_files
+from sfda_tune.data.folders import image_files
 
 COMMON = {"cache": False, "device": "cpu", "workers": 0}
 X, Y = load_digits(return_X_y=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 
-from sfda_tune.selection.policy import Calibration, estimate_errors, survivors
+from sfda_tune.selection.calibration import Calibration, estimate_errors
+from sfda_tune.selection.policy import survivors
 from sfda_tune_optuna.history import observe
 from sfda_tune_optuna.store import SFDAWarning, load_ranking, read_scores
 from sfda_tune_optuna.study import calibrate_study, find_param_name

@@ -1,0 +1,187 @@
+"""What the features of a backbone depend on, as one digest: the key of what is stored."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.backbones.identity import files_behind, identify, is_installed, version_of
+from sfda_tune.backbones.loading import (
+    _create,
+    _files_in,
+    _is_weights,
+    load,
+    read_config,
+    timm_name,
+)
+from sfda_tune.backbones.plugins import load_plugin
+from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.files import digest_file
+
+__all__ = ["fingerprint"]
+
+
+# What the features depend on --------------------------------------------------------------------
+def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
+    """Return a digest of all that a backbone's features depend on, apart from the images.
+
+    Of a timm name, hub name or folder: its weights and configuration by their bytes, the version
+    of timm, the plug-ins with all they import, and the code of an architecture that is not timm's.
+    Of a network of the user's own: see `identity`, and what it makes of two fixed images.
+
+    Without `module` it answers from files alone, and with None where the weights are not in a
+    local file yet. With `module` (as `load` returns it) it always answers; for weights in files
+    with the same digest as without.
+    """
+    parts = [f"{package} {version_of(package)}" for package in ("timm", "torch")]
+    parts += [files_behind(plugin, load_plugin(plugin)) for plugin in backbone.plugins]
+    name = timm_name(backbone.spec)
+    if backbone.load is not None:
+        module, half = load(backbone)
+        parts += [identify(module, backbone.name), _try_out(module, half)]
+    elif name.startswith("local-dir:"):
+        folder = Path(name.partition(":")[2])
+        parts.append(_own_architecture(backbone, read_config(folder)["architecture"]))
+        files = sorted(filter(_is_weights, _files_in(folder)))
+        parts += [f"{f.name} {digest_file(f)}" for f in [folder / "config.json", *files]]
+    else:
+        parts.append(name)
+        file = _cached_file(name)
+        if file is None and module is None:
+            return None
+        if name.startswith("hf-hub:"):
+            config = _from_hub(name.partition(":")[2], ["config.json"])
+            parts.append(digest_file(config) if config else "")
+            architecture = read_config(Path(config).parent)["architecture"] if config else ""
+        else:
+            architecture = name.partition(".")[0]
+        parts.append(_own_architecture(backbone, architecture))
+        parts.append(digest_file(file) if file is not None else identify(module, backbone.name))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+
+
+def _own_architecture(backbone: Backbone, architecture: str) -> str:
+    """Return a digest of the code and attributes of an architecture that is none of timm's.
+
+    Its weights do not count here, so it is built without any; timm's own are not built.
+    """
+    import torch
+    from timm.models import is_model, model_entrypoint
+
+    if not is_model(architecture):
+        return ""  # opening it will say so
+    build = model_entrypoint(architecture)
+    package = build.__module__.partition(".")[0]
+    if is_installed(getattr(sys.modules.get(package), "__file__", None)):
+        return f"{package} {version_of(package)}"
+    with torch.random.fork_rng(devices=[]):  # of a tensor that is no weight the numbers count
+        torch.manual_seed(0)
+        module = _create(backbone, pretrained=False)
+    weights = module.state_dict(keep_vars=True).values()
+    return identify([build, module], backbone.name, by_shape=weights)
+
+
+def _try_out(module: Any, half: Preprocessing) -> str:
+    """Return roughly what a network makes of two fixed images, on the CPU.
+
+    It tells networks apart whose code is no Python, or reads a file. Where there is a fork, in a
+    process of its own, which a network may end.
+    """
+    if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.parent_process():
+        return _respond(module, half)
+    fork = multiprocessing.get_context("fork")
+    there, here = fork.Pipe(duplex=False)
+    process = fork.Process(target=_send_response, args=(here, module, half), daemon=True)
+    process.start()
+    here.close()
+    try:
+        return there.recv() if there.poll(60) else "hangs"
+    except EOFError:
+        return "ends its process"
+    finally:
+        process.kill()
+        process.join()
+        there.close()
+
+
+def _send_response(pipe: Any, module: Any, half: Preprocessing) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # those of the other process do not exist here
+    pipe.send(_respond(module, half))
+
+
+def _respond(module: Any, half: Preprocessing) -> str:
+    """Return the outputs on fixed images, rounded to a hundredth of the features' size.
+
+    The last digits depend on the processor and its threads.
+    """
+    import torch
+
+    generator = np.random.default_rng(0)
+    shape = half.input_size or half.output_size
+    x = torch.from_numpy(generator.random((2, *shape), np.float32))
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            y = module(x).double()
+        y = y.mean((2, 3)) if y.ndim == 4 else y
+        directions = generator.standard_normal((y.shape[1], 8))
+        seen, size = y.numpy() @ directions, float(y.norm())
+    except Exception as error:  # the extraction will say so; or it runs on another device only
+        return type(error).__name__
+    told = [*(seen / (size or 1.0)).ravel(), np.log10(size or 1.0)]
+    return repr([round(float(v), 2) + 0.0 for v in told])
+
+
+def _cached_file(name: str) -> str | None:
+    """Find the weights of a remote backbone in the caches that timm uses."""
+    import timm
+    import torch
+
+    hub_id, file_names, url = "", [], None
+    if name.startswith("hf-hub:"):
+        hub_id = name.partition(":")[2]
+    else:
+        config = timm.get_pretrained_cfg(name)
+        if config is None:
+            return None
+        hub_id, url = config.hf_hub_id or "", config.url
+        if config.hf_hub_filename:
+            file_names = [config.hf_hub_filename]
+    file_names += ["model.safetensors", "pytorch_model.bin"]
+    names = [name for given in file_names for name in (_safe_name(given), given)]
+    if hub_id and (file := _from_hub(hub_id, names)):
+        return file
+    if isinstance(url, str) and url:
+        file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if os.path.isfile(file):
+            return file
+    return None
+
+
+def _from_hub(hub_id: str, names: list[str]) -> str | None:
+    """Find the first of some files of a repository in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = hub_id.partition("@")
+    for name in names:
+        file = try_to_load_from_cache(repo, name, revision=revision or None)
+        if isinstance(file, str):
+            return file
+    return None
+
+
+def _safe_name(file_name: str) -> str:
+    return (
+        file_name.removesuffix(".bin") + ".safetensors"
+        if file_name.endswith(".bin")
+        else file_name
+    )

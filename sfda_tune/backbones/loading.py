@@ -1,0 +1,266 @@
+"""From a backbone to its network and the preprocessing it was trained with."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfda_tune.backbones import demo
+from sfda_tune.backbones.plugins import BackboneError, load_plugin
+from sfda_tune.backbones.preprocessing import Preprocessing, check_input_size
+from sfda_tune.data.hub import cache_only_if_unreachable
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.files import read_json, say_kind
+from sfda_tune.values.text import one_line, printable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Description", "describe", "load"]
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz")
+
+
+CALLS = 500_000  # of PyTorch's functions, in building a network
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a backbone without its weights."""
+
+    backbone: Backbone
+    n_params: int
+    n_dims: int | None
+    preprocessing: Preprocessing
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in WEIGHT_FILES and file.is_file()
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the ``config.json`` of a timm checkpoint folder.
+
+    Raises
+    ------
+    BackboneError
+        If there is none, or it is not one of timm's; the message says what it is.
+    """
+    some = {str: object}
+    kind = {"architecture?": str, "pretrained_cfg?": some, "model_args?": (some, None)}
+    try:
+        config = read_json(Path(folder) / "config.json", kind, f"check {folder}")
+    except FileNotFoundError:
+        raise BackboneError(f"it has no config.json; check {folder}") from None
+    except ValueError as error:
+        raise BackboneError(str(error)) from None
+    if "architecture" not in config:
+        raise BackboneError(f"its config.json {_say_whose(config)}; check {folder}")
+    if (size := config.get("pretrained_cfg", {}).get("input_size")) is not None:
+        try:
+            check_input_size(size)
+        except ValueError as error:
+            raise BackboneError(f"{error}; check {folder}") from None
+    return config
+
+
+def _say_whose(config: Mapping[str, Any]) -> str:
+    of = config.get("model_type") or config.get("architectures")
+    if not of:
+        return "names no `architecture`, as those of timm do"
+    return (
+        f"is of a transformers checkpoint ({one_line(str(of), 60)}), which timm cannot open; take "
+        "timm's version of it (`sfda-tune backbones '*NAME*'`), or in Python Backbone(name, "
+        "load=…) with a module that returns its features"
+    )
+
+
+# Backbones to networks --------------------------------------------------------------------------
+def describe(backbone: Backbone) -> Description:
+    """Find out parameters, width and preprocessing, without loading weights.
+
+    Raises
+    ------
+    BackboneError
+        If the backbone cannot be opened; the message says why and what to do.
+    """
+    import torch
+
+    if backbone.load is not None:
+        module, preprocessing = load(backbone)
+        return Description(backbone, _count(module), None, preprocessing)
+    try:
+        with torch.device("meta"):
+            module = _create(backbone, pretrained=False)
+    except BackboneError:
+        raise
+    except Exception as error:  # a constructor that computes with its buffers
+        logger.debug("%s cannot be built on the meta device: %s", backbone.name, error)
+        module = _create(backbone, pretrained=False)
+    return Description(backbone, _count(module), _width(module), _preprocessing(module))
+
+
+def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
+    """Open a backbone with its weights, on the CPU, in eval mode, without its classifier.
+
+    Returns
+    -------
+    module : torch.nn.Module
+        Maps (n, channels, height, width) to features (n, n_dims).
+    preprocessing : Preprocessing
+
+    Raises
+    ------
+    BackboneError
+        If it cannot be opened; the message says why and what to do.
+    """
+    if backbone.load is None:
+        module = _create(backbone, pretrained=True)
+        return module.eval().requires_grad_(False), _preprocessing(module)
+    for plugin in backbone.plugins:
+        load_plugin(plugin)
+    module, transform = backbone.load()
+    module = copy.deepcopy(module)  # the caller's stays in its mode, on its device
+    if transform is not None:
+        preprocessing = Preprocessing(None, transform=transform)
+    else:
+        preprocessing = _preprocessing(module)
+        module.reset_classifier(0)
+    return module.eval().requires_grad_(False), preprocessing
+
+
+def _create(backbone: Backbone, *, pretrained: bool) -> Any:
+    import timm
+
+    for plugin in backbone.plugins:
+        load_plugin(plugin)
+    try:
+        name = timm_name(backbone.spec)
+        local = name.startswith("local-dir:")
+        if local:
+            read_config(name.partition(":")[2])
+        with nullcontext() if local else cache_only_if_unreachable(), _bounded():
+            # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
+            # error; with num_classes=0 it would silently leave what is missing at random.
+            module: Any = _build(name) if pretrained else timm.create_model(name)
+    except BackboneError:
+        raise
+    except Exception as error:
+        raise BackboneError(_explain(backbone, error)) from error
+    module.reset_classifier(0)
+    return module
+
+
+def _build(name: str) -> Any:
+    """Build a network and load its weights, without drawing random ones first if it can be."""
+    import timm
+    import torch
+
+    from sfda_tune.backbones.initialization import NoRandomWeights
+
+    with NoRandomWeights() as blank, contextlib.suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+        module = timm.create_model(name, pretrained=True)
+        if not blank.incomplete():
+            return module
+    return timm.create_model(name, pretrained=True)  # an architecture that loads no weights
+
+
+def _bounded() -> Any:
+    """Return a context that refuses to build what no machine can hold: a mistaken configuration.
+
+    It sees the tensors of this thread as they are made, before they are filled; on the device
+    "meta" they take no memory, and only the absurd is refused.
+    """
+    import psutil
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Bounded(TorchFunctionMode):
+        calls, real, meta = 0, 0, 0
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            self.calls += 1
+            if func in makers and isinstance(made, torch.Tensor):
+                size = made.numel() * made.element_size()
+                self.real += 0 if made.is_meta else size
+                self.meta += size if made.is_meta else 0
+            if self.calls > CALLS or self.real > memory or self.meta > 1 << 42:
+                held = f"than the {memory / 2**30:.3g} GiB of this machine can hold"
+                raise MemoryError(
+                    "its configuration asks for a larger network "
+                    + ("than anybody has" if self.real <= memory else held)
+                )
+            return made
+
+    makers = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+    makers |= {torch.randint, torch.arange, torch.linspace, torch.eye, torch.tensor}
+    memory = psutil.virtual_memory().total
+    return Bounded()
+
+
+def timm_name(spec: str) -> str:
+    """Return what `timm.create_model` opens for a spec."""
+    if spec.startswith("demo:"):
+        return f"local-dir:{demo.folder(spec[len('demo:') :])}"
+    return spec
+
+
+def _explain(backbone: Backbone, error: Exception) -> str:
+    """Say in one line why a backbone cannot be opened, and what to do."""
+    from huggingface_hub import errors as hub
+
+    text = " ".join(str(error).split())
+    if isinstance(error, hub.GatedRepoError):
+        return f"{backbone.spec} is gated on the hub: ask for access, then `hf auth login`"
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return f"the hub has no (public) repository for {backbone.spec}"
+    if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)):
+        return (
+            f"the weights of {backbone.spec} are not in the local cache and the hub cannot be "
+            "reached; connect once, or pass a checkpoint folder as local-dir:PATH"
+        )
+    if "Unknown model" in text:
+        return f"{text}: register the architecture with --import FILE (`plugins=` in Python)"
+    text = text if len(text) <= 300 else f"{text[:300]} …"  # a list of all missing keys
+    where = f"; check {timm_name(backbone.spec).partition(':')[2]}"
+    local = timm_name(backbone.spec).startswith("local-dir:")
+    if local and isinstance(error, FileNotFoundError) and not text:  # timm's own says nothing
+        folder = Path(timm_name(backbone.spec).partition(":")[2])
+        odd = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_FILES and not f.is_file()]
+        text = "; ".join(f"{printable(f.name)} {say_kind(f)}" for f in odd)
+        text = text or "its weights are missing"
+    return f"{type(error).__name__}: {text}" + (where if local else "")
+
+
+def _preprocessing(module: Any) -> Preprocessing:
+    from timm.data.config import resolve_model_data_config
+
+    return Preprocessing.from_config(resolve_model_data_config(module))
+
+
+def _count(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _width(module: Any) -> int | None:
+    for attribute in ("head_hidden_size", "num_features"):
+        width = getattr(module, attribute, None)
+        if isinstance(width, int):
+            return width
+    return None

@@ -1,0 +1,209 @@
+"""``sfda-tune rank``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sfda_tune.cli.main import app
+from sfda_tune.cli.options import CacheDir, Debug, Imports
+from sfda_tune.cli.terminal import _fail, _show, _split_commas, messages
+from sfda_tune.pipelines.terminal import say
+
+if TYPE_CHECKING:
+    from sfda_tune.values.ranking import Ranking
+
+
+@app.command()
+def rank(
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="An image folder (one sub-folder per class, or train/ and val/ with these), a "
+            "CSV or Parquet file of paths and labels, `hf:NAME`, or `digits`."
+        ),
+    ] = "digits",
+    backbones: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backbones",
+            "-b",
+            metavar="SPEC...",
+            help="timm names or globs (`resnet50.a1_in1k`, `'convnext_*.fb_in22k*'`), "
+            "`hf-hub:owner/name`, a checkpoint folder or a folder of these, `demo:*`. Several "
+            "may follow, also separated by commas; DATASET stands before. Default: demo:*.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="Score to rank by, or several, whose ranks are averaged: `sfda+imagenet`, "
+            "`2*sfda+knn`. `imagenet` (published accuracy) and `params` look at no image."
+        ),
+    ] = "sfda",
+    variant: Annotated[
+        str | None, typer.Option(help="Variant of the metric `sfda`: official, paper or loo.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Use a stratified sample of so many images.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
+    race: Annotated[
+        bool,
+        typer.Option(
+            "--race",
+            help="Show few images to all, more only to those that may still be in the top.",
+        ),
+    ] = False,
+    top: Annotated[int, typer.Option(metavar="K", help="The top that a race is to find.")] = 5,
+    ensemble: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Also choose K backbones to fine-tune together."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val, test or all. Default: train.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the paths in a table. Default: path, ….")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the labels. Default: label, class, ….")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
+    ] = "float32",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per forward pass. Default: automatic.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Decoding processes. Default: one per core, at most 8.")
+    ] = None,
+    max_unreadable: Annotated[
+        float, typer.Option(help="Fraction of unreadable images that is tolerated.")
+    ] = 0.1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write the ranking: .json or .csv."),
+    ] = None,
+    cache: CacheDir = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no features.")] = False,
+    imports: Imports = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="Extract over the actors of a Ray cluster: `auto`, HOST:PORT, `ray://…`. Without "
+            "ADDRESS that of $RAY_ADDRESS, else a Ray on this machine. Needs sfda-tune[ray].",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Rank BACKBONES on the labelled images of DATASET.
+
+    Every backbone runs once over the images; nothing is trained.
+    Interrupt with Ctrl-C at any time: what is finished is shown and
+    written, and the same command goes on from there.
+
+    For example:
+
+      sfda-tune rank
+
+      sfda-tune rank photos/ -b resnet50 'convnext_*.fb_in22k*' -o r.json
+    """
+    if out is not None:
+        if out.suffix.lower() not in (".json", ".csv"):
+            _fail(f"--out must end in .json or .csv but is {str(out)!r}.")
+        _check_out(out, "--out")
+    if cache is not None and no_cache:
+        _fail("--cache and --no-cache exclude each other; leave one out.")
+    import sfda_tune
+    from sfda_tune.data.copies import CopiesWarning
+
+    executor = None if ray is None else _ray(ray)
+    interrupted = False
+    warnings.simplefilter("ignore", CopiesWarning)  # said below the table
+    specs = ["demo:*"] if backbones is None else _split_commas(backbones)
+    try:
+        ranking = sfda_tune.rank(
+            dataset,
+            specs,
+            metric=metric,
+            variant=variant,
+            samples=samples,
+            seed=seed,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            workers=workers,
+            max_unreadable=max_unreadable,
+            cache=False if no_cache else cache or True,
+            plugins=imports or (),
+            executor=executor,
+            progress=False if quiet else _bar(),
+            race=race,
+            top=top,
+            ensemble=ensemble,
+        )
+    except sfda_tune.RankingInterruptedError as stop:
+        ranking, interrupted = stop.ranking, True
+    except sfda_tune.BackboneError as error:
+        if dataset == "digits" and len(specs) > 1 and os.path.exists(specs[-1]):
+            _fail(f"{error}; if {specs[-1]!r} is the data set: it stands before --backbones.")
+        raise
+    problem = None if out is None else _write(ranking, out)  # before anything is shown
+    _show(ranking)
+    if problem:
+        _fail(problem)
+    if interrupted:
+        say(messages, "Interrupted: the same command goes on from here.")
+        raise typer.Exit(130)
+    if len(ranking.failed) == len(ranking):
+        _fail("no backbone could be ranked; each one's error stands below the table.")
+
+
+def _ray(address: str) -> Any:
+    import importlib
+
+    try:
+        integration = importlib.import_module("sfda_tune_ray")
+    except ModuleNotFoundError as error:
+        if error.name not in ("ray", "sfda_tune_ray"):
+            raise
+        _fail("--ray needs Ray: pip install 'sfda-tune[ray]'")
+    return integration.RayExecutor(address or None)
+
+
+def _bar() -> Any:
+    from sfda_tune.pipelines.progress import Bar
+
+    return Bar(messages)
+
+
+def _check_out(out: Path, option: str) -> None:
+    """Refuse before the work what could not be written after it."""
+    if not out.parent.is_dir():
+        _fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        _fail(f"{option}: {str(out)!r} cannot be written.")
+
+
+def _write(ranking: Ranking, out: Path) -> str | None:
+    """Write the ranking; return what went wrong: it is still to be shown."""
+    try:
+        if out.suffix.lower() == ".csv":
+            ranking.to_csv(out)
+        else:
+            ranking.to_json(out)
+    except OSError as error:
+        return f"{str(out)!r} could not be written ({error.strerror or error})."
+    return None

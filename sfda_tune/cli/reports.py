@@ -1,0 +1,119 @@
+"""``sfda-tune backbones``, ``evaluate`` and ``report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sfda_tune.cli.main import app
+from sfda_tune.cli.options import Debug, Imports
+from sfda_tune.cli.terminal import _print, _split_commas, messages, output
+from sfda_tune.pipelines.terminal import say, text
+from sfda_tune.values.text import format_count
+
+
+@app.command("backbones")
+def list_backbones(
+    patterns: Annotated[
+        list[str], typer.Argument(metavar="GLOB...", help="As for `rank --backbones`.")
+    ],
+    imports: Imports = None,
+    debug: Debug = False,
+) -> None:
+    """List the pretrained backbones that match GLOB, with their size.
+
+    The weights are not fetched: parameters, megabytes (as float32), feature width and input size
+    come from the architecture.
+    """
+    from rich.progress import track
+
+    from sfda_tune.backbones.loading import describe
+    from sfda_tune.backbones.specs import resolve_backbones
+
+    found = resolve_backbones(_split_commas(patterns), plugins=imports or ())
+    table = Table()
+    for name in ("backbone", "params", "MB", "width", "input"):
+        table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
+    failures = 0
+    for backbone in track(found, "reading", console=messages, transient=True):
+        try:
+            d = describe(backbone)
+        except ValueError as error:
+            failures += 1
+            table.add_row(text(backbone.name), "failed")
+            say(messages, f"{backbone.name}: {error}")
+            continue
+        _, height, width = d.preprocessing.input_size or (0, 0, 0)
+        table.add_row(
+            text(backbone.name),
+            format_count(d.n_params),
+            f"{d.n_params * 4 / 1e6:.1f}",
+            "" if d.n_dims is None else str(d.n_dims),
+            f"{height}×{width}" if height else "",
+        )
+    _print(table)
+    if failures == len(found):
+        raise typer.Exit(1)
+
+
+@app.command("evaluate")
+def evaluate_scores(
+    scores: Annotated[
+        Path, typer.Argument(help="A ranking (.json, .csv) or {backbone: score}, as JSON or CSV.")
+    ],
+    truth: Annotated[
+        Path,
+        typer.Argument(help="Accuracies after fine-tuning: {backbone: accuracy}, JSON or CSV."),
+    ],
+    column: Annotated[
+        str | None, typer.Option(help="Column of the accuracies in a CSV of several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the permutations.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Tell how good SCORES were, given the TRUTH.
+
+    Both may also hold several data sets: {dataset: {backbone: number}}.
+    """
+    from collections.abc import Mapping
+
+    from sfda_tune.selection.evaluation import evaluate, evaluate_many
+    from sfda_tune.selection.tables import read_scores, read_truth
+
+    known = read_truth(truth, column=column)
+    nested = any(isinstance(value, Mapping) for value in known.values())
+    judge: Any = evaluate_many if nested else evaluate
+    result = judge(read_scores(scores), known, seed=seed)
+    for line in repr(result).splitlines():
+        say(output, line)
+
+
+@app.command("report")
+def report_on(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|RANKING", help="The folder of a search, or a ranking (.json of `rank`)."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="Default: RUN/report.html, or RANKING as .html."
+        ),
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option("--plots", metavar="DIR", help="Also save figures there, as PNG and SVG."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a search or a ranking; it needs no network."""
+    from sfda_tune.report.html import save_plots, write_report
+
+    files = [write_report(source, out)]
+    for path in files + ([] if plots is None else save_plots(source, plots)):
+        say(output, path)

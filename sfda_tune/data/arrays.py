@@ -1,0 +1,124 @@
+"""Images in memory: arrays and lists of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from sfda_tune.data.checks import _absolute, _check_some_exist, _some
+from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.decoding import deep_to_uint8
+from sfda_tune.data.labels import _encode
+
+_CHANNELS = (1, 3, 4)
+
+
+# ---- arrays
+
+
+def _as_array(value: Any, ndim: int) -> Any:
+    """Turn a tensor into an array, channels last; leave anything else as it is."""
+    if not hasattr(value, "detach"):
+        return value
+    value = value.detach().cpu()
+    array = (value.float() if value.is_floating_point() else value).numpy()  # bfloat16 has none
+    channels_first = array.ndim == ndim and array.shape[-3] in _CHANNELS
+    return np.moveaxis(array, -3, -1) if channels_first else array
+
+
+def _pixels(array: np.ndarray, what: str) -> np.ndarray:
+    """One image as uint8 array ``(h, w)`` or ``(h, w, c)``."""
+    shape_is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)
+    if array.size == 0 or not shape_is_known:
+        axes = array.ndim == 3 and array.shape[0] in _CHANNELS
+        raise DatasetError(
+            f"{what} must have shape (h, w) or (h, w, c) with c = 1, 3 or 4 but has "
+            f"{array.shape}; "
+            + ("channels come last: np.moveaxis(image, 0, -1)." if axes else "reshape it.")
+        )
+    if array.dtype == np.uint8:
+        return array
+    kind, low, high = array.dtype.kind, array.min(), array.max()
+    if kind == "b":
+        return array * np.uint8(255)
+    if array.dtype == np.uint16:
+        return deep_to_uint8(array)
+    if kind == "f" and -1e-5 <= low <= high <= 1 + 1e-5:  # rounding of a resize
+        return np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+    if kind == "f" and not 0 <= low <= high <= 255:
+        advice = "remove the normalisation (transform): each backbone applies its own"
+    else:
+        advice = "if they are 0 … 255, use .astype(np.uint8)"
+    raise DatasetError(
+        f"{what} must be uint8, uint16, bool or floating point in [0, 1] but is {array.dtype} "
+        f"from {low} to {high}; {advice}."
+    )
+
+
+def _item(value: Any, what: str) -> Any:
+    """Turn an image in memory into an item."""
+    if isinstance(value, bytes | Image.Image):
+        return value
+    value = _as_array(value, 3)
+    if isinstance(value, np.ndarray):
+        return _pixels(value, what)
+    raise DatasetError(
+        f"{what} must be an array, a tensor, a PIL image, a path or the bytes of an image file "
+        f"but is {type(value).__name__}."
+    )
+
+
+def _open_arrays(
+    images: Any, labels: Any = None, least: int = 2, name: str = "arrays"
+) -> ImageDataset:
+    if labels is None and isinstance(images, Mapping):
+        if set(images) != {"images", "labels"}:
+            raise DatasetError(
+                "`spec`, if a dict, must have the keys 'images' and 'labels' but has "
+                f"{_some(map(repr, images))}."
+            )
+        images, labels = images["images"], images["labels"]
+    if labels is None and isinstance(images, tuple) and len(images) == 2:
+        images, labels = images
+    if labels is None:
+        raise DatasetError(
+            "`labels` must be given with images in a list or array: "
+            "open_dataset((images, labels)) or open_dataset(images, labels=labels)."
+        )
+    images = _as_array(images, 4)
+    for what, given in (("`images`", images), ("`labels`", labels)):
+        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+            kind = type(given).__name__
+            raise DatasetError(
+                f"{what} must be a sequence with one element per image but is {kind}."
+            )
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "OSU":
+        pixels = [_pixels(image, f"`images[{n}]`") for n, image in enumerate(images)]
+        items: Any = images if images.dtype == np.uint8 else np.array(pixels)
+    else:
+        items = [
+            _absolute(x) if isinstance(x, str | os.PathLike) else _item(x, f"`images[{n}]`")
+            for n, x in enumerate(images)
+        ]
+        _check_some_exist(items, os.getcwd(), "`images`")
+    tolist = getattr(labels, "tolist", None)  # arrays, tensors, pandas
+    values: Any = tolist() if tolist else list(labels)
+    if len(items) != len(values):
+        raise DatasetError(
+            f"`labels` must have one label per image, but there are {len(items)} images and "
+            f"{len(values)} labels."
+        )
+    return ImageDataset(name, items, *_encode(values, "`labels`", least=least))
+
+
+def _open_digits(spec: str) -> ImageDataset:
+    from sklearn.datasets import load_digits
+
+    digits = cast("Any", load_digits())
+    # 17 grey levels, 0 … 16, spread evenly over 0 … 255
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return _open_arrays(images, digits.target, name=spec)

@@ -1,0 +1,199 @@
+"""`ImageDataset`: images and labels, the one kind that everything else takes."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sfda_tune.data.decoding import (
+    UNREADABLE,
+    Passing,
+    UnreadableImage,
+    Verdict,
+    decode,
+    digest,
+    digest_pixels,
+    explain,
+)
+from sfda_tune.values.text import one_line, printable
+
+__all__ = ["DatasetError", "ImageDataset", "NoPartError"]
+
+
+class DatasetError(ValueError):
+    """The images or labels cannot be used as they are; the message says what to do."""
+
+
+class NoPartError(DatasetError):
+    """The data set has no such part, or comes in none."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageDataset:
+    """Labelled images, decoded one at a time. Made by `open_dataset`.
+
+    Can be pickled (by `spawn` too): a folder travels as its paths, arrays as their pixels.
+
+    Parameters
+    ----------
+    name : str
+        Shown in the ranking.
+    items : sequence of length n
+        Per image a path, encoded bytes, a uint8 array ``(h, w[, c])``, a `PIL.Image.Image`, or a
+        function without arguments that returns one of these.
+    labels : ndarray of int64, shape (n,)
+        Position of the class in `classes`; read-only.
+    classes : tuple of str
+        Class names; numbers in numerical, other names in natural order (``a2`` before ``a10``),
+        so that they depend neither on the file system nor on the order of the rows.
+    origin : ndarray of int64, shape (n,), optional
+        Row number of each image in what the user gave, for messages.
+
+    >>> data = open_dataset((np.zeros((6, 4, 5, 3), np.uint8), ["dog", "cat"] * 3))
+    >>> data.classes, data.labels.tolist(), data.load(0).size, data.item_name(0)
+    (('cat', 'dog'), [1, 0, 1, 0, 1, 0], (5, 4), 'row 0')
+    """
+
+    name: str
+    items: Sequence[Any] | np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    origin: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
+        integers = labels.shape == (n,) and labels.dtype.kind in "iu"
+        if not integers or not np.all((labels >= 0) & (labels < n_classes)):
+            raise DatasetError(
+                f"`labels` must be {n} integers in 0 … {n_classes - 1} (positions in `classes`), "
+                f"one per image, but is {one_line(repr(self.labels), 80)}; `open_dataset` encodes "
+                "other labels."
+            )
+        labels = labels.astype(np.int64)
+        labels.flags.writeable = False
+        object.__setattr__(self, "labels", labels)
+        if self.origin is None:
+            object.__setattr__(self, "origin", np.arange(n))
+
+    def __repr__(self) -> str:
+        return f"ImageDataset({self.name!r}, {len(self)} images, {len(self.classes)} classes)"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def load(self, row: int) -> Image.Image:
+        """Decode one image, by any thread; `UnreadableImage` if missing, damaged or too large."""
+        item = self.items[row]
+        try:
+            return decode(item)
+        except Verdict as verdict:
+            error: Any = verdict.__cause__
+            raise UnreadableImage(self.item_name(row), explain(error, item)) from error
+        except Exception as error:  # of the system, of a foreign data set
+            reason = Passing(explain(error, item))
+            raise UnreadableImage(self.item_name(row), reason) from error
+
+    def item_name(self, row: int) -> str:
+        """Path of an image, or ``"row 17"``: printable, also where the file name is not."""
+        item = self.items[row]
+        if isinstance(item, str | os.PathLike):
+            return printable(os.fspath(item))
+        return f"row {self.origin[row]}"
+
+    def digest(self, row: int) -> str:
+        """Fingerprint of the bytes or pixels of one image, never of its path, label or position.
+
+        `UNREADABLE` where there is nothing to read (a damaged file has a fingerprint).
+        """
+        item = self.items[row]
+        try:
+            return digest(item)
+        except Exception:  # a foreign data set may raise anything
+            return UNREADABLE
+
+    def pixel_digest(self, row: int) -> str:
+        """Fingerprint of what one image shows, whatever file it is in; `UNREADABLE` if none."""
+        try:
+            return digest_pixels(self.load(row))
+        except UnreadableImage:
+            return UNREADABLE
+
+    def digests(
+        self, rows: Iterable[int] | None = None, workers: int = 8, *, pixels: bool = False
+    ) -> list[str]:
+        """`digest` (or `pixel_digest`) of the given rows (default: all), by `workers` threads.
+
+        `DatasetError` if one of them stalls.
+        """
+        from sfda_tune.data.loader import Loader, cut
+
+        rows = range(len(self)) if rows is None else list(rows)
+        batches = [[rows[i] for i in part] for part in cut(len(rows), 64)]
+        found = Loader(_Digests(self, pixels), batches, list, threads=min(workers, len(batches)))
+        return [digest for _, part in found for digest in part]
+
+    def subset(self, rows: Any) -> ImageDataset:
+        """Keep the given rows, in the given order; `rows` are positions or a mask.
+
+        `classes` stay, so a label means the same class before and after.
+        """
+        rows = np.arange(len(self))[list(rows)]
+        items: Any = self.items
+        items = items[rows] if isinstance(items, np.ndarray) else [items[row] for row in rows]
+        return ImageDataset(self.name, items, self.labels[rows], self.classes, self.origin[rows])
+
+    def sample(self, n: int, seed: int = 0) -> ImageDataset:
+        """Draw `n` images, stratified by class; they keep their order.
+
+        Classes share the places in proportion to their size, but each gets min(2, its size)
+        places first (one, where `n` is too small for two). A smaller sample is part of every
+        larger one of the same `seed`; which images these are depends on the order of the rows and
+        of the classes. Places are dealt by the
+        Sainte-Laguë rule, because with largest remainders a class may *lose* a place when `n`
+        grows (Alabama paradox). `DatasetError` if `n` is less than the number of classes.
+
+        >>> data = open_dataset((np.zeros((100, 2, 2), np.uint8), [0] * 80 + [1] * 20))
+        >>> np.bincount(data.sample(10).labels)
+        array([8, 2])
+        """
+        if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+            raise DatasetError(f"`samples` must be a positive int but is {n!r}.")
+        return self if n >= len(self) else self.subset(self.sample_rows(int(n), seed))
+
+    def sample_rows(self, n: int, seed: int = 0) -> np.ndarray:
+        """Return the rows that `sample` draws, sorted."""
+        classes, code, counts = np.unique(self.labels, return_inverse=True, return_counts=True)
+        if n < len(classes):
+            raise DatasetError(
+                f"`samples` must be at least the number of classes, {len(classes)}, but is {n}; "
+                "better 20 or more images per class."
+            )
+        rng = np.random.default_rng(seed)
+        rank = np.empty(len(self), np.int64)  # position of a row in its class, shuffled
+        for members in np.split(np.argsort(code, kind="stable"), np.cumsum(counts)[:-1]):
+            rank[rng.permutation(members)] = np.arange(len(members))
+        # one image of each class, then a second, then by Sainte-Laguë; ties to the first class
+        rows = np.flatnonzero(rank < n)  # no class gets more than all places
+        code, rank = code[rows], rank[rows]
+        order = np.lexsort((code, (rank + 0.5) / counts[code], np.minimum(rank, 2)))
+        return np.sort(rows[order[:n]])
+
+
+@dataclass(frozen=True)
+class _Digests:
+    """The digests of a data set, for `sfda_tune.data.loader`."""
+
+    dataset: ImageDataset
+    pixels: bool
+
+    def name(self, row: int) -> str:
+        return self.dataset.item_name(row)
+
+    def __getitem__(self, row: int) -> str:
+        return self.dataset.pixel_digest(row) if self.pixels else self.dataset.digest(row)

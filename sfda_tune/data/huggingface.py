@@ -1,0 +1,136 @@
+"""Data sets of the Hugging Face hub and of the library `datasets`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.data.checks import _need, _pick, _refuse
+from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.hub import cache_only_if_unreachable
+from sfda_tune.data.labels import _encode
+from sfda_tune.data.parts import choose, choose_rows, part_of, read_parts
+from sfda_tune.data.tables import _cell, _column
+from sfda_tune.values.text import one_line, printable
+
+# ---- Hugging Face
+
+
+def _open_hub(
+    spec: str,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    least: int,
+) -> ImageDataset:
+    """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder."""
+    datasets, text = _need("datasets", "'hf:'"), spec[3:]
+    if not text:
+        raise DatasetError("`spec` must be 'hf:NAME' or 'hf:NAME:CONFIG' but is 'hf:'.")
+    local = os.path.expanduser(text)
+    exists = os.path.exists(local)
+    name, _, config = (local, "", "") if exists else text.partition(":")
+    shown = printable(os.path.basename(os.path.abspath(local)) if exists else text)
+    saved = ("dataset_dict.json", "state.json")
+    try:
+        if any(os.path.exists(os.path.join(local, file)) for file in saved):
+            data = datasets.load_from_disk(local)
+        else:
+            part = split if split and re.search(r"[\[+]", split) else None  # "train[:10%]"
+            with nullcontext() if exists else cache_only_if_unreachable():
+                data = datasets.load_dataset(name, config or None, split=part)
+            if part:
+                shown, split = f"{shown}/{part}", None
+    except Exception as error:  # of network, file system, data set script, …
+        raise DatasetError(
+            f"`spec` 'hf:{printable(text)}' cannot be loaded: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+    return _open_hf(data, split, image_column, label_column, least, shown)
+
+
+def _hf_item(data: Any, column: str, base: str, row: int) -> str | bytes | None:
+    return _cell(data[row][column], base)
+
+
+def _open_hf(
+    data: Any,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    least: int,
+    name: str = "",
+) -> ImageDataset:
+    import datasets
+
+    first: Any = next(iter(data.values())) if isinstance(data, Mapping) else data
+    name = name or first.info.dataset_name or "dataset"
+    where = f"Data set {name!r}"
+    if isinstance(first, datasets.IterableDataset):
+        raise DatasetError(
+            f"{where} must not be streamed, for images are read in any order; load it without "
+            "streaming=True."
+        )
+    if isinstance(data, Mapping) and len(data) > 1:
+        parts = {c: part_of(c) for c in data}
+        chosen = _pick(choose, parts, split, where)
+        name += "" if split is None or parts[chosen[0]] == "train" else f"/{split}"
+        data = datasets.concatenate_datasets([data[c] for c in chosen])
+        named = None
+    else:
+        only, data = next(iter(data.items())) if isinstance(data, Mapping) else (None, data)
+        named = _name_parts(data, (image_column, label_column), split, where)
+        if named is None and only is not None:
+            chosen = _pick(choose, {only: part_of(only)}, split, where)
+            name += "" if split is None or chosen == ["train"] else f"/{split}"
+        elif named is None and split != "all":
+            _refuse(f"{where}, which is a single split", split=split)
+    features = data.features
+    kind = {column: type(feature).__name__ for column, feature in features.items()}
+    images = [column for column in kind if kind[column] == "Image"]
+    classes = [column for column in kind if kind[column] == "ClassLabel"]
+    image = _column("image_column", image_column, kind, where, images)
+    label = _column("label_column", label_column, kind, where, classes)
+    data = data.with_format(None)
+    names = getattr(features[label], "names", None)
+    labels = data.select_columns([label])[:][label]
+    wanted = np.arange(len(labels))
+    if named is not None:
+        rows, part = _pick(choose_rows, named, split, where)
+        name += "" if split is None or part == "train" else f"/{split}"
+        wanted = np.array(rows)
+    labels = [labels[row] for row in wanted]
+    what = f"{where}, column {label!r},"
+    codes, class_names = _encode(labels, what, names=names, rows=wanted.tolist(), least=least)
+    rows = data.select_columns([image])
+    if kind[image] == "Image":
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    elif not re.search("string|binary", str(features[image])):
+        raise DatasetError(
+            f"`image_column` must hold images, paths or bytes, but {image!r} of {where} is "
+            f"{one_line(features[image], 80)}; cast it to datasets.Image()."
+        )
+    items = [partial(_hf_item, rows, image, os.getcwd(), row) for row in wanted.tolist()]
+    return ImageDataset(name, items, codes, class_names, wanted)
+
+
+def _name_parts(data: Any, taken: Iterable[str | None], split: str | None, where: str) -> Any:
+    """Return what `read_parts` finds in the columns of numbers and text; None for all rows."""
+    if split == "all":
+        return None
+    features = {c: f for c, f in data.features.items() if c not in taken}
+    plain = [c for c, f in features.items() if type(f).__name__ in ("Value", "ClassLabel")]
+    bare = data.with_format(None)
+
+    def cells(column: str) -> list[Any]:
+        names = getattr(features[column], "names", None)
+        values = bare.select_columns([column])[:][column]
+        return [names[v] if names and v is not None and v >= 0 else v for v in values]
+
+    return _pick(read_parts, plain, cells, where)

@@ -1,0 +1,184 @@
+"""CSV and Parquet files of paths (or bytes) and labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.data.checks import _absolute, _check_some_exist, _need, _pick, _some
+from sfda_tune.data.dataset import DatasetError, ImageDataset, NoPartError
+from sfda_tune.data.labels import _encode
+from sfda_tune.data.parts import choose_rows, read_parts
+from sfda_tune.values.files import check
+from sfda_tune.values.text import one_line, printable, read_csv_cell
+
+IMAGE_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "file_name")
+LABEL_COLUMNS = ("label", "class", "target", "category", "y")
+
+
+# ---- tables
+
+
+def _column(
+    argument: str, given: str | None, columns: Iterable[str], where: str, typed: Sequence[str] = ()
+) -> str:
+    """Find a column by name, else as the only one of the right type, else by a usual name."""
+    usual = IMAGE_COLUMNS if argument == "image_column" else LABEL_COLUMNS
+    wanted = usual if given is None else (given,)
+    if given is None and len(typed) == 1:
+        return typed[0]
+    for name in wanted:
+        for column in (typed if given is None else ()) or columns:
+            if column == name or (given is None and column.lower() == name):
+                return column
+    raise DatasetError(
+        f"`{argument}` must be a column of {where}, one of {_some(map(repr, columns), 20)}, "
+        f"but is {given!r}; by default it is the first one called {', '.join(usual)}."
+    )
+
+
+def _cell(value: Any, base: str) -> str | bytes | None:
+    """Turn what an image column holds into an item; Hugging Face: ``{"bytes": …, "path": …}``."""
+    if isinstance(value, Mapping):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, str) and value:
+        return os.path.join(base, value)
+    return value if isinstance(value, bytes) and value else None
+
+
+def _open_table(
+    spec: Any,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    least: int,
+) -> ImageDataset:
+    path = _absolute(spec)
+    where, base = f"Table {path!r}", os.path.dirname(path)
+    read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
+    columns, cells, labels = read(path, where)
+    note = where + " (its first line must name the columns)" * (read is _read_csv)
+    image = _column("image_column", image_column, columns, note)
+    label = _column("label_column", label_column, columns, note)
+    name = printable(os.path.splitext(os.path.basename(path))[0])
+    found, rows = labels(label), None
+    if split != "all":
+        free = [column for column in columns if column not in (image, label)]
+        named = _pick(read_parts, free, lambda column: _listed(cells(column)), where)
+        if named is not None:
+            rows, part = _pick(choose_rows, named, split, where)
+            name += "" if split is None or part == "train" else f"/{split}"
+        elif split is not None:
+            raise NoPartError(
+                "`split` can only be used if a column such as split, fold or is_valid names the "
+                f"part of each row, but {where} has only {_some(map(repr, columns), 20)}; leave "
+                "`split` out."
+            )
+    if rows is not None:
+        found = _of_rows(found, rows)
+    codes, classes = _encode(where=f"{where}, column {label!r},", least=least, **found)
+    items = _Cells(cells(image), base, rows)
+    _check_some_exist(items, base, f"{where}, column {image!r},")
+    origin = np.arange(len(codes)) if rows is None else np.array(rows)
+    return ImageDataset(name, items, codes, classes, origin)
+
+
+def _of_rows(found: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Return what `_encode` is to know of some rows of a table."""
+    found = {**found, "rows": [found["rows"][row] for row in rows] if "rows" in found else rows}
+    if "places" not in found:
+        return {**found, "given": [found["given"][row] for row in rows]}
+    used, places = np.unique(found["places"][rows], return_inverse=True)
+    return {**found, "given": [found["given"][k] for k in used], "places": places}
+
+
+def _listed(column: Any) -> Sequence[Any]:
+    return column.to_pylist() if hasattr(column, "to_pylist") else column
+
+
+def _read_csv(path: str, where: str) -> tuple[Any, ...]:
+    """Columns, a function that reads one, and one that reads the labels for `_encode`."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            head = file.readline()
+            delimiter = max(",;\t", key=head.count)
+            # "path, label": blanks after the delimiter belong to the layout, not to the names
+            layout = {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in head}
+            file.seek(0)
+            reader: Any = csv.DictReader(file, strict=True, restval="", **layout)
+            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            lines, rows = [], []
+            for row in reader:
+                lines.append(reader.line_num)
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{where} must be a CSV file in UTF-8: {one_line(error)}.") from None
+    if long := [n for n, row in zip(lines, rows, strict=True) if any(row.get(None, ()))]:
+        raise DatasetError(
+            f"{where} must have {len(columns)} fields per line, as its header has, but line "
+            f"{_some(long)} has more; put names that hold {delimiter!r} between double quotes."
+        )
+
+    def cells(name: str) -> list[str]:
+        return [read_csv_cell(row[name]) for row in rows]
+
+    return columns, cells, lambda name: {"given": cells(name), "rows": lines, "unit": "line"}
+
+
+def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
+    parquet = _need("pyarrow.parquet", "Reading .parquet")
+    try:
+        schema = parquet.read_schema(path)
+    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        raise DatasetError(f"{where} must be a Parquet file: {one_line(error)}") from None
+
+    # A few kilobytes may stand for millions of rows, so none becomes an object before it is asked
+    # for; texts are kept once each.
+    def cells(name: str) -> Any:
+        texts = [name] if re.fullmatch("(large_)?string", str(schema.field(name).type)) else None
+        return parquet.ParquetFile(path, read_dictionary=texts).read([name]).column(name)
+
+    def labels(name: str) -> dict[str, Any]:
+        found, column = {"names": _declared(schema, name)}, cells(name)
+        try:
+            coded = column.dictionary_encode().combine_chunks()
+        except NotImplementedError:  # lists: `_encode` says what it thinks of them
+            return found | {"given": column.to_pylist()}
+        coded = coded.chunk(0) if hasattr(coded, "chunk") else coded
+        given = [*coded.dictionary.to_pylist(), None]  # the last for what is missing
+        places = coded.indices.fill_null(len(given) - 1).to_numpy()
+        used = np.unique(places)  # a dictionary may hold more than the rows use
+        return found | {"given": [given[k] for k in used], "places": np.searchsorted(used, places)}
+
+    return schema.names, cells, labels
+
+
+def _declared(schema: Any, label: str) -> list[str] | None:
+    """Return the class names that Hugging Face wrote into the table."""
+    with suppress(KeyError, TypeError, ValueError, RecursionError):
+        found = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        check(found, [str])
+        return found
+    return None
+
+
+class _Cells(Sequence[Any]):
+    """The items in an image column, made as they are asked for."""
+
+    def __init__(self, column: Any, base: str, rows: Sequence[int] | None = None) -> None:
+        self.column, self.base = column, base
+        self.rows = range(len(column)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        value = self.column[self.rows[int(row)]]
+        return _cell(value.as_py() if hasattr(value, "as_py") else value, self.base)

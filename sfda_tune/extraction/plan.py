@@ -1,0 +1,176 @@
+"""What is missing, cut into units that can be computed anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.backbones import loading
+from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.decoding import get_switches
+from sfda_tune.extraction.pixels import PIXEL_BYTES, _pixel_bytes
+from sfda_tune.extraction.store import Entry
+from sfda_tune.values.features import Backbone
+
+__all__ = ["SHARD", "Outcome", "Plan", "Unit"]
+SHARD = 1024  # images in one entry of the store; part of what `store.FORMAT` means
+
+
+# One unit of work: one backbone on one block ----------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Everything a worker needs; `shards` are row ranges within `dataset`, the block's rows."""
+
+    backbone: Backbone
+    preprocessing: Preprocessing
+    dataset: ImageDataset
+    run: str
+    block: int
+    halves: tuple[Preprocessing, ...]
+    shards: tuple[tuple[int, int, int], ...]  # index in the plan, start, stop
+    images: tuple[tuple[str, ...], ...]  # content digests, for the key in the store
+    weights: str | None
+    max_unreadable: float  # images, in the whole data set
+    poison: Mapping[int, str] = field(default_factory=dict)  # row of `dataset` → why not to read
+    retry: bool = False  # then a part may be in the store
+    switches: Mapping[str, Any] = field(default_factory=dict)  # Pillow's, see `images`
+
+
+@dataclass(eq=False)
+class Outcome:
+    """What came of a unit; an entry that is in the store need not travel."""
+
+    name: str
+    entries: dict[int, Entry] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)  # of those the store holds now
+    unreadable: dict[int, Mapping[str, str]] = field(default_factory=dict)  # of all entries
+    error: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    n_images: int = 0
+    n_decoded: int = 0
+    weights: str | None = None  # their fingerprint, which was unknown if they had to be fetched
+    not_kept: str | None = None  # why the store refused them
+
+
+# The plan and its execution ---------------------------------------------------------------------
+@dataclass(eq=False)
+class _Job:
+    """One backbone's state while the run goes on."""
+
+    description: loading.Description
+    weights: str | None
+    entries: dict[int, Entry | str] = field(default_factory=dict)  # or its key in the store
+    unkept: dict[int, Entry | str] = field(default_factory=dict)  # what the store does not have
+    keys: list[str] = field(default_factory=list)  # of all shards, if the weights are known
+    cached: bool = True
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Plan:
+    """What is missing: which backbones on which shards; cut into units by who runs it.
+
+    Parameters
+    ----------
+    run : str
+        Unique name.
+    dataset : ImageDataset
+    jobs : dict of str to job
+        By name of the backbone.
+    shards : list of (start, stop)
+        Rows of the data set.
+    images : list of str
+        Content digests.
+    missing : dict of str to frozenset of int
+        Backbone → shards.
+    max_unreadable : float
+        So many images, in the whole data set.
+    failed : set of str
+        Backbones that get no further unit.
+    poison : dict of int to str
+        Row of the data set → why it must not be read; an executor adds those it found.
+    """
+
+    run: str
+    dataset: ImageDataset
+    jobs: dict[str, Any]
+    shards: list[tuple[int, int]]
+    images: list[str]
+    missing: dict[str, frozenset[int]]
+    max_unreadable: float
+    failed: set[str] = field(default_factory=set)
+    poison: dict[int, str] = field(default_factory=dict)
+
+    def preprocessing(self, name: str) -> Preprocessing:
+        """Return the preprocessing of a backbone; equal keys share their pixels."""
+        return self.jobs[name].description.preprocessing
+
+    def n_params(self, name: str) -> int:
+        """Return the number of parameters of a backbone."""
+        return self.jobs[name].description.n_params
+
+    def units(
+        self, names: Iterable[str], block: Sequence[int], number: int, *, retry: bool = False
+    ) -> Iterator[Unit]:
+        """Yield one unit for each backbone that lacks some of the shards in `block`.
+
+        They share one data set, the rows of the block, and one `number`, by which a worker knows
+        that they share its pixels.
+        """
+        names = [
+            n for n in names if n not in self.failed and not self.missing[n].isdisjoint(block)
+        ]
+        spans = [self.shards[shard] for shard in block]
+        starts = np.cumsum([0, *map(_length, spans)])
+        rows = np.concatenate([np.arange(*span) for span in spans])
+        halves = {self.preprocessing(n).key: self.preprocessing(n) for n in reversed(names)}
+        part = self.dataset.subset(rows)
+        poison = {p: self.poison[r] for p, r in enumerate(rows) if r in self.poison}
+        for name in names:
+            if name in self.failed:  # meanwhile
+                continue
+            mine = [(p, s) for p, s in enumerate(block) if s in self.missing[name]]
+            yield Unit(
+                self.jobs[name].description.backbone,
+                self.preprocessing(name),
+                part,
+                self.run,
+                number,
+                tuple(reversed(halves.values())),
+                tuple((s, int(starts[p]), int(starts[p + 1])) for p, s in mine),
+                tuple(tuple(self.images[slice(*self.shards[s])]) for _, s in mine),
+                self.jobs[name].weights,
+                self.max_unreadable,
+                poison,
+                retry,
+                get_switches(),
+            )
+
+
+def _plan(plan: Plan) -> Iterator[Unit]:
+    """Yield the units, block by block; lazily, so that a failed backbone is not tried again."""
+    needed = sorted(frozenset().union(*plan.missing.values()))
+    users = [name for name, absent in plan.missing.items() if absent]
+    per_block = shards_per_block(map(plan.preprocessing, users))
+    for first in range(0, len(needed), per_block):
+        yield from plan.units(users, needed[first : first + per_block], first)
+
+
+def _length(shard: tuple[int, int]) -> int:
+    return shard[1] - shard[0]
+
+
+def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None = None) -> int:
+    """Return how many shards of pixels a quarter of the memory holds, in bytes; default: free."""
+    import psutil
+
+    distinct = {p.key: p for p in preprocessings}
+    per_image = 0
+    for p in distinct.values():
+        per_image += _pixel_bytes(p)
+    budget = min(PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
+    return max(1, budget // max(SHARD * per_image, 1))

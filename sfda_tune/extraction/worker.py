@@ -1,0 +1,467 @@
+"""What computes a unit: one backbone over the pixels of a block."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from sfda_tune.backbones import fingerprints, loading
+from sfda_tune.backbones.devices import _out_of_memory, compute, few_threads
+from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.decoding import UNREADABLE, Passing, get_switches, set_switches
+from sfda_tune.extraction.pixels import (
+    _BLOCKS,
+    _BLOCKS_LOCK,
+    PIN,
+    PIXEL_BYTES,
+    PixelBlock,
+    _watch_idle,
+)
+from sfda_tune.extraction.plan import Outcome, Plan, Unit
+from sfda_tune.extraction.settings import Settings
+from sfda_tune.extraction.store import Entry, FeatureStore, make_key
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Executor", "Worker"]
+# What lets a GPU compute all the time; `tests/benchmarks/gpu.py` measures each of them alone.
+LANES = 2  # units under way: while one computes, the next one's network is opened
+SIDE_STREAM = True  # and are read while it computes
+
+
+class _Turn:
+    """Lets one unit after the other compute, in their order; entered before a unit does."""
+
+    def __init__(self, before: _Turn | None, stop: threading.Event) -> None:
+        self._before, self._stop, self._over = before, stop, threading.Event()
+
+    def __enter__(self) -> None:
+        while self._before is not None and not self._before._over.wait(0.1):
+            self.check()
+        self._before = None  # or the turns of a long run would hang on each other
+        self.check()
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def check(self) -> None:
+        """Raise if the run has ended; threads cannot be interrupted."""
+        if self._stop.is_set():
+            raise RuntimeError("the run has ended")
+
+
+# Held while a network comes to a device or leaves it, and while a batch's memory is measured.
+_MOVES = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Worker:
+    """Runs a unit; can be sent to another process."""
+
+    settings: Settings
+    store: FeatureStore | None
+    advance: Callable[[str, int], None] | None = None
+    threads: int | None = None  # decode in so many threads, not in processes
+    resident: dict[str, Any] | None = None  # keeps the networks from one unit to the next
+    turn: _Turn | None = None  # for the device, where several units are under way
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "advance": None, "resident": None, "turn": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __call__(self, unit: Unit) -> Outcome:
+        """Return the outcome; only a fault of the data set is raised."""
+        parts = ("load", "forward", "copy", "decode", "decode_work")
+        seconds: dict[str, float] = dict.fromkeys(parts, 0.0)
+        outcome = Outcome(unit.backbone.name, seconds=seconds)
+        try:
+            set_switches(unit.switches)
+            self._run(unit, outcome)
+        except DatasetError:  # the data set's fault, not the backbone's: it ends the run
+            raise
+        except Exception as error:
+            logger.debug("%s failed", unit.backbone.name, exc_info=True)
+            outcome.error = _one_line(error)
+            outcome.entries, outcome.keys, outcome.unreadable = {}, {}, {}
+        return outcome
+
+    def _run(self, unit: Unit, outcome: Outcome) -> None:
+        started = time.perf_counter()
+        forward, outcome.weights, n_params = self._load(unit)
+        outcome.seconds["load"] = time.perf_counter() - started
+        on_gpu = forward.device.type == "cuda"
+        kept: deque[Any] = deque()
+        with ThreadPoolExecutor(1) as keeper:  # a thread starts with the first task
+            threads = few_threads(forward.module, unit.preprocessing)
+            with self.turn or contextlib.nullcontext(), threads:
+                for shard in self._forward_all(unit, outcome, forward):
+                    if not on_gpu:
+                        self._keep(shard, outcome, n_params)
+                        continue
+                    kept.append(keeper.submit(self._keep, shard, outcome, n_params))
+                    if len(kept) > 2:
+                        kept.popleft().result()
+            for task in kept:
+                task.result()
+        with _MOVES:
+            del forward
+
+    def _forward_all(self, unit: Unit, outcome: Outcome, forward: _Forward) -> Iterator[_Shard]:
+        """Compute the shards of a unit, but for those that are in the store."""
+        half = _fingerprint(unit.preprocessing)
+        with self._block(unit, pin=forward.device.type == "cuda" and PIN) as block:
+            filled = block.filled
+            try:
+                for (number, start, stop), images in zip(unit.shards, unit.images, strict=True):
+                    key = make_key(images, outcome.weights or "", half, self.settings.precision)
+                    outcome.n_images += stop - start
+                    if unit.retry and self.store is not None and (entry := self.store.get(key)):
+                        outcome.entries[number], outcome.keys[number] = entry, key
+                        outcome.unreadable[number] = entry.unreadable
+                        continue
+                    shard = self._forward(unit, outcome, forward, block, range(start, stop))
+                    shard.number, shard.key, shard.images = number, key, images
+                    yield shard
+            finally:
+                outcome.n_decoded = block.filled - filled
+
+    def _forward(
+        self,
+        unit: Unit,
+        outcome: Outcome,
+        forward: _Forward,
+        block: PixelBlock,
+        shard: range,
+    ) -> _Shard:
+        """Compute the rows of a shard; on a GPU only begin to."""
+        seconds, start, stop = outcome.seconds, shard.start, shard.stop
+        # Who watches may stop the run: also while slow images are decoded.
+        tick = None if self.advance is None else partial(self.advance, unit.backbone.name, 0)
+        waited, started = seconds["decode"], time.perf_counter()
+        parts, good, peak = [], [], {}
+        forward.begin()
+        position = start
+        while position < stop:
+            if self.turn is not None:
+                self.turn.check()
+            end = min(position + forward.batch_size, stop)
+            rows = block.rows(position, end, seconds, tick)
+            if len(block.unreadable) > unit.max_unreadable:
+                raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
+            if len(rows):
+                pixels = block.pixels(unit.preprocessing.key, rows)
+                if forward.device.type == "cuda" and not parts:
+                    with _MOVES:
+                        base = _reset_peak(forward.device)
+                        parts.append(forward(pixels))
+                        peak = _read_peak(forward, base, len(rows))
+                else:
+                    parts.append(forward(pixels))
+                good.append(rows - start)
+            if self.advance is not None:
+                self.advance(unit.backbone.name, end - position)
+            position = end
+        features = _to_host(parts)
+        spent = time.perf_counter() - started - (seconds["decode"] - waited)
+        rows = np.concatenate(good) if good else np.empty(0, np.int64)
+        unreadable = block.reasons(start, stop)
+        return _Shard(features, rows, unreadable, peak, forward.clock(spent))
+
+    def _keep(self, done: _Shard, outcome: Outcome, n_params: int) -> None:
+        """Wait for the features of a shard and put them into the store."""
+        started = time.perf_counter()
+        x, forward_seconds = done.features(), done.seconds()
+        outcome.seconds["copy"] += time.perf_counter() - started
+        outcome.seconds["forward"] += forward_seconds
+        info = {
+            "backbone": outcome.name,
+            "n_params": n_params,
+            "forward_seconds": forward_seconds,
+            "device": self.settings.device,
+            **done.peak,
+        }
+        entry = Entry(x, done.rows, done.unreadable, info)
+        if not np.isfinite(x).all():
+            raise ValueError(
+                f"its features are not finite in {self.settings.precision}"
+                + ("" if self.settings.precision == "float32" else "; try float32")
+            )
+        outcome.entries[done.number] = entry
+        outcome.unreadable[done.number] = entry.unreadable
+        if self.store is not None and _is_lasting(entry, done.images):
+            try:
+                self.store.put(done.key, entry)
+                outcome.keys[done.number] = done.key
+            except OSError as error:  # a full disk costs the cache, not the result
+                outcome.not_kept = str(error)
+
+    def _load(self, unit: Unit) -> tuple[_Forward, str, int]:
+        import torch
+
+        name = unit.backbone.name
+        if self.resident is not None and name in self.resident:
+            return self.resident[name]
+        device = torch.device(self.settings.device)
+        module, preprocessing = loading.load(unit.backbone)
+        weights = unit.weights or ""
+        if not weights and self.store is not None:
+            weights = fingerprints.fingerprint(unit.backbone, module) or ""
+        n_params = sum(p.numel() for p in module.parameters())
+        with _MOVES:
+            module = module.to(device).to(memory_format=torch.channels_last)
+        loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
+        if self.resident is not None:
+            self.resident[name] = loaded
+        return loaded
+
+    @contextlib.contextmanager
+    def _block(self, unit: Unit, *, pin: bool) -> Iterator[PixelBlock]:
+        """Lend the pixels of a unit's block, made for all units that come here."""
+        with _BLOCKS_LOCK:
+            number, block = _BLOCKS.pop(unit.run, (-1, None))
+            if block is None or number != unit.block:
+                block = PixelBlock(
+                    unit.dataset,
+                    unit.halves,
+                    self.settings,
+                    unit.backbone.plugins,
+                    pin=pin,
+                    poison=unit.poison,
+                    threads=self.threads,
+                )
+            _BLOCKS[unit.run] = unit.block, block  # the last used at the end
+            block.users += 1
+            while len(_BLOCKS) > 1 and sum(b.nbytes for _, b in _BLOCKS.values()) > PIXEL_BYTES:
+                del _BLOCKS[next(iter(_BLOCKS))]
+        try:
+            yield block
+        finally:
+            with _BLOCKS_LOCK:
+                block.users -= 1
+                block.used = time.monotonic()
+                _watch_idle()
+
+
+@dataclass(eq=False)
+class _Shard:
+    """What a device has computed, or is about to: `features` and `seconds` wait for it."""
+
+    features: Callable[[], np.ndarray]
+    rows: np.ndarray
+    unreadable: dict[str, str]
+    peak: dict[str, int]
+    seconds: Callable[[], float]
+    number: int = 0
+    key: str = ""
+    images: Sequence[str] = ()
+
+
+class _Forward:
+    """Batches of pixels to features on the device, with as large a batch as fits."""
+
+    def __init__(
+        self, module: Any, preprocessing: Preprocessing, device: torch.device, settings: Settings
+    ) -> None:
+        import torch
+
+        self.module, self.preprocessing = module, preprocessing
+        self.device, self.precision = device, settings.precision
+        self.batch_size = settings.batch_size or _default_batch(preprocessing, device)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._moved: deque[torch.Tensor] = deque(maxlen=2)  # what the device may still read
+        self._copies = None
+        if device.type == "cuda" and SIDE_STREAM:
+            self._copies = torch.cuda.Stream(device)
+
+    def begin(self) -> None:
+        """Begin to measure the time that the device computes."""
+        self._events = self._events[-2:]
+        self._first = len(self._events)
+
+    def clock(self, spent: float) -> Callable[[], float]:
+        """Return what tells how long a GPU computed since `begin`; others tell the `spent`."""
+        events = self._events[self._first :]
+        if self.device.type != "cuda":
+            return lambda: spent
+        return lambda: sum(a.elapsed_time(b) for a, b in events) / 1000
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        parts, start = [], 0
+        while start < len(pixels):
+            size = min(self.batch_size, len(pixels) - start)
+            try:
+                parts.append(self._run(pixels[start : start + size]))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise MemoryError("out of memory with a single image") from error
+                self.batch_size = max(size // 2, 1)
+                logger.info("out of memory: batches of %d now", self.batch_size)
+            else:
+                start += size
+                continue
+            if self.device.type == "cuda":  # outside the handler, which keeps the tensors alive
+                torch.cuda.empty_cache()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.device.type != "cuda":
+            return self._compute(pixels.to(self.device))
+        with torch.cuda.device(self.device):
+            if len(self._moved) == self._moved.maxlen:  # two batches ahead, no more
+                self._events[-2][1].synchronize()
+            moved = self._move(pixels)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            features = self._compute(moved)
+            end.record()
+        self._moved.append(moved)
+        self._events.append((begin, end))
+        return features
+
+    def _move(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Copy pixels to the GPU, beside what it computes for the batch before."""
+        import torch
+
+        if self._copies is None:
+            return pixels.to(self.device, non_blocking=True)
+        # No `record_stream`: where a context is broken it ends the process.
+        with torch.cuda.stream(self._copies):
+            moved = pixels.to(self.device, non_blocking=True)
+        torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        return moved
+
+    def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode(), compute(self.device, self.precision):
+            batch = self.preprocessing.normalize(pixels)
+            features = self.module(batch.contiguous(memory_format=torch.channels_last))
+            if isinstance(features, torch.Tensor) and features.ndim == 4:
+                features = features.mean((2, 3))
+            if not isinstance(features, torch.Tensor) or features.ndim != 2:
+                got = getattr(features, "shape", type(features).__name__)
+                raise ValueError(
+                    "a backbone must return features (n, n_dims) or (n, n_dims, h, w) but "
+                    f"returned {got}"
+                )
+            return features.float()
+
+
+def _fingerprint(preprocessing: Preprocessing) -> str:
+    """Return that of the preprocessing, with Pillow's switches where they are not the usual."""
+    changed = get_switches()
+    text = preprocessing.fingerprint()
+    return f"{text} {json.dumps(changed, sort_keys=True, default=str)}" if changed else text
+
+
+def _is_lasting(entry: Entry, images: Sequence[str]) -> bool:
+    """Whether an entry holds for its images at any time.
+
+    It does not if one of them could not be read for a reason that may pass, except where its
+    digest, which is part of the key, says so.
+    """
+    return not any(
+        isinstance(why, Passing) and images[int(row)] != UNREADABLE
+        for row, why in entry.unreadable.items()
+    )
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Begin to watch the memory of a GPU; return what it holds already."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _read_peak(forward: _Forward, base: int, n: int) -> dict[str, int]:
+    """Return what a batch of `n` took at most beyond `base`, in bytes."""
+    import torch
+
+    peak = torch.cuda.max_memory_allocated(forward.device) - base
+    return {"peak_memory": peak, "peak_batch": min(forward.batch_size, n)}
+
+
+def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:
+    """Join a shard's features; return what waits for them and brings them to the host."""
+    import torch
+
+    if not parts:
+        return lambda: np.empty((0, 0), np.float32)
+    features = torch.cat(parts)
+    if features.device.type != "cuda":
+        return lambda: features.cpu().numpy()
+    with torch.cuda.device(features.device):
+        computed = torch.cuda.Event()
+        computed.record()
+
+    def fetch() -> np.ndarray:  # in a stream of its own, beside what is computed next
+        with torch.cuda.device(features.device), torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_event(computed)
+            return features.cpu().numpy()
+
+    return fetch
+
+
+def _default_batch(preprocessing: Preprocessing, device: torch.device) -> int:
+    """Keep the pixels of a batch about constant: 32 images of 224², eight times that on a GPU."""
+    _, height, width = preprocessing.input_size or (3, 224, 224)
+    size = (32 if device.type == "cpu" else 256) * 224 * 224 // (height * width)
+    return int(2 ** np.clip(np.floor(np.log2(max(size, 1))), 0, 9))
+
+
+def _one_line(error: Exception) -> str:
+    """Say what went wrong; our own errors (`ValueError`) need no name of their kind."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+
+
+def _too_many(unreadable: dict[int, str], dataset: ImageDataset, limit: float) -> DatasetError:
+    row, reason = next(iter(unreadable.items()))
+    return DatasetError(
+        f"{len(unreadable)} of the {len(dataset)} images cannot be read, more than "
+        f"max_unreadable={limit:g} allows; the first is {dataset.item_name(row)} ({reason})"
+    )
+
+
+class Executor(Protocol):
+    """Runs the units of a plan on other machines; entered before the first run."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def resolve_device(self, device: str) -> str:
+        """Return the device of the workers behind ``"auto"``."""
+        ...
+
+    def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
+        """Yield an outcome for each backbone and block, until nothing of the plan is missing."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Return what `Ranking.info["executor"]` is to hold, as JSON values."""
+        ...

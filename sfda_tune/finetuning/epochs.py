@@ -1,0 +1,86 @@
+"""What an epoch brings: the metrics on validation images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Epoch", "OutOfTimeError", "measure"]
+
+
+class OutOfTimeError(Exception):
+    """The time ended inside an epoch."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch brought; number 0 is the linear probe before any training.
+
+    Parameters
+    ----------
+    number, steps : int
+        Epochs and optimizer steps so far.
+    seconds : float
+        Wall time of this epoch, with its validation.
+    lr : float
+        Highest learning rate of the last step.
+    train_loss : float
+        Mean over the epoch; NaN for epoch 0.
+    accuracy, balanced_accuracy, macro_f1, log_loss : float
+        On the validation images. A class without validation images does not count in the
+        balanced accuracy.
+    best : float
+        The monitored metric of the best epoch so far.
+    best_number : int
+        Which epoch that is.
+    images_per_second : float
+        Training images over the time of training; NaN for epoch 0.
+    """
+
+    number: int
+    steps: int
+    seconds: float
+    lr: float
+    train_loss: float
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    log_loss: float
+    best: float
+    best_number: int
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields; NaN becomes None, so that it is strict JSON."""
+        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Epoch:
+        """Build an epoch from `to_dict`'s result."""
+        known: Any = {k: math.nan if v is None else v for k, v in values.items()}
+        return cls(**known)
+
+
+def measure(labels: np.ndarray, p: np.ndarray) -> dict[str, float]:
+    """Return accuracy, balanced accuracy, macro-F1 and log-loss of probabilities (n, n_classes).
+
+    Classes that `labels` lacks count in the macro-F1 if they are predicted, and not in the
+    balanced accuracy.
+
+    >>> measure(np.array([0, 1]), np.array([[0.75, 0.25], [0.25, 0.75]]))["accuracy"]
+    1.0
+    """
+    from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
+
+    found, present = p.argmax(1), np.unique(labels)
+    macro: dict[str, Any] = {"average": "macro", "zero_division": 0}
+    return {
+        "accuracy": float(accuracy_score(labels, found)),
+        "balanced_accuracy": float(recall_score(labels, found, labels=present, **macro)),
+        "macro_f1": float(f1_score(labels, found, **macro)),
+        "log_loss": float(log_loss(labels, p, labels=np.arange(p.shape[1]))),
+    }

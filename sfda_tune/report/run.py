@@ -1,0 +1,135 @@
+"""Reading the folder of a run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfda_tune.report.plots import STATES
+from sfda_tune.values.files import check, open_regular, read_json, read_rows
+from sfda_tune.values.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
+from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import read_csv_cell
+
+__all__ = ["Run", "read_run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is to report: a ranking, and perhaps the search that followed."""
+
+    ranking: Ranking
+    search: Mapping[str, Any] | None = None
+    trials: Sequence[dict[str, Any]] = ()
+    config: Mapping[str, Any] | None = None
+    environment: Mapping[str, Any] | None = None
+    predictions: Sequence[Mapping[str, str]] = ()  # item, label, predicted
+    hardest: Sequence[Mapping[str, Any]] = ()
+    gaps: Sequence[str] = ()  # what is missing, in sentences
+
+    @property
+    def sign(self) -> int:
+        """−1 where lower values are better."""
+        return -1 if (self.search or {}).get("metric") == "log_loss" else 1
+
+
+# Read --------------------------------------------------------------------------------------------
+def read_run(source: str | os.PathLike[str]) -> Run:
+    """Read the folder of a search, finished or not, or the file of a ranking.
+
+    Raises
+    ------
+    ValueError
+        If there is neither, or a file is not what it should be; the message names the file. A
+        missing file is no error: the report says what is missing.
+    """
+    path = Path(source)
+    if path.is_file():
+        return Run(_read_ranking(path))
+    search, is_ranked = _read(path / "search.json", SEARCH), (path / "ranking.json").is_file()
+    if not search and not is_ranked:
+        raise ValueError(
+            f"{os.fspath(path)!r} must be a ranking.json, or the folder of a search with its "
+            "search.json, but is neither; see `sfda-tune search --out`."
+        )
+    predictions = _read_predictions(path / "test_predictions.csv")
+    entries = _read(path / "hardest" / "hardest.json", [object])
+    hardest = [entry for e in entries if (entry := _add_picture(path / "hardest", e))]
+    gaps = {
+        "There is no ranking: the search ended before the backbones were ranked.": not is_ranked,
+        "No test images were predicted, so the winner is not examined.": not predictions,
+        "Not all thumbnails of hard images could be read.": len(hardest) < len(entries),
+    }
+    return Run(
+        _read_ranking(path / "ranking.json") if is_ranked else Ranking(()),
+        search or None,
+        _complete(search.get("trials") or (), path / "search.json"),
+        _read(path / "config.json", CONFIG),
+        _read(path / "environment.json", ENVIRONMENT),
+        predictions,
+        hardest,
+        [gap for gap, holds in gaps.items() if holds],
+    )
+
+
+def _read_ranking(path: Path) -> Ranking:
+    try:
+        return Ranking.from_json(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)}: must be UTF-8 ({error}).") from None
+
+
+def _read(path: Path, kind: Any) -> Any:
+    """Read JSON of a kind; what is empty where there is no file."""
+    empty: Any = [] if isinstance(kind, list) else {}
+    if not os.path.lexists(path):
+        return empty
+    data = read_json(path, kind)
+    if data and isinstance(data, dict) and data.get("format", 1) != 1:
+        raise ValueError(
+            f"{os.fspath(path)}: must be an object of format 1; did a later sfda-tune write it?"
+        )
+    return data
+
+
+def _complete(entries: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Give each trial all fields, in the order of their numbers."""
+    empty = dict.fromkeys(("value", "values", "started", "seconds", "error")) | {"epochs": []}
+    trials = [empty | entry for entry in entries]
+    for i, trial in enumerate(trials):
+        if trial["state"] not in STATES:
+            raise ValueError(
+                f"{os.fspath(path)}: `trials[{i}].state` must be one of {', '.join(STATES)} but "
+                f"is {trial['state']!r}."
+            )
+    return sorted(trials, key=lambda t: t["number"])
+
+
+def _read_predictions(path: Path) -> list[dict[str, str]]:
+    columns = ("item", "label", "predicted")
+    if not os.path.lexists(path):
+        return []
+    return [{c: read_csv_cell(row[c]) for c in columns} for row in read_rows(path, columns)]
+
+
+def _add_picture(folder: Path, entry: Any) -> dict[str, Any] | None:
+    """Return the entry with its image as base64; decoded before, so that it is an image."""
+    from PIL import Image
+
+    try:
+        entry = dict.fromkeys(("item", "label", "predicted"), "?") | {"p_label": None} | entry
+        if Path(entry["file"]).name != entry["file"]:
+            raise ValueError("outside the folder")
+        check(entry, HARD_IMAGE)
+        with open_regular(folder / entry["file"]) as file, Image.open(file) as image:
+            picture = image.convert("RGB")
+    except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
+        return None
+    picture.thumbnail((160, 160))
+    picture.save(buffer := io.BytesIO(), "PNG")
+    return entry | {"data": base64.b64encode(buffer.getvalue()).decode("ascii")}

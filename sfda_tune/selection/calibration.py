@@ -1,0 +1,330 @@
+"""What finished trials say of the scores: the model of the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import ndtr
+from scipy.stats import kendalltau, rankdata
+
+from sfda_tune.values.files import LARGEST_NUMBER
+from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import require
+
+__all__ = ["Calibration", "Observation", "calibrate", "estimate_errors", "name_arm"]
+STATES = ("complete", "pruned", "failed", "running")
+
+# Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
+SLOPE, SLOPE_TRIALS = 0.8, 1.5  # s₀ and ℓ, its weight in backbones
+REST, REST_TRIALS = 1 - SLOPE**2, 2.0  # ω₀² and κ
+WITHIN, WITHIN_TRIALS = 0.6, 2.0  # ν₀² / ω₀² and its weight
+RIDGE = 0.5  # of the effects of settings, values having variance 1
+RUNS, FAILS = 0.1, 0.02  # Beta prior: a backbone runs or does not, so one failure says much
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One trial, as evidence.
+
+    Parameters
+    ----------
+    backbone : str
+    state : {"complete", "pruned", "failed", "running"}
+        Failed: it gave no value and hardly would another time (out of memory). So does a complete
+        trial whose value is missing or not finite.
+    value : float, optional
+        Higher is better. Of a pruned trial the last one reported: a lower bound of the final one.
+    cost : float, optional
+        Seconds.
+    step : float, optional
+        Part of the full budget, in (0, 1], at which a pruned value was seen; else taken as ½.
+    feasible : bool, default True
+        An infeasible trial counts as if its value were the worst of all.
+    settings : mapping of str to object, optional
+        The other parameters. If given, values are compared as if all trials had had the best
+        settings; and where nothing else varies, a second trial of a backbone is worthless.
+    """
+
+    backbone: str
+    state: str
+    value: float | None = None
+    cost: float | None = None
+    step: float | None = None
+    feasible: bool = True
+    settings: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        require("state", self.state, f"one of {', '.join(STATES)}", self.state in STATES)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the scores have proved to be worth.
+
+    Parameters
+    ----------
+    slope, slope_interval : float, tuple of float
+        s, in `scale` per standard deviation of score, and 90 %; ≤ 0 if the scores mislead.
+    kendall_tau : float
+        Between z and b_k of the backbones with a value; NaN if undefined.
+    n_backbones, n_trials : int
+        With a value.
+    table : tuple of dict
+        ``backbone, score, z, n_trials, best, mean, sd``, by name: the best value (None if there
+        is none), and what the backbone is expected to reach.
+    scale : float
+        One standard deviation of the values.
+    warning : str or None
+    """
+
+    slope: float
+    slope_interval: tuple[float, float]
+    kendall_tau: float
+    n_backbones: int
+    n_trials: int
+    table: tuple[dict[str, Any], ...]
+    scale: float = 1.0
+    warning: str | None = None
+
+    def __str__(self) -> str:
+        low, high = self.slope_interval
+        width = max([8, *(len(row["backbone"]) for row in self.table)])
+        lines = [
+            f"slope {self.slope:.2f} [{low:.2f}, {high:.2f}], Kendall's tau "
+            f"{self.kendall_tau:.2f}; {self.n_trials} trials of {self.n_backbones} backbones",
+            f"{'backbone':<{width}}      score  trials       best  expected",
+        ]
+        for row in sorted(self.table, key=lambda row: -row["mean"]):
+            best = "–" if row["best"] is None else f"{row['best']:.4g}"
+            lines.append(
+                f"{row['backbone']:<{width}}  {row['score']:>9.4g}  {row['n_trials']:>6}  "
+                f"{best:>9}  {row['mean']:.4g} ± {row['sd']:.2g}"
+            )
+        return "\n".join(lines + ([f"warning: {self.warning}"] if self.warning else []))
+
+
+def calibrate(
+    scores: Mapping[str, float], history: Iterable[Observation], *, prior_strength: float = 1.0
+) -> Calibration:
+    """Compare the scores with the values of the trials.
+
+    Examples
+    --------
+    >>> scores = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 5.0}
+    >>> falls = [Observation(name, "complete", -score) for name, score in scores.items()]
+    >>> print(calibrate(scores, falls).warning)
+    the scores run against the values of 5 backbones (Kendall's tau -1.00); use other scores
+    """
+    names = sorted(scores)
+    fit = _fit(names, scores, history, prior_strength)
+    has = fit.valued > 0
+    x, y, m = fit.z[has], fit.level[has], int(has.sum())
+    test: Any = kendalltau(x, y) if m > 1 and np.ptp(x) and np.ptp(y) else None
+    tau = math.nan if test is None else float(test.statistic)
+    warning = (
+        f"the scores run against the values of {m} backbones (Kendall's tau {tau:.2f}); "
+        "use other scores"
+    )
+    columns = (fit.z, fit.valued, fit.best, fit.mean * fit.scale, fit.sd * fit.scale)
+    table: list[dict[str, Any]] = []
+    for name, z, n, best, mean, sd in zip(names, *(c.tolist() for c in columns), strict=True):
+        row = {"backbone": name, "score": float(scores[name]), "z": z, "n_trials": int(n)}
+        table.append(row | {"best": best if n else None, "mean": mean, "sd": sd})
+    interval = (fit.slope - 1.645 * fit.slope_sd, fit.slope + 1.645 * fit.slope_sd)
+    n_trials, misleads = int(fit.valued.sum()), m >= 5 and tau < 0
+    about = (m, n_trials, tuple(table), fit.scale, warning if misleads else None)
+    return Calibration(fit.slope, interval, tau, *about)
+
+
+def name_arm(choice: Any) -> str:
+    """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
+    return str(choice) if isinstance(choice, str) else repr(choice)  # never an `np.str_`
+
+
+def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:
+    """Return the standard error of each score, where a `Ranking` has what it takes."""
+    errors = {}
+    for score in scores.scores if isinstance(scores, Ranking) else ():
+        if "standard_error" in score.details:
+            errors[score.backbone] = float(score.details["standard_error"])
+        elif score.per_sample is not None and len(score.per_sample) > 1 and score.error is None:
+            spread = np.std(score.per_sample, ddof=1)
+            errors[score.backbone] = float(spread / math.sqrt(len(score.per_sample)))
+    return {name: error for name, error in errors.items() if math.isfinite(error)} or None
+
+
+# The model --------------------------------------------------------------------------------------
+class _Fit(NamedTuple):
+    """What is known of each candidate; `level`, `mean`, `sd` and `top` in units of `scale`."""
+
+    z: np.ndarray
+    tried: np.ndarray  # t_k
+    valued: np.ndarray  # trials with a value
+    success: np.ndarray
+    cost: np.ndarray  # NaN if unknown
+    best: np.ndarray
+    level: np.ndarray  # b_k
+    mean: np.ndarray  # of u_k
+    sd: np.ndarray
+    top: float
+    slope: float
+    slope_sd: float
+    scale: float
+
+
+def _fit(
+    candidates: Sequence[str],
+    scores: Mapping[str, float],
+    history: Iterable[Observation],
+    prior_strength: float,
+    errors: Mapping[str, float] | None = None,
+) -> _Fit:
+    """Fit the model of the module's docstring, in its notation."""
+    require("prior_strength", prior_strength, "a number ≥ 0", 0 <= prior_strength < math.inf)
+    # In one order always, so that even the rounding of sums does not depend on the caller's.
+    trials = sorted(history, key=lambda o: (o.backbone, o.state, repr(o.value), repr(o.settings)))
+    names = [*candidates, *sorted({o.backbone for o in trials} - set(candidates))]
+    index, K = {name: k for k, name in enumerate(names)}, len(names)
+    z, dz = _standardise(names, scores, errors or {})
+    if prior_strength == 0:
+        z, dz = np.zeros((2, K))
+    tried, failed, seconds, paid = np.zeros((4, K))
+    seen: list[Observation] = []
+    for o in trials:
+        k, has_value = index[o.backbone], o.value is not None and math.isfinite(o.value)
+        tried[k] += 1
+        failed[k] += o.state == "failed" or (o.state == "complete" and not has_value)
+        if o.state in ("complete", "pruned") and has_value:
+            seen.append(o)
+        if o.cost is not None and o.state == "complete":
+            seconds[k], paid[k] = seconds[k] + min(o.cost, LARGEST_NUMBER), paid[k] + 1
+    arm = np.array([index[o.backbone] for o in seen], dtype=int)
+    raw = np.array([o.value for o in seen], dtype=float)
+    raw = raw.clip(-LARGEST_NUMBER, LARGEST_NUMBER)  # squares of a diverged loss overflow
+    full = np.array([o.state == "complete" for o in seen], dtype=bool)
+    y, weight, is_alone = _comparable(seen, raw, arm, full)
+    valued, n = np.bincount(arm, None, K), np.bincount(arm, weight, K)
+    tried = tried - np.bincount(arm[full], 1 - weight[full], K)
+
+    # The scale, b_k and ν²
+    scale = float(y.std(ddof=1)) if len(y) > 1 else 0.0
+    scale = scale if scale > 0 else 1.0
+    best, level = np.full((2, K), -np.inf)
+    np.maximum.at(best, arm, raw)
+    np.maximum.at(level, arm, y / scale)
+    size = np.bincount(arm[full], None, K)
+    centre = np.bincount(arm[full], y[full], K) / np.maximum(size, 1)
+    squares = float(np.square(y - centre[arm])[full].sum()) / scale**2
+    within = (1e-4 if is_alone else WITHIN) * REST
+    nu2 = (WITHIN_TRIALS * within + squares) / (WITHIN_TRIALS + full.sum() - (size > 0).sum())
+
+    has = n > 0
+    m, n = int(has.sum()), n[has]
+    b = level[has] + math.sqrt(nu2) / np.maximum(n, 1)
+    w = 1 / (REST - within + nu2 / n)
+    w = w / w.max(initial=1e-9)
+    total = w.sum() if m else 1.0
+    z_mean, b_mean = w @ z[has] / total, w @ b / total
+    zc, bc = z[has] - z_mean, b - b_mean
+    pull = SLOPE_TRIALS * prior_strength
+    precision = pull + w @ zc**2 or 1.0
+    s = (pull * SLOPE + w @ (zc * bc)) / precision
+    rest = w @ (bc - s * zc) ** 2 + pull * (s - SLOPE) ** 2
+    omega2 = (REST_TRIALS * REST + rest) / (REST_TRIALS + m)
+    tau2 = max(omega2 - (w * nu2 / n).sum() / max(m, 1), 0.1 * omega2)
+    own = tau2 + s**2 * dz**2
+    mean = b_mean + s * (z - z_mean)
+    var = own + omega2 / max(m, 1) + (z - z_mean) ** 2 * omega2 / precision
+    var[has] = 1 / (1 / own[has] + n / nu2)
+    mean[has] = var[has] * (mean[has] / own[has] + b * n / nu2)
+
+    success = (valued + RUNS) / (valued + failed + RUNS + FAILS)
+    cost = np.where(paid > 0, seconds / np.maximum(paid, 1), math.nan)
+    top = float(np.max(level if m else mean, initial=-math.inf))
+    sd, s_sd, c = np.sqrt(var), math.sqrt(omega2 / precision), slice(len(candidates))
+    counts = (z[c], tried[c], valued[c], success[c], cost[c])
+    return _Fit(*counts, best[c], level[c], mean[c], sd[c], top, float(s), s_sd, scale)
+
+
+def _standardise(
+    names: Sequence[str], scores: Mapping[str, float], errors: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return z_k and δ_k: the ranks, and by how many a score moves with its error."""
+    value = np.array([float(scores.get(name, math.nan)) for name in names])
+    error = np.nan_to_num([float(errors.get(name, 0.0)) for name in names], posinf=0.0)
+    z, dz = np.zeros((2, len(names)))
+    at = np.isfinite(value)
+    v, e = value[at], error[at]
+    if len(set(v)) > 1:
+        ranks, order = rankdata(v), np.sort(v)
+        up = order.searchsorted(v + e, "right") - order.searchsorted(v, "right")
+        down = order.searchsorted(v) - order.searchsorted(v - e)
+        z[at] = (ranks - ranks.mean()) / ranks.std()
+        dz[at] = (up + down) / 2 / ranks.std()
+    return z, dz
+
+
+def _comparable(
+    seen: Sequence[Observation], raw: np.ndarray, arm: np.ndarray, full: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Return values as if with the best settings, their weights, and if settings never vary.
+
+    Ridge regression on the settings; of each backbone's mean the part 1 − √(λ/(λ + n_k)) is
+    subtracted first (λ the ridge), as for random effects. A value that is moved by x standard
+    deviations counts 1/(1 + x²). Before, diverged values are moved up to three times the distance
+    from the best to the median, lest they hide all other differences.
+    """
+    steps = [o.step if o.step is not None and 0 < o.step <= 1 else 0.5 for o in seen]
+    weight = np.where(full, 1.0, np.array(steps, dtype=float))
+    if not seen:
+        return raw, weight, False
+    y = np.where([o.feasible for o in seen], raw, raw.min())
+    middle = np.median(y)
+    if y.max() > middle:
+        y = np.maximum(y, middle - 3 * (y.max() - middle))
+    settings = [o.settings for o in seen if o.settings is not None]
+    if len(settings) < len(seen):
+        return y, weight, False
+    X = _encode(settings)
+    if not (X.size and np.ptp(X, axis=0).any()):
+        return y, weight, len(y) > 1 or not settings[0]
+    spread = y[full].std() if full.sum() > 3 else 0.0
+    if spread > 0:
+        k, n = arm[full], np.bincount(arm[full])
+        A = np.column_stack([X[full], y[full] / spread])
+        A = A - A.mean(axis=0)
+        part = (1 - np.sqrt(RIDGE / (RIDGE + n))) / np.maximum(n, 1)
+        A_ = A - np.column_stack([(part * np.bincount(k, column))[k] for column in A.T])
+        X_, y_ = A_[:, :-1], A_[:, -1]
+        effect = A[:, :-1] @ np.linalg.solve(X_.T @ X_ + RIDGE * np.eye(X_.shape[1]), X_.T @ y_)
+        y[full] += spread * (effect.max() - effect)
+        weight[full] = 1 / (1 + (effect.max() - effect) ** 2)
+    return y, weight, False
+
+
+def _encode(settings: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return rank and rank² for numbers of more than 4 values, else a column per value."""
+    columns = []
+    for name in sorted({name for chosen in settings for name in chosen}):
+        values = [chosen.get(name) for chosen in settings]
+        kinds = sorted({repr(v) for v in values if v is not None})
+        if len(kinds) > 4 and all(v is None or isinstance(v, (int, float)) for v in values):
+            x = np.array([math.nan if v is None else float(v) for v in values])
+            t = 2 * rankdata(x, nan_policy="omit") / len(x) - 1  # so logarithms need no care
+            columns += [np.nan_to_num(t), np.nan_to_num(t**2)]
+        else:
+            columns += [np.array([repr(v) == kind for v in values], float) for kind in kinds[:20]]
+    return np.column_stack(columns) if columns else np.zeros((len(settings), 0))
+
+
+def _log_improvement(fit: _Fit) -> np.ndarray:
+    """Return log E[(u − y*)₊] = log σ + log(φ(d) + d Φ(d)), d = (μ − y*)/σ, for any d."""
+    d = (fit.mean - fit.top) / fit.sd
+    near = np.maximum(d, -8.0)
+    exact = np.log(np.exp(-(near**2) / 2) / math.sqrt(2 * math.pi) + near * ndtr(near))
+    tail = -(d**2) / 2 - math.log(math.sqrt(2 * math.pi)) - 2 * np.log(np.maximum(-d, 1))
+    return np.log(fit.sd) + np.where(d > -8, exact, tail)
