@@ -174,7 +174,7 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error).lower()

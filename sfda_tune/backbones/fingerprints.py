@@ -13,9 +13,9 @@ import numpy as np
 
 from sfda_tune.backbones.identity import files_behind, identify, is_installed, version_of
 from sfda_tune.backbones.loading import (
-    _create,
-    _files_in,
-    _is_weights,
+    create,
+    files_in,
+    is_weights,
     load,
     read_config,
     timm_name,
@@ -49,7 +49,7 @@ def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
     elif name.startswith("local-dir:"):
         folder = Path(name.partition(":")[2])
         parts.append(_own_architecture(backbone, read_config(folder)["architecture"]))
-        files = sorted(filter(_is_weights, _files_in(folder)))
+        files = sorted(filter(is_weights, files_in(folder)))
         parts += [f"{f.name} {digest_file(f)}" for f in [folder / "config.json", *files]]
     else:
         parts.append(name)
@@ -83,7 +83,7 @@ def _own_architecture(backbone: Backbone, architecture: str) -> str:
         return f"{package} {version_of(package)}"
     with torch.random.fork_rng(devices=[]):  # of a tensor that is no weight the numbers count
         torch.manual_seed(0)
-        module = _create(backbone, pretrained=False)
+        module = create(backbone, pretrained=False)
     weights = module.state_dict(keep_vars=True).values()
     return identify([build, module], backbone.name, by_shape=weights)
 

@@ -43,11 +43,11 @@ class Description:
     preprocessing: Preprocessing
 
 
-def _files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _is_weights(file: Path) -> bool:
+def is_weights(file: Path) -> bool:
     return file.suffix in WEIGHT_FILES and file.is_file()
 
 
@@ -104,12 +104,12 @@ def describe(backbone: Backbone) -> Description:
         return Description(backbone, _count(module), None, preprocessing)
     try:
         with torch.device("meta"):
-            module = _create(backbone, pretrained=False)
+            module = create(backbone, pretrained=False)
     except BackboneError:
         raise
     except Exception as error:  # a constructor that computes with its buffers
         logger.debug("%s cannot be built on the meta device: %s", backbone.name, error)
-        module = _create(backbone, pretrained=False)
+        module = create(backbone, pretrained=False)
     return Description(backbone, _count(module), _width(module), _preprocessing(module))
 
 
@@ -128,7 +128,7 @@ def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
         If it cannot be opened; the message says why and what to do.
     """
     if backbone.load is None:
-        module = _create(backbone, pretrained=True)
+        module = create(backbone, pretrained=True)
         return module.eval().requires_grad_(False), _preprocessing(module)
     for plugin in backbone.plugins:
         load_plugin(plugin)
@@ -142,7 +142,7 @@ def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
     return module.eval().requires_grad_(False), preprocessing
 
 
-def _create(backbone: Backbone, *, pretrained: bool) -> Any:
+def create(backbone: Backbone, *, pretrained: bool) -> Any:
     import timm
 
     for plugin in backbone.plugins:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from sfda_tune.backbones import demo
-from sfda_tune.backbones.loading import WEIGHT_FILES, _files_in, _is_weights
+from sfda_tune.backbones.loading import WEIGHT_FILES, files_in, is_weights
 from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import say_kind
@@ -164,7 +164,7 @@ def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
     for folder in folders:
         inside = [folder] if (folder / "config.json").is_file() else sorted(folder.iterdir())
         found += [f for f in inside if (f / "config.json").is_file()]
-        bare = [f for f in inside if f not in found and any(map(_is_weights, _files_in(f)))]
+        bare = [f for f in inside if f not in found and any(map(is_weights, files_in(f)))]
         if bare:
             warnings.warn(
                 "left out, for want of a config.json beside the weights: "

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from sfda_tune.cli.options import CacheDir, Debug
-from sfda_tune.cli.terminal import _print, output
+from sfda_tune.cli.terminal import output, print_table
 from sfda_tune.pipelines.terminal import say, text
 
 cache_app = typer.Typer(help="Look at the kept features, or delete them.", no_args_is_help=True)
@@ -28,7 +28,7 @@ def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
     size = sum(total["bytes"] for total in totals.values()) / 1e6
     table.add_section()
     table.add_row("all", str(sum(t["entries"] for t in totals.values())), "", f"{size:.1f}")
-    _print(table)
+    print_table(table)
 
 
 @cache_app.command("clear")

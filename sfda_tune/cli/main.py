@@ -14,14 +14,14 @@ import typer
 from sfda_tune import __version__
 from sfda_tune.cli import search as commands_search
 from sfda_tune.cli.cache import cache_app
-from sfda_tune.cli.options import _spread
+from sfda_tune.cli.options import spread_lists
 from sfda_tune.cli.terminal import (
+    PrintableFormatter,
     UsageError,
-    _print_error,
-    _Printable,
-    _show_warning,
     messages,
     output,
+    print_error,
+    show_warning,
 )
 from sfda_tune.pipelines.terminal import hang_up, say, spell_out
 
@@ -66,17 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
     spell_out()
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR)
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Printable(logging.BASIC_FORMAT))
+        handler.setFormatter(PrintableFormatter(logging.BASIC_FORMAT))
     if not debug:
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
     for name in ("SIGTERM", "SIGHUP"):  # `kill`, a closed terminal: as Ctrl-C, unless `nohup`
         sign = getattr(signal, name, None)  # Windows has no SIGHUP
         if sign is not None and signal.getsignal(sign) != signal.SIG_IGN:
             signal.signal(sign, _on_terminate)
     try:
-        code = app(_spread(arguments), prog_name="sfda-tune", standalone_mode=False)
+        code = app(spread_lists(arguments), prog_name="sfda-tune", standalone_mode=False)
     except UsageError as error:
-        _print_error(f"{error.format_message()} (see `sfda-tune --help`)")
+        print_error(f"{error.format_message()} (see `sfda-tune --help`)")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         say(messages, "Interrupted.")
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
                 say(messages, line)
             sys.exit(1)
         known = str(error) if isinstance(error, (ValueError, OSError)) else ""
-        _print_error(known or f"{type(error).__name__}: {error} (--debug shows the traceback)")
+        print_error(known or f"{type(error).__name__}: {error} (--debug shows the traceback)")
         sys.exit(1)
     try:
         if sys.stdout is not None:  # closed by `>&-`

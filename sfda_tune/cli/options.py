@@ -31,7 +31,7 @@ CacheDir = Annotated[
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/]+:\d+")
 
 
-def _spread(arguments: list[str]) -> list[str]:
+def spread_lists(arguments: list[str]) -> list[str]:
     """Let ``--backbones a b c`` mean ``--backbones a --backbones b --backbones c``.
 
     And let ``--ray`` do without its address.

@@ -11,7 +11,7 @@ import typer
 
 from sfda_tune.cli.main import app
 from sfda_tune.cli.options import CacheDir, Debug, Imports
-from sfda_tune.cli.terminal import _fail, _show, _split_commas, messages
+from sfda_tune.cli.terminal import fail, messages, show_ranking, split_commas
 from sfda_tune.pipelines.terminal import say
 
 if TYPE_CHECKING:
@@ -119,17 +119,17 @@ def rank(
     """
     if out is not None:
         if out.suffix.lower() not in (".json", ".csv"):
-            _fail(f"--out must end in .json or .csv but is {str(out)!r}.")
+            fail(f"--out must end in .json or .csv but is {str(out)!r}.")
         _check_out(out, "--out")
     if cache is not None and no_cache:
-        _fail("--cache and --no-cache exclude each other; leave one out.")
+        fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
     from sfda_tune.data.copies import CopiesWarning
 
     executor = None if ray is None else _ray(ray)
     interrupted = False
     warnings.simplefilter("ignore", CopiesWarning)  # said below the table
-    specs = ["demo:*"] if backbones is None else _split_commas(backbones)
+    specs = ["demo:*"] if backbones is None else split_commas(backbones)
     try:
         ranking = sfda_tune.rank(
             dataset,
@@ -158,17 +158,17 @@ def rank(
         ranking, interrupted = stop.ranking, True
     except sfda_tune.BackboneError as error:
         if dataset == "digits" and len(specs) > 1 and os.path.exists(specs[-1]):
-            _fail(f"{error}; if {specs[-1]!r} is the data set: it stands before --backbones.")
+            fail(f"{error}; if {specs[-1]!r} is the data set: it stands before --backbones.")
         raise
     problem = None if out is None else _write(ranking, out)  # before anything is shown
-    _show(ranking)
+    show_ranking(ranking)
     if problem:
-        _fail(problem)
+        fail(problem)
     if interrupted:
         say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
     if len(ranking.failed) == len(ranking):
-        _fail("no backbone could be ranked; each one's error stands below the table.")
+        fail("no backbone could be ranked; each one's error stands below the table.")
 
 
 def _ray(address: str) -> Any:
@@ -179,7 +179,7 @@ def _ray(address: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in ("ray", "sfda_tune_ray"):
             raise
-        _fail("--ray needs Ray: pip install 'sfda-tune[ray]'")
+        fail("--ray needs Ray: pip install 'sfda-tune[ray]'")
     return integration.RayExecutor(address or None)
 
 
@@ -192,9 +192,9 @@ def _bar() -> Any:
 def _check_out(out: Path, option: str) -> None:
     """Refuse before the work what could not be written after it."""
     if not out.parent.is_dir():
-        _fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
+        fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
     if not os.access(out.parent, os.W_OK) or out.is_dir():
-        _fail(f"{option}: {str(out)!r} cannot be written.")
+        fail(f"{option}: {str(out)!r} cannot be written.")
 
 
 def _write(ranking: Ranking, out: Path) -> str | None:

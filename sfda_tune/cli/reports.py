@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sfda_tune.cli.main import app
 from sfda_tune.cli.options import Debug, Imports
-from sfda_tune.cli.terminal import _print, _split_commas, messages, output
+from sfda_tune.cli.terminal import messages, output, print_table, split_commas
 from sfda_tune.pipelines.terminal import say, text
 from sfda_tune.values.text import format_count
 
@@ -33,7 +33,7 @@ def list_backbones(
     from sfda_tune.backbones.loading import describe
     from sfda_tune.backbones.specs import resolve_backbones
 
-    found = resolve_backbones(_split_commas(patterns), plugins=imports or ())
+    found = resolve_backbones(split_commas(patterns), plugins=imports or ())
     table = Table()
     for name in ("backbone", "params", "MB", "width", "input"):
         table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
@@ -54,7 +54,7 @@ def list_backbones(
             "" if d.n_dims is None else str(d.n_dims),
             f"{height}×{width}" if height else "",
         )
-    _print(table)
+    print_table(table)
     if failures == len(found):
         raise typer.Exit(1)
 

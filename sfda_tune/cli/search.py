@@ -109,7 +109,7 @@ def search(
     try:
         found = selection.search(
             dataset,
-            ["demo:*"] if backbones is None else terminal._split_commas(backbones),
+            ["demo:*"] if backbones is None else terminal.split_commas(backbones),
             trials=trials,
             budget=budget,
             engine=engine,
@@ -204,7 +204,7 @@ def predict(
         text = f"{len(unreadable)} of {len(files)} images cannot be read"
         warnings.warn(text, stacklevel=2)
     if table.problem:
-        terminal._fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
+        terminal.fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
     if not known:
         raise typer.Exit(1)
 

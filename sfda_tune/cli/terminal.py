@@ -22,7 +22,7 @@ output = Terminal()  # results, on standard output
 messages = Terminal(stderr=True)  # everything else
 
 
-def _split_commas(specs: list[str] | None) -> list[str]:
+def split_commas(specs: list[str] | None) -> list[str]:
     """Split at commas, except in the names of existing folders."""
     parts: list[str] = []
     for spec in specs or []:
@@ -30,7 +30,7 @@ def _split_commas(specs: list[str] | None) -> list[str]:
     return parts
 
 
-def _show(ranking: Ranking) -> None:
+def show_ranking(ranking: Ranking) -> None:
     from sfda_tune.selection.diagnostics import diagnose
 
     info = ranking.info
@@ -51,7 +51,7 @@ def _show(ranking: Ranking) -> None:
         row |= sure.get(score.backbone, dict.fromkeys(_SURE, ""))
         row["note"] = row["note"] if score.error is None else "see below"
         table.add_row(*(text(row[name]) for name in shown))
-    _print(table)
+    print_table(table)
     for name, error in ranking.failed.items():
         say(output, f"{name}: {error}")
     for line in _findings(ranking, c):
@@ -119,7 +119,7 @@ def _findings(ranking: Ranking, c: Confidence | None) -> list[str]:
     return lines
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
     """Print a table; a file or a pipe has no width, so there nothing is folded or cut."""
     if output.is_terminal:
         output.print(table)
@@ -138,23 +138,23 @@ def _columns(names: list[int], first: list[str]) -> list[str]:
     return shown
 
 
-def _fail(message: str) -> NoReturn:
-    _print_error(message)
+def fail(message: str) -> NoReturn:
+    print_error(message)
     raise typer.Exit(1)
 
 
-def _print_error(message: str) -> None:
+def print_error(message: str) -> None:
     say(messages, "error:", style="bold red", end=" ")
     say(messages, " ".join(message.split()))  # one line, whatever a plug-in or a library says
 
 
-def _show_warning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
+def show_warning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
     if issubclass(category, UserWarning):
         say(messages, "warning:", style="yellow", end=" ")
         say(messages, message)
 
 
-class _Printable(logging.Formatter):
+class PrintableFormatter(logging.Formatter):
     """What libraries log holds names, too."""
 
     def format(self, record: logging.LogRecord) -> str:

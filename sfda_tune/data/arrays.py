@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from sfda_tune.data.checks import _absolute, _check_some_exist, _some
+from sfda_tune.data.checks import absolute, check_some_exist, some
 from sfda_tune.data.dataset import DatasetError, ImageDataset
 from sfda_tune.data.decoding import deep_to_uint8
-from sfda_tune.data.labels import _encode
+from sfda_tune.data.labels import encode
 
 _CHANNELS = (1, 3, 4)
 
@@ -59,7 +59,7 @@ def _pixels(array: np.ndarray, what: str) -> np.ndarray:
     )
 
 
-def _item(value: Any, what: str) -> Any:
+def as_item(value: Any, what: str) -> Any:
     """Turn an image in memory into an item."""
     if isinstance(value, bytes | Image.Image):
         return value
@@ -72,14 +72,14 @@ def _item(value: Any, what: str) -> Any:
     )
 
 
-def _open_arrays(
+def open_arrays(
     images: Any, labels: Any = None, least: int = 2, name: str = "arrays"
 ) -> ImageDataset:
     if labels is None and isinstance(images, Mapping):
         if set(images) != {"images", "labels"}:
             raise DatasetError(
                 "`spec`, if a dict, must have the keys 'images' and 'labels' but has "
-                f"{_some(map(repr, images))}."
+                f"{some(map(repr, images))}."
             )
         images, labels = images["images"], images["labels"]
     if labels is None and isinstance(images, tuple) and len(images) == 2:
@@ -101,10 +101,10 @@ def _open_arrays(
         items: Any = images if images.dtype == np.uint8 else np.array(pixels)
     else:
         items = [
-            _absolute(x) if isinstance(x, str | os.PathLike) else _item(x, f"`images[{n}]`")
+            absolute(x) if isinstance(x, str | os.PathLike) else as_item(x, f"`images[{n}]`")
             for n, x in enumerate(images)
         ]
-        _check_some_exist(items, os.getcwd(), "`images`")
+        check_some_exist(items, os.getcwd(), "`images`")
     tolist = getattr(labels, "tolist", None)  # arrays, tensors, pandas
     values: Any = tolist() if tolist else list(labels)
     if len(items) != len(values):
@@ -112,13 +112,13 @@ def _open_arrays(
             f"`labels` must have one label per image, but there are {len(items)} images and "
             f"{len(values)} labels."
         )
-    return ImageDataset(name, items, *_encode(values, "`labels`", least=least))
+    return ImageDataset(name, items, *encode(values, "`labels`", least=least))
 
 
-def _open_digits(spec: str) -> ImageDataset:
+def open_digits(spec: str) -> ImageDataset:
     from sklearn.datasets import load_digits
 
     digits = cast("Any", load_digits())
     # 17 grey levels, 0 … 16, spread evenly over 0 … 255
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return _open_arrays(images, digits.target, name=spec)
+    return open_arrays(images, digits.target, name=spec)

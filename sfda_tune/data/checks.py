@@ -13,11 +13,11 @@ from sfda_tune.data.dataset import DatasetError, NoPartError
 from sfda_tune.values.text import one_line
 
 
-def _absolute(path: Any) -> str:
+def absolute(path: Any) -> str:
     return os.path.abspath(os.path.expanduser(os.fspath(path)))
 
 
-def _close_matches(path: str) -> str:
+def close_matches(path: str) -> str:
     """Suggest what may be meant, at the first part of the path that is wrong."""
     while not os.path.isdir(parent := os.path.dirname(path)) and parent != path:
         path = parent
@@ -31,7 +31,7 @@ def _close_matches(path: str) -> str:
 # ---- helpers
 
 
-def _refuse(form: str, **options: Any) -> None:
+def refuse(form: str, **options: Any) -> None:
     """Raise if an option is given that means nothing for this form."""
     given = [f"`{name}`" for name, value in options.items() if value is not None]
     if given:
@@ -39,7 +39,7 @@ def _refuse(form: str, **options: Any) -> None:
         raise kind(f"{' and '.join(given)} cannot be used with {form}; leave it out.")
 
 
-def _pick(pick: Callable[..., Any], *args: Any) -> Any:
+def pick(pick: Callable[..., Any], *args: Any) -> Any:
     """Pick a part, with errors of data sets."""
     try:
         return pick(*args)
@@ -49,7 +49,7 @@ def _pick(pick: Callable[..., Any], *args: Any) -> Any:
         raise DatasetError(str(error)) from None
 
 
-def _need(module: str, purpose: str) -> Any:
+def need(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -59,14 +59,14 @@ def _need(module: str, purpose: str) -> Any:
         ) from error
 
 
-def _some(values: Iterable[Any], limit: int = 5) -> str:
+def some(values: Iterable[Any], limit: int = 5) -> str:
     """``"1, 2, 3, 4, 5 and 7 more"``."""
     values = list(values)
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(map(str, values[:limit])) + more
 
 
-def _check_some_exist(items: Sequence[Any], base: str, what: str) -> None:
+def check_some_exist(items: Sequence[Any], base: str, what: str) -> None:
     """Turn a wrong base folder into one error, instead of a thousand unreadable images."""
     exists = (os.path.lexists(i) if isinstance(i, str) else i is not None for i in items)
     if items and not any(exists):

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import UNREADABLE, _resolve, _stream
+from sfda_tune.data.decoding import UNREADABLE, open_stream, resolve
 
 __all__ = [
     "CopiesWarning", "Twins", "find_alike", "find_twins", "group_twins", "shared_images",
@@ -175,10 +175,10 @@ def _some(texts: Sequence[str], limit: int = 3) -> str:
 def _is_image(item: Any) -> bool:
     """Tell whether an item is an image at all: empty files are equal, but no copies."""
     try:
-        item = _resolve(item)
+        item = resolve(item)
         if isinstance(item, (Image.Image, np.ndarray)):
             return True
-        with _stream(item) as stream, Image.open(stream):
+        with open_stream(item) as stream, Image.open(stream):
             return True
     except Exception:  # Pillow raises a dozen types, a foreign data set any
         return False

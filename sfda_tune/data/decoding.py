@@ -153,7 +153,7 @@ def is_passing(error: BaseException) -> bool:
 
 def digest(item: Any) -> str:
     """Blake2b, in hexadecimal, of the encoded bytes, or of the pixels, shape and dtype."""
-    item = _resolve(item)
+    item = resolve(item)
     if isinstance(item, Image.Image):
         item = np.asarray(to_rgb(item))
     result = hashlib.blake2b(digest_size=20)
@@ -161,7 +161,7 @@ def digest(item: Any) -> str:
         result.update(f"array {item.dtype.str} {item.shape}".encode())
         result.update(np.ascontiguousarray(item).data)
     else:
-        with _stream(item) as stream:
+        with open_stream(item) as stream:
             while block := stream.read(1 << 20):
                 result.update(block)
     return result.hexdigest()
@@ -178,7 +178,7 @@ def explain(error: Exception, item: Any) -> str:
     """Why an item cannot be decoded, on one line."""
     if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
         head = b"?"
-        with suppress(Exception), _stream(_resolve(item)) as stream:
+        with suppress(Exception), open_stream(resolve(item)) as stream:
             head = stream.read(64)
         if not head:
             return "is empty (0 bytes)"
@@ -193,7 +193,7 @@ def explain(error: Exception, item: Any) -> str:
     return one_line(text)
 
 
-def _resolve(item: Any) -> Any:
+def resolve(item: Any) -> Any:
     """Return the path, bytes, uint8 array or loaded image behind an item."""
     with _LOCK:
         if callable(item):
@@ -208,21 +208,21 @@ def _resolve(item: Any) -> Any:
 
 def _read(item: Any) -> Any:
     """Return the encoded bytes, array or loaded image behind an item."""
-    item = _resolve(item)
+    item = resolve(item)
     if isinstance(item, (np.ndarray, Image.Image, bytes)):
         return item
     try:
-        with _stream(item) as stream:
+        with open_stream(item) as stream:
             return stream.read()
     except OSError as error:
         if error.errno not in _AGAIN:
             raise
     time.sleep(0.05)
-    with _stream(item) as stream:
+    with open_stream(item) as stream:
         return stream.read()
 
 
-def _stream(item: Any) -> IO[bytes]:
+def open_stream(item: Any) -> IO[bytes]:
     return io.BytesIO(item) if isinstance(item, bytes) else open_regular(item)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sfda_tune.data.checks import _absolute, _pick, _some
+from sfda_tune.data.checks import absolute, pick, some
 from sfda_tune.data.dataset import DatasetError, ImageDataset, NoPartError
-from sfda_tune.data.labels import _encode, _natural
+from sfda_tune.data.labels import encode, natural_key
 from sfda_tune.data.parts import choose, hint_at, part_of
 from sfda_tune.values.text import printable
 
@@ -33,11 +33,11 @@ def _check_folder_names(names: Iterable[str], where: str) -> None:
     if blank := [name for name in dict.fromkeys(names) if not name.strip()]:
         raise DatasetError(
             f"{where} must have class folders whose names are the classes, but "
-            f"{_some(map(ascii, blank))} consists of white space; rename it."
+            f"{some(map(ascii, blank))} consists of white space; rename it."
         )
     if same := [name for name in dict.fromkeys(names) if count[name.strip()] > 1]:
         raise DatasetError(
-            f"{where} must have one folder per class, but {_some(map(ascii, same))} differ only "
+            f"{where} must have one folder per class, but {some(map(ascii, same))} differ only "
             "in white space; rename or merge them."
         )
 
@@ -45,7 +45,7 @@ def _check_folder_names(names: Iterable[str], where: str) -> None:
 # ---- folders
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
 
@@ -73,7 +73,7 @@ def _walk(
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         for names in folders, files:
             shown = (n for n in names if not n.startswith(".") and n not in _JUNK)
-            names[:] = sorted(shown, key=_natural)
+            names[:] = sorted(shown, key=natural_key)
         if (real := os.path.realpath(parent)) in seen:
             folders.clear()
             continue
@@ -93,7 +93,7 @@ def _list(folder: str, *, silent: bool = False) -> tuple[list[str], list[str]]:
 def image_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the images below a folder in the order in which a data set has them."""
     for parent, _, files in _walk(os.fspath(folder)):
-        yield from (os.path.join(parent, name) for name in files if _is_image(name))
+        yield from (os.path.join(parent, name) for name in files if is_image(name))
 
 
 def _hidden_classes(folder: str) -> list[str]:
@@ -106,7 +106,7 @@ def _hidden_classes(folder: str) -> list[str]:
             if not re.match(
                 r"\.(_|ipynb_checkpoints|thumb|trash|cache|git)", entry.name.casefold()
             )
-            and any(_is_image(name) for name in os.listdir(entry))
+            and any(is_image(name) for name in os.listdir(entry))
         )
     return []
 
@@ -115,7 +115,7 @@ def _unwrap(folder: str) -> str:
     """Go down where a folder holds nothing but one of its own name, as archives have it."""
     folders, files = _list(folder, silent=True)
     if len(folders) == 1 and folders[0].casefold() == os.path.basename(folder).casefold():
-        return folder if any(map(_is_image, files)) else _unwrap(os.path.join(folder, folders[0]))
+        return folder if any(map(is_image, files)) else _unwrap(os.path.join(folder, folders[0]))
     return folder
 
 
@@ -131,7 +131,7 @@ def _find_parts(root: str, folders: Sequence[str], split: str | None) -> dict[st
 
     def holds_images(folder: str) -> bool:
         tree = _walk(os.path.join(root, folder), {root}, silent=True)
-        return any(_is_image(name) for _, _, files in tree for name in files)
+        return any(is_image(name) for _, _, files in tree for name in files)
 
     exact = {f: part for f in folders if (part := part_of(f))}
     trains = [f for f, part in exact.items() if part == "train"]
@@ -155,27 +155,27 @@ def _find_parts(root: str, folders: Sequence[str], split: str | None) -> dict[st
     return {}
 
 
-def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
-    root = _absolute(spec)
+def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
+    root = absolute(spec)
     name, where = printable(os.path.basename(root) or root), f"Folder {root!r}"
     if _is_run(root):
         raise DatasetError(f"{where} must hold labelled images but is the folder of a search.")
     folders, files = _list(root)
     tops = [root]
     if parts := _find_parts(root, folders, split):
-        chosen = _pick(choose, parts, split, where)
+        chosen = pick(choose, parts, split, where)
         if split is not None and parts[chosen[0]] != "train":
             name = f"{name}/{split}"
         elif split == "all":
             name = f"{name}/all"
         tops = [_unwrap(os.path.join(root, c)) for c in chosen]
         beside = [f for f in folders if f not in parts]
-        loose = sum(map(_is_image, files))
+        loose = sum(map(is_image, files))
         if beside or loose:
-            what = [_some(map(repr, beside))] * bool(beside)
+            what = [some(map(repr, beside))] * bool(beside)
             what += [f"{loose} images directly in it"] * bool(loose)
             warnings.warn(
-                f"{where} has the parts {_some(map(repr, parts))}; left out is what lies beside "
+                f"{where} has the parts {some(map(repr, parts))}; left out is what lies beside "
                 f"them: {' and '.join(what)}.",
                 UserWarning,
                 stacklevel=2,
@@ -183,7 +183,7 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
     elif split not in (None, "all"):
         raise NoPartError(
             f"`split` can only be used if the sub-folders are parts (train, val, test, …) with "
-            f"class folders inside, but {where} has {_some(map(repr, folders))}; "
+            f"class folders inside, but {where} has {some(map(repr, folders))}; "
             "leave `split` out."
         )
     paths: list[str] = []
@@ -193,7 +193,7 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
     for top in tops:
         if top != root:
             folders, files = _list(top)
-        loose = sum(map(_is_image, files))
+        loose = sum(map(is_image, files))
         if not folders:
             raise DatasetError(
                 f"Folder {top!r} must have one sub-folder per class, like "
@@ -203,7 +203,7 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
             )
         if hidden := _hidden_classes(top):
             text = (
-                f"{_some(map(repr, hidden))} in {top!r} are left out: hidden folders with images."
+                f"{some(map(repr, hidden))} in {top!r} are left out: hidden folders with images."
             )
             warnings.warn(text, UserWarning, stacklevel=2)
         if loose:
@@ -213,7 +213,7 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
             found: list[str] = []
             folder = os.path.join(top, label)
             for at, within, names in _walk(folder, {root, top}):
-                found += [os.path.join(at, n) for n in names if _is_image(n)]
+                found += [os.path.join(at, n) for n in names if is_image(n)]
                 if at == folder:
                     inside[label] = list(within)
             empty += [] if found else [label]
@@ -223,11 +223,11 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
             labels += [label] * len(found)
     if not paths:
         raise DatasetError(
-            f"{where} must hold image files, but its sub-folders ({_some(map(repr, empty))}) have "
+            f"{where} must hold image files, but its sub-folders ({some(map(repr, empty))}) have "
             f"none; known are {' '.join(sorted(EXTENSIONS))}."
         )
     if empty:
-        text = f"class folders without images are left out ({_some(map(repr, empty))})"
+        text = f"class folders without images are left out ({some(map(repr, empty))})"
         warnings.warn(f"{where}: {len(empty)} {text}.", UserWarning, stacklevel=2)
     if doubt := _doubt_classes(inside):
         warnings.warn(f"{where}: {doubt}", UserWarning, stacklevel=2)
@@ -236,7 +236,7 @@ def _open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
     inner = os.path.join(tops[0], labels[0])
     if len(_list(inner, silent=True)[0]) > 1:
         hint = f" Its sub-folders look like classes: try {inner!r}."
-    return ImageDataset(name, paths, *_encode(labels, where, hint=hint, least=least, folders=True))
+    return ImageDataset(name, paths, *encode(labels, where, hint=hint, least=least, folders=True))
 
 
 def _doubt_classes(inside: Mapping[str, Sequence[str]]) -> str:
@@ -251,7 +251,7 @@ def _doubt_classes(inside: Mapping[str, Sequence[str]]) -> str:
     if not these:
         return ""
     return (
-        f"{_some(map(repr, these))} are taken to be classes, but hold sub-folders "
-        f"{_some(map(repr, shared))}; if those are the classes, pass one of the folders, "
+        f"{some(map(repr, these))} are taken to be classes, but hold sub-folders "
+        f"{some(map(repr, shared))}; if those are the classes, pass one of the folders, "
         "`split` if they are parts, or a .csv table of paths and labels."
     )

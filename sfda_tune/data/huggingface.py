@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.checks import _need, _pick, _refuse
+from sfda_tune.data.checks import need, pick, refuse
 from sfda_tune.data.dataset import DatasetError, ImageDataset
 from sfda_tune.data.hub import cache_only_if_unreachable
-from sfda_tune.data.labels import _encode
+from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose, choose_rows, part_of, read_parts
-from sfda_tune.data.tables import _cell, _column
+from sfda_tune.data.tables import as_cell, find_column
 from sfda_tune.values.text import one_line, printable
 
 # ---- Hugging Face
 
 
-def _open_hub(
+def open_hub(
     spec: str,
     split: str | None,
     image_column: str | None,
@@ -30,7 +30,7 @@ def _open_hub(
     least: int,
 ) -> ImageDataset:
     """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder."""
-    datasets, text = _need("datasets", "'hf:'"), spec[3:]
+    datasets, text = need("datasets", "'hf:'"), spec[3:]
     if not text:
         raise DatasetError("`spec` must be 'hf:NAME' or 'hf:NAME:CONFIG' but is 'hf:'.")
     local = os.path.expanduser(text)
@@ -52,14 +52,14 @@ def _open_hub(
             f"`spec` 'hf:{printable(text)}' cannot be loaded: {type(error).__name__}: "
             f"{one_line(error)}"
         ) from error
-    return _open_hf(data, split, image_column, label_column, least, shown)
+    return open_hf(data, split, image_column, label_column, least, shown)
 
 
 def _hf_item(data: Any, column: str, base: str, row: int) -> str | bytes | None:
-    return _cell(data[row][column], base)
+    return as_cell(data[row][column], base)
 
 
-def _open_hf(
+def open_hf(
     data: Any,
     split: str | None,
     image_column: str | None,
@@ -79,7 +79,7 @@ def _open_hf(
         )
     if isinstance(data, Mapping) and len(data) > 1:
         parts = {c: part_of(c) for c in data}
-        chosen = _pick(choose, parts, split, where)
+        chosen = pick(choose, parts, split, where)
         name += "" if split is None or parts[chosen[0]] == "train" else f"/{split}"
         data = datasets.concatenate_datasets([data[c] for c in chosen])
         named = None
@@ -87,27 +87,27 @@ def _open_hf(
         only, data = next(iter(data.items())) if isinstance(data, Mapping) else (None, data)
         named = _name_parts(data, (image_column, label_column), split, where)
         if named is None and only is not None:
-            chosen = _pick(choose, {only: part_of(only)}, split, where)
+            chosen = pick(choose, {only: part_of(only)}, split, where)
             name += "" if split is None or chosen == ["train"] else f"/{split}"
         elif named is None and split != "all":
-            _refuse(f"{where}, which is a single split", split=split)
+            refuse(f"{where}, which is a single split", split=split)
     features = data.features
     kind = {column: type(feature).__name__ for column, feature in features.items()}
     images = [column for column in kind if kind[column] == "Image"]
     classes = [column for column in kind if kind[column] == "ClassLabel"]
-    image = _column("image_column", image_column, kind, where, images)
-    label = _column("label_column", label_column, kind, where, classes)
+    image = find_column("image_column", image_column, kind, where, images)
+    label = find_column("label_column", label_column, kind, where, classes)
     data = data.with_format(None)
     names = getattr(features[label], "names", None)
     labels = data.select_columns([label])[:][label]
     wanted = np.arange(len(labels))
     if named is not None:
-        rows, part = _pick(choose_rows, named, split, where)
+        rows, part = pick(choose_rows, named, split, where)
         name += "" if split is None or part == "train" else f"/{split}"
         wanted = np.array(rows)
     labels = [labels[row] for row in wanted]
     what = f"{where}, column {label!r},"
-    codes, class_names = _encode(labels, what, names=names, rows=wanted.tolist(), least=least)
+    codes, class_names = encode(labels, what, names=names, rows=wanted.tolist(), least=least)
     rows = data.select_columns([image])
     if kind[image] == "Image":
         rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -133,4 +133,4 @@ def _name_parts(data: Any, taken: Iterable[str | None], split: str | None, where
         values = bare.select_columns([column])[:][column]
         return [names[v] if names and v is not None and v >= 0 else v for v in values]
 
-    return _pick(read_parts, plain, cells, where)
+    return pick(read_parts, plain, cells, where)

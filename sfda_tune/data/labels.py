@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.checks import _some
+from sfda_tune.data.checks import some
 from sfda_tune.data.dataset import DatasetError
 from sfda_tune.values.text import one_line, printable
 
 
-def _natural(text: str) -> tuple[Any, ...]:
+def natural_key(text: str) -> tuple[Any, ...]:
     """Sort key: ``a2`` before ``a10``."""
     parts = re.split(r"(\d+)", text)
     return [int(part) if n % 2 else part for n, part in enumerate(parts)], text
@@ -25,7 +25,7 @@ def _natural(text: str) -> tuple[Any, ...]:
 def _class_key(name: str) -> tuple[Any, ...]:
     """Sort key: numbers by value, then names in natural order."""
     number = re.fullmatch(r"-?\d+(\.\d+)?", name)
-    return number is None, float(name) if number else 0.0, _natural(name)
+    return number is None, float(name) if number else 0.0, natural_key(name)
 
 
 def _is_missing(label: Any) -> bool:  # as Python, numpy and pandas write it
@@ -42,7 +42,7 @@ def _class_name(label: Any) -> str:
     return printable(str(label).strip())
 
 
-def _encode(
+def encode(
     given: Iterable[Any],
     where: str,
     *,
@@ -89,7 +89,7 @@ def _encode(
         told = [f"{unit} {n if rows is None else rows[n]}" for n in bad]
         raise DatasetError(
             f"{where} must hold a label for every image, but {len(bad)} of {n} are "
-            f"missing ({_some(told)}); fill them in or remove these images."
+            f"missing ({some(told)}); fill them in or remove these images."
         )
     if len(classes) < least:
         raise DatasetError(
@@ -99,7 +99,7 @@ def _encode(
     if alike := _find_lookalikes(classes):
         warnings.warn(
             f"{where} has classes whose names differ only in case, or in how their letters are "
-            f"encoded ({_some(map(ascii, alike))}); if they are the same, give them one name.",
+            f"encoded ({some(map(ascii, alike))}); if they are the same, give them one name.",
             UserWarning,
             stacklevel=2,
         )

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.arrays import _open_arrays, _open_digits
-from sfda_tune.data.checks import _absolute, _close_matches, _refuse
+from sfda_tune.data.arrays import open_arrays, open_digits
+from sfda_tune.data.checks import absolute, close_matches, refuse
 from sfda_tune.data.dataset import DatasetError, ImageDataset
-from sfda_tune.data.folders import _open_folder
-from sfda_tune.data.huggingface import _open_hf, _open_hub
-from sfda_tune.data.tables import _open_table
-from sfda_tune.data.torchvision import _open_map
+from sfda_tune.data.folders import open_folder
+from sfda_tune.data.huggingface import open_hf, open_hub
+from sfda_tune.data.tables import open_table
+from sfda_tune.data.torchvision import open_map
 
 __all__ = ["open_dataset", "open_part"]
 
@@ -107,7 +107,7 @@ def _open(spec: Any, least: int, *, labels: Any = None, **options: Any) -> Image
     form, opener, usable = _form(spec, labels)
     options |= {"labels": labels, "least": least}
     refused = {name: options[name] for name in options if name not in (*usable, "least")}
-    _refuse(form, **refused)
+    refuse(form, **refused)
     return opener(spec, **{name: options.get(name) for name in usable})
 
 
@@ -117,32 +117,32 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
     if isinstance(spec, ImageDataset):
         return "an ImageDataset", lambda dataset: dataset, ()
     if isinstance(spec, str) and spec == "digits":
-        return "'digits' (a folder of that name is './digits')", _open_digits, ()
+        return "'digits' (a folder of that name is './digits')", open_digits, ()
     if isinstance(spec, str) and spec.startswith("hf:"):
-        return "'hf:…'", _open_hub, ("split", *columns, "least")
+        return "'hf:…'", open_hub, ("split", *columns, "least")
     if isinstance(spec, str | os.PathLike):
-        path = _absolute(spec)
+        path = absolute(spec)
         if os.path.isdir(path) and os.fspath(spec):  # "" is not the current folder
-            return "a folder (the labels are the folder names)", _open_folder, ("split", "least")
+            return "a folder (the labels are the folder names)", open_folder, ("split", "least")
         suffix = os.path.splitext(path)[1].lower()
         if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
             fact = f"{str(spec)!r} is neither a file nor a folder"
         elif not os.path.isfile(path):
-            fact = f"{str(spec)!r} does not exist{_close_matches(path)}"
+            fact = f"{str(spec)!r} does not exist{close_matches(path)}"
         elif suffix in (".csv", ".tsv", ".parquet", ".pq"):
-            return "a table", _open_table, ("split", *columns, "least")
+            return "a table", open_table, ("split", *columns, "least")
         else:
             archive = suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
             fact = f"It is the file {path!r}" + ("; unpack it first" if archive else "")
         raise DatasetError(f"{fact}. A data set is one of: {_FORMS}.")
     if hasattr(spec, "cast_column"):
-        return "a Hugging Face data set", _open_hf, ("split", *columns, "least")
+        return "a Hugging Face data set", open_hf, ("split", *columns, "least")
     arrays = isinstance(spec, list | tuple | Mapping | np.ndarray) or hasattr(spec, "detach")
     if arrays or labels is not None:
-        return "arrays", _open_arrays, ("labels", "least")
+        return "arrays", open_arrays, ("labels", "least")
     foreign = isinstance(spec, bytes | bytearray | memoryview | range) or hasattr(spec, "iloc")
     if hasattr(spec, "__getitem__") and hasattr(spec, "__len__") and not foreign:
-        return "a torchvision-style data set", _open_map, ("least",)
+        return "a torchvision-style data set", open_map, ("least",)
     more = "; pass its `.dataset`" if hasattr(spec, "dataset") else ""  # of a DataLoader
     if hasattr(spec, "iloc"):
         more = "; pass (table['path'].tolist(), table['label'])"

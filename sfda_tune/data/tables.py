@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.checks import _absolute, _check_some_exist, _need, _pick, _some
+from sfda_tune.data.checks import absolute, check_some_exist, need, pick, some
 from sfda_tune.data.dataset import DatasetError, ImageDataset, NoPartError
-from sfda_tune.data.labels import _encode
+from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose_rows, read_parts
 from sfda_tune.values.files import check
 from sfda_tune.values.text import one_line, printable, read_csv_cell
@@ -26,7 +26,7 @@ LABEL_COLUMNS = ("label", "class", "target", "category", "y")
 # ---- tables
 
 
-def _column(
+def find_column(
     argument: str, given: str | None, columns: Iterable[str], where: str, typed: Sequence[str] = ()
 ) -> str:
     """Find a column by name, else as the only one of the right type, else by a usual name."""
@@ -39,12 +39,12 @@ def _column(
             if column == name or (given is None and column.lower() == name):
                 return column
     raise DatasetError(
-        f"`{argument}` must be a column of {where}, one of {_some(map(repr, columns), 20)}, "
+        f"`{argument}` must be a column of {where}, one of {some(map(repr, columns), 20)}, "
         f"but is {given!r}; by default it is the first one called {', '.join(usual)}."
     )
 
 
-def _cell(value: Any, base: str) -> str | bytes | None:
+def as_cell(value: Any, base: str) -> str | bytes | None:
     """Turn what an image column holds into an item; Hugging Face: ``{"bytes": …, "path": …}``."""
     if isinstance(value, Mapping):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
@@ -53,45 +53,45 @@ def _cell(value: Any, base: str) -> str | bytes | None:
     return value if isinstance(value, bytes) and value else None
 
 
-def _open_table(
+def open_table(
     spec: Any,
     split: str | None,
     image_column: str | None,
     label_column: str | None,
     least: int,
 ) -> ImageDataset:
-    path = _absolute(spec)
+    path = absolute(spec)
     where, base = f"Table {path!r}", os.path.dirname(path)
     read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
     columns, cells, labels = read(path, where)
     note = where + " (its first line must name the columns)" * (read is _read_csv)
-    image = _column("image_column", image_column, columns, note)
-    label = _column("label_column", label_column, columns, note)
+    image = find_column("image_column", image_column, columns, note)
+    label = find_column("label_column", label_column, columns, note)
     name = printable(os.path.splitext(os.path.basename(path))[0])
     found, rows = labels(label), None
     if split != "all":
         free = [column for column in columns if column not in (image, label)]
-        named = _pick(read_parts, free, lambda column: _listed(cells(column)), where)
+        named = pick(read_parts, free, lambda column: _listed(cells(column)), where)
         if named is not None:
-            rows, part = _pick(choose_rows, named, split, where)
+            rows, part = pick(choose_rows, named, split, where)
             name += "" if split is None or part == "train" else f"/{split}"
         elif split is not None:
             raise NoPartError(
                 "`split` can only be used if a column such as split, fold or is_valid names the "
-                f"part of each row, but {where} has only {_some(map(repr, columns), 20)}; leave "
+                f"part of each row, but {where} has only {some(map(repr, columns), 20)}; leave "
                 "`split` out."
             )
     if rows is not None:
         found = _of_rows(found, rows)
-    codes, classes = _encode(where=f"{where}, column {label!r},", least=least, **found)
+    codes, classes = encode(where=f"{where}, column {label!r},", least=least, **found)
     items = _Cells(cells(image), base, rows)
-    _check_some_exist(items, base, f"{where}, column {image!r},")
+    check_some_exist(items, base, f"{where}, column {image!r},")
     origin = np.arange(len(codes)) if rows is None else np.array(rows)
     return ImageDataset(name, items, codes, classes, origin)
 
 
 def _of_rows(found: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Return what `_encode` is to know of some rows of a table."""
+    """Return what `encode` is to know of some rows of a table."""
     found = {**found, "rows": [found["rows"][row] for row in rows] if "rows" in found else rows}
     if "places" not in found:
         return {**found, "given": [found["given"][row] for row in rows]}
@@ -104,7 +104,7 @@ def _listed(column: Any) -> Sequence[Any]:
 
 
 def _read_csv(path: str, where: str) -> tuple[Any, ...]:
-    """Columns, a function that reads one, and one that reads the labels for `_encode`."""
+    """Columns, a function that reads one, and one that reads the labels for `encode`."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             head = file.readline()
@@ -123,7 +123,7 @@ def _read_csv(path: str, where: str) -> tuple[Any, ...]:
     if long := [n for n, row in zip(lines, rows, strict=True) if any(row.get(None, ()))]:
         raise DatasetError(
             f"{where} must have {len(columns)} fields per line, as its header has, but line "
-            f"{_some(long)} has more; put names that hold {delimiter!r} between double quotes."
+            f"{some(long)} has more; put names that hold {delimiter!r} between double quotes."
         )
 
     def cells(name: str) -> list[str]:
@@ -133,7 +133,7 @@ def _read_csv(path: str, where: str) -> tuple[Any, ...]:
 
 
 def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
-    parquet = _need("pyarrow.parquet", "Reading .parquet")
+    parquet = need("pyarrow.parquet", "Reading .parquet")
     try:
         schema = parquet.read_schema(path)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
@@ -149,7 +149,7 @@ def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
         found, column = {"names": _declared(schema, name)}, cells(name)
         try:
             coded = column.dictionary_encode().combine_chunks()
-        except NotImplementedError:  # lists: `_encode` says what it thinks of them
+        except NotImplementedError:  # lists: `encode` says what it thinks of them
             return found | {"given": column.to_pylist()}
         coded = coded.chunk(0) if hasattr(coded, "chunk") else coded
         given = [*coded.dictionary.to_pylist(), None]  # the last for what is missing
@@ -181,4 +181,4 @@ class _Cells(Sequence[Any]):
 
     def __getitem__(self, row: Any) -> Any:
         value = self.column[self.rows[int(row)]]
-        return _cell(value.as_py() if hasattr(value, "as_py") else value, self.base)
+        return as_cell(value.as_py() if hasattr(value, "as_py") else value, self.base)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sfda_tune.data.arrays import _item
+from sfda_tune.data.arrays import as_item
 from sfda_tune.data.dataset import DatasetError, ImageDataset
-from sfda_tune.data.folders import _is_image
-from sfda_tune.data.labels import _encode
+from sfda_tune.data.folders import is_image
+from sfda_tune.data.labels import encode
 from sfda_tune.values.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def _map_item(dataset: Any, row: int) -> Any:
-    return _item(dataset[row][0], "the image")
+    return as_item(dataset[row][0], "the image")
 
 
 def _bare(dataset: Any, rows: Sequence[int], name: str) -> Any:
@@ -49,9 +49,9 @@ def _bare(dataset: Any, rows: Sequence[int], name: str) -> Any:
             with suppress(Exception):  # its images may be none without the transform
                 copied = copy.copy(dataset)
                 copied.transform = copied.transforms = None
-                image, dataset = _item(copied[row][0], what), copied
+                image, dataset = as_item(copied[row][0], what), copied
                 logger.info("%s: its transform is not applied", name)
-        _item(image, what)
+        as_item(image, what)
         return dataset
     if problem:
         raise DatasetError(f"`spec[row]` must be a pair (image, label), but {name} {problem}")
@@ -75,7 +75,7 @@ def _map_labels(dataset: Any, name: str) -> Sequence[Any]:
         ) from error
 
 
-def _open_map(dataset: Any, least: int) -> ImageDataset:
+def open_map(dataset: Any, least: int) -> ImageDataset:
     rows = list(range(len(dataset)))
     torch = sys.modules.get("torch")  # whoever has a Subset has imported it
     while torch is not None and type(dataset) is torch.utils.data.Subset:
@@ -87,7 +87,7 @@ def _open_map(dataset: Any, least: int) -> ImageDataset:
         isinstance(pairs, list)
         and pairs
         and isinstance(pairs[0], tuple)
-        and _is_image(str(pairs[0][0]))
+        and is_image(str(pairs[0][0]))
     ):
         labels = [label for _, label in pairs]
         items: Any = [os.path.abspath(pairs[row][0]) for row in rows]
@@ -101,5 +101,5 @@ def _open_map(dataset: Any, least: int) -> ImageDataset:
         names, labels = None, [convert(label) for label in labels]
     names = names if isinstance(names, list | tuple) else None
     where = f"The labels of {name}"
-    codes, classes = _encode(labels, where, names=names, rows=rows, least=least)
+    codes, classes = encode(labels, where, names=names, rows=rows, least=least)
     return ImageDataset(name, items, codes, classes, np.array(rows))

@@ -14,7 +14,7 @@ from typing import Any
 import PIL
 
 from sfda_tune.data.decoding import Passing
-from sfda_tune.extraction.pixels import _Decoder
+from sfda_tune.extraction.pixels import Decoder
 from sfda_tune.extraction.plan import Unit
 
 __all__ = ["find_poison"]
@@ -22,7 +22,7 @@ __all__ = ["find_poison"]
 
 # Images that end the process --------------------------------------------------------------------
 POISON = "a process that decodes it "  # then what becomes of it; how such an image is known again
-_PILLOW = f" (Pillow {PIL.__version__})"
+PILLOW = f" (Pillow {PIL.__version__})"
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _CHECK = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
@@ -57,7 +57,7 @@ def find_poison(
             raise RuntimeError(f"the images cannot be checked: a child ended with code {code}")
         why = f"hangs for more than {timeout:g} s" if code is None else f"ends with code {code}"
         crashed = code is not None and -code in CRASHES  # others may have been ended by somebody
-        found[row] = f"{POISON}{why}{_PILLOW}" if crashed else Passing(POISON + why)
+        found[row] = f"{POISON}{why}{PILLOW}" if crashed else Passing(POISON + why)
         start = row + 1
 
 
@@ -94,7 +94,7 @@ def _watch(content: bytes, timeout: float) -> tuple[int | None, int | None]:
 def _check(dataset: Any, halves: Any, plugins: Any, poison: dict[int, str], start: int) -> None:
     for plugin in plugins:
         plugins.load_plugin(plugin)
-    decoder = _Decoder(dataset, halves, poison)
+    decoder = Decoder(dataset, halves, poison)
     for row in range(start, len(dataset)):
         sys.stdout.write(f"row {row}\n")
         sys.stdout.flush()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.backbones import plugins
-from sfda_tune.backbones.devices import _out_of_memory, pin
+from sfda_tune.backbones.devices import is_out_of_memory, pin
 from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing, UnreadableImage, is_passing
@@ -25,7 +25,7 @@ PIN = True  # decoded pixels lie in memory that the device reads by itself
 
 
 # The pixels of a block --------------------------------------------------------------------------
-class _Decoder:
+class Decoder:
     """A torch data set: one image in, one tensor per preprocessing out."""
 
     def __init__(
@@ -75,7 +75,7 @@ def _collate(items: list[tuple[list[Any], str | None, float]]) -> tuple[Any, ...
         try:
             stacks.append(faults[0] if faults else torch.stack(list(tensors)))
         except (RuntimeError, TypeError) as error:
-            if _out_of_memory(error):  # which is not the transform's fault
+            if is_out_of_memory(error):  # which is not the transform's fault
                 raise
             stacks.append(f"the transform's results cannot be stacked: {error}")
     return stacks, [problem for _, problem, _ in items], sum(seconds for *_, seconds in items)
@@ -102,14 +102,14 @@ class PixelBlock:
         self.keys = [half.key for half in halves]
         self.filled = self.users = 0
         self.used = 0.0  # when, last
-        self.nbytes = self.n * sum(map(_pixel_bytes, halves))
+        self.nbytes = self.n * sum(map(bytes_per_image, halves))
         self.unreadable: dict[int, str] = {}
         self._pin = pin
         self._pixels: dict[Any, Any] = {}
         self._faults: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._batches: Iterator[Any] | None = None
-        self._decoder = _Decoder(dataset, halves, poison)
+        self._decoder = Decoder(dataset, halves, poison)
         workers = count_workers(dataset, settings.workers) if threads is None else 0
         self._options: dict[str, Any] = {
             "workers": workers,
@@ -204,47 +204,47 @@ class PixelBlock:
 
 # Run → number and pixels of the block it works on, in this process. The process of a pool is not
 # told that a run has ended: it lets a block go when nobody asked for it for a while.
-_BLOCKS: dict[str, tuple[int, PixelBlock]] = {}
-_BLOCKS_LOCK = threading.Lock()
+BLOCKS: dict[str, tuple[int, PixelBlock]] = {}
+BLOCKS_LOCK = threading.Lock()
 IDLE = 60.0  # seconds
 _JANITOR: threading.Timer | None = None
 
 
-def _forget_blocks(run: str) -> None:
-    with _BLOCKS_LOCK:
-        _BLOCKS.pop(run, None)
+def forget_blocks(run: str) -> None:
+    with BLOCKS_LOCK:
+        BLOCKS.pop(run, None)
 
 
 def _forget_idle() -> None:
     global _JANITOR
-    with _BLOCKS_LOCK:
+    with BLOCKS_LOCK:
         now = time.monotonic()
-        for run, (_, block) in list(_BLOCKS.items()):
+        for run, (_, block) in list(BLOCKS.items()):
             if not block.users and now - block.used >= IDLE:
-                del _BLOCKS[run]
+                del BLOCKS[run]
         _JANITOR = None
-        _watch_idle()
+        watch_idle()
 
 
-def _watch_idle() -> None:
+def watch_idle() -> None:
     """See to it that idle blocks are let go; with the lock held."""
     global _JANITOR
-    if _JANITOR is None and _BLOCKS:
+    if _JANITOR is None and BLOCKS:
         _JANITOR = threading.Timer(IDLE, _forget_idle)
         _JANITOR.daemon = True
         _JANITOR.start()
 
 
-def _pixel_bytes(p: Preprocessing) -> int:
+def bytes_per_image(p: Preprocessing) -> int:
     """Return the memory that one decoded image takes; tries a transform of the user's own."""
     return math.prod(p.output_size) * (1 if isinstance(p.geometry, Geometry) else 4)
 
 
-def _require_memory(p: Preprocessing, n: int) -> None:
+def require_memory(p: Preprocessing, n: int) -> None:
     """Raise, for one backbone alone, if the images of a shard can never be held at once."""
     import psutil
 
-    needed, total = n * _pixel_bytes(p), psutil.virtual_memory().total
+    needed, total = n * bytes_per_image(p), psutil.virtual_memory().total
     if needed > total / 2:
         raise ValueError(
             f"{n} images of {'×'.join(map(str, p.output_size))} take {needed / 2**30:.3g} GiB, "

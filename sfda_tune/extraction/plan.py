@@ -12,7 +12,7 @@ from sfda_tune.backbones import loading
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import get_switches
-from sfda_tune.extraction.pixels import PIXEL_BYTES, _pixel_bytes
+from sfda_tune.extraction.pixels import PIXEL_BYTES, bytes_per_image
 from sfda_tune.extraction.store import Entry
 from sfda_tune.values.features import Backbone
 
@@ -58,7 +58,7 @@ class Outcome:
 
 # The plan and its execution ---------------------------------------------------------------------
 @dataclass(eq=False)
-class _Job:
+class BackboneJob:
     """One backbone's state while the run goes on."""
 
     description: loading.Description
@@ -125,7 +125,7 @@ class Plan:
             n for n in names if n not in self.failed and not self.missing[n].isdisjoint(block)
         ]
         spans = [self.shards[shard] for shard in block]
-        starts = np.cumsum([0, *map(_length, spans)])
+        starts = np.cumsum([0, *map(length, spans)])
         rows = np.concatenate([np.arange(*span) for span in spans])
         halves = {self.preprocessing(n).key: self.preprocessing(n) for n in reversed(names)}
         part = self.dataset.subset(rows)
@@ -151,7 +151,7 @@ class Plan:
             )
 
 
-def _plan(plan: Plan) -> Iterator[Unit]:
+def cut_units(plan: Plan) -> Iterator[Unit]:
     """Yield the units, block by block; lazily, so that a failed backbone is not tried again."""
     needed = sorted(frozenset().union(*plan.missing.values()))
     users = [name for name, absent in plan.missing.items() if absent]
@@ -160,7 +160,7 @@ def _plan(plan: Plan) -> Iterator[Unit]:
         yield from plan.units(users, needed[first : first + per_block], first)
 
 
-def _length(shard: tuple[int, int]) -> int:
+def length(shard: tuple[int, int]) -> int:
     return shard[1] - shard[0]
 
 
@@ -171,6 +171,6 @@ def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None
     distinct = {p.key: p for p in preprocessings}
     per_image = 0
     for p in distinct.values():
-        per_image += _pixel_bytes(p)
+        per_image += bytes_per_image(p)
     budget = min(PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
     return max(1, budget // max(SHARD * per_image, 1))

@@ -38,19 +38,19 @@ from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.dataset import DatasetError, ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
 from sfda_tune.data.loader import BATCH, Loader, count_workers, cut, is_in_memory
-from sfda_tune.extraction.crashes import _PILLOW, POISON
-from sfda_tune.extraction.pixels import _Decoder, _forget_blocks, _require_memory
-from sfda_tune.extraction.plan import SHARD, Outcome, Plan, Unit, _Job, _length, _plan
+from sfda_tune.extraction.crashes import PILLOW, POISON
+from sfda_tune.extraction.pixels import Decoder, forget_blocks, require_memory
+from sfda_tune.extraction.plan import SHARD, BackboneJob, Outcome, Plan, Unit, cut_units, length
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import Entry, FeatureStore, make_key
 from sfda_tune.extraction.worker import (
     LANES,
     Executor,
+    Turn,
     Worker,
-    _fingerprint,
-    _one_line,
-    _too_many,
-    _Turn,
+    describe_error,
+    fingerprint_pixels,
+    too_many_unreadable,
 )
 from sfda_tune.values.features import Backbone, Features
 
@@ -136,16 +136,16 @@ def _extract(
     settings = settings or Settings()
     resolve = resolve_device if executor is None else executor.resolve_device
     settings = replace(settings, device=resolve(settings.device))
-    jobs: dict[str, _Job] = {}
+    jobs: dict[str, BackboneJob] = {}
     for backbone in backbones:
         try:
             description = loading.describe(backbone)
-            _require_memory(description.preprocessing, min(SHARD, len(dataset)))
+            require_memory(description.preprocessing, min(SHARD, len(dataset)))
             weights = fingerprints.fingerprint(backbone) if store is not None else None
-            jobs[backbone.name] = _Job(description, weights)
+            jobs[backbone.name] = BackboneJob(description, weights)
         except Exception as error:
             logger.debug("%s cannot be described", backbone.name, exc_info=True)
-            yield Extraction(backbone, None, np.empty(0, np.int64), _one_line(error))
+            yield Extraction(backbone, None, np.empty(0, np.int64), describe_error(error))
 
     images = dataset.digests() if store is not None else [""] * len(dataset)
     shards = [(s, min(s + SHARD, len(dataset))) for s in range(0, len(dataset), SHARD)]
@@ -169,7 +169,7 @@ def _extract(
                 else:  # nobody kept them: they are computed again
                     done.remove(name)
 
-    doubtful: dict[int, list[_Job]] = {}
+    doubtful: dict[int, list[BackboneJob]] = {}
     for name, job in jobs.items():
         _look_up(job, plan, store, settings)
         doubts = _doubt(job, plan)
@@ -189,7 +189,7 @@ def _extract(
             done.append(name)
             yield _finish(job, plan, settings, store)
     if progress is not None:
-        rows = sum(_length(shards[s]) for absent in plan.missing.values() for s in absent)
+        rows = sum(length(shards[s]) for absent in plan.missing.values() for s in absent)
         progress.start(rows, len(done))
 
     tell = progress.advance if progress and map_fn is None and executor is None else None
@@ -200,7 +200,7 @@ def _extract(
             outcomes = (
                 executor.run(worker, plan)
                 if executor
-                else (map_fn or _run_here)(worker, _plan(plan))
+                else (map_fn or _run_here)(worker, cut_units(plan))
             )
             came = set()
             for outcome in outcomes:
@@ -242,7 +242,7 @@ def _extract(
             again = {name: everything.difference(jobs[name].entries) for name in left}
             if came.isdisjoint(left):
                 break
-            _forget_blocks(plan.run)
+            forget_blocks(plan.run)
             plan = replace(plan, run=uuid.uuid4().hex, missing=dict.fromkeys(jobs, frozenset()))
             plan.missing.update(again)
         for name in left:
@@ -254,7 +254,7 @@ def _extract(
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()
-        _forget_blocks(plan.run)
+        forget_blocks(plan.run)
 
 
 def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, str]:
@@ -270,11 +270,11 @@ def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, 
     return found
 
 
-def _look_up(job: _Job, plan: Plan, store: FeatureStore | None, settings: Settings) -> None:
+def _look_up(job: BackboneJob, plan: Plan, store: FeatureStore | None, settings: Settings) -> None:
     """Find the entries that there are."""
     if store is None or job.weights is None:
         return
-    half = _fingerprint(job.description.preprocessing)
+    half = fingerprint_pixels(job.description.preprocessing)
     job.keys = [
         make_key(plan.images[a:b], job.weights, half, settings.precision) for a, b in plan.shards
     ]
@@ -282,7 +282,7 @@ def _look_up(job: _Job, plan: Plan, store: FeatureStore | None, settings: Settin
     job.entries = {shard: entry for shard, entry in found.items() if entry is not None}
 
 
-def _doubt(job: _Job, plan: Plan) -> list[int]:
+def _doubt(job: BackboneJob, plan: Plan) -> list[int]:
     """Return the rows that entries call unreadable, and that may be readable by now.
 
     What a decoder makes of bytes depends on its version and on the formats it knows. An image that
@@ -293,7 +293,7 @@ def _doubt(job: _Job, plan: Plan) -> list[int]:
     for shard, entry in cast(dict[int, Entry], dict(job.entries)).items():
         for position, why in entry.unreadable.items():
             row = plan.shards[shard][0] + int(position)
-            if why.startswith(POISON) and why.endswith(_PILLOW):
+            if why.startswith(POISON) and why.endswith(PILLOW):
                 plan.poison.setdefault(row, why)
             elif why.startswith(POISON) and row not in plan.poison:
                 job.entries.pop(shard, None)
@@ -302,7 +302,9 @@ def _doubt(job: _Job, plan: Plan) -> list[int]:
     return rows
 
 
-def _look_again(doubtful: Mapping[int, Sequence[_Job]], plan: Plan, settings: Settings) -> None:
+def _look_again(
+    doubtful: Mapping[int, Sequence[BackboneJob]], plan: Plan, settings: Settings
+) -> None:
     """Read doubtful rows again; drop the entries of those that somebody can read by now."""
     rows = sorted(doubtful.keys() - plan.poison.keys())
     if not rows:
@@ -310,7 +312,7 @@ def _look_again(doubtful: Mapping[int, Sequence[_Job]], plan: Plan, settings: Se
     jobs = {id(job): job for row in rows for job in doubtful[row]}.values()
     halves = {job.description.preprocessing.key: job.description.preprocessing for job in jobs}
     loader = Loader(
-        _Decoder(plan.dataset, list(halves.values()), {}),
+        Decoder(plan.dataset, list(halves.values()), {}),
         [[rows[i] for i in part] for part in cut(len(rows))],
         _problems,
         workers=min(count_workers(plan.dataset, settings.workers), -(-len(rows) // BATCH)),
@@ -366,7 +368,7 @@ def _overlap(worker: Worker, units: Iterable[Unit], lanes: int) -> Generator[Out
     """
     stop, last = threading.Event(), None
 
-    def run(unit: Unit, turn: _Turn) -> Outcome:
+    def run(unit: Unit, turn: Turn) -> Outcome:
         try:
             return replace(worker, turn=turn)(unit)
         finally:
@@ -376,7 +378,7 @@ def _overlap(worker: Worker, units: Iterable[Unit], lanes: int) -> Generator[Out
     ahead: deque[Any] = deque()
     try:
         for unit in units:
-            last = _Turn(last, stop)
+            last = Turn(last, stop)
             ahead.append(pool.submit(run, unit, last))
             if len(ahead) == lanes:
                 yield ahead.popleft().result()
@@ -400,7 +402,7 @@ def _run_apart(worker: Worker, units: Iterable[Unit]) -> Generator[Outcome, None
             except DatasetError:
                 raise
             except Exception as error:  # it died, or the backbone cannot be sent to it
-                outcome = Outcome(unit.backbone.name, error=_one_line(error))
+                outcome = Outcome(unit.backbone.name, error=describe_error(error))
             if worker.advance is not None:
                 worker.advance(outcome.name, outcome.n_images)
             if outcome.error is not None:
@@ -416,7 +418,7 @@ def _can_travel(half: Preprocessing) -> bool:
         return False
 
 
-def _blank(job: _Job) -> Extraction:
+def _blank(job: BackboneJob) -> Extraction:
     return Extraction(
         job.description.backbone,
         None,
@@ -426,7 +428,9 @@ def _blank(job: _Job) -> Extraction:
     )
 
 
-def _finish(job: _Job, plan: Plan, settings: Settings, store: FeatureStore | None) -> Extraction:
+def _finish(
+    job: BackboneJob, plan: Plan, settings: Settings, store: FeatureStore | None
+) -> Extraction:
     """Join the shards of one backbone."""
     dataset, shards = plan.dataset, plan.shards
     entries: list[Entry] = []
@@ -450,7 +454,7 @@ def _finish(job: _Job, plan: Plan, settings: Settings, store: FeatureStore | Non
         for row, why in entry.unreadable.items()
     }
     if len(unreadable) > settings.max_unreadable * len(dataset):
-        raise _too_many(unreadable, dataset, settings.max_unreadable)
+        raise too_many_unreadable(unreadable, dataset, settings.max_unreadable)
     rows = np.concatenate([e.rows + s for e, (s, _) in zip(entries, shards, strict=True)])
     spent = sum(e.info.get("forward_seconds", 0.0) for e in entries)
     hungriest = max((e.info for e in entries), key=lambda info: info.get("peak_memory", 0))

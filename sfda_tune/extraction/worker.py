@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sfda_tune.backbones import fingerprints, loading
-from sfda_tune.backbones.devices import _out_of_memory, compute, few_threads
+from sfda_tune.backbones.devices import compute, few_threads, is_out_of_memory
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.dataset import DatasetError, ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, get_switches, set_switches
 from sfda_tune.extraction.pixels import (
-    _BLOCKS,
-    _BLOCKS_LOCK,
+    BLOCKS,
+    BLOCKS_LOCK,
     PIN,
     PIXEL_BYTES,
     PixelBlock,
-    _watch_idle,
+    watch_idle,
 )
 from sfda_tune.extraction.plan import Outcome, Plan, Unit
 from sfda_tune.extraction.settings import Settings
@@ -44,10 +44,10 @@ LANES = 2  # units under way: while one computes, the next one's network is open
 SIDE_STREAM = True  # and are read while it computes
 
 
-class _Turn:
+class Turn:
     """Lets one unit after the other compute, in their order; entered before a unit does."""
 
-    def __init__(self, before: _Turn | None, stop: threading.Event) -> None:
+    def __init__(self, before: Turn | None, stop: threading.Event) -> None:
         self._before, self._stop, self._over = before, stop, threading.Event()
 
     def __enter__(self) -> None:
@@ -78,7 +78,7 @@ class Worker:
     advance: Callable[[str, int], None] | None = None
     threads: int | None = None  # decode in so many threads, not in processes
     resident: dict[str, Any] | None = None  # keeps the networks from one unit to the next
-    turn: _Turn | None = None  # for the device, where several units are under way
+    turn: Turn | None = None  # for the device, where several units are under way
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "advance": None, "resident": None, "turn": None}
@@ -98,7 +98,7 @@ class Worker:
             raise
         except Exception as error:
             logger.debug("%s failed", unit.backbone.name, exc_info=True)
-            outcome.error = _one_line(error)
+            outcome.error = describe_error(error)
             outcome.entries, outcome.keys, outcome.unreadable = {}, {}, {}
         return outcome
 
@@ -125,7 +125,7 @@ class Worker:
 
     def _forward_all(self, unit: Unit, outcome: Outcome, forward: _Forward) -> Iterator[_Shard]:
         """Compute the shards of a unit, but for those that are in the store."""
-        half = _fingerprint(unit.preprocessing)
+        half = fingerprint_pixels(unit.preprocessing)
         with self._block(unit, pin=forward.device.type == "cuda" and PIN) as block:
             filled = block.filled
             try:
@@ -164,7 +164,9 @@ class Worker:
             end = min(position + forward.batch_size, stop)
             rows = block.rows(position, end, seconds, tick)
             if len(block.unreadable) > unit.max_unreadable:
-                raise _too_many(block.unreadable, unit.dataset, self.settings.max_unreadable)
+                raise too_many_unreadable(
+                    block.unreadable, unit.dataset, self.settings.max_unreadable
+                )
             if len(rows):
                 pixels = block.pixels(unit.preprocessing.key, rows)
                 if forward.device.type == "cuda" and not parts:
@@ -234,8 +236,8 @@ class Worker:
     @contextlib.contextmanager
     def _block(self, unit: Unit, *, pin: bool) -> Iterator[PixelBlock]:
         """Lend the pixels of a unit's block, made for all units that come here."""
-        with _BLOCKS_LOCK:
-            number, block = _BLOCKS.pop(unit.run, (-1, None))
+        with BLOCKS_LOCK:
+            number, block = BLOCKS.pop(unit.run, (-1, None))
             if block is None or number != unit.block:
                 block = PixelBlock(
                     unit.dataset,
@@ -246,17 +248,17 @@ class Worker:
                     poison=unit.poison,
                     threads=self.threads,
                 )
-            _BLOCKS[unit.run] = unit.block, block  # the last used at the end
+            BLOCKS[unit.run] = unit.block, block  # the last used at the end
             block.users += 1
-            while len(_BLOCKS) > 1 and sum(b.nbytes for _, b in _BLOCKS.values()) > PIXEL_BYTES:
-                del _BLOCKS[next(iter(_BLOCKS))]
+            while len(BLOCKS) > 1 and sum(b.nbytes for _, b in BLOCKS.values()) > PIXEL_BYTES:
+                del BLOCKS[next(iter(BLOCKS))]
         try:
             yield block
         finally:
-            with _BLOCKS_LOCK:
+            with BLOCKS_LOCK:
                 block.users -= 1
                 block.used = time.monotonic()
-                _watch_idle()
+                watch_idle()
 
 
 @dataclass(eq=False)
@@ -311,7 +313,7 @@ class _Forward:
             try:
                 parts.append(self._run(pixels[start : start + size]))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if size == 1:
                     raise MemoryError("out of memory with a single image") from error
@@ -370,7 +372,7 @@ class _Forward:
             return features.float()
 
 
-def _fingerprint(preprocessing: Preprocessing) -> str:
+def fingerprint_pixels(preprocessing: Preprocessing) -> str:
     """Return that of the preprocessing, with Pillow's switches where they are not the usual."""
     changed = get_switches()
     text = preprocessing.fingerprint()
@@ -433,13 +435,15 @@ def _default_batch(preprocessing: Preprocessing, device: torch.device) -> int:
     return int(2 ** np.clip(np.floor(np.log2(max(size, 1))), 0, 9))
 
 
-def _one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Say what went wrong; our own errors (`ValueError`) need no name of their kind."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
-def _too_many(unreadable: dict[int, str], dataset: ImageDataset, limit: float) -> DatasetError:
+def too_many_unreadable(
+    unreadable: dict[int, str], dataset: ImageDataset, limit: float
+) -> DatasetError:
     row, reason = next(iter(unreadable.items()))
     return DatasetError(
         f"{len(unreadable)} of the {len(dataset)} images cannot be read, more than "

@@ -547,7 +547,7 @@ class FineTuning(Iterator[Epoch]):
 
     def _halve(self, error: Exception, n: int) -> None:
         """Go on with half as many images at a time, if it is the memory that failed."""
-        if not devices._out_of_memory(error) or self._micro == 1:
+        if not devices.is_out_of_memory(error) or self._micro == 1:
             raise error
         self._micro = max(1, min(self._micro, n) // 2)
         logger.warning("out of memory: %d images at a time now", self._micro)

@@ -26,7 +26,7 @@ def find_specs(
     warning.
     """
     if k is not None:
-        k = _positive("k", k, 1)
+        k = positive("k", k, 1)
     if isinstance(ranking, Ranking):
         scores = [s for s in ranking.scores if s.error is None]
         specs = {s.backbone: str(s.details.get("spec", s.backbone)) for s in scores}
@@ -55,7 +55,7 @@ def find_specs(
     return found
 
 
-def _positive(name: str, value: int | None, default: int) -> int:
+def positive(name: str, value: int | None, default: int) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

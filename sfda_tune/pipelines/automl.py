@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sfda_tune.backbones.loading import read_config, timm_name
-from sfda_tune.finetuning.trainer import _positive, find_specs
+from sfda_tune.finetuning.trainer import find_specs, positive
 
 __all__ = ["to_autogluon", "to_ludwig"]
 
@@ -82,7 +82,7 @@ def to_autogluon(
     if len(names) == 1:
         result["hyperparameters"][key] = names[0]
         return result
-    n_trials = _positive("n_trials", n_trials, len(names))
+    n_trials = positive("n_trials", n_trials, len(names))
     if choice is None:
         try:
             from autogluon.common import space  # type: ignore[import]
@@ -159,6 +159,6 @@ def to_ludwig(
             "output_feature": label,
             "parameters": {f"{image}.encoder.model_name": space},
             "search_alg": {"type": "variant_generator"},
-            "executor": {"type": "ray", "num_samples": _positive("n_trials", n_trials, 1)},
+            "executor": {"type": "ray", "num_samples": positive("n_trials", n_trials, 1)},
         }
     return config

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 
-class _Watch:
+class RankingWatch:
     """Passes on the progress of a ranking, and interrupts it at its deadline."""
 
     def __init__(self, board: Any, is_late: Callable[[], bool]) -> None:
@@ -40,7 +40,7 @@ def parse_budget(budget: str | float | None) -> float | None:
     return None if seconds is None else float(seconds)
 
 
-def _ends_later(new: str | float | None, old: str | float | None) -> bool:
+def ends_later(new: str | float | None, old: str | float | None) -> bool:
     """Compare two numbers of trials or two budgets; None has no end."""
     a, b = (math.inf if value is None else parse_budget(value) for value in (new, old))
     return cast(float, a) > cast(float, b)

@@ -22,10 +22,10 @@ def measure_latency(backbone: Backbone, device: str = "auto") -> float:
     True
     """
     module, preprocessing = load(backbone)
-    return _time_forward(module, preprocessing, resolve_device(device))
+    return time_forward(module, preprocessing, resolve_device(device))
 
 
-def _time_forward(module: Any, preprocessing: Any, device: str) -> float:
+def time_forward(module: Any, preprocessing: Any, device: str) -> float:
     import torch
     from PIL import Image
 

@@ -53,10 +53,10 @@ from sfda_tune.finetuning.images import look_at, own_randomness
 from sfda_tune.finetuning.models import load_model, predict
 from sfda_tune.finetuning.run import BEST, CHECKPOINT, FineTuning, finetune
 from sfda_tune.finetuning.shared import SharedWork
-from sfda_tune.pipelines.budget import _ends_later, _Watch, parse_budget
+from sfda_tune.pipelines.budget import RankingWatch, ends_later, parse_budget
 from sfda_tune.pipelines.clock import Beat, Clock
 from sfda_tune.pipelines.engines import DIED, Job, Trial, attempt, load_engine, read_trial
-from sfda_tune.pipelines.latency import _time_forward, measure_latency
+from sfda_tune.pipelines.latency import measure_latency, time_forward
 from sfda_tune.pipelines.progress import SilentBoard, as_board
 from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
 from sfda_tune.pipelines.result import SearchResult, write_predictions
@@ -352,7 +352,7 @@ class _Search:
         if path.is_file():
             old = read_json(path, dict.fromkeys(LIMITS, object))
             shown = {k: _redact(v) if k == "storage" else v for k, v in old.items()}
-            grown = any(_ends_later(config[key], old[key]) for key in LIMITS)
+            grown = any(ends_later(config[key], old[key]) for key in LIMITS)
             for key in fixed:
                 changed = key != "sfda_tune" and shown.get(key) != fixed[key]
                 if changed and not (grown and key in LIMITS):
@@ -475,7 +475,7 @@ class _Search:
         excluded = self.state["excluded"]
         admitted = [b for name, b in self.backbones.items() if name not in excluded]
         end = self.begun + RANK_SHARE * (self.deadline - self.begun)
-        watch = _Watch(self.board, lambda: self.now() > end)
+        watch = RankingWatch(self.board, lambda: self.now() > end)
         try:
             ranking = rank(
                 self.parts["train"], admitted, seed=g["seed"], device=self.device,
@@ -945,7 +945,7 @@ class _Search:
         p = predict(model, images, device=self.device, precision=g["precision"])
         rows = np.flatnonzero(np.isfinite(p).all(1))
         write_predictions(self.folder, images, p, rows)
-        self.latency = _time_forward(model.module, model.preprocessing, self.device)
+        self.latency = time_forward(model.module, model.preprocessing, self.device)
         right = int((p[rows].argmax(axis=1) == images.labels[rows]).sum())
         self.interval = accuracy_interval(right, len(rows))
         return measure(images.labels[rows], p[rows])

@@ -48,13 +48,13 @@ class Axis:
             digits = (1, 2, 5) if high < 200 * low else (1,)
             values = [d * 10.0**e for e in range(-9, 13) for d in digits]
         shown = [v for v in values if low <= v <= high]
-        return [(self.at(v), _count(v)) for v in shown]
+        return [(self.at(v), shorten(v)) for v in shown]
 
 
-def _lines(points: Sequence[tuple[float, float]], kind: str) -> list[tuple[Any, ...]]:
+def make_lines(points: Sequence[tuple[float, float]], kind: str) -> list[tuple[Any, ...]]:
     """Return segments (x1, y1, x2, y2, kind): unlike a path, lines may be in per cent."""
     return [(*a, *b, kind) for a, b in pairwise(points)]
 
 
-def _count(value: float) -> str:
+def shorten(value: float) -> str:
     return format_count(value) if value >= 1000 else f"{value:.10g}"

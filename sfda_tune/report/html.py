@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.report.axes import Axis, _count, _lines
+from sfda_tune.report.axes import Axis, make_lines, shorten
 from sfda_tune.report.plots import count_confusions, find_front, fit_line
 from sfda_tune.report.run import Run, read_run
 from sfda_tune.selection.calibration import Calibration, Observation, calibrate
@@ -102,7 +102,7 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"count": _count, "duration": _duration, "number": _number}
+    env.filters |= {"count": shorten, "duration": _duration, "number": _number}
     env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
     env.filters["soft"] = _soften
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
@@ -237,13 +237,13 @@ def _tradeoffs(run: Run) -> list[dict[str, Any]]:
         x, y = Axis.over(costs.values(), log=True), Axis.over(scores[n] for n in costs)
         at = {n: (x.at(cost), y.at(scores[n])) for n, cost in costs.items()}
         text = {
-            n: f"{n}: {scores[n]:.4f}, {_count(float(f'{c:.4g}'))} {label}"
+            n: f"{n}: {scores[n]:.4f}, {shorten(float(f'{c:.4g}'))} {label}"
             for n, c in costs.items()
         }
         front = find_front(scores, costs, maximize=more)
         kind = dict.fromkeys(costs, "complete") | dict.fromkeys(front, "front")
         marks = [(*at[n], kind[n], str(rank[n]), text[n]) for n in costs]
-        lines = _lines([at[n] for n in front], "front")
+        lines = make_lines([at[n] for n in front], "front")
         about = {"cost": label, "more": more, "marks": marks, "lines": lines}
         if costs:
             charts.append({"x": x, "y": y, "names": [(rank[n], text[n]) for n in front]} | about)
@@ -267,7 +267,7 @@ def _course(run: Run) -> dict[str, Any]:
         if t["state"] == "complete" and run.sign * t["value"] > best:
             best = run.sign * t["value"]
             steps += [(a, steps[-1][1]), (a, b)] if steps else [(a, b)]
-    lines = _lines([*steps, (100.0, steps[-1][1])] if steps else [], "complete")
+    lines = make_lines([*steps, (100.0, steps[-1][1])] if steps else [], "complete")
     lanes = {t["backbone"]: [u for u in trials if u["backbone"] == t["backbone"]] for t in trials}
     return {"x": x, "y": y, "marks": marks, "lines": lines, "lanes": lanes}
 
@@ -288,7 +288,7 @@ def _calibration(run: Run) -> dict[str, Any] | None:
         (x.at(r["z"]), y.at(r["best"]), "complete", str(i), text)
         for r, (i, text) in zip(rows, names, strict=True)
     ]
-    lines = _lines([(x.at(z), y.at(value)) for z, value in line], "fit")
+    lines = make_lines([(x.at(z), y.at(value)) for z, value in line], "fit")
     about = {"calibration": c, "marks": marks, "lines": lines, "names": names}
     return {"x": x, "y": y} | about if rows else None
 

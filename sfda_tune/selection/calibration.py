@@ -120,7 +120,7 @@ def calibrate(
     the scores run against the values of 5 backbones (Kendall's tau -1.00); use other scores
     """
     names = sorted(scores)
-    fit = _fit(names, scores, history, prior_strength)
+    fit = fit_model(names, scores, history, prior_strength)
     has = fit.valued > 0
     x, y, m = fit.z[has], fit.level[has], int(has.sum())
     test: Any = kendalltau(x, y) if m > 1 and np.ptp(x) and np.ptp(y) else None
@@ -176,7 +176,7 @@ class _Fit(NamedTuple):
     scale: float
 
 
-def _fit(
+def fit_model(
     candidates: Sequence[str],
     scores: Mapping[str, float],
     history: Iterable[Observation],
@@ -321,7 +321,7 @@ def _encode(settings: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.column_stack(columns) if columns else np.zeros((len(settings), 0))
 
 
-def _log_improvement(fit: _Fit) -> np.ndarray:
+def log_improvement(fit: _Fit) -> np.ndarray:
     """Return log E[(u − y*)₊] = log σ + log(φ(d) + d Φ(d)), d = (μ − y*)/σ, for any d."""
     d = (fit.mean - fit.top) / fit.sd
     near = np.maximum(d, -8.0)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from sfda_tune.data.copies import tell_copies
-from sfda_tune.selection.uncertainty import _some
+from sfda_tune.selection.uncertainty import some
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 
@@ -103,7 +103,7 @@ def _failed(ranking: Ranking) -> Diagnostic | None:
         "failed",
         "warning",
         f"{len(ranking.failed)} of {_count(len(ranking), 'backbone', 'backbones')} could not be "
-        f"scored ({_some(ranking.failed)}; {name}: {error}); the best may be among them, so mend "
+        f"scored ({some(ranking.failed)}; {name}: {error}); the best may be among them, so mend "
         "or drop them and rank again.",
     )
 
@@ -115,7 +115,7 @@ def _ties(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None:
     if len(full) > 1:
         advice = "use variant='loo'" if ranking.metric in IN_SAMPLE[:2] else "use another metric"
         what = f"{len(full)} backbones score more than 1 − 1e-6 and are tied"
-        return Diagnostic("ties", "warning", f"{what}: {_some(full)}; {advice} or more images.")
+        return Diagnostic("ties", "warning", f"{what}: {some(full)}; {advice} or more images.")
     equal = {v: [s.backbone for s in scores if s.value == v] for v in values}
     tied = [(v, names) for v, names in equal.items() if len(names) > 1]
     if not tied:
@@ -125,7 +125,7 @@ def _ties(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None:
     return Diagnostic(
         "ties",
         "warning",
-        f"{len(names)} backbones have the score {value:.6g} exactly{more}: {_some(names)}; "
+        f"{len(names)} backbones have the score {value:.6g} exactly{more}: {some(names)}; "
         "use another metric to tell them apart.",
     )
 
@@ -178,7 +178,7 @@ def _small_classes(ranking: Ranking) -> Diagnostic | None:
         "small_classes",
         "warning" if small[0][0] < 2 else "note",
         f"{_count(len(small), 'class has', 'classes have')} fewer than 5 images "
-        f"({_some(f'{name}: {size}' for size, name in small)}); add images or leave "
+        f"({some(f'{name}: {size}' for size, name in small)}); add images or leave "
         f"{'it' if len(small) == 1 else 'them'} out.",
     )
 
@@ -193,9 +193,9 @@ def _shrinkage(scores: Sequence[Score]) -> Diagnostic | None:
         return None
     parts = []
     if low:
-        parts.append(f"at the lower bound (nothing is shrunk: overfits) for {_some(low)}")
+        parts.append(f"at the lower bound (nothing is shrunk: overfits) for {some(low)}")
     if high:
-        parts.append(f"at 1 (the covariance is ignored) for {_some(high)}")
+        parts.append(f"at 1 (the covariance is ignored) for {some(high)}")
     return Diagnostic(
         "shrinkage",
         "note",
@@ -212,7 +212,7 @@ def _unreadable(ranking: Ranking) -> Diagnostic | None:
         "unreadable",
         "note",
         f"{_count(len(files), 'image', 'images')} could not be read and took no part "
-        f"({_some(files)}); mend or remove {'it' if len(files) == 1 else 'them'}.",
+        f"({some(files)}); mend or remove {'it' if len(files) == 1 else 'them'}.",
     )
 
 

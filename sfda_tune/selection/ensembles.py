@@ -27,7 +27,7 @@ from scipy.special import log_softmax
 
 from sfda_tune.metrics._fisher import EPS, Scatter, load
 from sfda_tune.metrics.sfda import LAM, TEMPERATURES
-from sfda_tune.values.features import Features, _Value
+from sfda_tune.values.features import Features, Value
 from sfda_tune.values.labels import encode_labels
 
 __all__ = ["Ensemble", "select_ensemble"]
@@ -36,7 +36,7 @@ TIE = 1e-9  # values that differ by rounding errors are equal, and the name deci
 
 
 @dataclass(frozen=True)
-class Ensemble(_Value):
+class Ensemble(Value):
     """Backbones to fine-tune together.
 
     Parameters

@@ -51,10 +51,10 @@ from scipy.stats import rankdata
 from sfda_tune.selection.calibration import (
     Calibration,
     Observation,
-    _fit,
-    _log_improvement,
     calibrate,
     estimate_errors,
+    fit_model,
+    log_improvement,
     name_arm,
 )
 from sfda_tune.values.text import require
@@ -125,14 +125,14 @@ def choose(
     require("candidates", names, "the host's choices, at least one", names)
     history = list(history)
     barred = find_barred(history, number)
-    fit = _fit(names, scores, history, prior_strength, errors)
+    fit = fit_model(names, scores, history, prior_strength, errors)
     rng = np.random.default_rng([seed, number])
     is_outside, noise = rng.random() < exploration, rng.gumbel(size=len(names))
 
     if policy == "greedy":
         gain = np.log(fit.mean - fit.mean.min() + 1e-9)
     else:
-        gain = _log_improvement(fit) if policy == "calibrated" else 4 * fit.z + noise
+        gain = log_improvement(fit) if policy == "calibrated" else 4 * fit.z + noise
         gain = gain - np.log((fit.tried + 1) * (fit.tried + 2) / 2)
     gain = gain + np.log(fit.success) - 1e6 * np.isin(names, list(barred))
     if cost_exponent:
@@ -229,7 +229,7 @@ def leaves_to_base(
         return False
     if place % EVERY == 0 or not scores:
         return place % EVERY == 0
-    return _fit(sorted(scores), scores, history, 1.0).slope <= 0
+    return fit_model(sorted(scores), scores, history, 1.0).slope <= 0
 
 
 def find_barred(history: Iterable[Observation], number: int) -> frozenset[str]:

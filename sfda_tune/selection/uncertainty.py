@@ -32,7 +32,7 @@ from scipy.special import ndtr
 from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 
-from sfda_tune.values.features import _read_only, _Value
+from sfda_tune.values.features import Value, read_only
 from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.ranking import Ranking
 
@@ -45,7 +45,7 @@ ATOMS, EM_STEPS, BLOCKS = 400, 30, 40  # of `shrink`: the grid, the steps, draws
 
 
 @dataclass(frozen=True, eq=False)
-class Confidence(_Value):
+class Confidence(Value):
     """What the data say of a ranking; everything in rank order, best first.
 
     Parameters
@@ -93,7 +93,7 @@ class Confidence(_Value):
     def __post_init__(self) -> None:
         arrays = ("score", "score_interval", "rank_interval", "in_top", "separable")
         for name in (*arrays, "plausible", "resamples", "draws"):
-            object.__setattr__(self, name, _read_only(np.asarray(getattr(self, name))))
+            object.__setattr__(self, name, read_only(np.asarray(getattr(self, name))))
 
     @property
     def best(self) -> dict[Name, float]:
@@ -123,7 +123,7 @@ class Confidence(_Value):
         if unknown:
             raise ValueError(
                 f"`a` and `b` must be backbones of the ranking but {unknown} are not; "
-                f"there are {_some(self.names)}."
+                f"there are {some(self.names)}."
             )
         i, j = self.names.index(a), self.names.index(b)
         delta = self.score[i] - self.score[j]
@@ -756,7 +756,7 @@ def _rows(per_sample: Any) -> tuple[list[Any], np.ndarray]:
         missing = [name for name, terms in per_sample.items() if terms is None]
         if missing:
             raise ValueError(
-                f"`per_sample` must be there for every backbone but is None for {_some(missing)}; "
+                f"`per_sample` must be there for every backbone but is None for {some(missing)}; "
                 "leave them out, or use a metric that has one, such as 'sfda'."
             )
         names = list(per_sample)
@@ -787,7 +787,7 @@ def _rows(per_sample: Any) -> tuple[list[Any], np.ndarray]:
     finite = np.abs(X) < 1e150  # squares must not overflow; false for NaN
     if not finite.all():
         i, row = np.argwhere(~finite)[0]
-        bad = _some(names[i] for i in np.flatnonzero(~finite.all(axis=1)))
+        bad = some(names[i] for i in np.flatnonzero(~finite.all(axis=1)))
         raise ValueError(
             f"`per_sample` must be finite but that of {names[i]!r} is {X[i, row]} for image {row} "
             f"(such backbones: {bad}); leave them out or score them again."
@@ -810,7 +810,7 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _some(names: Iterable[Any], limit: int = 5) -> str:
+def some(names: Iterable[Any], limit: int = 5) -> str:
     names = [str(name) for name in names]
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

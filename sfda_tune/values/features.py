@@ -15,7 +15,7 @@ from sfda_tune.values.labels import encode_labels
 __all__ = ["Backbone", "Features", "MetricResult", "Score"]
 
 
-class _Value:
+class Value:
     """Pickles by its fields: a `MappingProxyType` cannot be pickled, a constructor call can."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -30,7 +30,7 @@ def _rebuild(cls: type, values: dict[str, Any]) -> Any:
     return cls(**values)
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
@@ -79,7 +79,7 @@ class Backbone:
 
 
 @dataclass(frozen=True, eq=False)
-class Features(_Value):
+class Features(Value):
     """Features of one backbone on labelled images.
 
     Parameters
@@ -146,8 +146,8 @@ class Features(_Value):
                 f"`x`{who} and `y` must have the same number of rows but have {len(x)} "
                 f"and {len(y)}."
             )
-        object.__setattr__(self, "x", _read_only(x))
-        object.__setattr__(self, "y", _read_only(y))
+        object.__setattr__(self, "x", read_only(x))
+        object.__setattr__(self, "y", read_only(y))
         object.__setattr__(self, "classes", classes)
 
     @property
@@ -168,7 +168,7 @@ class Features(_Value):
 
 
 @dataclass(frozen=True, eq=False)
-class MetricResult(_Value):
+class MetricResult(Value):
     """What a metric says of one set of features.
 
     Parameters
@@ -189,7 +189,7 @@ class MetricResult(_Value):
         object.__setattr__(self, "value", float(self.value))
         if self.per_sample is not None:
             per_sample = np.asarray(self.per_sample, dtype=np.float64)
-            object.__setattr__(self, "per_sample", _read_only(per_sample))
+            object.__setattr__(self, "per_sample", read_only(per_sample))
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
 
     def __float__(self) -> float:
@@ -197,7 +197,7 @@ class MetricResult(_Value):
 
 
 @dataclass(frozen=True, eq=False)
-class Score(_Value):
+class Score(Value):
     """A backbone with its metric value, or with the error that stopped it.
 
     Parameters
@@ -236,5 +236,5 @@ class Score(_Value):
             object.__setattr__(self, "value", math.nan)
         if self.per_sample is not None:
             per_sample = np.asarray(self.per_sample, dtype=np.float64)
-            object.__setattr__(self, "per_sample", _read_only(per_sample))
+            object.__setattr__(self, "per_sample", read_only(per_sample))
         object.__setattr__(self, "details", MappingProxyType(dict(self.details)))

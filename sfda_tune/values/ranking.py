@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfda_tune.values.features import Score, _read_only, _Value
+from sfda_tune.values.features import Score, Value, read_only
 from sfda_tune.values.files import check, parse_json, read_text, write_text
 from sfda_tune.values.text import csv_line, format_count, json_text, printable
 
@@ -51,7 +51,7 @@ HEADINGS: tuple[str, ...] = ("rank", "backbone", "score", "width", "params", "im
 
 
 @dataclass(frozen=True, eq=False)
-class Ranking(_Value, Mapping[str, float]):
+class Ranking(Value, Mapping[str, float]):
     """Scores of all candidates, best first; failed ones last, with their error.
 
     A mapping from backbone name to value, so that anything that takes ``{name: score}`` takes a
@@ -96,7 +96,7 @@ class Ranking(_Value, Mapping[str, float]):
         object.__setattr__(self, "scores", scores)
         if self.labels is not None:
             labels = np.asarray(self.labels, dtype=np.int64)
-            object.__setattr__(self, "labels", _read_only(labels))
+            object.__setattr__(self, "labels", read_only(labels))
         object.__setattr__(self, "info", MappingProxyType(dict(self.info)))
 
     @cached_property

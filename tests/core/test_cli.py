@@ -20,7 +20,7 @@ from rich.console import Console
 from sfda_tune import Ranking, __version__
 from sfda_tune.cli import main as commands
 from sfda_tune.cli import terminal
-from sfda_tune.cli.options import _spread
+from sfda_tune.cli.options import spread_lists
 
 COMMAND = [sys.executable, "-m", "sfda_tune"]
 
@@ -97,11 +97,11 @@ def test_backbones_in_every_spelling(cli_here, photos, toy_zoo, tmp_path):
 
 
 def test_spread():
-    assert _spread(["rank", "-b", "x", "y", "--seed", "3", "d"]) == [
+    assert spread_lists(["rank", "-b", "x", "y", "--seed", "3", "d"]) == [
         "rank", "-b", "x", "-b", "y", "--seed", "3", "d",
     ]  # fmt: skip
-    assert _spread(["rank", "--backbones=x", "d"]) == ["rank", "--backbones=x", "d"]
-    assert _spread(["rank", "-b", "x", "--", "y"]) == ["rank", "-b", "x", "--", "y"]
+    assert spread_lists(["rank", "--backbones=x", "d"]) == ["rank", "--backbones=x", "d"]
+    assert spread_lists(["rank", "-b", "x", "--", "y"]) == ["rank", "-b", "x", "--", "y"]
 
 
 def test_a_failed_backbone_is_shown_last_with_its_error(cli_here, photos, toy_zoo, tmp_path):

@@ -129,7 +129,7 @@ def test_runs_side_by_side_do_not_disturb_each_other(dataset, zoo):
         for name, x in result.items():
             np.testing.assert_allclose(x, alone[name], atol=1e-6)
         assert len(counting.count) == 36
-    assert not pixels._BLOCKS
+    assert not pixels.BLOCKS
 
 
 def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
@@ -140,7 +140,7 @@ def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
         (unit,) = units
         for k in range(6):  # as if of six runs
             yield worker(replace(unit, run=f"{unit.run} {k}"))
-            left.append(sum(block.nbytes for _, block in pixels._BLOCKS.values()))
+            left.append(sum(block.nbytes for _, block in pixels.BLOCKS.values()))
 
     one = 36 * 3 * 32 * 32
     monkeypatch.setattr(pixels, "PIXEL_BYTES", 2.5 * one)
@@ -148,11 +148,11 @@ def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
     assert left == [one, 2 * one, 2 * one, 2 * one, 2 * one, 2 * one]
     monkeypatch.setattr(pixels, "IDLE", 0.01)
     monkeypatch.setattr(pixels, "_JANITOR", None)
-    with pixels._BLOCKS_LOCK:
-        pixels._watch_idle()
+    with pixels.BLOCKS_LOCK:
+        pixels.watch_idle()
     while pixels._JANITOR is not None:
         pixels._JANITOR.join(0.1)
-    assert not pixels._BLOCKS
+    assert not pixels.BLOCKS
 
 
 def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, monkeypatch):
@@ -308,7 +308,7 @@ def test_after_an_interrupt_only_the_unfinished_is_computed(
     stop = StopAfter(after)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, zoo, settings, store=store, progress=stop)
-    assert not pixels._BLOCKS  # the pixels are given back
+    assert not pixels.BLOCKS  # the pixels are given back
     kept = sum(len(store.get(p.stem).rows) for p, _ in store.entries())
     assert kept >= after - 16
     count = StopAfter(10**9)
@@ -449,7 +449,7 @@ def apart(monkeypatch, units):
     def run_units(worker, plan):
         for unit in plan:
             units.append(unit)
-            pixels._forget_blocks(unit.run)
+            pixels.forget_blocks(unit.run)
             with monkeypatch.context() as patch:
                 if len(units) == 2:
                     _fail_at(patch, "ant/05.jpg", MemoryError())
@@ -490,7 +490,7 @@ def test_an_image_whose_content_could_not_be_digested_has_no_features(
 ):
     """Else its features would be kept under the key of an image that is not there."""
     store = FeatureStore(tmp_path)
-    real, left = images._stream, [times]
+    real, left = images.open_stream, [times]
 
     def stream(item):
         if str(item).endswith("ant/05.jpg") and left[0]:
@@ -498,7 +498,7 @@ def test_an_image_whose_content_could_not_be_digested_has_no_features(
             raise PermissionError(errno.EACCES, "Permission denied")
         return real(item)
 
-    monkeypatch.setattr(images, "_stream", stream)
+    monkeypatch.setattr(images, "open_stream", stream)
     ill = run(dataset, zoo[:1], store=store)["convnext"]
     assert list(ill.unreadable) == [5]
     assert ill.rows.tolist() == [*range(5), *range(6, 36)]
@@ -728,7 +728,7 @@ def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
             stop.set()
 
         for unit in units:
-            yield replace(worker, turn=worker._Turn(None, stop), advance=advance)(unit)
+            yield replace(worker, turn=worker.Turn(None, stop), advance=advance)(unit)
 
     results = run(dataset, zoo[:2], replace(CPU, batch_size=4), map_fn=interrupt)
     assert [e.error for e in results.values()] == ["RuntimeError: the run has ended"] * 2

@@ -66,7 +66,7 @@ def follow(truth, n):
 
 
 def fit(history=(), errors=None):
-    return calibration._fit(NAMES, SCORES, history, 1.0, errors)
+    return calibration.fit_model(NAMES, SCORES, history, 1.0, errors)
 
 
 # What must not matter ---------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_without_prior_strength_the_scores_do_not_matter():
 def test_equal_scores_are_alike_and_unknown_ones_average():
     assert {choose(dict.fromkeys(NAMES, 0.5), seed=s) for s in range(100)} == set(NAMES)
     marked = dict(zip("abcdex", [1.0, 2.0, 2.0, 2.0, 3.0, math.nan], strict=True))
-    z = calibration._fit([*"abcdexy"], marked, [], 1.0).z
+    z = calibration.fit_model([*"abcdexy"], marked, [], 1.0).z
     assert z[1] == z[2] == z[3] == z[5] == z[6] == 0
     assert z[0] == -z[4] < 0
 
@@ -299,12 +299,12 @@ def test_survivors_are_the_best_or_the_named():
 def test_the_improvement_is_the_integral_and_never_underflows():
     found, x = fit(trials()), np.linspace(0, 40, 400_001)
     for mean, sd, log in zip(
-        found.mean, found.sd, calibration._log_improvement(found), strict=True
+        found.mean, found.sd, calibration.log_improvement(found), strict=True
     ):
         density = np.exp(-0.5 * ((found.top + x - mean) / sd) ** 2) / sd / math.sqrt(2 * math.pi)
         assert math.exp(log) == pytest.approx(np.trapezoid(x * density, x), rel=1e-3)
     tops = [*np.linspace(0, 60, 500), 1e6]
-    steps = [calibration._log_improvement(found._replace(top=top))[0] for top in tops]
+    steps = [calibration.log_improvement(found._replace(top=top))[0] for top in tops]
     assert np.isfinite(steps).all()
     assert (np.diff(steps) < 0).all()
 

@@ -485,7 +485,7 @@ def test_arguments(arguments, message):
 
 def test_command_line(ray_cluster, monkeypatch, capsys, tmp_path):
     from sfda_tune.cli.main import main
-    from sfda_tune.cli.options import _spread
+    from sfda_tune.cli.options import spread_lists
 
     for given, then in {
         "--ray": "--ray=",
@@ -494,7 +494,7 @@ def test_command_line(ray_cluster, monkeypatch, capsys, tmp_path):
         "--ray ray://10.0.0.1:10001 -b x y": "--ray ray://10.0.0.1:10001 -b x -b y",
         "--ray digits": "--ray= digits",
     }.items():
-        assert " ".join(_spread(given.split())) == then
+        assert " ".join(spread_lists(given.split())) == then
     command = "rank digits -b demo:*noise* --samples 40 -q --device cpu --ray"
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` changes both
     terminate = signal.getsignal(signal.SIGTERM)
