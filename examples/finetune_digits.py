@@ -20,7 +20,7 @@ from torch import nn
 import sfda_tune
 from sfda_tune import ImageDataset
 from sfda_tune.backbones import loading
-from sfda_tune.backbones import specs as backbones
+from sfda_tune.backbones.preprocessing import Preprocessing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and other workers need them
@@ -33,7 +33,7 @@ def open_split() -> tuple[ImageDataset, ImageDataset]:
     return data.subset(train), data.subset(np.setdiff1d(data.sample_rows(500), train))
 
 
-def open_backbone(name: str) -> tuple[nn.Module, backbones.Preprocessing]:
+def open_backbone(name: str) -> tuple[nn.Module, Preprocessing]:
     """Open any backbone that can be ranked: a timm network without classifier."""
     (backbone,) = sfda_tune.resolve_backbones(name)
     return loading.load(backbone)

@@ -12,9 +12,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from sfda_tune import __version__
-from sfda_tune.cli import search as commands_search
 from sfda_tune.cli.cache import cache_app
 from sfda_tune.cli.options import spread_lists
+from sfda_tune.cli.rank import rank
+from sfda_tune.cli.reports import evaluate_scores, list_backbones, report_on
+from sfda_tune.cli.search import predict, search
 from sfda_tune.cli.terminal import (
     PrintableFormatter,
     UsageError,
@@ -36,8 +38,12 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 
 
-app.command("search")(commands_search.search)
-app.command("predict")(commands_search.predict)
+app.command()(rank)
+app.command()(search)
+app.command()(predict)
+app.command("backbones")(list_backbones)
+app.command("evaluate")(evaluate_scores)
+app.command("report")(report_on)
 
 
 def _version(show: bool) -> None:

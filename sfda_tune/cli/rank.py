@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfda_tune.cli.main import app
 from sfda_tune.cli.options import CacheDir, Debug, Imports
-from sfda_tune.cli.terminal import fail, messages, show_ranking, split_commas
+from sfda_tune.cli.terminal import check_out, fail, messages, show_ranking, split_commas
 from sfda_tune.pipelines.terminal import say
 
 if TYPE_CHECKING:
     from sfda_tune.values.ranking import Ranking
 
 
-@app.command()
 def rank(
     dataset: Annotated[
         str,
@@ -120,7 +118,7 @@ def rank(
     if out is not None:
         if out.suffix.lower() not in (".json", ".csv"):
             fail(f"--out must end in .json or .csv but is {str(out)!r}.")
-        _check_out(out, "--out")
+        check_out(out, "--out")
     if cache is not None and no_cache:
         fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
@@ -187,14 +185,6 @@ def _bar() -> Any:
     from sfda_tune.pipelines.progress import Bar
 
     return Bar(messages)
-
-
-def _check_out(out: Path, option: str) -> None:
-    """Refuse before the work what could not be written after it."""
-    if not out.parent.is_dir():
-        fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
-    if not os.access(out.parent, os.W_OK) or out.is_dir():
-        fail(f"{option}: {str(out)!r} cannot be written.")
 
 
 def _write(ranking: Ranking, out: Path) -> str | None:

@@ -8,14 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sfda_tune.cli.main import app
 from sfda_tune.cli.options import Debug, Imports
 from sfda_tune.cli.terminal import messages, output, print_table, split_commas
 from sfda_tune.pipelines.terminal import say, text
 from sfda_tune.values.text import format_count
 
 
-@app.command("backbones")
 def list_backbones(
     patterns: Annotated[
         list[str], typer.Argument(metavar="GLOB...", help="As for `rank --backbones`.")
@@ -59,7 +57,6 @@ def list_backbones(
         raise typer.Exit(1)
 
 
-@app.command("evaluate")
 def evaluate_scores(
     scores: Annotated[
         Path, typer.Argument(help="A ranking (.json, .csv) or {backbone: score}, as JSON or CSV.")
@@ -91,7 +88,6 @@ def evaluate_scores(
         say(output, line)
 
 
-@app.command("report")
 def report_on(
     source: Annotated[
         Path,

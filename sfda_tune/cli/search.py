@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sfda_tune.cli.terminal import check_out, fail, messages, output, split_commas
+
 __all__ = ["predict", "search"]
 
 
@@ -101,15 +103,14 @@ def search(
 
       sfda-tune search photos/ -b 'resnet50*' 'convnext_*.fb_in22k*' --budget 2h -o run/
     """
-    from sfda_tune.cli import terminal
-    from sfda_tune.pipelines import search as selection
+    from sfda_tune.pipelines import search as pipeline
     from sfda_tune.pipelines.progress import Board
     from sfda_tune.pipelines.terminal import say
 
     try:
-        found = selection.search(
+        found = pipeline.search(
             dataset,
-            ["demo:*"] if backbones is None else terminal.split_commas(backbones),
+            ["demo:*"] if backbones is None else split_commas(backbones),
             trials=trials,
             budget=budget,
             engine=engine,
@@ -134,13 +135,13 @@ def search(
             cache=cache or True,
             seed=seed,
             out=out,
-            progress=False if quiet else Board(terminal.messages),
+            progress=False if quiet else Board(messages),
         )
     except KeyboardInterrupt:
-        say(terminal.messages, "The same command goes on from here.")
+        say(messages, "The same command goes on from here.")
         raise
-    say(terminal.output, found)
-    say(terminal.output, found.images)
+    say(output, found)
+    say(output, found.images)
 
 
 def predict(
@@ -170,7 +171,7 @@ def predict(
     from sfda_tune.pipelines.terminal import say
 
     if csv is not None:
-        rank._check_out(csv, "--csv")
+        check_out(csv, "--csv")
     model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
     files: list[str] = []
     for given in images:
@@ -198,13 +199,13 @@ def predict(
                 known += is_known
             table.write(lines)  # before they are shown: a kill loses nothing that was
             for line in shown:
-                say(terminal.output, line)
+                say(output, line)
             unreadable |= bad
     if unreadable:
         text = f"{len(unreadable)} of {len(files)} images cannot be read"
         warnings.warn(text, stacklevel=2)
     if table.problem:
-        terminal.fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
+        fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
     if not known:
         raise typer.Exit(1)
 

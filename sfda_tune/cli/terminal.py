@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -159,3 +160,11 @@ class PrintableFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).splitlines()))
+
+
+def check_out(out: Path, option: str) -> None:
+    """Refuse before the work what could not be written after it."""
+    if not out.parent.is_dir():
+        fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
+    if not os.access(out.parent, os.W_OK) or out.is_dir():
+        fail(f"{option}: {str(out)!r} cannot be written.")

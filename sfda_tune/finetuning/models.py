@@ -13,6 +13,7 @@ import numpy as np
 
 from sfda_tune.backbones import loading
 from sfda_tune.backbones.devices import check_precision, compute, few_threads, resolve_device
+from sfda_tune.backbones.plugins import BackboneError
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UnreadableImage
@@ -92,7 +93,7 @@ def load_model(
     try:
         provenance = read_json(folder / PROVENANCE, formats.PROVENANCE)
     except FileNotFoundError:
-        raise plugins.BackboneError(
+        raise BackboneError(
             f"`folder` must be a model saved by fine-tuning but {str(folder)!r} has no "
             f"{PROVENANCE}; open other timm checkpoints with timm.create_model('local-dir:…')."
         ) from None
@@ -100,7 +101,7 @@ def load_model(
     if (folder / "config.json").is_file():
         backbone = Backbone(folder.name, f"local-dir:{folder}", plugins=tuple(plugins))
     elif backbone is None:
-        raise plugins.BackboneError(
+        raise BackboneError(
             f"`backbone` must be given for {str(folder)!r}: its {provenance['backbone']!r} is no "
             "network of timm's; pass the Backbone with `load=`."
         )
@@ -108,7 +109,7 @@ def load_model(
     try:
         module.load_state_dict(read_tensors(folder / WEIGHTS))
     except (OSError, ValueError, RuntimeError) as error:
-        raise plugins.BackboneError(
+        raise BackboneError(
             f"the weights in {str(folder / WEIGHTS)!r} are not those of {backbone.name}: "
             f"{one_line(' '.join(str(error).split()))}"
         ) from error

@@ -27,7 +27,7 @@ from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.loader import count_cores
 from sfda_tune.extraction import run as extraction
-from sfda_tune.extraction import settings
+from sfda_tune.extraction.settings import PRECISIONS, Settings
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 ARCHITECTURES = [
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--workers", type=int, default=count_cores())
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--precision", default="float32", choices=settings.PRECISIONS)
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--backbones", default="*", help="glob within the zoo")
     parser.add_argument("--dataset", default="clothing", help="of the zoo")
     parser.add_argument("--synthetic", action="store_true")
@@ -118,7 +118,7 @@ def main() -> None:
             backbones = resolve_backbones(str(ZOO / "models" / o.backbones), plugins=plugins)
             dataset = open_dataset(ZOO / "datasets" / o.dataset).sample(o.samples)
             plain = backbones
-        settings = settings.Settings(o.device, o.precision, o.batch_size, o.workers)
+        settings = Settings(o.device, o.precision, o.batch_size, o.workers)
         out = sys.stdout
         out.write(f"{len(backbones)} backbones × {len(dataset)} images on {o.device}\n")
         best = {"plain": np.inf, "ours": np.inf}

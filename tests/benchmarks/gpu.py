@@ -40,7 +40,6 @@ from timm.models import save_for_hf
 
 from sfda_tune import open_dataset, resolve_backbones
 from sfda_tune.backbones import devices, loading
-from sfda_tune.backbones import specs as loading
 from sfda_tune.extraction import pixels, worker
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings

@@ -23,8 +23,9 @@ from sfda_tune.backbones import devices
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data import decoding as images
 from sfda_tune.data.decoding import Passing
-from sfda_tune.extraction import pixels, plan, worker
+from sfda_tune.extraction import pixels, plan
 from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction import worker as workers
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import Entry, FeatureStore
@@ -134,7 +135,7 @@ def test_runs_side_by_side_do_not_disturb_each_other(dataset, zoo):
 
 def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
     """A process of a pool is not told that a run has ended."""
-    worker, left = worker.Worker(CPU, None), []
+    worker, left = workers.Worker(CPU, None), []
 
     def pool(fn, units):
         (unit,) = units
@@ -728,7 +729,7 @@ def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
             stop.set()
 
         for unit in units:
-            yield replace(worker, turn=worker.Turn(None, stop), advance=advance)(unit)
+            yield replace(worker, turn=workers.Turn(None, stop), advance=advance)(unit)
 
     results = run(dataset, zoo[:2], replace(CPU, batch_size=4), map_fn=interrupt)
     assert [e.error for e in results.values()] == ["RuntimeError: the run has ended"] * 2

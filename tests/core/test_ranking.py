@@ -16,7 +16,7 @@ from sfda_tune import (
     rank,
     score,
 )
-from sfda_tune.extraction import settings
+from sfda_tune.extraction.settings import Settings
 from sfda_tune.metrics import sfda
 from sfda_tune.pipelines.progress import Silent
 
@@ -38,7 +38,7 @@ def test_rank_is_extract_and_score(photos, toy_zoo):
     assert info["seconds"]["forward"] > 0
     from sfda_tune import extract, open_dataset, resolve_backbones
 
-    settings = settings.Settings(device="cpu", workers=0)
+    settings = Settings(device="cpu", workers=0)
     for e in extract(open_dataset(photos), resolve_backbones(toy_zoo), settings):
         assert e.features is not None
         s = ranking.score(e.backbone.name)
