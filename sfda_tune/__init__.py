@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sfda_tune.backbones.plugins import BackboneError
     from sfda_tune.backbones.specs import resolve_backbones
-    from sfda_tune.data.dataset import DatasetError, ImageDataset
+    from sfda_tune.data.checks import DatasetError
+    from sfda_tune.data.dataset import ImageDataset
     from sfda_tune.data.opening import open_dataset
     from sfda_tune.extraction.run import extract
     from sfda_tune.metrics.scoring import score
@@ -41,7 +42,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Backbone": "values.features",
     "BackboneError": "backbones.plugins",
-    "DatasetError": "data.dataset",
+    "DatasetError": "data.checks",
     "Features": "values.features",
     "ImageDataset": "data.dataset",
     "MetricResult": "values.features",

@@ -1,4 +1,4 @@
-"""The sampler: the backbone by `sfda_tune.selection.policy`, everything else by any sampler of Optuna."""
+"""The sampler: the backbone by the policy, everything else by any sampler of Optuna."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ class SFDASampler(BaseSampler):
 
     The first choices follow the scores; then every trial says how much the scores are worth here
     (`calibration`), down to nothing. A fixed share of the trials is left to the base sampler
-    altogether (`sfda_tune.selection.policy.leaves_to_base`), so that useless scores cost little. What the
-    study's `SFDAPruner` would stop is never proposed, and what `gate` stopped soon is not.
+    altogether (`sfda_tune.selection.policy.leaves_to_base`), so that useless scores cost little.
+    What the study's `SFDAPruner` would stop is never proposed, and what `gate` stopped soon is
+    not.
 
     Parameters
     ----------
@@ -57,7 +58,8 @@ class SFDASampler(BaseSampler):
         Draws all other parameters. Default: ``TPESampler()``. A `GridSampler` ends the study when
         its grid is used up, over all backbones together.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
-        See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base sampler.
+        See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
+        sampler.
     prior_strength : float, default 1.0
         How many trials the scores weigh before the first trial; 0 ignores them.
     survivors : int or collection of str, optional

@@ -44,7 +44,7 @@ from ray.cloudpickle import dumps  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 
 from sfda_tune.backbones.devices import is_working, resolve_device
-from sfda_tune.data.dataset import DatasetError
+from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import UNREADABLE
 from sfda_tune.extraction.crashes import find_poison
 from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_per_block

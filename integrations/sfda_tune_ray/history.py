@@ -1,4 +1,4 @@
-"""The trials of a Tune experiment as the evidence that `sfda_tune.selection.policy` decides upon."""
+"""The trials of a Tune experiment as the evidence that the policy decides upon."""
 
 from __future__ import annotations
 

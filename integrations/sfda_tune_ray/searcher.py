@@ -1,4 +1,4 @@
-"""The searcher: the backbone by `sfda_tune.selection.policy`, everything else by any searcher of Tune."""
+"""The searcher: the backbone by the policy, everything else by any searcher of Tune."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class SFDASearcher(Searcher):
 
     The first choices follow the scores; then every trial says how much the scores are worth here
     (`calibration`), down to nothing. A fixed share of the trials is left to the base searcher
-    altogether (`sfda_tune.selection.policy.leaves_to_base`), which is then given the whole space, the
-    backbone included. The same history leads to the same choices as `SFDASampler` makes in Optuna.
+    altogether (`sfda_tune.selection.policy.leaves_to_base`), which is then given the whole space,
+    the backbone included. The same history leads to the same choices as `SFDASampler` makes in
+    Optuna.
 
     Put `ConcurrencyLimiter` or `Repeater` outside, or set ``max_concurrent_trials``: without, Tune
     runs one trial at a time. Grid search and PBT are not for searchers.
@@ -62,10 +63,11 @@ class SFDASearcher(Searcher):
     metric, mode : str or list of str, optional
         Needed if ``param_space`` is empty: Tune then never passes on those of ``TuneConfig``.
         Lists are several objectives, with their modes: give them here, not in ``TuneConfig``, and
-        no scheduler that compares values. Every trial weighs them anew (`sfda_tune.selection.policy.rate`),
-        so that all of the front is looked for.
+        no scheduler that compares values. Every trial weighs them anew
+        (`sfda_tune.selection.policy.rate`), so that all of the front is looked for.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
-        See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base searcher.
+        See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
+        searcher.
     prior_strength : float, default 1.0
         How many trials the scores weigh before the first trial; 0 ignores them.
     survivors : int or collection of str, optional

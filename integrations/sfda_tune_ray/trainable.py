@@ -28,9 +28,9 @@ def finetune_trainable(
 ) -> Callable[[dict[str, Any]], None]:
     """Return a function for ``tune.Tuner`` that fine-tunes the backbone of its configuration.
 
-    It reports the values of `sfda_tune.finetuning.epochs.Epoch` after every epoch, among them ``accuracy``
-    and ``log_loss``, with a checkpoint, from which a trial that was killed goes on. Running out of
-    memory fails the trial, which `SFDASearcher` learns from.
+    It reports the values of `sfda_tune.finetuning.epochs.Epoch` after every epoch, among them
+    ``accuracy`` and ``log_loss``, with a checkpoint, from which a trial that was killed goes on.
+    Running out of memory fails the trial, which `SFDASearcher` learns from.
 
     Parameters
     ----------

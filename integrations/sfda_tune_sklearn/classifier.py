@@ -211,7 +211,8 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         """Write the fitted classifier to a folder, and return it; nothing is pickled.
 
         ``model/`` is a timm checkpoint, which ``timm.create_model("local-dir:…/model")`` and
-        `sfda_tune.finetuning.models.load_model` open; ``ranking.json`` and ``classifier.json`` are text.
+        `sfda_tune.finetuning.models.load_model` open; ``ranking.json`` and ``classifier.json`` are
+        text.
 
         Raises
         ------

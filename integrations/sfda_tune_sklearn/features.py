@@ -28,7 +28,8 @@ class BackboneFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     Parameters
     ----------
     backbone : str, Backbone or mapping, default "demo:resnet_glyphs"
-        One backbone, see `sfda_tune.backbones.specs`; a timm name such as "resnet50.a1_in1k" for photos.
+        One backbone, see `sfda_tune.backbones.specs`; a timm name such as "resnet50.a1_in1k" for
+        photos.
     image_shape : tuple of int, optional
         Shape of an image where X has one row of numbers per image: (h, w), (h, w, c), or with one
         −1 as in `numpy.reshape`. Default: a grey or an RGB square, if the row fills one.

@@ -32,6 +32,7 @@ def split_commas(specs: list[str] | None) -> list[str]:
 
 
 def show_ranking(ranking: Ranking) -> None:
+    """Print the table, what is known of its order, and what makes it doubtful."""
     from sfda_tune.selection.diagnostics import diagnose
 
     info = ranking.info
@@ -140,16 +141,19 @@ def _columns(names: list[int], first: list[str]) -> list[str]:
 
 
 def fail(message: str) -> NoReturn:
+    """Print an error and end with status 1."""
     print_error(message)
     raise typer.Exit(1)
 
 
 def print_error(message: str) -> None:
+    """Print an error as one line."""
     say(messages, "error:", style="bold red", end=" ")
     say(messages, " ".join(message.split()))  # one line, whatever a plug-in or a library says
 
 
 def show_warning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:
+    """Print the warnings that are meant for people; what `warnings.showwarning` is set to."""
     if issubclass(category, UserWarning):
         say(messages, "warning:", style="yellow", end=" ")
         say(messages, message)
@@ -159,6 +163,7 @@ class PrintableFormatter(logging.Formatter):
     """What libraries log holds names, too."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Format a record; nothing in it reaches the terminal as it is."""
         return "\n".join(map(printable, super().format(record).splitlines()))
 
 

@@ -9,10 +9,11 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from sfda_tune.data.checks import absolute, check_some_exist, some
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError, absolute, check_some_exist
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import deep_to_uint8
 from sfda_tune.data.labels import encode
+from sfda_tune.values.text import some
 
 _CHANNELS = (1, 3, 4)
 
@@ -75,6 +76,7 @@ def as_item(value: Any, what: str) -> Any:
 def open_arrays(
     images: Any, labels: Any = None, least: int = 2, name: str = "arrays"
 ) -> ImageDataset:
+    """Open images in memory, and their labels."""
     if labels is None and isinstance(images, Mapping):
         if set(images) != {"images", "labels"}:
             raise DatasetError(
@@ -116,6 +118,7 @@ def open_arrays(
 
 
 def open_digits(spec: str) -> ImageDataset:
+    """Open scikit-learn's handwritten digits."""
     from sklearn.datasets import load_digits
 
     digits = cast("Any", load_digits())

@@ -5,15 +5,23 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sfda_tune.data.dataset import DatasetError, NoPartError
 from sfda_tune.values.text import one_line
 
 
+class DatasetError(ValueError):
+    """The images or labels cannot be used as they are; the message says what to do."""
+
+
+class NoPartError(DatasetError):
+    """The data set has no such part, or comes in none."""
+
+
 def absolute(path: Any) -> str:
+    """Return the absolute path; ``~`` is the home folder."""
     return os.path.abspath(os.path.expanduser(os.fspath(path)))
 
 
@@ -50,6 +58,7 @@ def pick(pick: Callable[..., Any], *args: Any) -> Any:
 
 
 def need(module: str, purpose: str) -> Any:
+    """Import an optional library, or say how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -57,13 +66,6 @@ def need(module: str, purpose: str) -> Any:
             f"{purpose} needs the package {module.partition('.')[0]!r}: "
             f"pip install 'sfda-tune[data]' ({one_line(error)})"
         ) from error
-
-
-def some(values: Iterable[Any], limit: int = 5) -> str:
-    """``"1, 2, 3, 4, 5 and 7 more"``."""
-    values = list(values)
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(str, values[:limit])) + more
 
 
 def check_some_exist(items: Sequence[Any], base: str, what: str) -> None:

@@ -15,7 +15,7 @@ written anew without loss. To compare pixels, all images would have to be decode
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,6 @@ from sfda_tune.data.decoding import UNREADABLE, open_stream, resolve
 
 __all__ = [
     "CopiesWarning", "Twins", "find_alike", "find_twins", "group_twins", "shared_images",
-    "tell_copies",
 ]  # fmt: skip
 
 ALIKE = 0.02  # of the length of the features: twice what bfloat16 and other kernels change
@@ -144,32 +143,6 @@ def shared_images(
         for row, digest in enumerate(theirs)
         if digest in known and (pixels is not None or _is_image(b.items[row]))
     ]
-
-
-def tell_copies(about: Mapping[str, Any]) -> list[str]:
-    """Say in clauses what `Twins.describe` holds; nothing if there are no copies."""
-    copies, torn = about.get("copies") or [], about.get("several_classes") or []
-    said = []
-    if copies:
-        pairs = [f"{c['image']} = {c['same_as']}" for c in copies]
-        one = "is an exact copy of another and was"
-        many = "are exact copies of others and were"
-        said.append(
-            f"{len(copies)} of {about['n_images']} images {one if len(copies) == 1 else many} "
-            f"left out: each image takes part once ({_some(pairs)})"
-        )
-    if torn:
-        shown = _some([f"{t['image']}: {', '.join(t['classes'])}" for t in torn])
-        stand = "image stands" if len(torn) == 1 else "images stand"
-        said.append(
-            f"{len(torn)} {stand} in more than one class and counted in one only ({shown}); "
-            "remove the wrong ones"
-        )
-    return said
-
-
-def _some(texts: Sequence[str], limit: int = 3) -> str:
-    return "; ".join(texts[:limit]) + ("; …" if len(texts) > limit else "")
 
 
 def _is_image(item: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import (
     UNREADABLE,
     Passing,
@@ -23,15 +24,7 @@ from sfda_tune.data.decoding import (
 )
 from sfda_tune.values.text import one_line, printable
 
-__all__ = ["DatasetError", "ImageDataset", "NoPartError"]
-
-
-class DatasetError(ValueError):
-    """The images or labels cannot be used as they are; the message says what to do."""
-
-
-class NoPartError(DatasetError):
-    """The data set has no such part, or comes in none."""
+__all__ = ["ImageDataset"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

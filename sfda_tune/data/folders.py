@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from sfda_tune.data.checks import absolute, pick, some
-from sfda_tune.data.dataset import DatasetError, ImageDataset, NoPartError
+from sfda_tune.data.checks import DatasetError, NoPartError, absolute, pick
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.labels import encode, natural_key
 from sfda_tune.data.parts import choose, hint_at, part_of
-from sfda_tune.values.text import printable
+from sfda_tune.values.text import printable, some
 
 __all__ = ["image_files"]
 

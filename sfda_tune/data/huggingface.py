@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.checks import need, pick, refuse
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError, need, pick, refuse
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.hub import cache_only_if_unreachable
 from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose, choose_rows, part_of, read_parts
@@ -67,6 +67,7 @@ def open_hf(
     least: int,
     name: str = "",
 ) -> ImageDataset:
+    """Open a `datasets.Dataset`, or one part of a `DatasetDict`."""
     import datasets
 
     first: Any = next(iter(data.values())) if isinstance(data, Mapping) else data

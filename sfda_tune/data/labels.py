@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.checks import some
-from sfda_tune.data.dataset import DatasetError
-from sfda_tune.values.text import one_line, printable
+from sfda_tune.data.checks import DatasetError
+from sfda_tune.values.text import one_line, printable, some
 
 
 def natural_key(text: str) -> tuple[Any, ...]:

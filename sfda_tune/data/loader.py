@@ -23,12 +23,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import get_switches, renew_lock, set_switches
+
+if TYPE_CHECKING:
+    from sfda_tune.data.dataset import ImageDataset
 
 __all__ = ["BATCH", "Loader", "count_cores", "count_workers", "cut", "is_in_memory", "patience"]
 
@@ -104,8 +107,8 @@ class Loader:
         neither fork (CUDA, gRPC) nor spawn.
     direct : bool
         There is nothing to decode: make each batch at once, in the caller's thread.
-    plugins : sequence of str
-        What the processes import first.
+    prepare : sequence of callable
+        What the processes call first, each without arguments; importable by its name.
 
     Yields
     ------
@@ -121,10 +124,10 @@ class Loader:
         workers: int = 0,
         threads: int = 0,
         direct: bool = False,
-        plugins: Sequence[str] = (),
+        prepare: Sequence[Callable[[], object]] = (),
     ) -> None:
         self.items, self.batches, self.collate = items, batches, collate
-        self.workers, self.threads, self.plugins = workers, threads, tuple(plugins)
+        self.workers, self.threads, self.prepare = workers, threads, tuple(prepare)
         self.direct = direct
         self._hands: list[Any] = []
         self._tasks: Any = None
@@ -161,7 +164,7 @@ class Loader:
     def _open(self) -> None:
         hands: list[Any] = []
         if self.workers:
-            hands = _start(self.items, self.collate, self.workers, self.plugins)
+            hands = _start(self.items, self.collate, self.workers, self.prepare)
         if not hands:
             hands = [_Thread(self.items, self.collate) for _ in range(max(1, self.threads))]
         self._hands, self._tasks = hands, queue.SimpleQueue()
@@ -233,13 +236,13 @@ class _Thread:
 class _Process:
     """Has batches made by a process; driven by one thread."""
 
-    def __init__(self, items: Any, collate: Any, plugins: Sequence[str]) -> None:
+    def __init__(self, items: Any, collate: Any, prepare: Sequence[Callable[[], object]]) -> None:
         self.items = items
         self.at: Any = None
         self.beats = 0
         self.pipe, end = multiprocessing.Pipe()
         try:
-            arguments = (end, items, collate, plugins, get_switches())
+            arguments = (end, items, collate, prepare, get_switches())
             self.process = multiprocessing.Process(target=_serve, args=arguments, daemon=True)
             self.process.start()
         except BaseException:
@@ -309,13 +312,15 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _start(items: Any, collate: Any, n: int, plugins: Sequence[str]) -> list[_Process]:
+def _start(
+    items: Any, collate: Any, n: int, prepare: Sequence[Callable[[], object]]
+) -> list[_Process]:
     """Start `n` processes, and return those that came up."""
     hands: list[_Process] = []
     reason = ""
     try:
         for _ in range(n):
-            hands.append(_Process(items, collate, plugins))
+            hands.append(_Process(items, collate, prepare))
     except OSError as error:  # too many processes or files, or no memory for one more
         reason = str(error)
     ready = [hand for hand in hands if hand.wait_until_ready()]
@@ -359,19 +364,21 @@ def _close(hands: list[Any], tasks: Any) -> None:
 
 # In the other process ---------------------------------------------------------------------------
 def _serve(
-    pipe: Any, items: Any, collate: Any, plugins: Sequence[str], switches: Mapping[str, Any]
+    pipe: Any,
+    items: Any,
+    collate: Any,
+    prepare: Sequence[Callable[[], object]],
+    switches: Mapping[str, Any],
 ) -> None:
     """Make batches until the other end of the pipe is closed."""
     import torch
-
-    from sfda_tune.backbones.plugins import load_plugin
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     torch.set_num_threads(1)
     set_switches(switches)
     parent = os.getppid()
-    for plugin in plugins:
-        load_plugin(plugin)
+    for call in prepare:
+        call()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         pipe.send("ready")
         while True:

@@ -1,7 +1,7 @@
 """Labelled images in whatever form the user has them: `open_dataset(spec)` → `ImageDataset`.
 
-`sfda_tune.data.decoding` says how an image of any kind becomes RGB. Importing this module needs numpy
-and Pillow only; whatever else a form needs is imported by it.
+`sfda_tune.data.decoding` says how an image of any kind becomes RGB. Importing this module needs
+numpy and Pillow only; whatever else a form needs is imported by it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.data.arrays import open_arrays, open_digits
-from sfda_tune.data.checks import absolute, close_matches, refuse
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError, absolute, close_matches, refuse
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.folders import open_folder
 from sfda_tune.data.huggingface import open_hf, open_hub
 from sfda_tune.data.tables import open_table

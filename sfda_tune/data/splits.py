@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.data.checks import DatasetError, NoPartError
 from sfda_tune.data.copies import group_twins, shared_images
-from sfda_tune.data.dataset import DatasetError, ImageDataset, NoPartError
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset, open_part
 
 __all__ = ["fingerprint", "join", "open_own_part", "split_images", "tell_gaps", "tell_shared"]

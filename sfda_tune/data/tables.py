@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.data.checks import absolute, check_some_exist, need, pick, some
-from sfda_tune.data.dataset import DatasetError, ImageDataset, NoPartError
+from sfda_tune.data.checks import DatasetError, NoPartError, absolute, check_some_exist, need, pick
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose_rows, read_parts
 from sfda_tune.values.files import check
-from sfda_tune.values.text import one_line, printable, read_csv_cell
+from sfda_tune.values.text import one_line, printable, read_csv_cell, some
 
 IMAGE_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "file_name")
 LABEL_COLUMNS = ("label", "class", "target", "category", "y")
@@ -60,6 +60,7 @@ def open_table(
     label_column: str | None,
     least: int,
 ) -> ImageDataset:
+    """Open a CSV or Parquet file."""
     path = absolute(spec)
     where, base = f"Table {path!r}", os.path.dirname(path)
     read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet

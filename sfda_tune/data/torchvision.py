@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from sfda_tune.data.arrays import as_item
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.folders import is_image
 from sfda_tune.data.labels import encode
 from sfda_tune.values.text import one_line
@@ -76,6 +77,7 @@ def _map_labels(dataset: Any, name: str) -> Sequence[Any]:
 
 
 def open_map(dataset: Any, least: int) -> ImageDataset:
+    """Open anything with a length whose items are pairs of image and label."""
     rows = list(range(len(dataset)))
     torch = sys.modules.get("torch")  # whoever has a Subset has imported it
     while torch is not None and type(dataset) is torch.utils.data.Subset:

@@ -6,12 +6,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sfda_tune.backbones import plugins
 from sfda_tune.backbones.devices import is_out_of_memory, pin
+from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing, UnreadableImage, is_passing
@@ -41,6 +42,7 @@ class Decoder:
         return len(self.dataset)
 
     def name(self, row: int) -> str:
+        """Return what to call an image in messages."""
         return self.dataset.item_name(row)
 
     def __getitem__(self, row: int) -> tuple[list[Any], str | None, float]:
@@ -115,7 +117,7 @@ class PixelBlock:
             "workers": workers,
             "threads": threads or 0,
             "direct": not workers and is_in_memory(dataset),
-            "plugins": plugins,
+            "prepare": [partial(load_plugin, plugin) for plugin in plugins],
         }
 
     def rows(
@@ -162,7 +164,7 @@ class PixelBlock:
         import torch
 
         if key in self._faults:
-            raise plugins.BackboneError(f"its transform failed: {self._faults[key]}")
+            raise BackboneError(f"its transform failed: {self._faults[key]}")
         pixels = self._pixels[key]
         if len(rows) and rows[-1] - rows[0] == len(rows) - 1:  # no gap: a view, no copy
             return pixels[rows[0] : rows[-1] + 1]
@@ -211,6 +213,7 @@ _JANITOR: threading.Timer | None = None
 
 
 def forget_blocks(run: str) -> None:
+    """Let the pixels of a run go."""
     with BLOCKS_LOCK:
         BLOCKS.pop(run, None)
 

@@ -28,14 +28,17 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
 from sfda_tune.backbones import fingerprints, loading
 from sfda_tune.backbones.devices import is_working, resolve_device
+from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
 from sfda_tune.data.loader import BATCH, Loader, count_workers, cut, is_in_memory
 from sfda_tune.extraction.crashes import PILLOW, POISON
@@ -311,17 +314,18 @@ def _look_again(
         return
     jobs = {id(job): job for row in rows for job in doubtful[row]}.values()
     halves = {job.description.preprocessing.key: job.description.preprocessing for job in jobs}
+    found = (p for job in jobs for p in job.description.backbone.plugins)
     loader = Loader(
         Decoder(plan.dataset, list(halves.values()), {}),
         [[rows[i] for i in part] for part in cut(len(rows))],
         _problems,
         workers=min(count_workers(plan.dataset, settings.workers), -(-len(rows) // BATCH)),
         direct=is_in_memory(plan.dataset),
-        plugins=[*dict.fromkeys(p for job in jobs for p in job.description.backbone.plugins)],
+        prepare=[partial(load_plugin, plugin) for plugin in dict.fromkeys(found)],
     )
     for keys, problems in loader:
-        found = zip(keys, problems, strict=True)
-        plan.poison.update((row, why) for row, why in found if why is not None)
+        pairs = zip(keys, problems, strict=True)
+        plan.poison.update((row, why) for row, why in pairs if why is not None)
     loader.close()
     for row in rows:
         if row not in plan.poison:

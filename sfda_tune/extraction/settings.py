@@ -35,8 +35,8 @@ class Settings:
     device : str, default "auto"
         Any torch device; ``"auto"`` is CUDA, else MPS, else the CPU.
     precision : {"float32", "tf32", "bfloat16", "float16"}
-        Of the forward pass, see `sfda_tune.backbones.devices.compute`; ``"tf32"`` is for CUDA devices.
-        Features are always returned as float32.
+        Of the forward pass, see `sfda_tune.backbones.devices.compute`; ``"tf32"`` is for CUDA
+        devices. Features are always returned as float32.
     batch_size : int, optional
         Default: by input size and device. Halved for as long as the memory does not suffice.
     workers : int, optional

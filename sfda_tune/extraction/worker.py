@@ -19,7 +19,8 @@ import numpy as np
 from sfda_tune.backbones import fingerprints, loading
 from sfda_tune.backbones.devices import compute, few_threads, is_out_of_memory
 from sfda_tune.backbones.preprocessing import Preprocessing
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, get_switches, set_switches
 from sfda_tune.extraction.pixels import (
     BLOCKS,

@@ -41,7 +41,8 @@ import numpy as np
 import sfda_tune
 from sfda_tune.backbones import devices
 from sfda_tune.backbones.devices import check_precision, compute
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing
 from sfda_tune.finetuning.checkpoints import DamagedError, read_state, write_state
 from sfda_tune.finetuning.config import MONITORS, FinetuneConfig

@@ -17,10 +17,10 @@ T = TypeVar("T")
 class SharedWork:
     """Splits, prepared images and starts of heads, kept for the next fine-tuning.
 
-    Pass one to each call of `sfda_tune.finetuning.run.finetune` with the same `dataset` object (and
-    the same `val`). Every run has the result that it would have alone, to the last bit. Prepared
-    images take at most as much memory as those of one run may, with the last used ones kept. It
-    serves one process, one run at a time; pickled it arrives empty.
+    Pass one to each call of `sfda_tune.finetuning.run.finetune` with the same `dataset` object
+    (and the same `val`). Every run has the result that it would have alone, to the last bit.
+    Prepared images take at most as much memory as those of one run may, with the last used ones
+    kept. It serves one process, one run at a time; pickled it arrives empty.
 
     Examples
     --------

@@ -18,6 +18,7 @@ class RankingWatch:
         self._is_late, self.is_over = is_late, False
 
     def advance(self, backbone: str, n_images: int) -> None:
+        """Pass on that a backbone has seen so many further images."""
         self._board.advance(backbone, n_images)
         if self._is_late():
             self.is_over = True

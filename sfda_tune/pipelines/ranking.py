@@ -15,7 +15,7 @@ import numpy as np
 
 from sfda_tune.backbones.devices import resolve_device
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.data.copies import CopiesWarning, find_alike, find_twins, group_twins, tell_copies
+from sfda_tune.data.copies import CopiesWarning, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.opening import open_dataset
@@ -24,6 +24,7 @@ from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor
 from sfda_tune.metrics.scoring import Metric, Scorer
+from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.racing import Course, Race, make_stages, run
 from sfda_tune.values.features import Backbone, Score
@@ -92,8 +93,9 @@ def rank(
     device, precision, batch_size, workers, max_unreadable
         See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
-        Where features are kept for the next run: True for `sfda_tune.extraction.store.default_root`, False
-        for nowhere; a folder, or a bucket (``"s3://…"``, by fsspec).
+        Where features are kept for the next run: True for
+        `sfda_tune.extraction.store.default_root`, False for nowhere; a folder, or a bucket
+        (``"s3://…"``, by fsspec).
     plugins : iterable of str
         Python files or modules that register further timm architectures.
     map_fn : callable, optional
@@ -107,8 +109,8 @@ def rank(
         Whether to show a progress bar; or an object that takes its part (see `extract`).
     race : bool, default False
         Show few images to all backbones and more only to those that still have a chance to be in
-        the `top`, see `sfda_tune.selection.racing`: the same top as without, with probability .95. The
-        features are cached stage by stage, apart from those of a full run.
+        the `top`, see `sfda_tune.selection.racing`: the same top as without, with probability .95.
+        The features are cached stage by stage, apart from those of a full run.
     top : int, default 5
         How many backbones a race is to find.
     ensemble : int, optional

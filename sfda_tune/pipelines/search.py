@@ -7,10 +7,10 @@ rank        candidates that break a constraint are left out, the others ranked o
 shortlist   the best `keep` go on; where the ranking cannot tell them apart, it abstains, and a
             short fine-tuning of each plausible candidate decides: the first epochs of its first
             trial, which goes on from there
-tune        an engine (`sfda_tune.pipelines.engines`) fine-tunes the survivors with varying parameters
-train       the winner once more, on training and validation images, for its best number of epochs
-test        on images that nothing above has seen
-==========  =======================================================================================
+tune        an engine (`sfda_tune.pipelines.engines`) fine-tunes the survivors with varying
+parameters train       the winner once more, on training and validation images, for its best number
+of epochs test        on images that nothing above has seen ==========
+=======================================================================================
 
 All state is in the folder RUN: the same call goes on where another was stopped, and several at a
 time share the trials. Locks on files, which end with their process, keep them apart.
@@ -43,8 +43,8 @@ import sfda_tune
 from sfda_tune.backbones.devices import resolve_device, use_threads
 from sfda_tune.backbones.loading import describe
 from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.copies import group_twins
-from sfda_tune.data.dataset import DatasetError
 from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.data.splits import fingerprint, join, split_images, tell_gaps, tell_shared
 from sfda_tune.finetuning.config import MONITORS, FinetuneConfig

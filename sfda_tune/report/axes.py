@@ -57,4 +57,5 @@ def make_lines(points: Sequence[tuple[float, float]], kind: str) -> list[tuple[A
 
 
 def shorten(value: float) -> str:
+    """Return a number as the ticks of an axis show it."""
     return format_count(value) if value >= 1000 else f"{value:.10g}"

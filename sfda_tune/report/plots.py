@@ -131,7 +131,7 @@ def plot_pareto(
 
 
 def plot_calibration(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
-    """Draw each backbone's best value against its score; see `sfda_tune.selection.calibration.calibrate`."""
+    """Draw each backbone's best value against its score; see `selection.calibration`."""
     ax = _axes(ax)
     rows = [row for row in calibration.table if row["best"] is not None]
     ax.plot([r["z"] for r in rows], [r["best"] for r in rows], "o", color=OKABE_ITO["blue"])

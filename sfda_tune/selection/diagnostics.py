@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import rankdata
 
-from sfda_tune.data.copies import tell_copies
-from sfda_tune.selection.uncertainty import some
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import some
 
 __all__ = ["Diagnostic", "diagnose"]
 IN_SAMPLE = ("sfda (official)", "sfda (paper)", "hscore", "transrate")
@@ -222,3 +221,25 @@ def _copies(ranking: Ranking) -> Diagnostic | None:
         return None
     severity = "warning" if ranking.info.get("several_classes") else "note"
     return Diagnostic("copies", severity, "; ".join(said) + ".")
+
+
+def tell_copies(about: Mapping[str, Any]) -> list[str]:
+    """Say in clauses what `Twins.describe` holds; nothing if there are no copies."""
+    copies, torn = about.get("copies") or [], about.get("several_classes") or []
+    said = []
+    if copies:
+        pairs = [f"{c['image']} = {c['same_as']}" for c in copies]
+        one = "is an exact copy of another and was"
+        many = "are exact copies of others and were"
+        said.append(
+            f"{len(copies)} of {about['n_images']} images {one if len(copies) == 1 else many} "
+            f"left out: each image takes part once ({some(pairs, 3, '; ')})"
+        )
+    if torn:
+        shown = some([f"{t['image']}: {', '.join(t['classes'])}" for t in torn], 3, "; ")
+        stand = "image stands" if len(torn) == 1 else "images stand"
+        said.append(
+            f"{len(torn)} {stand} in more than one class and counted in one only ({shown}); "
+            "remove the wrong ones"
+        )
+    return said

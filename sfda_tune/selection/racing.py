@@ -15,7 +15,8 @@ z_ri        standard normal                                                     
 
 The images are put into one stratified order, so that every stage holds the one before. After each
 stage but the first the final score of a backbone is simulated: m of its N images are known, the
-others are still to come. θ is from `sfda_tune.selection.uncertainty.shrink`, e from other resamples::
+others are still to come. θ is from `sfda_tune.selection.uncertainty.shrink`, e from other
+resamples::
 
     f_ri = m/N s_i(m) + (1 − m/N) (θ_ri + √(m/(N−m)) e_ri) + τ √(log₂(N/m)) z_ri
 

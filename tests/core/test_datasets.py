@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sfda_tune.data.dataset import DatasetError, ImageDataset
+from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, UnreadableImage, to_rgb
 from sfda_tune.data.opening import open_dataset
 

@@ -166,7 +166,8 @@ def test_networks_of_all_kinds_are_found_again(make):
 
 def test_other_processes_find_the_same():
     script = (
-        "from sfda_tune.backbones.identity import identify; import torch, timm, importlib.util as u; "
+        "from sfda_tune.backbones.identity import identify; "
+        "import torch, timm, importlib.util as u; "
         f"s = u.spec_from_file_location('another_name', {__file__!r}); "
         "m = u.module_from_spec(s); s.loader.exec_module(m); torch.manual_seed(0); "
         "print(*[identify(make(1)) for make in m.MAKERS.values()], identify(timm.create_model("

@@ -22,7 +22,7 @@ from PIL import Image
 import sfda_tune
 from sfda_tune import Backbone, open_dataset
 from sfda_tune.backbones import demo
-from sfda_tune.data.dataset import DatasetError
+from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.splits import split_images
 from sfda_tune.finetuning import models as predictions
 from sfda_tune.finetuning import run as finetuning

@@ -14,12 +14,11 @@ from sfda_tune.data.copies import (
     find_twins,
     group_twins,
     shared_images,
-    tell_copies,
 )
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.splits import split_images, tell_gaps, tell_shared
 from sfda_tune.finetuning.images import look_at
-from sfda_tune.selection.diagnostics import diagnose
+from sfda_tune.selection.diagnostics import diagnose, tell_copies
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 

@@ -1,8 +1,9 @@
 """The ``demo:*`` backbones: tiny timm networks that ship with the package.
 
-The project pretrained them itself (:mod:`sfda_tune.backbones.demo.pretrain`) on procedurally drawn source
-tasks (:mod:`sfda_tune.backbones.demo.sources`) that are more or less relevant to handwritten digits, and
-measured how well each fine-tunes on scikit-learn's `digits` (:mod:`sfda_tune.backbones.demo.measure`).
+The project pretrained them itself (:mod:`sfda_tune.backbones.demo.pretrain`) on procedurally drawn
+source tasks (:mod:`sfda_tune.backbones.demo.sources`) that are more or less relevant to
+handwritten digits, and measured how well each fine-tunes on scikit-learn's `digits`
+(:mod:`sfda_tune.backbones.demo.measure`).
 
 ======================  =====  ======  ========================================  ========
 name                    width  pixels  pretrained on                             accuracy

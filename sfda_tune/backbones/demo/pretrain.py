@@ -1,9 +1,10 @@
 """Recreate the ``demo:*`` backbones: ``python -m sfda_tune.backbones.demo.pretrain``.
 
-Draws each backbone's source task (:mod:`sfda_tune.backbones.demo.sources`), trains the backbone on it from
-a random initialisation and writes a timm checkpoint folder (`config.json`, `model.safetensors`).
-All seeds are fixed; the weights are bit-identical only with the same torch build and the same
-number of threads (one by default). The whole set takes about ten minutes on one CPU core.
+Draws each backbone's source task (:mod:`sfda_tune.backbones.demo.sources`), trains the backbone on
+it from a random initialisation and writes a timm checkpoint folder (`config.json`,
+`model.safetensors`). All seeds are fixed; the weights are bit-identical only with the same torch
+build and the same number of threads (one by default). The whole set takes about ten minutes on one
+CPU core.
 """
 
 from __future__ import annotations
