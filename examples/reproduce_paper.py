@@ -26,7 +26,8 @@ import numpy as np
 from sfda_tune import Backbone, ImageDataset, open_dataset, rank
 from sfda_tune.backbones import demo
 from sfda_tune.backbones.fingerprints import fingerprint
-from sfda_tune.metrics import nleep, sfda
+from sfda_tune.metrics.nleep import nleep
+from sfda_tune.metrics.sfda import sfda
 from sfda_tune.selection.evaluation import static_order, weighted_tau
 from sfda_tune.selection.tables import read_truth
 from sfda_tune.values.features import MetricResult

@@ -36,8 +36,8 @@ def fit_head(x: np.ndarray, y: np.ndarray, n_classes: int) -> tuple[np.ndarray, 
     The features are standardised, and that is folded into the weight. The penalty is the one that
     `linear_probe` finds by cross-validation on the first `PROBE_IMAGES` of a fixed shuffle.
     """
-    from sfda_tune.metrics import linear_probe
     from sfda_tune.metrics._linear import fit_softmax
+    from sfda_tune.metrics.linear_probe import linear_probe
 
     some = np.random.default_rng(0).permutation(len(x))[:PROBE_IMAGES]
     C = linear_probe(x[some], y[some]).details["C"]

@@ -63,7 +63,7 @@ def combine(
 
     Examples
     --------
-    >>> from sfda_tune.metrics import combine
+    >>> from sfda_tune.metrics.combine import combine
     >>> sfda = {"resnet": 0.5, "vit": 0.9, "convnext": 0.8, "broken": float("nan")}
     >>> imagenet = {"resnet": 76.1, "vit": 81.8, "convnext": 84.1, "broken": 70.0}
     >>> combine(sfda, imagenet)
@@ -147,7 +147,7 @@ def combine_hub(
 
     Examples
     --------
-    >>> from sfda_tune.metrics import combine_hub
+    >>> from sfda_tune.metrics.combine import combine_hub
     >>> from sfda_tune.values.features import MetricResult
     >>> parts = {"a": (0.8, 11.0), "b": (0.9, 13.0), "c": (0.6, 15.0)}
     >>> hub = {

@@ -84,7 +84,7 @@ def etran(features: Any, labels: Any, *, logits: Any = None) -> MetricResult:
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import etran
+    >>> from sfda_tune.metrics.etran import etran
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

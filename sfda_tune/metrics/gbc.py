@@ -74,7 +74,7 @@ def gbc(features: Any, labels: Any, *, n_components: int = 64) -> MetricResult:
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import gbc
+    >>> from sfda_tune.metrics.gbc import gbc
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

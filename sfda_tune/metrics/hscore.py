@@ -79,7 +79,7 @@ def hscore(features: Any, labels: Any, *, shrinkage: float | None = None) -> Met
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import hscore
+    >>> from sfda_tune.metrics.hscore import hscore
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

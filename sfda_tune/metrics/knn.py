@@ -75,7 +75,7 @@ def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricR
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import knn
+    >>> from sfda_tune.metrics.knn import knn
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

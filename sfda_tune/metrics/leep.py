@@ -65,7 +65,7 @@ def leep(features: Any, labels: Any, *, logits: Any = None) -> MetricResult:
 
     Examples
     --------
-    >>> from sfda_tune.metrics import leep
+    >>> from sfda_tune.metrics.leep import leep
     >>> logits = [[4.0, 0.0], [4.0, 0.0], [0.0, 4.0], [0.0, 4.0]]
     >>> f"{leep(None, ['a', 'a', 'b', 'b'], logits=logits).value:.3f}"
     '-0.036'

@@ -85,7 +85,7 @@ def linear_probe(
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import linear_probe
+    >>> from sfda_tune.metrics.linear_probe import linear_probe
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

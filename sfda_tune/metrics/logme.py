@@ -88,7 +88,7 @@ def logme(features: Any, labels: Any) -> MetricResult:
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import logme
+    >>> from sfda_tune.metrics.logme import logme
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

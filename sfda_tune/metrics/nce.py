@@ -64,7 +64,7 @@ def nce(features: Any, labels: Any, *, logits: Any = None) -> MetricResult:
 
     Examples
     --------
-    >>> from sfda_tune.metrics import nce
+    >>> from sfda_tune.metrics.nce import nce
     >>> nce(None, ["a", "a", "b", "b"], logits=[[4, 0], [4, 0], [0, 4], [0, 4]]).value
     0.0
     """

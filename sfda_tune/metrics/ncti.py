@@ -83,7 +83,8 @@ def ncti(features: Any, labels: Any) -> MetricResult:
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import combine_hub, ncti
+    >>> from sfda_tune.metrics.combine import combine_hub
+    >>> from sfda_tune.metrics.ncti import ncti
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

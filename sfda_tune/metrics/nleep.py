@@ -87,7 +87,7 @@ def nleep(
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import nleep
+    >>> from sfda_tune.metrics.nleep import nleep
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

@@ -83,7 +83,7 @@ def pactran(features: Any, labels: Any, *, a: float = 1.0, s: float = 100.0) -> 
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import pactran
+    >>> from sfda_tune.metrics.pactran import pactran
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

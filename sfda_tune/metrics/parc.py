@@ -76,7 +76,7 @@ def parc(features: Any, labels: Any, *, max_samples: int = 2000) -> MetricResult
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import parc
+    >>> from sfda_tune.metrics.parc import parc
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

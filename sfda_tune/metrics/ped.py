@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.metrics._input import Data, load, positive
+from sfda_tune.metrics.registry import get_metric
 from sfda_tune.values.features import MetricResult
 
 __all__ = ["ped"]
@@ -91,15 +92,14 @@ def ped(
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import logme, ped
+    >>> from sfda_tune.metrics.logme import logme
+    >>> from sfda_tune.metrics.ped import ped
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> features = rng.normal(size=(150, 8)) + np.repeat(np.eye(3, 8), 50, axis=0)
     >>> f"{logme(features, labels).value:.3f}, then {ped(features, labels).value:.3f}"
     '-0.755, then -0.736'
     """
-    from sfda_tune.metrics import get_metric
-
     function = get_metric(base)
     if function is ped:
         raise ValueError("`base` must be another metric than 'ped'; try 'logme' or 'sfda'.")

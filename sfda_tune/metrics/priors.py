@@ -116,7 +116,7 @@ def imagenet_prior(
     Examples
     --------
     >>> import tempfile, pathlib
-    >>> from sfda_tune.metrics import imagenet_prior
+    >>> from sfda_tune.metrics.priors import imagenet_prior
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "results.csv"
     >>> _ = path.write_text("model,img_size,top1\nresnet50.a1_in1k,288,81.2\n")
     >>> imagenet_prior(["resnet50.a1_in1k", "hf-hub:timm/resnet50.a1_in1k", "mine"], path=path)
@@ -151,7 +151,7 @@ def params_prior(names: Iterable[str], *, path: str | Path | None = None) -> dic
 
     Examples
     --------
-    >>> from sfda_tune.metrics import params_prior
+    >>> from sfda_tune.metrics.priors import params_prior
     >>> from sfda_tune.values.ranking import Ranking
     >>> from sfda_tune.values.features import Score
     >>> params_prior(Ranking([Score("a", 0.2, details={"n_params": 25_000_000})]))

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics import combine, describe_metrics, get_metric
-from sfda_tune.metrics.combine import combine_hub
+from sfda_tune.metrics.combine import combine, combine_hub
 from sfda_tune.metrics.priors import PRIORS
+from sfda_tune.metrics.registry import describe_metrics, get_metric
 from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.values.features import Features, MetricResult, Score
 from sfda_tune.values.ranking import Ranking

@@ -259,7 +259,7 @@ def sfda(
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import sfda
+    >>> from sfda_tune.metrics.sfda import sfda
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

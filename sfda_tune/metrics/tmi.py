@@ -65,7 +65,7 @@ def tmi(features: Any, labels: Any) -> MetricResult:
 
     Examples
     --------
-    >>> from sfda_tune.metrics import tmi
+    >>> from sfda_tune.metrics.tmi import tmi
     >>> tmi([[0.0, 0.0], [2.0, 0.0], [5.0, 1.0], [5.0, 3.0]], ["a", "a", "b", "b"]).value
     1.0
     """

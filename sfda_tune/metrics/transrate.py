@@ -73,7 +73,7 @@ def transrate(features: Any, labels: Any, *, epsilon: float = 1e-4) -> MetricRes
     Examples
     --------
     >>> import numpy as np
-    >>> from sfda_tune.metrics import transrate
+    >>> from sfda_tune.metrics.transrate import transrate
     >>> rng = np.random.default_rng(0)
     >>> labels = np.repeat(["cat", "dog", "owl"], 50)
     >>> noise = rng.normal(size=(150, 8))

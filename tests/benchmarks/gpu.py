@@ -46,7 +46,8 @@ from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.run import finetune
-from sfda_tune.metrics import scoring, sfda
+from sfda_tune.metrics import scoring
+from sfda_tune.metrics.sfda import sfda
 from sfda_tune.values.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import numpy as np
 from sfda_tune import extract, open_dataset, resolve_backbones
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
-from sfda_tune.metrics import sfda
+from sfda_tune.metrics.sfda import sfda
 from sfda_tune.selection.racing import Race, make_stages, run
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"

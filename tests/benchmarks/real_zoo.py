@@ -45,9 +45,9 @@ from sfda_tune import extract, open_dataset, resolve_backbones
 from sfda_tune.backbones.loading import describe, load
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
-from sfda_tune.metrics import combine, describe_metrics, get_metric, sfda
-from sfda_tune.metrics.combine import combine_hub
-from sfda_tune.metrics.sfda import VARIANTS
+from sfda_tune.metrics import describe_metrics, get_metric
+from sfda_tune.metrics.combine import combine, combine_hub
+from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.selection.evaluation import hit_at_k, regret_at_k, weighted_tau
 from sfda_tune.values.files import write_text
 

@@ -358,7 +358,7 @@ def test_images_alone_in_their_class_are_left_out_if_the_values_leave_them_out()
 
 
 def test_real_scores_of_sfda_can_be_resampled():
-    from sfda_tune.metrics import sfda
+    from sfda_tune.metrics.sfda import sfda
 
     rng = np.random.default_rng(0)
     y = np.arange(90) % 3

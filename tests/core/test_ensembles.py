@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from sfda_tune import Features
-from sfda_tune.metrics import sfda
 from sfda_tune.metrics._fisher import Scatter, load
+from sfda_tune.metrics.sfda import sfda
 from sfda_tune.selection.ensembles import Ensemble, _leave_one_out, _t_ens, select_ensemble
 
 METHODS = ("sfda", "greedy")

@@ -17,7 +17,7 @@ from sfda_tune import (
     score,
 )
 from sfda_tune.extraction.settings import Settings
-from sfda_tune.metrics import sfda
+from sfda_tune.metrics.sfda import sfda
 from sfda_tune.pipelines.progress import Silent
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sfda_tune.metrics import combine
+from sfda_tune.metrics.combine import combine
 from sfda_tune.selection.evaluation import (
     evaluate_many,
     hit_at_k,

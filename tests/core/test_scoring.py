@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 
 from sfda_tune import Features, Score, rank, score
-from sfda_tune.metrics import combine, knn, ncti, sfda
-from sfda_tune.metrics.combine import combine_hub
+from sfda_tune.metrics.combine import combine, combine_hub
+from sfda_tune.metrics.knn import knn
+from sfda_tune.metrics.ncti import ncti
 from sfda_tune.metrics.scoring import Scorer
+from sfda_tune.metrics.sfda import sfda
 
 CPU = {"device": "cpu", "workers": 0}
 

@@ -11,9 +11,8 @@ from scipy.special import log_softmax
 from sklearn.covariance import ledoit_wolf_shrinkage, oas
 from threadpoolctl import threadpool_limits
 
-from sfda_tune.metrics import sfda
 from sfda_tune.metrics._fisher import GUARD, NumpyOps, Scatter, TorchOps, load, loo_log_posterior
-from sfda_tune.metrics.sfda import LAMBDAS, TEMPERATURES, _score
+from sfda_tune.metrics.sfda import LAMBDAS, TEMPERATURES, _score, sfda
 
 # N, D, C: more rows than columns, fewer, about as many, one column, more classes than columns
 SHAPES = [(90, 20, 5), (50, 80, 4), (52, 50, 3), (50, 52, 3), (30, 1, 3), (60, 4, 11)]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata, weightedtau
 
-from sfda_tune.metrics import combine, etran, ncti
-from sfda_tune.metrics.combine import combine_hub
+from sfda_tune.metrics.combine import combine, combine_hub
+from sfda_tune.metrics.etran import etran
+from sfda_tune.metrics.ncti import ncti
 from sfda_tune.metrics.priors import imagenet_prior, params_prior
 from sfda_tune.values.features import MetricResult, Score
 from sfda_tune.values.ranking import Ranking

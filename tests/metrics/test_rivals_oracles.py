@@ -21,26 +21,23 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from sfda_tune.metrics import (
-    etran,
-    gbc,
-    hscore,
-    knn,
-    leep,
-    linear_probe,
-    logme,
-    nce,
-    ncti,
-    nleep,
-    pactran,
-    parc,
-    ped,
-    sfda,
-    tmi,
-    transrate,
-)
 from sfda_tune.metrics._input import load, narrow, pca
-from sfda_tune.metrics.linear_probe import _held_out
+from sfda_tune.metrics.etran import etran
+from sfda_tune.metrics.gbc import gbc
+from sfda_tune.metrics.hscore import hscore
+from sfda_tune.metrics.knn import knn
+from sfda_tune.metrics.leep import leep
+from sfda_tune.metrics.linear_probe import _held_out, linear_probe
+from sfda_tune.metrics.logme import logme
+from sfda_tune.metrics.nce import nce
+from sfda_tune.metrics.ncti import ncti
+from sfda_tune.metrics.nleep import nleep
+from sfda_tune.metrics.pactran import pactran
+from sfda_tune.metrics.parc import parc
+from sfda_tune.metrics.ped import ped
+from sfda_tune.metrics.sfda import sfda
+from sfda_tune.metrics.tmi import tmi
+from sfda_tune.metrics.transrate import transrate
 
 # N, D, C: more rows than columns, fewer, about as many, one column, more classes than columns
 SHAPES = [(120, 10, 4), (40, 90, 3), (52, 50, 3), (30, 1, 3), (60, 4, 9)]

@@ -36,6 +36,9 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     assert "sfda_tune/metrics/imagenet.csv" in names
     assert sum(n.endswith("model.safetensors") for n in names) == 8
     assert "sfda_tune/backbones/demo/accuracies.json" in names
+    assert [n for n in names if "/demo/" in n and n.endswith(".py")] == [
+        "sfda_tune/backbones/demo/__init__.py"
+    ]
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert not [n for n in names if n.endswith((".md", ".pyc", ".pt", ".pkl"))]
     assert wheel.stat().st_size < 5e6
