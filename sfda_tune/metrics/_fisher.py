@@ -50,7 +50,6 @@ for the leave-one-out posterior 2·C² more, and on the dual path (and for sever
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -58,7 +57,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.linalg import eigh, get_blas_funcs, get_lapack_funcs
 
-from sfda_tune.values.labels import encode_labels
+from sfda_tune.metrics._input import as_matrix, encode
 
 Array: TypeAlias = Any  # an ndarray, or a torch tensor on the device of the features
 
@@ -66,7 +65,6 @@ dsymv, dsyrk, dtrsm = get_blas_funcs(("symv", "syrk", "trsm"), dtype=np.float64)
 dpotrf, dpotri, dpotrs = get_lapack_funcs(("potrf", "potri", "potrs"), dtype=np.float64)
 
 EPS = float(np.finfo(np.float64).eps)
-LARGEST = 1e75  # of |feature|: fourth powers stay finite in float64
 JITTER = 1e-10  # × tr S_W/D: the ridge of the published λ floor, known to be enough
 GUARD = 1e-8  # 1 − āh below it is rounding error on the primal path
 
@@ -271,19 +269,9 @@ def _singular(pivots: Array, diagonal: Array) -> bool:
 def load(features: Any, labels: Any, ops: Ops | None = None) -> Samples:
     """Check the input of a metric and sort it by class; `ops` overrides the choice of backend."""
     dtype = str(getattr(features, "dtype", "")).removeprefix("torch.")
-    features, chosen = _as_matrix(features)
-    n_rows = features.shape[0]
-    codes, classes = encode_labels(labels)
-    if len(codes) != n_rows:
-        raise ValueError(
-            f"`labels` must hold one label per row of `features` but there are {len(codes)} "
-            f"labels and {n_rows} rows; pass the labels of exactly these rows."
-        )
-    if not codes.any():
-        raise ValueError(
-            f"`labels` must hold at least two classes but every label is {classes[0]!r}; "
-            "a single class has no discriminant: pass samples of the other classes too."
-        )
+    features = as_matrix(features, on_device=True)
+    codes = encode(labels, features.shape[0])
+    chosen = NumpyOps() if isinstance(features, np.ndarray) else TorchOps(features.device)
     ops = ops or chosen
     if isinstance(ops, TorchOps):
         features = ops.asarray(features)
@@ -291,62 +279,6 @@ def load(features: Any, labels: Any, ops: Ops | None = None) -> Samples:
     samples = Samples(ops, ops.take(features, order), np.bincount(codes), order)
     samples.dtype = dtype or str(features.dtype)
     return samples
-
-
-def _as_matrix(features: Array) -> tuple[Array, Ops]:
-    """Return the features as a finite, real (N, D) array or CUDA tensor, and their backend."""
-    ops: Ops = NumpyOps()
-    torch = sys.modules.get("torch")  # whoever holds a tensor has imported torch
-    if torch is not None and isinstance(features, torch.Tensor):
-        features = features.detach()
-        if features.dtype == torch.bool or (
-            features.is_floating_point() and features.itemsize < 4
-        ):
-            features = features.float()  # bfloat16, float8: unknown to NumPy, and without `min`
-        if features.is_cuda:
-            ops = TorchOps(features.device)
-        else:
-            features = features.numpy(force=True)
-    else:
-        try:
-            features = np.asarray(features)
-        except ValueError as error:  # ragged lists
-            raise ValueError(
-                f"`features` must be a (n_samples, n_dims) array but NumPy cannot build it from "
-                f"{type(features).__name__} ({error}); give every row the same length."
-            ) from None
-    kind = "c" if "complex" in str(features.dtype) else getattr(features.dtype, "kind", "f")
-    if kind not in "biuf":
-        raise ValueError(
-            f"`features` must be a dense array of real numbers but its dtype is {features.dtype}; "
-            "convert it first, for instance with `features.astype(float)`."
-        )
-    if features.ndim != 2:
-        raise ValueError(
-            f"`features` must be two-dimensional (n_samples, n_dims) but has shape "
-            f"{tuple(features.shape)}; pool or flatten each sample to one row."
-        )
-    if 0 in features.shape:
-        raise ValueError(
-            f"`features` must have at least one row and one column but has shape "
-            f"{tuple(features.shape)}; check the step that extracted it."
-        )
-    with np.errstate(invalid="ignore"):
-        low, high = float(features.min()), float(features.max())  # no copy; NaN comes through
-    if not (math.isfinite(low) and math.isfinite(high)):
-        finite = torch.isfinite if isinstance(ops, TorchOps) and torch else np.isfinite
-        rows = np.flatnonzero(np.any(ops.to_numpy(~finite(features)), axis=1))
-        raise ValueError(
-            f"`features` must be finite but {len(rows)} of {len(features)} rows hold NaN or Inf, "
-            f"the first is row {rows[0]}; drop those rows (and their labels) or extract them in "
-            "float32 instead of half precision."
-        )
-    if max(-low, high) > LARGEST:
-        raise ValueError(
-            f"`features` must not exceed {LARGEST:g} in magnitude but spans {low:g} to {high:g}; "
-            "divide it by a constant, or check for a broken backbone."
-        )
-    return features, ops
 
 
 # --- the statistics of one stage --------------------------------------------------------------

@@ -74,13 +74,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from sfda_tune.metrics._fisher import Array, Discriminants, Samples, Scatter, load
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import is_number
 
 __all__ = ["VARIANTS", "sfda"]
 
@@ -287,10 +287,8 @@ def sfda(
 def _checked_shrinkage(shrinkage: Any, variant: str) -> float | str | None:
     if shrinkage is None:
         return None
-    if isinstance(shrinkage, Real) and not isinstance(shrinkage, bool):
-        value = float(shrinkage)
-        if 0 < value <= 1:
-            return value
+    if is_number(shrinkage) and 0 < shrinkage <= 1:
+        return float(shrinkage)
     hint = "None chooses it by the rule of the variant"
     rules = ", ".join(map(repr, RULES))
     if variant == "loo":
@@ -452,7 +450,7 @@ def _loo(
             "the leave-one-out posterior of a class needs another sample of it."
         )
     x.normalize(normalize)
-    rule = "fixed" if isinstance(shrinkage, Real) else shrinkage or f"default {LAM}"
+    rule = "fixed" if is_number(shrinkage) else shrinkage or f"default {LAM}"
     fit = first = _best_leave_one_out(x, LAM if shrinkage is None else shrinkage)
     details: dict[str, Any] = {
         "lambda": first.lam,

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +28,7 @@ from sfda_tune.metrics._fisher import EPS, Scatter, load
 from sfda_tune.metrics.sfda import LAM, TEMPERATURES
 from sfda_tune.values.features import Features, Value
 from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.text import is_integer, is_number
 
 __all__ = ["Ensemble", "select_ensemble"]
 
@@ -252,13 +252,13 @@ def _checked(hub: Any, labels: Any, k: Any, method: Any, r: Any) -> tuple[list[s
             f"`features_by_backbone` must map names to features but is {hub!r:.60}; "
             'pass {"resnet": x_resnet, "vit": x_vit}.'
         )
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= int(k) <= len(hub):
+    if not is_integer(k, 1, len(hub)):
         raise ValueError(
             f"`k` must be an integer from 1 to {len(hub)}, the number of backbones, but is {k!r}."
         )
     if method not in ("sfda", "greedy"):
         raise ValueError(f"`method` must be 'sfda' or 'greedy' but is {method!r}.")
-    if isinstance(r, bool) or not isinstance(r, Real) or not 0 <= float(r) <= 1:
+    if not is_number(r) or not 0 <= r <= 1:
         raise ValueError(f"`r` must be a number in [0, 1] but is {r!r}; 0.5 is the paper's.")
     labelled = {name: hub[name].y for name in sorted(hub) if isinstance(hub[name], Features)}
     if labels is None and not labelled:
