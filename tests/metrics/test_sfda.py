@@ -13,11 +13,11 @@ from scipy.special import log_softmax, softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from threadpoolctl import threadpool_limits
 
-import sfda_tune.metrics
+from sfda_tune.metrics import sfda as module
 from sfda_tune.metrics._fisher import JITTER, NumpyOps, Scatter, TorchOps, load, posterior
 from sfda_tune.metrics.sfda import _score
 
-sfda = partial(sfda_tune.metrics.sfda, variant="official")  # "loo" has a file of its own
+sfda = partial(module.sfda, variant="official")  # "loo" has a file of its own
 VARIANTS = ("official", "paper")
 # N, D, C: more rows than columns, fewer, about as many, one column, more classes than columns
 SHAPES = [(150, 20, 5), (60, 80, 4), (52, 50, 3), (50, 52, 3), (30, 1, 3), (60, 4, 11)]
