@@ -46,8 +46,8 @@ from ray.exceptions import RayError, RayTaskError
 from sfda_tune.backbones.devices import is_working, resolve_device
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import UNREADABLE
-from sfda_tune.extraction.crashes import find_poison
-from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_per_block
+from sfda_tune.extraction.crashes import find_crashing_images
+from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_at_once
 from sfda_tune.extraction.worker import Worker
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
@@ -117,7 +117,7 @@ class _Extractor:
         )
 
     def run(self, worker: Worker, units: list[Unit], paranoid: float | None) -> _Result:
-        """Run the units of one bundle on one block; first check its images if `paranoid`."""
+        """Run the units of one bundle on the same shards; first check its images if `paranoid`."""
         started = time.perf_counter()
         old = self._worker
         if old is None or (old.settings, old.store) != (worker.settings, worker.store):
@@ -126,8 +126,8 @@ class _Extractor:
         _check_mount(units[0])
         poison: dict[int, str] = {}
         if paranoid is not None:
-            poison = find_poison(units[0], timeout=paranoid, dumps=dumps)
-            units = [replace(unit, poison=poison) for unit in units]
+            poison = find_crashing_images(units[0], timeout=paranoid, dumps=dumps)
+            units = [replace(unit, crashing=poison) for unit in units]
         resident = worker.resident
         assert resident is not None
         for name in resident.keys() - {unit.backbone.name for unit in units}:
@@ -495,7 +495,7 @@ class _Run:
         n = executor.actors or len(executor._members)
         bundles = make_bundles(sizes, plan.missing, memory=0.3 * memory, actors=n)
         for bundle in bundles:
-            bundle.most = shards_per_block([plan.preprocessing(bundle.names[0])], memory)
+            bundle.most = shards_at_once([plan.preprocessing(bundle.names[0])], memory)
         self.dispatcher = Dispatcher(bundles, executor.unit_seconds, executor.attempts)
         users = frozenset().union(*(plan.missing[name] for name in names))
         executor._counts["images"] += sum(b - a for a, b in (plan.shards[s] for s in users))
@@ -528,7 +528,7 @@ class _Run:
                 return
             # equal numbers: the pixels of the unit before can be used again
             number = hash((task.shards, self.plan.preprocessing(task.bundle.names[0]).key))
-            number += len(self.plan.poison)
+            number += len(self.plan.crashing)
             units = self.plan.units(task.names, task.shards, number, retry=task.attempts > 0)
             if not (units := list(units)):  # all failed meanwhile
                 self.dispatcher.complete(task, None)
@@ -565,8 +565,10 @@ class _Run:
         self.dispatcher.complete(task, result.seconds)
         if result.poison:
             rows = [row for s in task.shards for row in range(*plan.shards[s])]
-            new = {rows[p]: why for p, why in result.poison.items() if rows[p] not in plan.poison}
-            plan.poison.update(new)
+            new = {
+                rows[p]: why for p, why in result.poison.items() if rows[p] not in plan.crashing
+            }
+            plan.crashing.update(new)
             for row, why in new.items():
                 self._note("image", member, task, why, image=plan.dataset.item_name(row))
         counts["units"] += 1
