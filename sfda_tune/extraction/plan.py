@@ -151,6 +151,11 @@ class Plan:
             )
 
 
+def cut_shards(n: int) -> list[tuple[int, int]]:
+    """Return the rows of all shards of so many images."""
+    return [(start, min(start + SHARD, n)) for start in range(0, n, SHARD)]
+
+
 def cut_units(plan: Plan) -> Iterator[Unit]:
     """Yield the units, lazily, so that a failed backbone is not tried again."""
     needed = sorted(frozenset().union(*plan.missing.values()))
