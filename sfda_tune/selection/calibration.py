@@ -90,12 +90,31 @@ class Calibration:
     scale: float = 1.0
     warning: str | None = None
 
-    def __str__(self) -> str:
+    @property
+    def reached(self) -> list[dict[str, Any]]:
+        """The rows of `table` that have a best value: what figures show."""
+        return [row for row in self.table if row["best"] is not None]
+
+    def fit_line(self) -> list[tuple[float, float]]:
+        """Return the two ends (z, value) of the fitted line; none with fewer than 3 backbones."""
+        rows = self.reached
+        if len(rows) < 3:
+            return []
+        z = [row["z"] for row in rows]
+        mean_z, mean = sum(z) / len(z), sum(row["best"] for row in rows) / len(rows)
+        slope = self.slope * self.scale
+        return [(end, mean + slope * (end - mean_z)) for end in (min(z), max(z))]
+
+    def describe_slope(self) -> str:
+        """Return the slope with its interval, and Kendall's tau, for people."""
         low, high = self.slope_interval
+        tau = f"Kendall's tau {self.kendall_tau:.2f}"
+        return f"slope {self.slope:.2f} [{low:.2f}, {high:.2f}], {tau}"
+
+    def __str__(self) -> str:
         width = max([8, *(len(row["backbone"]) for row in self.table)])
         lines = [
-            f"slope {self.slope:.2f} [{low:.2f}, {high:.2f}], Kendall's tau "
-            f"{self.kendall_tau:.2f}; {self.n_trials} trials of {self.n_backbones} backbones",
+            f"{self.describe_slope()}; {self.n_trials} trials of {self.n_backbones} backbones",
             f"{'backbone':<{width}}      score  trials       best  expected",
         ]
         for row in sorted(self.table, key=lambda row: -row["mean"]):

@@ -232,7 +232,7 @@ def test_default_place(monkeypatch, tmp_path):
     assert default_root().name == "sfda_tune"
 
 
-def test_a_bucket_holds_the_same_bytes_as_a_folder(tmp_path):
+def test_a_bucket_holds_what_a_folder_does(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     bucket, folder = open_store("memory://bucket/of/features"), FeatureStore(tmp_path)
     assert bucket.get(KEY) is None
@@ -243,7 +243,8 @@ def test_a_bucket_holds_the_same_bytes_as_a_folder(tmp_path):
     fs = fsspec.filesystem("memory")
     (path,) = fs.find("/bucket/of/features")
     assert path.endswith(f"of/features/{folder.path(KEY).relative_to(tmp_path).as_posix()}")
-    assert fs.cat_file(path) == folder.path(KEY).read_bytes()
+    folder.path(KEY).write_bytes(fs.cat_file(path))
+    np.testing.assert_array_equal(folder.get(KEY).x, entry().x)
     fs.pipe_file(path, b"damaged")
     assert bucket.get(KEY) is None
     fs.rm("/bucket", recursive=True)
