@@ -10,7 +10,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import name_arm
+from sfda_tune.selection.calibration import backbone_name
 from sfda_tune_ray import _compat
 
 __all__ = ["PerBackboneScheduler", "SFDAScheduler"]
@@ -57,7 +57,7 @@ class SFDAScheduler(TrialScheduler):
         self._vetoed: set[str] = set()  # trials that the base never heard of
         given = ranking_or_survivors
         if isinstance(given, Mapping):
-            scores = {name_arm(name): float(score) for name, score in given.items()}
+            scores = {backbone_name(name): float(score) for name, score in given.items()}
             given = decisions.survivors(scores, keep)
         self.set_survivors(given)
 
@@ -72,7 +72,7 @@ class SFDAScheduler(TrialScheduler):
             raise ValueError(
                 f"`survivors` must be a non-empty collection of names, but is {survivors!r}."
             )
-        self._survivors = frozenset(name_arm(name) for name in survivors)
+        self._survivors = frozenset(backbone_name(name) for name in survivors)
 
     @property
     def metric(self) -> Any:
@@ -296,4 +296,4 @@ def _find_backbone(trial: Trial, path: list[str]) -> str | None:
     value: Any = trial.config
     for part in path:
         value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None else name_arm(value)
+    return None if value is None else backbone_name(value)

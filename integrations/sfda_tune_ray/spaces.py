@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ray.tune import PlacementGroupFactory
 
-from sfda_tune.selection.calibration import name_arm
+from sfda_tune.selection.calibration import backbone_name
 from sfda_tune.selection.policy import survivors
 from sfda_tune.values.ranking import Ranking
 from sfda_tune_ray import _compat
@@ -154,7 +154,7 @@ def backbone_resources(
         if gpu_memory is None:
             return PlacementGroupFactory([{"CPU": cpus}])
         flat = _compat.flatten_dict(dict(config))
-        known = details.get(name_arm(flat.get(param_name)), {})
+        known = details.get(backbone_name(flat.get(param_name)), {})
         batch = int(flat[batch_size] if isinstance(batch_size, str) else batch_size)
         pixels = math.prod(list(known.get("input_size") or (3, 224, 224))[-2:])
         image = PIXEL * pixels
@@ -173,7 +173,7 @@ def _find_best(
 ) -> tuple[dict[str, float], list[str]]:
     if top_k is not None and not (isinstance(top_k, Integral) and top_k > 0):
         raise ValueError(f"`top_k` must be an integer ≥ 1 or None, but is {top_k!r}.")
-    scores = {name_arm(name): float(score) for name, score in ranking.items()}
+    scores = {backbone_name(name): float(score) for name, score in ranking.items()}
     names = list(survivors(scores, top_k))
     if not names:
         raise ValueError("`ranking` must hold at least one scored backbone, but holds none.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -190,7 +191,8 @@ def test_callback_without_a_ranking_stops_at_once():
 
 def test_callback(monkeypatch):
     said = []
-    monkeypatch.setattr("sfda_tune_optuna.callbacks._logger.info", said.append)
+    logger = logging.getLogger("optuna.sfda_tune_optuna.callbacks")
+    monkeypatch.setattr(logger, "info", said.append)
     study = optuna.create_study(direction="maximize", sampler=SFDASampler(VALUES, seed=0))
     callback = CalibrationCallback(every=4)
     study.optimize(objective, n_trials=10, callbacks=[callback], n_jobs=2)

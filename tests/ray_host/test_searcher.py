@@ -160,7 +160,7 @@ def test_closed_loops_are_the_same_as_in_optuna(chosen):
 def test_standard_errors_of_a_ranking_are_used():
     details = {"standard_error": 0.5}
     ranking = Ranking([Score(name, value, details=details) for name, value in SCORES.items()])
-    assert make(scores=ranking)._advisor.errors == dict.fromkeys(NAMES, 0.5)
+    assert make(scores=ranking)._policy.errors == dict.fromkeys(NAMES, 0.5)
 
 
 # The base searcher --------------------------------------------------------------------------
@@ -195,9 +195,9 @@ def test_the_base_chooses_its_share_and_learns_from_the_others():
     whole = searcher._bases[WHOLE]._ot_study.trials
     assert len(whole) == 20  # its own two, and all others as added points
     assert {len(trial.params) for trial in whole} == {2}
-    arms = sum(len(b._ot_study.trials) for k, b in searcher._bases.items() if k != WHOLE)
+    copies = sum(len(b._ot_study.trials) for k, b in searcher._bases.items() if k != WHOLE)
     opened = sum(r.backbone in searcher._bases for r in searcher._records.values())
-    assert arms == opened
+    assert copies == opened
     assert sum(r.key == WHOLE for r in searcher._records.values()) == 2
 
 
@@ -309,7 +309,7 @@ def test_trap_S04_S18_unknown_trials_are_known_by_their_config(param):
     searcher.on_trial_result("new", result(0.6, 1, **{param: "c", "lr": 0.1}))
     searcher.on_trial_complete("new", result(0.7, 2, **{param: "c", "lr": 0.1}))
     (record,) = searcher._records.values()
-    assert (record.backbone, record.value, record.settings) == ("c", 0.7, {"lr": 0.1})
+    assert (record.backbone, record.value, record.params) == ("c", 0.7, {"lr": 0.1})
     assert searcher._bases == {}
 
 
