@@ -204,7 +204,7 @@ class Dispatcher:
         return Task(self._number, best, best.names, shards)
 
     def complete(self, task: Task, seconds: float | None) -> None:
-        """Hear that a task is done, and what it took."""
+        """Note that a task is done, and what it took."""
         self.pending -= 1
         if seconds is not None and task.names == task.bundle.names and not task.attempts:
             task.bundle.seconds = seconds / len(task.shards)
@@ -216,7 +216,7 @@ class Dispatcher:
         self.pending -= 1
         self.again.appendleft(task)
 
-    def fault(self, task: Task, reason: str, *, died: bool) -> tuple[str, ...]:
+    def record_failure(self, task: Task, reason: str, *, died: bool) -> tuple[str, ...]:
         """Take back a task that went wrong; return the backbones that have failed with it.
 
         A process that died is looked into first, and at once: an image that ends the process is
@@ -245,11 +245,11 @@ class Dispatcher:
             self.again.extend(parts)
         return ()
 
-    def pardon(self, task: Task) -> None:
-        """Take back the blame: the machine was lost, which is nobody's fault."""
-        for innocent in (task, *task.parts):
-            innocent.attempts = max(innocent.attempts - 1, 0)
-            innocent.paranoid = False
+    def reset_attempts(self, task: Task) -> None:
+        """Take the last failure back: the machine was lost, which is nobody's fault."""
+        for part in (task, *task.parts):
+            part.attempts = max(part.attempts - 1, 0)
+            part.paranoid = False
 
     def drop(self, name: str) -> None:
         """Give no more work to a backbone that failed."""
@@ -260,8 +260,8 @@ class Dispatcher:
                 if not bundle.names:
                     bundle.todo.clear()
 
-    def leave(self, actor: Any) -> None:
-        """Hear that an actor is gone."""
+    def on_actor_died(self, actor: Any) -> None:
+        """Take an actor off its bundle."""
         bundle = self._places.pop(actor, None)
         if bundle is not None:
             bundle.actors -= 1
