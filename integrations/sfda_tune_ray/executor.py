@@ -494,9 +494,9 @@ class _PlanRun:
         memory = executor.memory or min(info.memory for info in infos)
         sizes = {}
         for name in names:
-            half = plan.preprocessing(name)
-            _, height, width = half.input_size or (3, 224, 224)
-            sizes[name] = half.key, plan.n_params(name), height * width
+            transform = plan.preprocessing(name)
+            _, height, width = transform.input_size or (3, 224, 224)
+            sizes[name] = transform.key, plan.n_params(name), height * width
         n = executor.actors or len(executor._states)
         bundles = make_bundles(sizes, plan.missing, memory=0.3 * memory, actors=n)
         for bundle in bundles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -54,12 +55,17 @@ class SFDAScheduler(TrialScheduler):
         self._base = FIFOScheduler() if base_scheduler is None else base_scheduler
         _compat.check_base_scheduler(self._base)
         self._path = param_name.split("/")
-        self._vetoed: set[str] = set()  # trials that the base never heard of
+        self._vetoed: set[str] = set()  # trials that the base does not know
         given = ranking_or_survivors
         if isinstance(given, Mapping):
             scores = {backbone_name(name): float(score) for name, score in given.items()}
             given = decisions.survivors(scores, keep)
         self.set_survivors(given)
+
+    @property
+    def base_scheduler(self) -> TrialScheduler:
+        """What schedules the survivors."""
+        return self._base
 
     @property
     def survivors(self) -> frozenset[str]:
@@ -187,6 +193,11 @@ class PerBackboneScheduler(TrialScheduler):
         self._path = param_name.split("/")
         self._groups: dict[str, TrialScheduler] = {}
         self._properties: tuple[Any, Any, dict[str, Any]] | None = None
+
+    @property
+    def schedulers(self) -> Mapping[str, TrialScheduler]:
+        """The schedulers, by backbone."""
+        return MappingProxyType(self._groups)
 
     @property
     def metric(self) -> Any:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -176,7 +177,7 @@ class SFDASearcher(Searcher):
         self._points = [_compat.flatten_dict(dict(point)) for point in points]
         self._max_failures = int(max_failures)
         # Known once Tune has passed on the search space
-        self._config: dict[str, Any] | None = None
+        self._space: dict[str, Any] | None = None
         self._choices: dict[str, Any] = {}
         # What `save` saves
         self._number = 0  # of the next trial
@@ -185,6 +186,16 @@ class SFDASearcher(Searcher):
         self._records: dict[str, Record] = {}
         self._bases: dict[str, Searcher] = {}
         self._given: dict[str, dict[str, Any]] = {}  # answers, in case one is asked for twice
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """What is known of each trial, by its id."""
+        return MappingProxyType(self._records)
+
+    @property
+    def base_searchers(self) -> Mapping[str, Searcher]:
+        """The copies of the base searcher, by backbone; `WHOLE` chooses the backbone, too."""
+        return MappingProxyType(self._bases)
 
     def calibration(self) -> Calibration:
         """Compare the scores with the trials so far, by the first metric.
@@ -198,7 +209,7 @@ class SFDASearcher(Searcher):
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
     ) -> bool:
         """Take metric, mode and search space over from Tune; False if they are already known."""
-        if self._config is not None:
+        if self._space is not None:
             return False
         for name, given in (("metric", metric), ("mode", mode)):
             own = getattr(self, f"_{name}")
@@ -219,18 +230,18 @@ class SFDASearcher(Searcher):
             of = f"backbones among the choices of {self.param_name!r}"
             known = name is None or backbone_name(name) in self._choices
             require("spaces and points_to_evaluate", name, of, known)
-        self._config = config
+        self._space = config
         return True
 
     def suggest(self, trial_id: str) -> Any:
         """Return the parameters of the next trial, `Searcher.FINISHED` if no backbone is left."""
         if trial_id in self._given:
             return copy.deepcopy(self._given[trial_id])
-        if self._config is None and not self.set_search_properties(None, None, {}):
+        if self._space is None and not self.set_search_properties(None, None, {}):
             raise ValueError(
                 "`param_space` must hold no domains if the base searcher has a space of its own."
             )
-        names = self._find_candidates()
+        names = self.find_candidates()
         if not names:
             _logger.warning("All backbones have failed: no more trials are suggested.")
             return Searcher.FINISHED
@@ -283,11 +294,11 @@ class SFDASearcher(Searcher):
             return
         values = self._read_values(result)
         seconds = result.get("time_total_s", record.seconds)
-        # What was begun anew after an error may end unheard: ConcurrencyLimiter does not know it.
-        heard = record.state == "running" and not record.foreign
+        # Begun anew after an error it may end unnoticed: ConcurrencyLimiter does not know it.
+        will_end = record.state == "running" and not record.foreign
         self._records[trial_id] = replace(
             record,
-            state="running" if heard else "complete",
+            state="running" if will_end else "complete",
             iterations=iterations,
             value=values[0] if values else None,
             others=values[1:],
@@ -415,7 +426,7 @@ class SFDASearcher(Searcher):
                     with open(path, "rb") as file:
                         bases[key] = base64.b64encode(file.read()).decode("ascii")
         try:
-            space = _compat.pack_space(self._config)
+            space = _compat.pack_space(self._space)
         except TypeError as error:
             _logger.warning(f"Give `param_space` to Tuner.restore: it is not saved, {error}.")
             space = None
@@ -448,7 +459,7 @@ class SFDASearcher(Searcher):
         check(state, SEARCHER, "checkpoint_path")
         was = state["base_searcher"]
         require("base_searcher", name, f"a {was}, as when the state was saved", name == was)
-        if self._config is None and state["space"] is not None:
+        if self._space is None and state["space"] is not None:
             space = _compat.unpack_space(state["space"])  # `Tuner.restore` does not tell it again
             self.set_search_properties(state["metric"], state["mode"], space)
         bases = {}
@@ -473,7 +484,7 @@ class SFDASearcher(Searcher):
             where = "/".join(str(part) for part in grids[0][0])
             raise ValueError(
                 f"`param_space` must not hold a grid_search but {where!r} is one; use tune.choice "
-                "here, or `backbone_grid` without a search_alg and with SFDAScheduler."
+                "here, or the grid without a search_alg and with SFDAScheduler."
             )
         domain = _read(config, self._path)
         if domain is None:
@@ -499,7 +510,7 @@ class SFDASearcher(Searcher):
             )
         return by_name
 
-    def _find_candidates(self) -> list[str]:
+    def find_candidates(self) -> list[str]:
         """Return the choices but those that always fail, and those outside a mask of names."""
         fails: Counter[str] = Counter()
         runs = set()
@@ -517,7 +528,7 @@ class SFDASearcher(Searcher):
 
     def _find_space(self, key: str) -> dict[str, Any]:
         """Return the space that a base searcher draws from."""
-        config = copy.deepcopy(self._config or {})
+        config = copy.deepcopy(self._space or {})
         if key == WHOLE:
             _write(config, self._path, _compat.Categorical(list(self._choices.values())).uniform())
             own = {str(k): self._spaces.get(backbone) for k, backbone in enumerate(self._choices)}
@@ -530,7 +541,7 @@ class SFDASearcher(Searcher):
 
     def _make_base(self, key: str) -> Searcher:
         base = _compat.copy_searcher(self._base, key)
-        if self._config is not None and not self._brings_space:
+        if self._space is not None and not self._brings_space:
             base.set_search_properties(self._metric, self._mode, self._find_space(key))
         return base
 
@@ -554,16 +565,16 @@ class SFDASearcher(Searcher):
         error: bool,
     ) -> None:
         """Pass the end of a trial on: to the base searcher that proposed it, and to others."""
-        heard = None
+        asked = None
         if old.key is not None and not old.told and old.key in self._bases:
             if old.changed:  # not what it proposed: closed here, and added below
                 self._bases[old.key].on_trial_complete(trial_id, result=None, error=True)
             else:
-                heard = old.key
-                self._bases[heard].on_trial_complete(trial_id, result=result, error=error)
+                asked = old.key
+                self._bases[asked].on_trial_complete(trial_id, result=result, error=error)
         is_new = old.state != "complete" or (old.foreign and not old.told)
         if is_new and new.state == "complete" and _are_finite(new.values):
-            for key in {self._find_key(new.backbone), WHOLE} & self._bases.keys() - {heard}:
+            for key in {self._find_key(new.backbone), WHOLE} & self._bases.keys() - {asked}:
                 self._add(key, new)
 
     def _add(self, key: str, record: Record) -> None:
@@ -619,7 +630,7 @@ class SFDASearcher(Searcher):
         if self._brings_space:
             paths = [tuple(name.split("/")) for name in _compat.flatten_dict(config)]
         else:
-            paths = [path for path, _ in _compat.parse_spec_vars(self._config or {})[1]]
+            paths = [path for path, _ in _compat.parse_spec_vars(self._space or {})[1]]
             paths += _find_paths(self._spaces.get(backbone, {}))
         values = {"/".join(map(str, p)): _read(config, p) for p in paths if p != self._path}
         return {name: plain(value) for name, value in values.items() if value is not None}

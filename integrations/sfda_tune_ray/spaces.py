@@ -1,4 +1,4 @@
-"""Search spaces, first points and resources from a ranking, for any searcher."""
+"""Search spaces and resources from a ranking, for any searcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sfda_tune.selection.policy import survivors
 from sfda_tune.values.ranking import Ranking
 from sfda_tune_ray import _compat
 
-__all__ = ["backbone_grid", "backbone_resources", "backbone_space", "warm_start_points"]
+__all__ = ["backbone_resources", "backbone_space"]
 
 # Bytes for fine-tuning. A parameter: itself, its gradient and two moments of Adam, float32 each.
 # What is kept for the backward pass, per pixel: the most of twelve networks of timm at 224²
@@ -57,46 +57,6 @@ def backbone_space(
         weighted = _compat.Weighted((weights / weights.sum()).tolist())
         space.set_sampler(weighted, allow_override=True)
     return space
-
-
-def backbone_grid(ranking: Mapping[Any, float], top_k: int | None = None) -> dict[str, list[str]]:
-    """Return a grid search over the best backbones; only for experiments without a search_alg.
-
-    Examples
-    --------
-    >>> backbone_grid({"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, 2)
-    {'grid_search': ['vit', 'resnet']}
-    """
-    return {"grid_search": _find_best(ranking, top_k)[1]}
-
-
-def warm_start_points(
-    ranking: Mapping[Any, float],
-    top_k: int | None = None,
-    *,
-    param_name: str = "backbone",
-    defaults: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Return one point per backbone, best first, for ``points_to_evaluate`` of any searcher.
-
-    Parameters
-    ----------
-    ranking, top_k
-        See `backbone_space`.
-    param_name : str, default "backbone"
-        The parameter, nested ones as ``"model/backbone"``. OptunaSearch alone wants nested points
-        flat: there, leave param_name in one piece by ``{"model/backbone": name}``.
-    defaults : mapping, optional
-        Further parameters; most searchers want all.
-
-    Examples
-    --------
-    >>> warm_start_points({"vit": 3.1, "resnet": 2.5}, 1, defaults={"lr": 1e-3})
-    [{'lr': 0.001, 'backbone': 'vit'}]
-    """
-    flat = _compat.flatten_dict(dict(defaults or {}))
-    names = _find_best(ranking, top_k)[1]
-    return [_compat.unflatten_dict({**flat, param_name: name}) for name in names]
 
 
 def backbone_resources(
