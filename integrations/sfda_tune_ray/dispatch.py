@@ -56,7 +56,7 @@ class Task:
     names: tuple[str, ...]
     shards: tuple[int, ...]
     attempts: int = 0  # that ended with the process, or with an error outside of any backbone
-    paranoid: bool = False  # look for an image that ends the process, first
+    isolated: bool = False  # look for an image that ends the process, first
     reason: str = ""
     parts: list[Task] = field(default_factory=list)  # what became of it, one backbone each
 
@@ -220,13 +220,13 @@ class Dispatcher:
         """Take back a task that went wrong; return the backbones that have failed with it.
 
         A process that died is looked into first, and at once: an image that ends the process is
-        found by the next attempt (`Task.paranoid`). Dies that one too, the backbones of the bundle
+        found by the next attempt (`Task.isolated`). Dies that one too, the backbones of the bundle
         are parted, so that only the guilty one fails. Other errors wait until the end.
         """
         self.pending -= 1
         task.attempts += 1
         task.reason = reason
-        task.paranoid = died and task.attempts == 1
+        task.isolated = died and task.attempts == 1
         names = tuple(n for n in task.names if n not in self.failed)
         if task.attempts >= self.attempts and len(names) <= 1:
             self.failed.update(names)
@@ -249,7 +249,7 @@ class Dispatcher:
         """Take the last failure back: the machine was lost, which is nobody's fault."""
         for part in (task, *task.parts):
             part.attempts = max(part.attempts - 1, 0)
-            part.paranoid = False
+            part.isolated = False
 
     def drop(self, name: str) -> None:
         """Give no more work to a backbone that failed."""

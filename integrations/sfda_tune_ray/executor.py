@@ -538,8 +538,8 @@ class _PlanRun:
             if not (units := list(units)):  # all failed meanwhile
                 self.dispatcher.complete(task, None)
                 continue
-            paranoid = self.executor.image_seconds if task.paranoid else None
-            ref = state.handle.run.remote(self.worker, units, paranoid)
+            timeout = self.executor.image_seconds if task.isolated else None
+            ref = state.handle.run.remote(self.worker, units, timeout)
             state.queue.append((ref, task))
             if len(state.queue) == 1:
                 state.since = time.monotonic()
@@ -614,7 +614,7 @@ class _PlanRun:
         executor._warn_if_alone()
         for state in executor._states:
             limit = executor.deadline
-            if state.queue and state.queue[0][1].paranoid:  # a child process starts, and reads
+            if state.queue and state.queue[0][1].isolated:  # a child process starts, and reads
                 limit = 60 + 2 * limit + executor.image_seconds
             if state.queue and now - state.since > limit:
                 state.since = math.inf

@@ -390,9 +390,7 @@ class SFDASearcher(Searcher):
         )
         self._records[f"evaluated-{len(self._records)}"] = record
         self._number += 1  # a choice that was made: the next draw is another
-        if record.state == "complete" and _are_finite(record.values):
-            for key in {self._find_key(backbone), WHOLE} & self._bases.keys():
-                self._add(key, record)
+        self._share(record)
 
     def explain_error(self, trial_id: str, backbone: Any, *, lost: bool) -> None:
         """Take in whether a failed trial was `lost` with its process or machine.
@@ -572,10 +570,14 @@ class SFDASearcher(Searcher):
             else:
                 asked = old.key
                 self._bases[asked].on_trial_complete(trial_id, result=result, error=error)
-        is_new = old.state != "complete" or (old.foreign and not old.told)
-        if is_new and new.state == "complete" and _are_finite(new.values):
-            for key in {self._find_key(new.backbone), WHOLE} & self._bases.keys() - {asked}:
-                self._add(key, new)
+        if old.state != "complete" or (old.foreign and not old.told):  # it is new
+            self._share(new, asked)
+
+    def _share(self, record: Record, asked: str | None = None) -> None:
+        """Tell the base searchers of a value, but not the one that was asked for the trial."""
+        if record.state == "complete" and _are_finite(record.values):
+            for key in {self._find_key(record.backbone), WHOLE} & self._bases.keys() - {asked}:
+                self._add(key, record)
 
     def _add(self, key: str, record: Record) -> None:
         """Tell a base searcher of a trial that it did not propose, if it can learn from it."""

@@ -100,7 +100,7 @@ def test_who_ends_four_processes_has_failed_and_only_he():
     dispatcher, seen = Dispatcher([bundle]), []
     while dispatcher.unfinished:
         task = dispatcher.next("x")
-        seen.append((task.names, task.paranoid))
+        seen.append((task.names, task.isolated))
         if "guilty" in task.names:
             dispatcher.record_failure(task, "died", died=True)
         else:
@@ -109,7 +109,7 @@ def test_who_ends_four_processes_has_failed_and_only_he():
     assert seen[:2] == [(together, False), (together, True)]  # at once, and the images first
     assert {names for names, _ in seen[2:]} == {("a",), ("guilty",), ("c",)}
     assert sum("guilty" in names for names, _ in seen) == 4
-    assert sum(paranoid for _, paranoid in seen) == 1
+    assert sum(isolated for _, isolated in seen) == 1
     assert dispatcher.failed == {"guilty"}
 
 
@@ -119,7 +119,7 @@ def test_an_error_waits_until_the_end():
     dispatcher.record_failure(task, "error", died=False)
     other = dispatcher.next("x", ahead=False)
     assert other is task  # nothing of `again` is forgotten
-    assert not task.paranoid
+    assert not task.isolated
     lost = [dispatcher.record_failure(task, "error", died=False)]
     while not lost[-1]:
         lost.append(dispatcher.record_failure(dispatcher.next("x"), "error", died=False))
@@ -134,7 +134,7 @@ def test_a_lost_machine_is_no_attempt():
         dispatcher.reset_attempts(task)
         task = dispatcher.next("x")
     assert task.attempts == 0
-    assert not task.paranoid
+    assert not task.isolated
 
 
 def test_a_lost_machine_is_no_attempt_of_the_parts_either():
