@@ -163,7 +163,7 @@ def select_ensemble(
     (['strong', 'twin', 'other'], ('strong', 'other'))
     """
     names, codes = _checked(features_by_backbone, labels, k, method, r)
-    fit = partial(_leave_one_out, codes=codes)
+    fit = partial(leave_one_out, codes=codes)
     y = np.sort(codes)  # the order of the rows in the fits
     n = np.bincount(y)[y]
     own = np.arange((n > 1).sum()), y[n > 1]  # the element of y_n in each row
@@ -183,7 +183,7 @@ def select_ensemble(
     else:
         single = np.array(own_p)
         s = single - (n[n > 1] - 1).mean() / (len(n) - 1)
-        values_of = partial(_t_ens, s=s / (np.abs(s).max() or 1), F=F, r=float(r))
+        values_of = partial(t_ens, s=s / (np.abs(s).max() or 1), F=F, r=float(r))
     chosen, score, accuracy = [], [], []
     total = 0.0
     while len(chosen) < k:
@@ -207,7 +207,7 @@ def _log_probability(S: list[int], log_own: np.ndarray) -> np.ndarray:
     return np.logaddexp(members, log_own).mean(axis=1) - np.log(len(S) + 1)
 
 
-def _t_ens(S: list[int], s: np.ndarray, F: list[np.ndarray], r: float) -> np.ndarray:
+def t_ens(S: list[int], s: np.ndarray, F: list[np.ndarray], r: float) -> np.ndarray:
     if not S:
         return s.copy()
     members = np.stack([F[m] for m in S], axis=1)  # F_n(S), (N, |S|, C)
@@ -223,7 +223,7 @@ def _t_ens(S: list[int], s: np.ndarray, F: list[np.ndarray], r: float) -> np.nda
     return r * s + (1 - r) * T_com / max(T_com.max(), 1e-6)  # below it, all are copies
 
 
-def _leave_one_out(name: str, features: Any, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def leave_one_out(name: str, features: Any, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return log p' and rows of length 1 along x̂', (N, C) each, sorted by class."""
     try:
         x = load(features.x if isinstance(features, Features) else features, codes)

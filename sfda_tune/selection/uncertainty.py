@@ -616,7 +616,7 @@ def _bootstrap(
         _in_top(draws)[:, :k],
         pairs.plausible,
         separable,
-        tuple(names[a:b] for a, b in _runs(separable)),
+        tuple(names[a:b] for a, b in find_groups(separable)),
         M,
         draws,
         float(level),
@@ -733,7 +733,7 @@ def _in_top(M: np.ndarray) -> np.ndarray:
     return np.clip(places.cumsum(axis=1) / R, 0.0, 1.0)
 
 
-def _runs(separable: np.ndarray) -> list[tuple[int, int]]:
+def find_groups(separable: np.ndarray) -> list[tuple[int, int]]:
     """Return the maximal runs [a, b) in which no two are separable."""
     n = len(separable)
     above = np.triu(separable, 1)
