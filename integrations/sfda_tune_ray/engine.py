@@ -29,7 +29,7 @@ from ray import tune as raytune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from sfda_tune.finetuning.config import FinetuneConfig
-from sfda_tune.pipelines.engines import NO_TIME, Job, Trial, attempt, read_trial
+from sfda_tune.pipelines.engines import NO_TIME, Job, Trial, read_trial, run_trial
 from sfda_tune.pipelines.spaces import Dimension, Space
 from sfda_tune.values.files import read_json, write_text
 from sfda_tune.values.formats import EXPERIMENTS
@@ -70,7 +70,7 @@ def tune(job: Job) -> list[Trial]:
 
 
 def _tune(job: Job) -> list[Trial]:
-    job.tell(_read_all(job))
+    job.update_trials(_read_all(job))
     if _is_done(job):
         return _read_all(job)
     with connect(job.storage), _quietly(), end_at_once():
@@ -237,7 +237,7 @@ def _measure_memory() -> int | None:
 
 
 def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
-    remake, folder, here = job.remake, job.folder, os.getcwd()
+    train_factory, folder, here = job.train_factory, job.folder, os.getcwd()
     made: list[Any] = []  # once in each actor
 
     def train(config: dict[str, Any]) -> None:
@@ -264,8 +264,8 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
                 _report(now)
             return False
 
-        made[:] = made or [remake()]
-        done = attempt(made[0], trial, note)
+        made[:] = made or [train_factory()]
+        done = run_trial(made[0], trial, note)
         _write(own, done)
         if done.state == "failed" and done.error != NO_TIME:
             _report(done)
@@ -331,7 +331,7 @@ class _Listener(raytune.Callback):
         *past, now = _read_experiments(self.job)
         now |= {"trials": [_name(t.config, t.trial_id) for t in trials], "end": end}
         _write_experiments(self.job, [*past, now])
-        self.job.tell(_read_all(self.job))
+        self.job.update_trials(_read_all(self.job))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -18,7 +18,7 @@ from sfda_tune import (
 )
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.metrics.sfda import sfda
-from sfda_tune.pipelines.progress import Silent
+from sfda_tune.pipelines.progress import NullProgress
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
@@ -133,7 +133,7 @@ def test_unreadable_images_are_counted_and_named(photos, toy_zoo, tmp_path):
     assert len(ranking.labels) == 35
 
 
-class StopAfterFirst(Silent):
+class StopAfterFirst(NullProgress):
     def finish(self, score):
         raise KeyboardInterrupt
 

@@ -1,6 +1,7 @@
 """`search`: real searches on a few digits, stopped, killed, repeated and run twice at once."""
 
 import csv
+import inspect
 import itertools
 import json
 import logging
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 import sfda_tune
-from sfda_tune import Backbone, open_dataset
+from sfda_tune import Backbone, BackboneError, open_dataset
 from sfda_tune.backbones import demo
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.splits import split_images
@@ -29,13 +30,15 @@ from sfda_tune.finetuning import run as finetuning
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.finetuning.run import finetune
-from sfda_tune.pipelines import search as selection
+from sfda_tune.pipelines.budget import Budget, Workload
 from sfda_tune.pipelines.clock import Beat, Clock
-from sfda_tune.pipelines.engines import Trial, attempt
-from sfda_tune.pipelines.progress import Board, SilentBoard
+from sfda_tune.pipelines.config import SearchConfig
+from sfda_tune.pipelines.engines import Trial, run_trial
+from sfda_tune.pipelines.progress import NullProgress, SearchProgress
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space, open_space
+from sfda_tune.pipelines.stages import work
 from sfda_tune.values.redaction import redact, without_secrets
 from sfda_tune.values.text import read_csv_cell
 
@@ -193,7 +196,7 @@ def test_a_winner_that_training_made_worse_is_a_linear_probe(tmp_path):
 
 
 def test_why_the_winner_could_not_be_trained_once_more_is_said(tmp_path):
-    class Spoiler(SilentBoard):
+    class Spoiler(NullProgress):
         def leave(self, stage, note):
             if stage == "tune":  # a checkpoint that is not of the final training
                 shutil.copytree(tmp_path / "trials" / "00000", tmp_path / "trials" / "final")
@@ -208,7 +211,7 @@ def test_why_the_winner_could_not_be_trained_once_more_is_said(tmp_path):
 
 # Interrupted ------------------------------------------------------------------------------------
 def test_ctrl_c_keeps_what_is_done(tmp_path):
-    class Impatient(SilentBoard):
+    class Impatient(NullProgress):
         def show(self, trials, best, n_trials, stop):
             if len(trials) == 2 and trials[1].epochs:
                 raise KeyboardInterrupt
@@ -315,17 +318,21 @@ def test_a_time_budget_is_kept(tmp_path):
     assert result.test["accuracy"] > 0.8
 
 
-def test_time_is_left_to_train_the_winner_once_more(tmp_path, monkeypatch):
-    seen, train = [], selection._Search.train_winner
-
-    def look(self, best):
-        seen.append((self.stop + self.seconds_to_train(), self.deadline - self.seconds_to_test()))
-        return train(self, best)
-
-    monkeypatch.setattr(selection._Search, "train_winner", look)
-    search("digits", ONE, trials=1, epochs=1, samples=60, budget="1h", out=tmp_path)
-    ((done, end),) = seen
-    assert done + 30 < end  # also if the last trial takes its time to stop
+def test_time_is_left_to_train_the_winner_once_more():
+    epochs = [{"number": k, "value": 0.5 + k / 9, "log_loss": 1.0, "seconds": 60.0}
+              for k in range(4)]  # fmt: skip
+    trial = Trial(0, ONE, {}, value=epochs[-1]["value"], epochs=tuple(epochs))
+    todo = Workload({"train": 80, "val": 20, "test": 50}, 0.1, {ONE: 10.0})
+    budget = Budget(3600.0, lambda: 0.0)
+    to_train = budget.seconds_to_train(todo, [trial], "accuracy")
+    assert 4 * 60 * 1.25 < to_train < 4 * 60 * 1.25 + 20
+    end = budget.deadline - budget.seconds_to_test(todo, [trial], "accuracy")
+    stop = budget.end_of_trials(todo, [trial], "accuracy")
+    assert stop + to_train + 30 < end < 3600  # also if the last trial takes its time to stop
+    short = Budget(600.0, lambda: 0.0)  # the checkpoint will do
+    to_test = short.seconds_to_test(todo, [trial], "accuracy")
+    assert short.end_of_trials(todo, [trial], "accuracy", 8.0) == pytest.approx(592 - to_test)
+    assert Budget(None, lambda: 0.0).end_of_trials(todo, [trial], "accuracy") == float("inf")
 
 
 def test_a_trial_stops_inside_an_epoch():
@@ -338,10 +345,10 @@ def test_a_trial_stops_inside_an_epoch():
             for epoch in run:
                 yield Trial(0, ONE, {}, value=epoch.best, epochs=({"seconds": epoch.seconds},))
 
-    done = attempt(train, Trial(0, ONE, {}, started=time.time()), lambda trial: False)
+    done = run_trial(train, Trial(0, ONE, {}, started=time.time()), lambda trial: False)
     assert (done.state, done.error) == ("pruned", None)
     assert done.value is not None
-    never = attempt(lambda trial: no_time(), Trial(0, ONE, {}), lambda trial: False)
+    never = run_trial(lambda trial: no_time(), Trial(0, ONE, {}), lambda trial: False)
     assert (never.state, never.error) == ("failed", "no time for an epoch")
 
 
@@ -354,7 +361,7 @@ def no_time():
 def test_a_jump_of_the_time_of_day_neither_ends_nor_extends_a_search(tmp_path, monkeypatch, jump):
     now = time.time
 
-    class Setter(SilentBoard):
+    class Setter(NullProgress):
         def enter(self, stage):
             monkeypatch.setattr(time, "time", lambda: now() + jump)
 
@@ -416,7 +423,7 @@ def test_a_search_leaves_everything_as_it_found_it(tmp_path):
         assert after[name] == value, name
 
 
-class Saboteur(SilentBoard):
+class Saboteur(NullProgress):
     """Kills the helpers of a search."""
 
     def enter(self, stage):
@@ -433,11 +440,18 @@ def test_a_worker_that_fails_is_said(tmp_path):
     assert "worker 1 was ended by signal 9" in found.summary["warnings"][0]
 
 
+def config_of(*args, **options):
+    """Return the configuration of a call of `search`."""
+    call = inspect.signature(search).bind(*args, **options)
+    call.apply_defaults()
+    return SearchConfig(**call.arguments)
+
+
 def test_a_worker_writes_why_it_fails(tmp_path):
-    given = {"out": tmp_path, "workers": 1, "device": "cpu", "storage": None, "budget": "soon"}
-    with pytest.raises(ValueError, match="`budget`"):
-        selection._work(given, 1)
-    assert "ValueError: `budget` must be a time" in (tmp_path / "worker-1.txt").read_text()
+    config = config_of("digits", "demo:nobody", workers=2, out=tmp_path)
+    with pytest.raises(BackboneError, match="demo:nobody"):
+        work(config, 1)
+    assert "BackboneError: " in (tmp_path / "worker-1.txt").read_text()
 
 
 SECRET = "s3cret"
@@ -663,7 +677,7 @@ def test_the_board_shows_stage_trials_and_time_left():
 
     from rich.console import Console
 
-    board = Board(Console(file=(text := StringIO()), width=100))
+    board = SearchProgress(Console(file=(text := StringIO()), width=100))
     board.enter("rank")
     board.start(100, 0)
     board.advance("vit", 50)
