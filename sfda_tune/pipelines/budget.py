@@ -23,40 +23,22 @@ RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a b
 
 @dataclass(frozen=True)
 class Workload:
-    """What there is to do after the trials, and how fast it goes.
+    """What there is to do after the trials, and how fast it goes."""
 
-    Parameters
-    ----------
-    n_images : mapping of str to int
-        Of "train", "val" and "test".
-    seconds_per_image : float
-        To decode one.
-    speeds : mapping of str to float, optional
-        Images per second of a forward pass, by backbone; None if it is not known.
-    """
-
-    n_images: Mapping[str, int]
-    seconds_per_image: float
-    speeds: Mapping[str, float | None]
+    metric: str  # that tells which trial is the best
+    n_images: Mapping[str, int]  # of "train", "val" and "test"
+    seconds_per_image: float  # to decode one
+    speeds: Mapping[str, float | None]  # images per second of a forward pass, by backbone
+    seconds_to_end: float = 0.0  # that the engine takes
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The time of a search, by the clock of its folder.
+    """The time of a search, by the clock of its folder."""
 
-    Parameters
-    ----------
-    seconds : float, optional
-        For everything; None is without end.
-    now : callable
-        The seconds so far, see `Clock`.
-    begun : float
-        When this process came in.
-    """
-
-    seconds: float | None
-    now: Callable[[], float]
-    begun: float = 0.0
+    seconds: float | None  # for everything; None is without end
+    now: Callable[[], float]  # the seconds so far, see `Clock`
+    begun: float = 0.0  # when this process came in
 
     @property
     def deadline(self) -> float:
@@ -72,35 +54,33 @@ class Budget:
         """Return when a share of the time that was left then is spent."""
         return since + share * (self.deadline - since)
 
-    def end_of_trials(
-        self, work: Workload, trials: Sequence[Trial], metric: str, seconds_to_end: float = 0.0
-    ) -> float:
+    def end_of_trials(self, work: Workload, trials: Sequence[Trial]) -> float:
         """Return when trials must stop, so that training and testing the best fits in."""
         if self.seconds is None:
             return math.inf
-        to_test = self.seconds_to_test(work, trials, metric)
-        to_train = self.seconds_to_train(work, trials, metric)
+        to_test = self.seconds_to_test(work, trials)
+        to_train = self.seconds_to_train(work, trials)
         slack = 0.2 * to_train + 0.01 * self.seconds  # no trial stops at once
         needed = to_test + to_train + slack
         if to_train > RETRAIN_SHARE * self.seconds:
             needed = to_test  # its checkpoint will do
-        return self.deadline - needed - seconds_to_end
+        return self.deadline - needed - work.seconds_to_end
 
-    def seconds_to_test(self, work: Workload, trials: Sequence[Trial], metric: str) -> float:
+    def seconds_to_test(self, work: Workload, trials: Sequence[Trial]) -> float:
         """Return how long the test of the best trial takes."""
-        best, n = find_best(trials, metric), work.n_images["test"]
+        best, n = find_best(trials, work.metric), work.n_images["test"]
         decoding = n * work.seconds_per_image
         if best is None:
             return 0.05 * (self.seconds or 0.0) + 0.5 + decoding
         speed = work.speeds.get(best.backbone) or 100.0
         return 0.02 * (self.seconds or 0.0) + 1.0 + 2 * n / speed + decoding
 
-    def seconds_to_train(self, work: Workload, trials: Sequence[Trial], metric: str) -> float:
+    def seconds_to_train(self, work: Workload, trials: Sequence[Trial]) -> float:
         """Return how long the best takes on training and validation images."""
-        best = find_best(trials, metric)
+        best = find_best(trials, work.metric)
         if best is None:
             return 0.0
-        last, probe = best_epoch(best, metric)["number"], 0.0
+        last, probe = best_epoch(best, work.metric)["number"], 0.0
         spent = sum(e["seconds"] for e in best.epochs if 0 < e["number"] <= last)
         for trial in of_backbone(trials, best.backbone):  # the first started the head for all
             probe = max([probe, *(e["seconds"] for e in trial.epochs if e["number"] == 0)])

@@ -26,73 +26,34 @@ __all__ = ["Inputs", "Survey", "open_inputs"]
 
 @dataclass(frozen=True)
 class Survey:
-    """What the images are like; they are looked at once, when the search begins.
+    """What the images are like; they are looked at once, when the search begins."""
 
-    Parameters
-    ----------
-    unreadable : mapping
-        Part → row → why.
-    names : mapping of str to str
-        The same by the name of the image.
-    pixels : mapping of str to sequence of str
-        Part → digest of each image.
-    twins : array
-        A code for each training image, see `group_twins`.
-    """
-
-    unreadable: Mapping[str, Mapping[int, str]]
-    names: Mapping[str, str]
-    pixels: Mapping[str, Sequence[str]]
-    twins: np.ndarray
+    unreadable: Mapping[str, Mapping[int, str]]  # part → row → why
+    names: Mapping[str, str]  # of these images → why
+    pixels: Mapping[str, Sequence[str]]  # part → digest of each image
+    twins: np.ndarray  # a code for each training image, see `group_twins`
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a search works on.
+    """What a search works on: its arguments, and what they stand for."""
 
-    Parameters
-    ----------
-    parts : mapping of str to ImageDataset
-        "train", "val" and "test".
-    rows, sources : mapping
-        Which images of the data set these are, and where each part is from.
-    fingerprint : str
-        Digest of the parts.
-    survey : Survey, optional
-        None if an earlier call has looked at the images.
-    backbones : mapping of str to Backbone
-        All candidates.
-    space : Space
-    n_epochs : int
-        Of a full trial.
-    engine : callable
-    device : str
-    shared : SharedWork
-        Of all fine-tunings of this process.
-    """
-
-    parts: Mapping[str, ImageDataset]
-    rows: Mapping[str, Sequence[int]]
-    sources: Mapping[str, str]
-    fingerprint: str
-    survey: Survey | None
-    backbones: Mapping[str, Backbone]
+    config: SearchConfig
+    parts: Mapping[str, ImageDataset]  # "train", "val" and "test"
+    rows: Mapping[str, Sequence[int]]  # of the data set
+    sources: Mapping[str, str]  # where each part is from
+    fingerprint: str  # of the parts
+    survey: Survey | None  # None if an earlier call has looked at the images
+    backbones: Mapping[str, Backbone]  # all candidates
     space: Space
-    n_epochs: int
+    n_epochs: int  # of a full trial
     engine: Engine
     device: str
-    shared: SharedWork = field(default_factory=SharedWork, repr=False)
+    shared: SharedWork = field(default_factory=SharedWork, repr=False)  # of all fine-tunings
 
 
 def open_inputs(config: SearchConfig, splits: Mapping[str, Any] | None) -> Inputs:
-    """Open what a search works on.
-
-    Parameters
-    ----------
-    config : SearchConfig
-    splits : mapping, optional
-        What splits.json says; None if the search has not begun.
-    """
+    """Open what a search works on; `splits` is what splits.json holds, None if it begins."""
     space = None if config.space is None else open_space(config.space)
     found = resolve_backbones(config.backbones, plugins=config.plugins)
     engine = load_engine(config.engine)
@@ -112,10 +73,9 @@ def open_inputs(config: SearchConfig, splits: Mapping[str, Any] | None) -> Input
     n = len(parts["train"])
     auto = max(5, round(30 * min(1, 200 / n) ** (1 / 3)))
     return Inputs(
-        parts, rows, sources, fingerprint(parts), surveys[0] if surveys else None,
-        backbones={b.name: b for b in found}, space=space or default_space(n),
-        n_epochs=config.epochs or max(3, round(auto / 2)), engine=engine,
-        device=resolve_device(config.device),
+        config, parts, rows, sources, fingerprint(parts), surveys[0] if surveys else None,
+        backbones={b.name: b for b in found}, space=space or default_space(n), engine=engine,
+        n_epochs=config.epochs or max(3, round(auto / 2)), device=resolve_device(config.device),
     )  # fmt: skip
 
 

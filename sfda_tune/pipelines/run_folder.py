@@ -37,7 +37,7 @@ from sfda_tune.pipelines.budget import ends_later
 from sfda_tune.pipelines.clock import Clock
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Trial, read_trial
-from sfda_tune.pipelines.inputs import Inputs, Survey
+from sfda_tune.pipelines.inputs import Inputs
 from sfda_tune.pipelines.progress import NullProgress
 from sfda_tune.pipelines.trials import (
     estimate_everything,
@@ -58,23 +58,18 @@ FREE = ("workers", "progress", "out", "cache", "device", "max_unreadable")
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
 
-Costs = Callable[[], tuple[dict[str, Any], dict[str, str]]]
+Speeds = Mapping[str, float | None]  # of a forward pass, by backbone
+# What the backbones cost, and which of them break a constraint, and why
+Costs = tuple[dict[str, Any], dict[str, str]]
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a search, with its clock and with what shows the progress.
-
-    Parameters
-    ----------
-    path : Path
-    now : Clock
-    progress : SearchProgress
-    """
+    """The folder of a search, with its clock and with what shows the progress."""
 
     path: Path
     now: Clock
-    progress: Any
+    progress: Any  # a `NullProgress`
 
     @classmethod
     def open(cls, path: Path, progress: Any = None) -> RunFolder:
@@ -155,12 +150,7 @@ class RunFolder:
         """All trials, as the engine told them last."""
         return list(map(read_trial, self.state["trials"]))
 
-    def write_trials(
-        self,
-        trials: Sequence[Trial],
-        config: SearchConfig,
-        speeds: Mapping[str, float | None],
-    ) -> bool:
+    def write_trials(self, trials: Sequence[Trial], config: SearchConfig, speeds: Speeds) -> bool:
         """Write all trials, and what follows from them.
 
         Returns False, with nothing written, if another process was quicker: it trains already.
@@ -190,21 +180,12 @@ class RunFolder:
 
 
 # The beginning ----------------------------------------------------------------------------------
-def begin(folder: RunFolder, config: SearchConfig, inputs: Inputs, measure: Costs) -> None:
-    """Begin the folder, or check that it is of this search.
-
-    Parameters
-    ----------
-    folder : RunFolder
-    config : SearchConfig
-    inputs : Inputs
-    measure : callable
-        Returns what the backbones cost, and which of them break a constraint, and why.
-    """
-    arguments, path = _describe(config, inputs), folder.path / "config.json"
+def begin(folder: RunFolder, inputs: Inputs, measure: Callable[[], Costs]) -> None:
+    """Begin the folder, or check that it is of this search; `measure` is called if need be."""
+    arguments, path = _describe(inputs), folder.path / "config.json"
     if not path.is_file():
-        getattr(inputs.engine, "check_storage", lambda url: None)(config.storage)
-        _create(folder, config, inputs, arguments, *measure())
+        getattr(inputs.engine, "check_storage", lambda url: None)(inputs.config.storage)
+        _create(folder, inputs, arguments, measure())
         return
     old = read_json(path, dict.fromkeys(LIMITS, object))
     shown = {k: redact(v) if k == "storage" else v for k, v in old.items()}
@@ -225,32 +206,28 @@ def begin(folder: RunFolder, config: SearchConfig, inputs: Inputs, measure: Cost
         write_json(path, arguments)
 
 
-def _describe(config: SearchConfig, inputs: Inputs) -> dict[str, Any]:
+def _describe(inputs: Inputs) -> dict[str, Any]:
     """Return what config.json holds."""
-    values = config.to_dict()
+    values = inputs.config.to_dict()
     return {"format": 1, "sfda_tune": version("sfda-tune"), **values, "data": inputs.fingerprint}
 
 
-def name_study(config: SearchConfig, inputs: Inputs) -> str:
+def name_study(inputs: Inputs) -> str:
     """Return a name that all processes have in common, on other machines, too."""
-    arguments, differing = _describe(config, inputs), (*FREE, *LOCAL, *LIMITS)
+    arguments, differing = _describe(inputs), (*FREE, *LOCAL, *LIMITS)
     common = [[k, v] for k, v in sorted(arguments.items()) if k not in differing]
     digest = hashlib.blake2b(json.dumps(common).encode(), digest_size=8)
     return f"sfda-tune {digest.hexdigest()}"
 
 
-def _create(
-    folder: RunFolder,
-    config: SearchConfig,
-    inputs: Inputs,
-    arguments: Mapping[str, Any],
-    costs: Mapping[str, Any],
-    excluded: Mapping[str, str],
-) -> None:
+def _create(folder: RunFolder, inputs: Inputs, arguments: Mapping[str, Any], found: Costs) -> None:
     """Write the first state."""
-    survey, parts, candidates = inputs.survey, inputs.parts, list(inputs.backbones)
+    (costs, excluded), config, survey = found, inputs.config, inputs.survey
+    parts, candidates = inputs.parts, list(inputs.backbones)
     assert survey is not None
-    shared = tell_shared(parts, _find_digests(inputs, survey))
+    of = {name: survey.pixels.get(name, survey.pixels["train"]) for name in parts}
+    digests = {name: [of[name][row] for row in rows] for name, rows in inputs.rows.items()}
+    shared = tell_shared(parts, digests)
     if len(excluded) == len(candidates):  # nothing is written: it may be called otherwise
         name, why = next(iter(excluded.items()))
         raise ValueError(
@@ -284,13 +261,7 @@ def _create(
     write_json(folder.path / "config.json", arguments)  # last: whoever finds it finds all
 
 
-def _find_digests(inputs: Inputs, survey: Survey) -> dict[str, list[str]]:
-    """Return the digest of each image of each part."""
-    of = {name: survey.pixels.get(name, survey.pixels["train"]) for name in inputs.parts}
-    return {name: [of[name][row] for row in rows] for name, rows in inputs.rows.items()}
-
-
-def reopen(folder: RunFolder, measure: Costs) -> None:
+def reopen(folder: RunFolder, measure: Callable[[], Costs]) -> None:
     """Undo what followed the last trial: more are to come."""
     fresh: dict[str, Any] = {}
     if not folder.state["trials"]:

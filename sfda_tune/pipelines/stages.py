@@ -75,20 +75,20 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
                         write_report(folder.path)
                     return
                 stack.enter_context(Beat(folder.now.write, 1.0))
-                rank_backbones(config, folder, budget, inputs)
+                rank_backbones(folder, budget, inputs)
                 make_shortlist(config, folder)
             if number == 0 and not folder.is_done("tune"):
                 workers = start_workers(config, inputs.engine, work)
-            run_short_trials(config, folder, budget, inputs)
+            run_short_trials(folder, budget, inputs)
             with folder.lock("stage"):
                 select_survivors(config, folder)
             todo = _measure_workload(folder, budget, inputs)
-            tune(config, folder, budget, inputs, todo)
+            tune(folder, budget, inputs, todo)
             if number == 0:
-                time_left = partial(_time_left, config, folder, budget, inputs, todo)
-                await_workers(workers, folder, time_left)
+                end = partial(budget.end_of_trials, todo)
+                await_workers(workers, folder, budget, lambda: end(folder.trials))
                 with folder.lock("stage"):
-                    finish(config, folder, budget, inputs, todo)
+                    finish(folder, budget, inputs, todo)
         except KeyboardInterrupt:
             with suppress(FileNotFoundError), folder.edit() as state:  # or it had not begun
                 state["status"] = "interrupted"
@@ -115,27 +115,27 @@ def _begin(config: SearchConfig, folder: RunFolder) -> Inputs:
     limits = {"max_params": config.max_params, "max_latency": config.max_latency}
     timed = "latency" in config.objective
     costs = partial(measure_costs, inputs.backbones, inputs.device, timed=timed, **limits)
-    begin(folder, config, inputs, costs)
+    begin(folder, inputs, costs)
     return inputs
 
 
 def _measure_workload(folder: RunFolder, budget: Budget, inputs: Inputs) -> Workload:
     return Workload(
-        {name: len(part) for name, part in inputs.parts.items()},
-        budget.time_decoding(inputs.parts["train"]),
-        {s.backbone: s.details.get("images_per_second") for s in folder.ranking.scores},
+        metric=inputs.config.metric,
+        n_images={name: len(part) for name, part in inputs.parts.items()},
+        seconds_per_image=budget.time_decoding(inputs.parts["train"]),
+        speeds={s.backbone: s.details.get("images_per_second") for s in folder.ranking.scores},
+        seconds_to_end=getattr(inputs.engine, "seconds_to_end", 0.0),
     )
 
 
 # Rank and shortlist -----------------------------------------------------------------------------
-def rank_backbones(
-    config: SearchConfig, folder: RunFolder, budget: Budget, inputs: Inputs
-) -> None:
+def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
     """Rank the candidates that break no constraint, within their share of the budget."""
     if folder.is_done("rank"):
         return
     folder.enter("rank", "ranking")
-    excluded = folder.state["excluded"]
+    config, excluded = inputs.config, folder.state["excluded"]
     admitted = [b for name, b in inputs.backbones.items() if name not in excluded]
     end = budget.end_of_share(RANK_SHARE, budget.begun)
     watch = RankingWatch(folder.progress, lambda: budget.now() > end)
@@ -201,9 +201,7 @@ def commit_shortlist(
     folder.leave("shortlist", decision, **found, scores=scores)
 
 
-def run_short_trials(
-    config: SearchConfig, folder: RunFolder, budget: Budget, inputs: Inputs
-) -> None:
+def run_short_trials(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
     """Give each plausible candidate a short fine-tuning with the default parameters."""
     from filelock import FileLock, Timeout
 
@@ -213,7 +211,7 @@ def run_short_trials(
     end = budget.end_of_share(SHORT_SHARE, budget.now())
 
     def train(trial: Trial) -> Iterator[Trial]:
-        return train_shortly(config, folder, inputs, trial, lambda: budget.now() >= end)
+        return train_shortly(folder, inputs, trial, lambda: budget.now() >= end)
 
     for patience in (0, -1):  # first those that nobody has, then wait for the others
         for k, name in enumerate(names):
@@ -258,21 +256,19 @@ def select_survivors(config: SearchConfig, folder: RunFolder) -> None:
 
 
 # Tune -------------------------------------------------------------------------------------------
-def tune(
-    config: SearchConfig, folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload
-) -> None:
+def tune(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> None:
     """Let the engine run trials until there are enough, or until the time for them is over."""
     if folder.is_done("tune"):
         return
     folder.enter("tune", "tuning")
-    end = _end_of_trials(config, folder.trials, budget, inputs, todo)
+    config, end = inputs.config, budget.end_of_trials(todo, folder.trials)
 
     def is_over() -> bool:
         return budget.now() >= end
 
     def update_trials(trials: Sequence[Trial]) -> None:
         nonlocal end
-        end = _end_of_trials(config, trials, budget, inputs, todo)
+        end = budget.end_of_trials(todo, trials)
         if not folder.write_trials(trials, config, todo.speeds):
             return
         best = find_best(trials, config.metric)
@@ -283,10 +279,10 @@ def tune(
         folder.progress.show(trials, best, config.trials, stop)
 
     job = Job(
-        name=name_study(config, inputs), folder=folder.path, scores=folder.state["scores"],
+        name=name_study(inputs), folder=folder.path, scores=folder.state["scores"],
         space=inputs.space, directions=config.directions, n_epochs=inputs.n_epochs,
         n_trials=config.trials, storage=config.storage, seed=config.seed,
-        train=lambda trial: train_fully(config, folder, inputs, trial, is_over),
+        train=lambda trial: train_fully(folder, inputs, trial, is_over),
         train_factory=partial(open_training, replace(config, progress=False)),
         update_trials=update_trials, is_over=is_over,
     )  # fmt: skip
@@ -307,50 +303,27 @@ def open_training(config: SearchConfig) -> Callable[[Trial], Iterator[Trial]]:
     todo = _measure_workload(folder, budget, inputs)
 
     def train(trial: Trial) -> Iterator[Trial]:
-        end = _end_of_trials(config, folder.trials, budget, inputs, todo)
-        return train_fully(config, folder, inputs, trial, lambda: budget.now() >= end)
+        end = budget.end_of_trials(todo, folder.trials)
+        return train_fully(folder, inputs, trial, lambda: budget.now() >= end)
 
     return train
 
 
-def _end_of_trials(
-    config: SearchConfig,
-    trials: Sequence[Trial],
-    budget: Budget,
-    inputs: Inputs,
-    todo: Workload,
-) -> float:
-    to_end = getattr(inputs.engine, "seconds_to_end", 0.0)
-    return budget.end_of_trials(todo, trials, config.metric, to_end)
-
-
-def _time_left(
-    config: SearchConfig, folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload
-) -> float | None:
-    """Return how long to wait for the trials of others."""
-    if budget.seconds is None:
-        return None
-    end = _end_of_trials(config, folder.trials, budget, inputs, todo)
-    return max(1.0, end - budget.now() + 0.01 * budget.seconds)
-
-
 # Train and test ---------------------------------------------------------------------------------
-def finish(
-    config: SearchConfig, folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload
-) -> None:
+def finish(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> None:
     """Train the winner once more, test it, and write the report."""
     if folder.is_done("test"):
         return
-    best = find_best(folder.trials, config.metric)
+    best = find_best(folder.trials, todo.metric)
     assert best is not None
     if not folder.is_done("train"):
         folder.enter("train", "training")
-        folder.leave("train", train_winner(config, folder, budget, inputs, todo, best))
+        folder.leave("train", train_winner(folder, budget, inputs, todo, best))
     folder.enter("test", "testing")
-    found = evaluate_winner(config, folder, inputs, best)
+    found = evaluate_winner(folder, inputs, best.backbone)
     low, high = found["test_interval"]
     state = folder.state
-    winner = summarise(best, config.metric, state["costs"]) | found
+    winner = summarise(best, todo.metric, state["costs"]) | found
     spent = any("budget" in s["note"] for s in state["stages"])
     note = f"accuracy {found['test']['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
     # at once: a search whose last stage is done, but which has no winner, would never end

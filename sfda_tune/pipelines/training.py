@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,6 @@ from sfda_tune.finetuning.epochs import OutOfTimeError, measure
 from sfda_tune.finetuning.models import load_model, predict
 from sfda_tune.finetuning.run import BEST, CHECKPOINT, FineTuning, finetune
 from sfda_tune.pipelines.budget import Budget, Workload
-from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.pipelines.inputs import Inputs
 from sfda_tune.pipelines.latency import time_forward
@@ -39,28 +38,26 @@ __all__ = [
     "train_winner",
 ]
 
+Steps = Generator[Trial, None, None]  # the trial after every epoch
 IsOver = Callable[[], bool]  # whether the time is over
 
 
-def _finetune_config(
-    config: SearchConfig, inputs: Inputs, params: Mapping[str, Any]
-) -> FinetuneConfig:
-    more = {"monitor": config.metric, "seed": config.seed, "precision": config.precision}
+def _finetune_config(inputs: Inputs, params: Mapping[str, Any]) -> FinetuneConfig:
+    c = inputs.config
+    more = {"monitor": c.metric, "seed": c.seed, "precision": c.precision}
     return inputs.space.config(params, epochs=inputs.n_epochs, **more)
 
 
 # Trials -----------------------------------------------------------------------------------------
-def train(
-    config: SearchConfig, folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver
-) -> Generator[Trial, None, None]:
+def train(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
     """Fine-tune on the training images; yield the trial after every epoch."""
-    begun, cost = folder.now(), folder.state["costs"][trial.backbone]
+    config, begun, cost = inputs.config, folder.now(), folder.state["costs"][trial.backbone]
     by_name = {"latency": cost["latency_ms"], "params": cost["n_params"]}
     costs = tuple(float(by_name[name]) for name in config.objective[1:])
     with finetune(
         inputs.backbones[trial.backbone],
         inputs.parts["train"],
-        _finetune_config(config, inputs, trial.params),
+        _finetune_config(inputs, trial.params),
         val=inputs.parts["val"],
         checkpoint_dir=folder.trial(trial.folder),
         device=inputs.device,
@@ -93,24 +90,20 @@ def _describe(
     return replace(trial, value=best, values=(best, *costs), seconds=seconds, epochs=epochs)
 
 
-def train_shortly(
-    config: SearchConfig, folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver
-) -> Iterator[Trial]:
+def train_shortly(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
     """Train the first epochs of a full fine-tuning."""
     last = max(1, min(3, inputs.n_epochs // 4))
-    with closing(train(config, folder, inputs, trial, is_over)) as steps:
+    with closing(train(folder, inputs, trial, is_over)) as steps:
         for now in steps:
             yield now
             if now.epochs[-1]["number"] >= last:
                 return
 
 
-def train_fully(
-    config: SearchConfig, folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver
-) -> Iterator[Trial]:
+def train_fully(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
     """Train to the end, from the short fine-tuning on if there was one."""
     reuse_checkpoint(folder, trial, inputs.space)
-    yield from train(config, folder, inputs, trial, is_over)
+    yield from train(folder, inputs, trial, is_over)
 
 
 def reuse_checkpoint(folder: RunFolder, trial: Trial, space: Space) -> None:
@@ -134,32 +127,25 @@ class FixedLengthFineTuning(FineTuning):
 
 
 def train_winner(
-    config: SearchConfig,
-    folder: RunFolder,
-    budget: Budget,
-    inputs: Inputs,
-    work: Workload,
-    best: Trial,
+    folder: RunFolder, budget: Budget, inputs: Inputs, work: Workload, best: Trial
 ) -> str:
     """Write RUN/model and return how it came about."""
     parts, backbone, trials = inputs.parts, inputs.backbones[best.backbone], folder.trials
-    fixed, last = (
-        _finetune_config(config, inputs, best.params),
-        best_epoch(best, config.metric)["number"],
-    )
-    end = budget.deadline - budget.seconds_to_test(work, trials, config.metric)
-    to_train = budget.seconds_to_train(work, trials, config.metric)
+    config, at = _finetune_config(inputs, best.params), best_epoch(best, work.metric)
+    last = at["number"]
+    end = budget.deadline - budget.seconds_to_test(work, trials)
+    to_train = budget.seconds_to_train(work, trials)
     why = "for want of time: the budget was spent"
     has_checkpoint = any(folder.trial(best.folder).glob("*.safetensors"))
     if not has_checkpoint or budget.now() + to_train <= end:
         both = join(parts["train"], parts["val"])
         try:
             run = FixedLengthFineTuning(
-                backbone, (both, parts["val"]), fixed, folder.trial("final"), True, inputs.device,
+                backbone, (both, parts["val"]), config, folder.trial("final"), True, inputs.device,
                 None, should_stop=(lambda: budget.now() >= end) if has_checkpoint else None,
             )  # fmt: skip
             _train_until(run, last)
-            _save(run, folder, config.metric, best, "train and val")
+            _save(run, folder, best, at, "train and val")
             what = f"{last} epoch{'s' * (last > 1)}" if last else "a linear probe, no epoch,"
             return f"{what} on training and validation images"
         except OutOfTimeError:
@@ -167,11 +153,11 @@ def train_winner(
         except ValueError as error:  # it diverged with more images
             why = " ".join(str(error).split())
     run = finetune(
-        backbone, parts["train"], fixed, val=parts["val"], device=inputs.device,
+        backbone, parts["train"], config, val=parts["val"], device=inputs.device,
         checkpoint_dir=folder.trial(best.folder), shared=inputs.shared,
     )  # fmt: skip
     _train_until(run, last)  # it is there, unless its checkpoint was damaged
-    _save(run, folder, config.metric, best, "train")
+    _save(run, folder, best, at, "train")
     return f"the weights of the best trial, {why}"
 
 
@@ -181,26 +167,23 @@ def _train_until(run: FineTuning, last: int) -> None:
             next(run)
 
 
-def _save(run: FineTuning, folder: RunFolder, metric: str, best: Trial, images: str) -> None:
+def _save(
+    run: FineTuning, folder: RunFolder, best: Trial, at: Mapping[str, Any], images: str
+) -> None:
     path = run.save_model(folder.path / "model") / "provenance.json"
-    note = {"trial": best.number, "images": images, "val": best_epoch(best, metric)}
+    note = {"trial": best.number, "images": images, "val": at}
     provenance = read_json(path, PROVENANCE)
     if images != "train":  # `best` was measured on images that it was trained on
         provenance["best"] = None
     write_json(path, {**provenance, "search": note})
 
 
-def evaluate_winner(
-    config: SearchConfig, folder: RunFolder, inputs: Inputs, best: Trial
-) -> dict[str, Any]:
+def evaluate_winner(folder: RunFolder, inputs: Inputs, backbone: str) -> dict[str, Any]:
     """Test RUN/model, write predictions and the hardest images; return what the test adds."""
-    backbone, images = inputs.backbones[best.backbone], inputs.parts["test"]
-    model = load_model(
-        folder.path / "model",
-        backbone=backbone if backbone.load else None,
-        plugins=config.plugins,
-    )
-    p = predict(model, images, device=inputs.device, precision=config.precision)
+    c, images, own = inputs.config, inputs.parts["test"], inputs.backbones[backbone]
+    path = folder.path / "model"
+    model = load_model(path, backbone=own if own.load else None, plugins=c.plugins)
+    p = predict(model, images, device=inputs.device, precision=c.precision)
     rows = np.flatnonzero(np.isfinite(p).all(1))
     write_predictions(folder.path, images, p, rows)
     right = int((p[rows].argmax(axis=1) == images.labels[rows]).sum())

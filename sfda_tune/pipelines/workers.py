@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sfda_tune.backbones.devices import use_threads
+from sfda_tune.pipelines.budget import Budget
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Engine
 from sfda_tune.pipelines.run_folder import RunFolder
@@ -69,14 +70,15 @@ def work_as(config: SearchConfig, number: int) -> Iterator[SearchConfig]:
 
 
 def await_workers(
-    workers: Sequence[BaseProcess], folder: RunFolder, time_left: Callable[[], float | None]
+    workers: Sequence[BaseProcess], folder: RunFolder, budget: Budget, end: Callable[[], float]
 ) -> None:
-    """Wait for the other workers, as long as there is time; say which of them failed, and why.
+    """Wait for the other workers until the `end`; say which of them failed, and why.
 
     Others have made, or will make, the trials of one that failed.
     """
     for number, worker in enumerate(workers, 1):
-        worker.join(time_left())
+        slack = 0.01 * budget.deadline
+        worker.join(None if budget.seconds is None else max(1.0, end() - budget.now() + slack))
         code, note = worker.exitcode, _note(folder.path, number)
         if code == 0:
             continue

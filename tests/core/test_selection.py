@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -36,9 +37,17 @@ from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Trial, run_trial
 from sfda_tune.pipelines.progress import NullProgress, SearchProgress
 from sfda_tune.pipelines.result import SearchResult
+from sfda_tune.pipelines.run_folder import RunFolder
 from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space, open_space
-from sfda_tune.pipelines.stages import work
+from sfda_tune.pipelines.stages import select_survivors, work
+from sfda_tune.pipelines.trials import (
+    best_epoch,
+    estimate_everything,
+    find_best,
+    find_front,
+    seconds_per_epoch,
+)
 from sfda_tune.values.redaction import redact, without_secrets
 from sfda_tune.values.text import read_csv_cell
 
@@ -61,6 +70,13 @@ def read(folder, name="search.json"):
 
 def essence(result):
     return [(t["number"], t["backbone"], t["params"], t["value"]) for t in result.trials]
+
+
+def config_of(*args, **options):
+    """Return the configuration of a call of `search`."""
+    call = inspect.signature(search).bind(*args, **options)
+    call.apply_defaults()
+    return SearchConfig(**call.arguments)
 
 
 # One search -------------------------------------------------------------------------------------
@@ -322,17 +338,64 @@ def test_time_is_left_to_train_the_winner_once_more():
     epochs = [{"number": k, "value": 0.5 + k / 9, "log_loss": 1.0, "seconds": 60.0}
               for k in range(4)]  # fmt: skip
     trial = Trial(0, ONE, {}, value=epochs[-1]["value"], epochs=tuple(epochs))
-    todo = Workload({"train": 80, "val": 20, "test": 50}, 0.1, {ONE: 10.0})
+    todo = Workload("accuracy", {"train": 80, "val": 20, "test": 50}, 0.1, {ONE: 10.0})
     budget = Budget(3600.0, lambda: 0.0)
-    to_train = budget.seconds_to_train(todo, [trial], "accuracy")
+    to_train = budget.seconds_to_train(todo, [trial])
     assert 4 * 60 * 1.25 < to_train < 4 * 60 * 1.25 + 20
-    end = budget.deadline - budget.seconds_to_test(todo, [trial], "accuracy")
-    stop = budget.end_of_trials(todo, [trial], "accuracy")
+    end = budget.deadline - budget.seconds_to_test(todo, [trial])
+    stop = budget.end_of_trials(todo, [trial])
     assert stop + to_train + 30 < end < 3600  # also if the last trial takes its time to stop
     short = Budget(600.0, lambda: 0.0)  # the checkpoint will do
-    to_test = short.seconds_to_test(todo, [trial], "accuracy")
-    assert short.end_of_trials(todo, [trial], "accuracy", 8.0) == pytest.approx(592 - to_test)
-    assert Budget(None, lambda: 0.0).end_of_trials(todo, [trial], "accuracy") == float("inf")
+    to_test = short.seconds_to_test(todo, [trial])
+    assert short.end_of_trials(todo, [trial]) == pytest.approx(600 - to_test)
+    assert Budget(None, lambda: 0.0).end_of_trials(todo, [trial]) == float("inf")
+
+
+def trial_of(number, backbone, *values, losses=None, **more):
+    epochs = tuple(
+        {"number": k, "value": v, "log_loss": loss, "train_loss": None, "seconds": 2.0}
+        for k, (v, loss) in enumerate(zip(values, losses or [1.0] * len(values), strict=True))
+    )
+    return Trial(number, backbone, {}, f"{number:05d}", value=max(values), epochs=epochs, **more)
+
+
+def test_what_follows_from_trials():
+    early = trial_of(0, "a", 0.5, 0.9, 0.9, losses=[1.0, 0.5, 0.4], values=(0.9, 5.0))
+    late = trial_of(1, "b", 0.9, losses=[0.45], values=(0.9, 3.0))
+    trials = [late, early, Trial(2, "a", {}, state="failed")]
+    assert find_best(trials, "accuracy") == early  # the lower log-loss at its value
+    assert find_best(trials[2:], "accuracy") is None
+    assert best_epoch(early, "accuracy")["number"] == 2
+    assert find_front(trials, ("maximize", "minimize")) == [1]
+    costs = {n: {"seconds_per_epoch": seconds_per_epoch(trials, n)} for n in "abc"}
+    assert [c["seconds_per_epoch"] for c in costs.values()] == [2.0, None, None]
+    # two epochs: of 2 s, of half, and a third as many images per second; one is not known
+    speeds = {"a": 60.0, "b": 30.0, "c": 20.0, "d": None}
+    assert estimate_everything(trials, costs, speeds) == pytest.approx(2 * (2 + 4 + 6))
+
+
+def test_survivors_are_chosen_from_what_stands_in_the_folder(tmp_path):
+    config = config_of("digits", trials=1, keep=2, metric="log_loss", out=tmp_path)
+    folder = RunFolder.open(tmp_path)
+    stage = {"name": "shortlist", "started": 0.0, "seconds": None, "note": ""}
+    state = {"stages": [stage], "plausible": ["a", "b", "c", "d"], "decision": "it abstains"}
+    state |= {"seconds": {"total": 0.0}}
+    (tmp_path / "search.json").write_text(json.dumps(state))
+    for k, (name, loss) in enumerate({"a": 0.9, "b": 0.2, "c": 0.4}.items()):  # "d" had no time
+        (place := folder.trial(f"short-{k}")).mkdir(parents=True)
+        trial = replace(trial_of(k, name, loss), folder=place.name)
+        (place / "trial.json").write_text(json.dumps(asdict(trial)))
+        (place / "best.safetensors").touch()
+    select_survivors(config, folder)
+    state = read(tmp_path)
+    assert state["survivors"] == list(state["scores"]) == ["b", "c"]
+    assert state["scores"] == {"b": -0.2, "c": -0.4}
+    assert state["decision"] == "it abstains; short fine-tunings of 3 candidates decided for b, c"
+    assert not list(folder.trial("short-0").glob("*.safetensors"))
+    assert folder.is_done("shortlist")
+    before = read(tmp_path)
+    select_survivors(config, folder)  # it is done
+    assert read(tmp_path) == before
 
 
 def test_a_trial_stops_inside_an_epoch():
@@ -438,13 +501,6 @@ def test_a_worker_that_fails_is_said(tmp_path):
     assert len(found.trials) == 2
     assert found.summary["status"] == "done"
     assert "worker 1 was ended by signal 9" in found.summary["warnings"][0]
-
-
-def config_of(*args, **options):
-    """Return the configuration of a call of `search`."""
-    call = inspect.signature(search).bind(*args, **options)
-    call.apply_defaults()
-    return SearchConfig(**call.arguments)
 
 
 def test_a_worker_writes_why_it_fails(tmp_path):
