@@ -19,7 +19,7 @@ from sfda_tune.data.copies import CopiesWarning, find_alike, find_twins, group_t
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.opening import open_dataset
-from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor
@@ -302,14 +302,8 @@ class _Run:
     ) -> None:
         """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
         images = self.images if rows is None else self.images.subset(rows)
-        found = extract(
-            images,
-            candidates,
-            self.settings,
-            store=self.store,
-            map_fn=self.map_fn,
-            executor=self.executor,
-            progress=bar,
+        found = extract_within(
+            images, candidates, self.settings, self.store, self.map_fn, self.executor, bar
         )
         self.rows = None
         of: dict[str, Any] = {}  # rows of each; one that comes again has fewer

@@ -64,6 +64,37 @@ def test_the_same_whatever_the_executor(photos, toy_zoo):
     assert dict(threads) == pytest.approx(dict(serial), abs=1e-9)
 
 
+class Local:
+    """An executor in this process, which notes what happens to it."""
+
+    def __init__(self):
+        self.events = []
+
+    def __enter__(self):
+        self.events.append("enter")
+
+    def __exit__(self, *error):
+        self.events.append("exit")
+
+    def resolve_device(self, device):
+        return "cpu"
+
+    def run(self, worker, plan):
+        self.events.append("run")
+        return map(worker, plan.units(list(plan.missing), range(len(plan.shards)), 0))
+
+    def report(self):
+        return {"events": list(self.events)}
+
+
+def test_an_executor_is_entered_once(photos, toy_zoo, tmp_path):
+    executor, options = Local(), {"metric": lambda x, y: x.std(), "workers": 0}
+    there = rank(photos, toy_zoo / "vit", executor=executor, cache=tmp_path, **options)
+    assert executor.events == ["enter", "run", "exit"]
+    assert there.info["executor"] == {"events": ["enter", "run"]}
+    assert dict(there) == dict(rank(photos, toy_zoo / "vit", **{**CPU, **options}))
+
+
 def test_samples_are_seeded(photos, toy_zoo):
     options = {**CPU, "metric": lambda x, y: x.mean(), "samples": 15}
     runs = [rank(photos, toy_zoo / "vit", seed=seed, **options) for seed in (0, 0, 1)]
