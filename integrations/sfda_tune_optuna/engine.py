@@ -387,7 +387,7 @@ def _enqueue_heirs(study: Study, *, without_time: bool = False) -> None:
 
 
 def _is_left(trial: FrozenTrial, *, without_time: bool) -> bool:
-    """Tell whether a trial ended without its worker, or for want of time."""
+    """Tell whether a trial ended without its worker, or without time for an epoch."""
     record = trial.user_attrs.get(RECORD, {"state": "running"})
     left = record["state"] == "running" or (without_time and record["error"] == NO_TIME)
     return trial.state == TrialState.FAIL and left

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -31,6 +31,8 @@ from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
 
 __all__ = ["RankingInterruptedError", "rank"]
+
+PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
 
 
 class RankingInterruptedError(KeyboardInterrupt):
@@ -180,8 +182,8 @@ def rank(
     with executor or nullcontext(), as_progress(progress) as bar:
         if executor is not None:  # whose devices are known now
             settings = replace(settings, device=executor.resolve_device(device))
-        run = _Run(images, candidates, settings, store, map_fn, executor, scorer)
-        run.copies = _Copies(whole, codes, twins.kept)
+        copies = _Copies(whole, codes, twins.kept)
+        run = _RankingRun(images, candidates, settings, store, map_fn, executor, scorer, copies)
         try:
             if race:
                 course = run.race(Race(top, seed=seed), bar)
@@ -269,29 +271,23 @@ class _Copies:
         self.rows, self.dropped = rows, rows[~np.isin(among, self.twins.kept)]
 
 
-class _Run:
+@dataclass
+class _RankingRun:
     """One ranking under way: what was scored so far, and what it took."""
 
-    def __init__(
-        self,
-        images: ImageDataset,
-        candidates: list[Backbone],
-        settings: Settings,
-        store: FeatureStore | None,
-        map_fn: Map | None,
-        executor: Executor | None,
-        scorer: Scorer,
-    ) -> None:
-        self.images, self.candidates, self.settings = images, candidates, settings
-        self.store, self.map_fn, self.executor, self.scorer = store, map_fn, executor, scorer
-        self.scores: dict[str, Score] = {}
-        self.seconds: dict[str, float] = dict.fromkeys(
-            ("load", "decode", "decode_work", "forward", "copy", "score"), 0.0
-        )
-        self.unreadable: dict[int, str] = {}
-        self.rows: Any = None  # of the data set, behind the latest scores
-        self.copies: _Copies
-        self.seen: dict[str, Extraction] = {}  # what a race or an ensemble needs again
+    images: ImageDataset
+    candidates: list[Backbone]
+    settings: Settings
+    store: FeatureStore | None
+    map_fn: Map | None
+    executor: Executor | None
+    scorer: Scorer
+    copies: _Copies
+    scores: dict[str, Score] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    unreadable: dict[int, str] = field(default_factory=dict)
+    rows: Any = None  # of the data set, behind the latest scores
+    seen: dict[str, Extraction] = field(default_factory=dict)  # a race or ensemble needs it again
 
     def measure(
         self,

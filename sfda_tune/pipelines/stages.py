@@ -50,16 +50,7 @@ from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.values.files import read_json, write_json
 from sfda_tune.values.formats import TRIAL
 
-__all__ = [
-    "finish",
-    "make_shortlist",
-    "rank_backbones",
-    "run_short_trials",
-    "run_stages",
-    "select_survivors",
-    "tune",
-    "work",
-]
+__all__ = ["run_stages", "work"]
 
 
 def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> None:

@@ -28,15 +28,7 @@ from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.values.files import read_json, write_json
 from sfda_tune.values.formats import PROVENANCE
 
-__all__ = [
-    "FixedLengthFineTuning",
-    "evaluate_winner",
-    "reuse_checkpoint",
-    "train",
-    "train_fully",
-    "train_shortly",
-    "train_winner",
-]
+__all__ = ["evaluate_winner", "train_fully", "train_shortly", "train_winner"]
 
 Steps = Generator[Trial, None, None]  # the trial after every epoch
 IsOver = Callable[[], bool]  # whether the time is over
@@ -135,7 +127,7 @@ def train_winner(
     last = at["number"]
     end = budget.deadline - budget.seconds_to_test(work, trials)
     to_train = budget.seconds_to_train(work, trials)
-    why = "for want of time: the budget was spent"
+    why = "for the budget was spent"
     has_checkpoint = any(folder.trial(best.folder).glob("*.safetensors"))
     if not has_checkpoint or budget.now() + to_train <= end:
         both = join(parts["train"], parts["val"])

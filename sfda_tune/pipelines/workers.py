@@ -86,7 +86,7 @@ def await_workers(
             why = "was stopped, for it did not see that the budget was spent"
             worker.terminate()
         elif code < 0:
-            why = f"was ended by signal {-code}{', perhaps for want of memory' * (code == -9)}"
+            why = f"was ended by signal {-code}{', perhaps without memory left' * (code == -9)}"
         else:
             why = f"failed with code {code}"
         if code and note.is_file():

@@ -496,7 +496,7 @@ class Saboteur(NullProgress):
 
 def test_a_worker_that_fails_is_said(tmp_path):
     how = {"trials": 2, "epochs": 1, "samples": 60, "cache": False, "workers": 2}
-    with pytest.warns(UserWarning, match="worker 1 was ended by signal 9, perhaps for want of"):
+    with pytest.warns(UserWarning, match="worker 1 was ended by signal 9, perhaps without memory"):
         found = search("digits", ONE, **how, out=tmp_path, progress=Saboteur())
     assert len(found.trials) == 2
     assert found.summary["status"] == "done"
