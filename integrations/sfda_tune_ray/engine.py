@@ -248,7 +248,7 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
         own.mkdir(parents=True, exist_ok=True)
         if (own / RECORD).is_file():
             trial = read_trial(own / RECORD)
-            if not _is_left(trial):  # it had ended, but nobody heard
+            if not _is_left(trial):  # it had ended, but nobody was told
                 _report(trial)
                 return
             trial = replace(trial, state="running", error=None)
@@ -327,7 +327,7 @@ class _Listener(raytune.Callback):
     def job(self) -> Job:
         return _JOBS[self.name]
 
-    def _tell(self, trials: list[Any], end: str | None = None) -> None:
+    def _update_trials(self, trials: list[Any], end: str | None = None) -> None:
         *past, now = _read_experiments(self.job)
         now |= {"trials": [_name(t.config, t.trial_id) for t in trials], "end": end}
         _write_experiments(self.job, [*past, now])
@@ -336,27 +336,27 @@ class _Listener(raytune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Hear of an epoch."""
-        self._tell(trials)
+        """Note what an epoch has reached."""
+        self._update_trials(trials)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Any], trial: Any, **info: Any
     ) -> None:
-        """Hear that a trial is done, or that the scheduler has stopped it."""
+        """Note that a trial is done, or that the scheduler has stopped it."""
         self._end(trial, "pruned", None)
-        self._tell(trials)
+        self._update_trials(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Hear that the actor of a trial was lost too often."""
+        """Note that the actor of a trial was lost too often."""
         self._end(trial, "failed", "its process ended")
-        self._tell(trials)
+        self._update_trials(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Hear that all is done, or that the time is over."""
+        """Note that all is done, or that the time is over."""
         for trial in trials:
             if trial.is_finished():
                 self._end(trial, "pruned", None)
-        self._tell(trials, "time" if self.job.is_over() else "trials")
+        self._update_trials(trials, "time" if self.job.is_over() else "trials")
 
     def _end(self, trial: Any, state: str, error: str | None) -> None:
         folder = self.job.folder / "trials" / _name(trial.config, trial.trial_id)
