@@ -35,12 +35,14 @@ from sfda_tune.pipelines.budget import Budget, Workload
 from sfda_tune.pipelines.clock import Beat, Clock
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Trial, run_trial
+from sfda_tune.pipelines.inputs import open_inputs
 from sfda_tune.pipelines.progress import NullProgress, SearchProgress
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.run_folder import RunFolder
 from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space, open_space
 from sfda_tune.pipelines.stages import select_survivors, work
+from sfda_tune.pipelines.training import evaluate_winner, train, train_winner
 from sfda_tune.pipelines.trials import (
     best_epoch,
     estimate_everything,
@@ -396,6 +398,35 @@ def test_survivors_are_chosen_from_what_stands_in_the_folder(tmp_path):
     before = read(tmp_path)
     select_survivors(config, folder)  # it is done
     assert read(tmp_path) == before
+
+
+def test_trial_and_winner_are_trained_without_a_search(tmp_path):
+    config = config_of("digits", ONE, trials=1, epochs=1, samples=60, out=tmp_path)
+    inputs, folder = open_inputs(config, None), RunFolder.open(tmp_path)
+    costs = {ONE: {"latency_ms": None, "n_params": 7}}
+    state = {"trials": [], "stages": [], "costs": costs, "seconds": {"total": 0.0}}
+    (tmp_path / "search.json").write_text(json.dumps(state))
+    first = Trial(4, ONE, inputs.space.default(), "00004")
+    steps = list(train(folder, inputs, first, lambda: False))
+    assert [len(t.epochs) for t in steps] == [1, 2]
+    assert steps[-1].values == (steps[-1].value,)
+    sizes = {name: len(part) for name, part in inputs.parts.items()}
+    todo = Workload("accuracy", sizes, 0.0, {ONE: 100.0})
+    with pytest.raises(OutOfTimeError):
+        list(train(folder, inputs, replace(first, folder="late"), lambda: True))
+    late = Budget(1.0, lambda: 5.0)  # an epoch was made, but there is no time for another
+    note = train_winner(folder, late, inputs, todo, steps[-1])
+    assert note == "the weights of the best trial, for the budget was spent"
+    assert read(tmp_path / "model", "provenance.json")["train"]["images"] == sizes["train"]
+    note = train_winner(folder, Budget(None, folder.now), inputs, todo, steps[-1])
+    assert note.endswith("on training and validation images")
+    provenance = read(tmp_path / "model", "provenance.json")
+    assert provenance["train"]["images"] == sizes["train"] + sizes["val"]
+    assert (provenance["search"]["trial"], provenance["best"]) == (4, None)
+    found = evaluate_winner(folder, inputs, ONE)
+    low, high = found["test_interval"]
+    assert low <= found["test"]["accuracy"] <= high
+    assert found["latency_ms"] > 0
 
 
 def test_a_trial_stops_inside_an_epoch():
