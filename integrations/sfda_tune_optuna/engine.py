@@ -34,7 +34,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from sfda_tune.pipelines.clock import Beat
-from sfda_tune.pipelines.engines import DIED, NO_TIME, Job, Trial, attempt, read_trial
+from sfda_tune.pipelines.engines import DIED, NO_TIME, Job, Trial, read_trial, run_trial
 from sfda_tune.pipelines.spaces import Dimension
 from sfda_tune.values.files import write_text
 from sfda_tune.values.redaction import hide_secrets, redact
@@ -87,13 +87,13 @@ def _work(study: Study, job: Job, ours: optuna.Trial, trial: Trial, lock: FileLo
     try:
         with Beat(lambda: _send(ours, next(beats)), STALE / 12):
             _write(ours, trial)
-            job.tell(read_trials(study))
-            done = attempt(job.train, trial, partial(_report, study, job, ours))
+            job.update_trials(read_trials(study))
+            done = run_trial(job.train, trial, partial(_report, study, job, ours))
             _write(ours, done)
             _end(study, done, ours.number)
     finally:  # an interrupted trial stays RUNNING: the next process finds it without its lock
         lock.release()
-    job.tell(read_trials(study))
+    job.update_trials(read_trials(study))
 
 
 def _send(ours: optuna.Trial, beat: int) -> None:
@@ -304,7 +304,7 @@ def _report(study: Study, job: Job, ours: optuna.Trial, trial: Trial) -> bool:
         _write(ours, trial)
     except UpdateFinishedTrialError:  # we were taken for dead
         return True
-    job.tell(read_trials(study))
+    job.update_trials(read_trials(study))
     if len(job.directions) > 1:  # Optuna prunes for one objective only
         return False
     told = _all(study)[ours.number].intermediate_values
@@ -387,7 +387,7 @@ def _enqueue_heirs(study: Study, *, without_time: bool = False) -> None:
 
 
 def _is_left(trial: FrozenTrial, *, without_time: bool) -> bool:
-    """Tell whether a trial ended without its worker, or for want of time."""
+    """Tell whether a trial ended without its worker, or without time for an epoch."""
     record = trial.user_attrs.get(RECORD, {"state": "running"})
     left = record["state"] == "running" or (without_time and record["error"] == NO_TIME)
     return trial.state == TrialState.FAIL and left

@@ -29,7 +29,7 @@ from ray import tune as raytune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from sfda_tune.finetuning.config import FinetuneConfig
-from sfda_tune.pipelines.engines import NO_TIME, Job, Trial, attempt, read_trial
+from sfda_tune.pipelines.engines import NO_TIME, Job, Trial, read_trial, run_trial
 from sfda_tune.pipelines.spaces import Dimension, Space
 from sfda_tune.values.files import read_json, write_text
 from sfda_tune.values.formats import EXPERIMENTS
@@ -70,7 +70,7 @@ def tune(job: Job) -> list[Trial]:
 
 
 def _tune(job: Job) -> list[Trial]:
-    job.tell(_read_all(job))
+    job.update_trials(_read_all(job))
     if _is_done(job):
         return _read_all(job)
     with connect(job.storage), _quietly(), end_at_once():
@@ -237,7 +237,7 @@ def _measure_memory() -> int | None:
 
 
 def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
-    remake, folder, here = job.remake, job.folder, os.getcwd()
+    train_factory, folder, here = job.train_factory, job.folder, os.getcwd()
     made: list[Any] = []  # once in each actor
 
     def train(config: dict[str, Any]) -> None:
@@ -248,7 +248,7 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
         own.mkdir(parents=True, exist_ok=True)
         if (own / RECORD).is_file():
             trial = read_trial(own / RECORD)
-            if not _is_left(trial):  # it had ended, but nobody heard
+            if not _is_left(trial):  # it had ended, but nobody was told
                 _report(trial)
                 return
             trial = replace(trial, state="running", error=None)
@@ -264,8 +264,8 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
                 _report(now)
             return False
 
-        made[:] = made or [remake()]
-        done = attempt(made[0], trial, note)
+        made[:] = made or [train_factory()]
+        done = run_trial(made[0], trial, note)
         _write(own, done)
         if done.state == "failed" and done.error != NO_TIME:
             _report(done)
@@ -327,36 +327,36 @@ class _Listener(raytune.Callback):
     def job(self) -> Job:
         return _JOBS[self.name]
 
-    def _tell(self, trials: list[Any], end: str | None = None) -> None:
+    def _update_trials(self, trials: list[Any], end: str | None = None) -> None:
         *past, now = _read_experiments(self.job)
         now |= {"trials": [_name(t.config, t.trial_id) for t in trials], "end": end}
         _write_experiments(self.job, [*past, now])
-        self.job.tell(_read_all(self.job))
+        self.job.update_trials(_read_all(self.job))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Hear of an epoch."""
-        self._tell(trials)
+        """Note what an epoch has reached."""
+        self._update_trials(trials)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Any], trial: Any, **info: Any
     ) -> None:
-        """Hear that a trial is done, or that the scheduler has stopped it."""
+        """Note that a trial is done, or that the scheduler has stopped it."""
         self._end(trial, "pruned", None)
-        self._tell(trials)
+        self._update_trials(trials)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Hear that the actor of a trial was lost too often."""
+        """Note that the actor of a trial was lost too often."""
         self._end(trial, "failed", "its process ended")
-        self._tell(trials)
+        self._update_trials(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Hear that all is done, or that the time is over."""
+        """Note that all is done, or that the time is over."""
         for trial in trials:
             if trial.is_finished():
                 self._end(trial, "pruned", None)
-        self._tell(trials, "time" if self.job.is_over() else "trials")
+        self._update_trials(trials, "time" if self.job.is_over() else "trials")
 
     def _end(self, trial: Any, state: str, error: str | None) -> None:
         folder = self.job.folder / "trials" / _name(trial.config, trial.trial_id)

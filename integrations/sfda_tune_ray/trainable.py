@@ -96,9 +96,9 @@ def finetune_trainable(
                 saved.to_directory(folder)
             for epoch in finetune(
                 backbone,
-                shared.recall((), "dataset", lambda: open_dataset(data)),
+                shared.get_or_compute((), "dataset", lambda: open_dataset(data)),
                 FinetuneConfig.from_dict({**fixed, **chosen}),
-                val=shared.recall((), "val", lambda: open_own_part(data, "val")),
+                val=shared.get_or_compute((), "val", lambda: open_own_part(data, "val")),
                 checkpoint_dir=folder,
                 device=device,
                 workers=workers,

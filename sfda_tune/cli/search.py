@@ -104,7 +104,7 @@ def search(
       sfda-tune search photos/ -b 'resnet50*' 'convnext_*.fb_in22k*' --budget 2h -o run/
     """
     from sfda_tune.pipelines import search as pipeline
-    from sfda_tune.pipelines.progress import Board
+    from sfda_tune.pipelines.progress import SearchProgress
     from sfda_tune.pipelines.terminal import say
 
     try:
@@ -135,7 +135,7 @@ def search(
             cache=cache or True,
             seed=seed,
             out=out,
-            progress=False if quiet else Board(messages),
+            progress=False if quiet else SearchProgress(messages),
         )
     except KeyboardInterrupt:
         say(messages, "The same command goes on from here.")

@@ -65,7 +65,7 @@ from sfda_tune.extraction.worker import (
 )
 from sfda_tune.values.features import Backbone, Features
 
-__all__ = ["extract"]
+__all__ = ["extract", "extract_within"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,10 @@ def extract(
             "folder that all machines share, and this process reads them there."
         )
     with executor or contextlib.nullcontext():
-        yield from _extract(dataset, backbones, settings, store, map_fn, executor, progress)
+        yield from extract_within(dataset, backbones, settings, store, map_fn, executor, progress)
 
 
-def _extract(
+def extract_within(
     dataset: ImageDataset,
     backbones: Sequence[Backbone],
     settings: Settings | None,
@@ -139,6 +139,7 @@ def _extract(
     executor: Executor | None,
     progress: Any,
 ) -> Generator[Extraction, None, None]:
+    """Do as `extract` does, within an executor that is entered already."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "a process that is being started runs the script again that started it; put the "

@@ -166,7 +166,7 @@ def finetune(
     how = ("split", config.val_fraction, config.seed)
     return FineTuning(
         backbone,
-        shared.recall((dataset, val), how, parts) if shared else parts(),
+        shared.get_or_compute((dataset, val), how, parts) if shared else parts(),
         config,
         None if checkpoint_dir is None else Path(checkpoint_dir),
         resume,
@@ -293,7 +293,7 @@ class FineTuning(Iterator[Epoch]):
 
     def _once(self, owners: tuple[Any, ...], key: Hashable, make: Callable[[], T]) -> T:
         """Make what other runs with the same objects need, too, unless one has made it already."""
-        return self._shared.recall(owners, key, make) if self._shared else make()
+        return self._shared.get_or_compute(owners, key, make) if self._shared else make()
 
     def _start_once(self, what: str, make: Callable[[], T]) -> T:
         """Make what depends on the backbone and the images, but not on how it is trained."""
@@ -627,7 +627,7 @@ class FineTuning(Iterator[Epoch]):
             best_number=number,
             images_per_second=rate,
         )
-        if self.best is not None and self._goodness(epoch) <= self._goodness(self.best):
+        if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
             epoch = replace(epoch, best=self.best.best, best_number=self.best.number)
         else:
             module = self.module if self._ema is None else self._ema.module
@@ -652,7 +652,7 @@ class FineTuning(Iterator[Epoch]):
             write_state(self.folder / CHECKPOINT, state, notes)
         return epoch
 
-    def _goodness(self, epoch: Epoch) -> tuple[float, float]:
+    def _sort_key(self, epoch: Epoch) -> tuple[float, float]:
         value = getattr(epoch, self.config.monitor)
         return (-value if self.config.monitor == "log_loss" else value), -epoch.log_loss
 

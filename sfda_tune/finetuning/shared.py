@@ -42,7 +42,7 @@ class SharedWork:
     def __reduce__(self) -> tuple[type[SharedWork], tuple[()]]:
         return SharedWork, ()
 
-    def recall(self, owners: tuple[Any, ...], key: Hashable, make: Callable[[], T]) -> T:
+    def get_or_compute(self, owners: tuple[Any, ...], key: Hashable, make: Callable[[], T]) -> T:
         """Return what `make` returned for these objects and this key before, or does now."""
         full = (*map(id, owners), key)
         if full not in self._known:

@@ -4,22 +4,112 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.decoding import UnreadableImage
+from sfda_tune.pipelines.engines import Trial
+from sfda_tune.pipelines.trials import best_epoch, find_best, of_backbone
+
+__all__ = ["Budget", "RankingWatch", "Workload", "ends_later", "parse_budget"]
+
+RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a budget
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What there is to do after the trials, and how fast it goes."""
+
+    metric: str  # that tells which trial is the best
+    n_images: Mapping[str, int]  # of "train", "val" and "test"
+    seconds_per_image: float  # to decode one
+    speeds: Mapping[str, float | None]  # images per second of a forward pass, by backbone
+    seconds_to_end: float = 0.0  # that the engine takes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The time of a search, by the clock of its folder."""
+
+    seconds: float | None  # for everything; None is without end
+    now: Callable[[], float]  # the seconds so far, see `Clock`
+    begun: float = 0.0  # when this process came in
+
+    @property
+    def deadline(self) -> float:
+        """When all must be done."""
+        return self.seconds or math.inf
+
+    @property
+    def hint(self) -> str:
+        """What to do if the time did not suffice, for the end of a message."""
+        return "" if self.seconds is None else f"; `budget` was {self.seconds:g} s: give more"
+
+    def end_of_share(self, share: float, since: float) -> float:
+        """Return when a share of the time that was left then is spent."""
+        return since + share * (self.deadline - since)
+
+    def end_of_trials(self, work: Workload, trials: Sequence[Trial]) -> float:
+        """Return when trials must stop, so that training and testing the best fits in."""
+        if self.seconds is None:
+            return math.inf
+        to_test = self.seconds_to_test(work, trials)
+        to_train = self.seconds_to_train(work, trials)
+        slack = 0.2 * to_train + 0.01 * self.seconds  # no trial stops at once
+        needed = to_test + to_train + slack
+        if to_train > RETRAIN_SHARE * self.seconds:
+            needed = to_test  # its checkpoint will do
+        return self.deadline - needed - work.seconds_to_end
+
+    def seconds_to_test(self, work: Workload, trials: Sequence[Trial]) -> float:
+        """Return how long the test of the best trial takes."""
+        best, n = find_best(trials, work.metric), work.n_images["test"]
+        decoding = n * work.seconds_per_image
+        if best is None:
+            return 0.05 * (self.seconds or 0.0) + 0.5 + decoding
+        speed = work.speeds.get(best.backbone) or 100.0
+        return 0.02 * (self.seconds or 0.0) + 1.0 + 2 * n / speed + decoding
+
+    def seconds_to_train(self, work: Workload, trials: Sequence[Trial]) -> float:
+        """Return how long the best takes on training and validation images."""
+        best = find_best(trials, work.metric)
+        if best is None:
+            return 0.0
+        last, probe = best_epoch(best, work.metric)["number"], 0.0
+        spent = sum(e["seconds"] for e in best.epochs if 0 < e["number"] <= last)
+        for trial in of_backbone(trials, best.backbone):  # the first started the head for all
+            probe = max([probe, *(e["seconds"] for e in trial.epochs if e["number"] == 0)])
+        n, more = work.n_images["train"], work.n_images["val"]
+        reading = (n + more) * work.seconds_per_image  # to know them again
+        return 0.5 + reading + (probe + spent) * (1 + more / n)
+
+    def time_decoding(self, images: ImageDataset) -> float:
+        """Return how long an image takes to be decoded: the mean of a few."""
+        begun, n = self.now(), 0
+        for row in np.linspace(0, len(images) - 1, 8).astype(int):
+            with suppress(UnreadableImage):
+                images.load(row)
+            n += 1
+            if self.now() - begun > 0.005 * self.deadline:
+                break
+        return (self.now() - begun) / n
 
 
 class RankingWatch:
     """Passes on the progress of a ranking, and interrupts it at its deadline."""
 
-    def __init__(self, board: Any, is_late: Callable[[], bool]) -> None:
-        self.start, self.finish, self._board = board.start, board.finish, board
+    def __init__(self, progress: Any, is_late: Callable[[], bool]) -> None:
+        self.start, self.finish, self._progress = progress.start, progress.finish, progress
         self._is_late, self.is_over = is_late, False
 
     def advance(self, backbone: str, n_images: int) -> None:
         """Pass on that a backbone has seen so many further images."""
-        self._board.advance(backbone, n_images)
+        self._progress.advance(backbone, n_images)
         if self._is_late():
             self.is_over = True
             raise KeyboardInterrupt

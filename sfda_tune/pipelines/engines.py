@@ -2,8 +2,8 @@
 
 An engine is a function ``tune(job) -> trials``, registered as an entry point of the group
 ``sfda_tune.engines``. It chooses backbone and parameters of one `Trial` after the other, has each
-made by `attempt`, and returns all trials of the study, those of other workers too. One with a true
-attribute ``spreads`` uses several machines by itself and is called by one process only; an
+made by `run_trial`, and returns all trials of the study, those of other workers too. One with a
+true attribute ``spreads`` uses several machines by itself and is called by one process only; an
 attribute ``check_storage`` is called with `Job.storage` before any work and may raise ValueError;
 ``seconds_to_end`` is what it takes at most to return once the time is over.
 It is called again with a larger `Job.n_trials` or a later end if a search is extended.
@@ -31,9 +31,9 @@ __all__ = [
     "Job",
     "OutOfTimeError",
     "Trial",
-    "attempt",
     "load_engine",
     "read_trial",
+    "run_trial",
 ]
 
 GROUP = "sfda_tune.engines"
@@ -107,9 +107,9 @@ class Job:
     seed : int
     train : callable
         Trial → iterator of the same trial, an epoch richer each time; raises what goes wrong.
-    remake : callable
+    train_factory : callable
         Makes `train` again in another process, which sees the folder; can be pickled.
-    tell : callable
+    update_trials : callable
         To be called with all trials after every event.
     is_over : callable
         Whether no trial may begin any more.
@@ -125,15 +125,15 @@ class Job:
     storage: str | None = field(repr=False)  # may hold a password
     seed: int
     train: Callable[[Trial], Iterator[Trial]] = field(repr=False)
-    remake: Callable[[], Callable[[Trial], Iterator[Trial]]] = field(repr=False)
-    tell: Callable[[Sequence[Trial]], None] = field(repr=False)
+    train_factory: Callable[[], Callable[[Trial], Iterator[Trial]]] = field(repr=False)
+    update_trials: Callable[[Sequence[Trial]], None] = field(repr=False)
     is_over: Callable[[], bool] = field(repr=False)
 
 
 Engine = Callable[[Job], list[Trial]]
 
 
-def attempt(
+def run_trial(
     train: Callable[[Trial], Iterator[Trial]], trial: Trial, is_hopeless: Callable[[Trial], bool]
 ) -> Trial:
     """Train until the end, an error, the end of the time, or until the engine loses hope.

@@ -5,30 +5,44 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.values.features import Score
 from sfda_tune.values.text import printable
 
-__all__ = ["Bar", "Board", "Silent", "SilentBoard", "as_board", "as_progress"]
+__all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress"]
 
 
-class Silent:
-    """Shows nothing; what a progress object must answer to."""
+class NullProgress:
+    """Shows nothing; what a progress object must answer to, with `rank` or with `search`."""
 
     def start(self, n_images: int, n_cached: int) -> None:
-        """Hear how many images × backbones lie ahead, and how many backbones are cached."""
+        """Receive how many images × backbones lie ahead, and how many backbones are cached."""
 
     def advance(self, backbone: str, n_images: int) -> None:
-        """Hear that a backbone has seen so many further images."""
+        """Receive that a backbone has seen so many further images."""
 
     def finish(self, score: Score) -> None:
-        """Hear the score of a backbone."""
+        """Receive the score of a backbone."""
+
+    def enter(self, stage: str) -> None:
+        """Receive the stage of a search that begins."""
+
+    def leave(self, stage: str, note: str) -> None:
+        """Receive what a stage has found."""
+
+    def say(self, what: str, done: float, total: float | None) -> None:
+        """Receive what is at work now, and how much of the stage is done."""
+
+    def show(
+        self, trials: Sequence[Trial], best: Trial | None, n_trials: int | None, stop: float
+    ) -> None:
+        """Receive all trials so far; no more than `n_trials`, none after `stop` (Unix time)."""
 
 
-class Bar(Silent):
+class Bar(NullProgress):
     """A `rich` progress bar on standard error."""
 
     def __init__(self, console: Any = None) -> None:
@@ -72,39 +86,7 @@ class Bar(Silent):
             self.rich.update(self._task, advance=n_images, description=printable(backbone))
 
 
-@contextmanager
-def as_progress(progress: Any) -> Iterator[Any]:
-    """Turn a bool into a progress object and show it; hand any other object through."""
-    if not isinstance(progress, (bool, Bar)):
-        yield progress or Silent()
-        return
-    bar = Bar() if progress is True else progress
-    if isinstance(bar, Bar):
-        with bar.rich:
-            yield bar
-    else:
-        yield Silent()
-
-
-class SilentBoard(Silent):
-    """Shows nothing; what the progress object of a search must answer to."""
-
-    def enter(self, stage: str) -> None:
-        """Hear that a stage begins."""
-
-    def leave(self, stage: str, note: str) -> None:
-        """Hear what a stage has found."""
-
-    def say(self, what: str, done: float, total: float | None) -> None:
-        """Hear what is at work now, and how much of the stage is done."""
-
-    def show(
-        self, trials: Sequence[Trial], best: Trial | None, n_trials: int | None, stop: float
-    ) -> None:
-        """Hear of all trials so far; no more than `n_trials`, none after `stop` (Unix time)."""
-
-
-class Board(SilentBoard):
+class SearchProgress(NullProgress):
     """One line per finished stage and a moving one below, on standard error."""
 
     def __init__(self, console: Any = None) -> None:
@@ -144,7 +126,7 @@ class Board(SilentBoard):
         self.rich.update(self._task, description=text, completed=done, total=total, left=shown)
 
     def start(self, n_images: int, n_cached: int) -> None:
-        """Hear how many images the ranking has to look at."""
+        """Receive how many images the ranking has to look at."""
         self._seen, self._total = 0, n_images
 
     def advance(self, backbone: str, n_images: int) -> None:
@@ -173,11 +155,8 @@ def _left(seconds: float) -> str:
 
 
 @contextmanager
-def as_board(progress: Any) -> Iterator[Any]:
-    """Turn a bool into a board and show it; hand any other object through."""
-    board = Board() if progress is True else progress or SilentBoard()
-    if isinstance(board, Board):
-        with board.rich:
-            yield board
-    else:
-        yield board
+def as_progress(progress: Any, kind: type[Bar | SearchProgress] = Bar) -> Iterator[Any]:
+    """Turn a bool into a progress object and show it; hand any other object through."""
+    shown = kind() if progress is True else progress or NullProgress()
+    with shown.rich if isinstance(shown, (Bar, SearchProgress)) else nullcontext():
+        yield shown

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -19,7 +19,7 @@ from sfda_tune.data.copies import CopiesWarning, find_alike, find_twins, group_t
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.opening import open_dataset
-from sfda_tune.extraction.run import extract
+from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor
@@ -31,6 +31,8 @@ from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
 
 __all__ = ["RankingInterruptedError", "rank"]
+
+PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
 
 
 class RankingInterruptedError(KeyboardInterrupt):
@@ -180,8 +182,8 @@ def rank(
     with executor or nullcontext(), as_progress(progress) as bar:
         if executor is not None:  # whose devices are known now
             settings = replace(settings, device=executor.resolve_device(device))
-        run = _Run(images, candidates, settings, store, map_fn, executor, scorer)
-        run.copies = _Copies(whole, codes, twins.kept)
+        copies = _Copies(whole, codes, twins.kept)
+        run = _RankingRun(images, candidates, settings, store, map_fn, executor, scorer, copies)
         try:
             if race:
                 result = run.race(RaceConfig(top, seed=seed), bar)
@@ -269,29 +271,23 @@ class _Copies:
         self.rows, self.dropped = rows, rows[~np.isin(among, self.twins.kept)]
 
 
-class _Run:
+@dataclass
+class _RankingRun:
     """One ranking under way: what was scored so far, and what it took."""
 
-    def __init__(
-        self,
-        images: ImageDataset,
-        candidates: list[Backbone],
-        settings: Settings,
-        store: FeatureStore | None,
-        map_fn: Map | None,
-        executor: Executor | None,
-        scorer: Scorer,
-    ) -> None:
-        self.images, self.candidates, self.settings = images, candidates, settings
-        self.store, self.map_fn, self.executor, self.scorer = store, map_fn, executor, scorer
-        self.scores: dict[str, Score] = {}
-        self.seconds: dict[str, float] = dict.fromkeys(
-            ("load", "decode", "decode_work", "forward", "copy", "score"), 0.0
-        )
-        self.unreadable: dict[int, str] = {}
-        self.rows: Any = None  # of the data set, behind the latest scores
-        self.copies: _Copies
-        self.seen: dict[str, Extraction] = {}  # what a race or an ensemble needs again
+    images: ImageDataset
+    candidates: list[Backbone]
+    settings: Settings
+    store: FeatureStore | None
+    map_fn: Map | None
+    executor: Executor | None
+    scorer: Scorer
+    copies: _Copies
+    scores: dict[str, Score] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    unreadable: dict[int, str] = field(default_factory=dict)
+    rows: Any = None  # of the data set, behind the latest scores
+    seen: dict[str, Extraction] = field(default_factory=dict)  # a race or ensemble needs it again
 
     def measure(
         self,
@@ -302,14 +298,8 @@ class _Run:
     ) -> None:
         """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
         images = self.images if rows is None else self.images.subset(rows)
-        found = extract(
-            images,
-            candidates,
-            self.settings,
-            store=self.store,
-            map_fn=self.map_fn,
-            executor=self.executor,
-            progress=bar,
+        found = extract_within(
+            images, candidates, self.settings, self.store, self.map_fn, self.executor, bar
         )
         self.rows = None
         of: dict[str, Any] = {}  # rows of each; one that comes again has fewer

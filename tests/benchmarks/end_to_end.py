@@ -41,8 +41,8 @@ from sfda_tune.backbones.loading import describe
 from sfda_tune.data.splits import join, split_images
 from sfda_tune.finetuning.models import predict
 from sfda_tune.finetuning.run import finetune
-from sfda_tune.pipelines.search import _ToTheEnd
 from sfda_tune.pipelines.spaces import default_space
+from sfda_tune.pipelines.training import FixedLengthFineTuning
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 ARMS = ("search", "everything", "imagenet", "optuna")
@@ -77,7 +77,7 @@ class Bench:
         """Train once more with the validation images, and return the test accuracy."""
         parts, config = self.parts, self.space.config(params, epochs=self.epochs, seed=self.seed)
         both = (join(parts["train"], parts["val"]), parts["val"])
-        run = _ToTheEnd(self.backbones[name], both, config, None, True, "cpu", None)
+        run = FixedLengthFineTuning(self.backbones[name], both, config, None, True, "cpu", None)
         next(epoch for epoch in run if epoch.number == last)
         p = predict(run.model(), parts["test"])
         return float(np.mean(p.argmax(1) == parts["test"].labels))

@@ -230,11 +230,11 @@ def test_names_reach_the_terminal_as_text(cli_here, toy_zoo, photos, tmp_path, c
 def test_bars_take_names_as_text():
     from io import StringIO
 
-    from sfda_tune.pipelines.progress import Bar, Board
+    from sfda_tune.pipelines.progress import Bar, SearchProgress
 
-    for make in (Bar, Board):
+    for make in (Bar, SearchProgress):
         bar = make(Console(file=(shown := StringIO()), width=200, force_terminal=False))
-        if make is Board:
+        if make is SearchProgress:
             bar.enter("rank")
         bar.start(10, 0)
         bar.advance(f"[/b]{FOREIGN}", 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sfda_tune import RankingInterruptedError, open_dataset, rank
-from sfda_tune.pipelines.progress import Silent
+from sfda_tune.pipelines.progress import NullProgress
 from sfda_tune.selection.racing import RaceConfig, chances, make_rungs, run
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
@@ -147,7 +147,7 @@ def test_a_race_skips_what_it_cannot_read_and_what_fails(photos, toy_zoo, tmp_pa
 
 
 def test_an_interrupted_race_goes_on(photos, toy_zoo, tmp_path):
-    class Impatient(Silent):
+    class Impatient(NullProgress):
         def __init__(self):
             self.finished = 0
 

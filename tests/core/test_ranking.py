@@ -18,7 +18,7 @@ from sfda_tune import (
 )
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.metrics.sfda import sfda
-from sfda_tune.pipelines.progress import Silent
+from sfda_tune.pipelines.progress import NullProgress
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
@@ -62,6 +62,37 @@ def test_the_same_whatever_the_executor(photos, toy_zoo):
         threads = rank(photos, toy_zoo, map_fn=pool.map, **options)
     assert list(threads) == list(serial)
     assert dict(threads) == pytest.approx(dict(serial), abs=1e-9)
+
+
+class Local:
+    """An executor in this process, which notes what happens to it."""
+
+    def __init__(self):
+        self.events = []
+
+    def __enter__(self):
+        self.events.append("enter")
+
+    def __exit__(self, *error):
+        self.events.append("exit")
+
+    def resolve_device(self, device):
+        return "cpu"
+
+    def run(self, worker, plan):
+        self.events.append("run")
+        return map(worker, plan.units(list(plan.missing), range(len(plan.shards)), 0))
+
+    def report(self):
+        return {"events": list(self.events)}
+
+
+def test_an_executor_is_entered_once(photos, toy_zoo, tmp_path):
+    executor, options = Local(), {"metric": lambda x, y: x.std(), "workers": 0}
+    there = rank(photos, toy_zoo / "vit", executor=executor, cache=tmp_path, **options)
+    assert executor.events == ["enter", "run", "exit"]
+    assert there.info["executor"] == {"events": ["enter", "run"]}
+    assert dict(there) == dict(rank(photos, toy_zoo / "vit", **{**CPU, **options}))
 
 
 def test_samples_are_seeded(photos, toy_zoo):
@@ -133,7 +164,7 @@ def test_unreadable_images_are_counted_and_named(photos, toy_zoo, tmp_path):
     assert len(ranking.labels) == 35
 
 
-class StopAfterFirst(Silent):
+class StopAfterFirst(NullProgress):
     def finish(self, score):
         raise KeyboardInterrupt
 

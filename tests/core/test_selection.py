@@ -1,6 +1,7 @@
 """`search`: real searches on a few digits, stopped, killed, repeated and run twice at once."""
 
 import csv
+import inspect
 import itertools
 import json
 import logging
@@ -14,13 +15,14 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import sfda_tune
-from sfda_tune import Backbone, open_dataset
+from sfda_tune import Backbone, BackboneError, open_dataset
 from sfda_tune.backbones import demo
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.splits import split_images
@@ -29,13 +31,25 @@ from sfda_tune.finetuning import run as finetuning
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.finetuning.run import finetune
-from sfda_tune.pipelines import search as selection
+from sfda_tune.pipelines.budget import Budget, Workload
 from sfda_tune.pipelines.clock import Beat, Clock
-from sfda_tune.pipelines.engines import Trial, attempt
-from sfda_tune.pipelines.progress import Board, SilentBoard
+from sfda_tune.pipelines.config import SearchConfig
+from sfda_tune.pipelines.engines import Trial, run_trial
+from sfda_tune.pipelines.inputs import open_inputs
+from sfda_tune.pipelines.progress import NullProgress, SearchProgress
 from sfda_tune.pipelines.result import SearchResult
+from sfda_tune.pipelines.run_folder import RunFolder
 from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space, open_space
+from sfda_tune.pipelines.stages import select_survivors, work
+from sfda_tune.pipelines.training import evaluate_winner, train, train_winner
+from sfda_tune.pipelines.trials import (
+    best_epoch,
+    estimate_everything,
+    find_best,
+    find_front,
+    seconds_per_epoch,
+)
 from sfda_tune.values.redaction import redact, without_secrets
 from sfda_tune.values.text import read_csv_cell
 
@@ -58,6 +72,13 @@ def read(folder, name="search.json"):
 
 def essence(result):
     return [(t["number"], t["backbone"], t["params"], t["value"]) for t in result.trials]
+
+
+def config_of(*args, **options):
+    """Return the configuration of a call of `search`."""
+    call = inspect.signature(search).bind(*args, **options)
+    call.apply_defaults()
+    return SearchConfig(**call.arguments)
 
 
 # One search -------------------------------------------------------------------------------------
@@ -193,7 +214,7 @@ def test_a_winner_that_training_made_worse_is_a_linear_probe(tmp_path):
 
 
 def test_why_the_winner_could_not_be_trained_once_more_is_said(tmp_path):
-    class Spoiler(SilentBoard):
+    class Spoiler(NullProgress):
         def leave(self, stage, note):
             if stage == "tune":  # a checkpoint that is not of the final training
                 shutil.copytree(tmp_path / "trials" / "00000", tmp_path / "trials" / "final")
@@ -208,7 +229,7 @@ def test_why_the_winner_could_not_be_trained_once_more_is_said(tmp_path):
 
 # Interrupted ------------------------------------------------------------------------------------
 def test_ctrl_c_keeps_what_is_done(tmp_path):
-    class Impatient(SilentBoard):
+    class Impatient(NullProgress):
         def show(self, trials, best, n_trials, stop):
             if len(trials) == 2 and trials[1].epochs:
                 raise KeyboardInterrupt
@@ -315,17 +336,97 @@ def test_a_time_budget_is_kept(tmp_path):
     assert result.test["accuracy"] > 0.8
 
 
-def test_time_is_left_to_train_the_winner_once_more(tmp_path, monkeypatch):
-    seen, train = [], selection._Search.train_winner
+def test_time_is_left_to_train_the_winner_once_more():
+    epochs = [{"number": k, "value": 0.5 + k / 9, "log_loss": 1.0, "seconds": 60.0}
+              for k in range(4)]  # fmt: skip
+    trial = Trial(0, ONE, {}, value=epochs[-1]["value"], epochs=tuple(epochs))
+    todo = Workload("accuracy", {"train": 80, "val": 20, "test": 50}, 0.1, {ONE: 10.0})
+    budget = Budget(3600.0, lambda: 0.0)
+    to_train = budget.seconds_to_train(todo, [trial])
+    assert 4 * 60 * 1.25 < to_train < 4 * 60 * 1.25 + 20
+    end = budget.deadline - budget.seconds_to_test(todo, [trial])
+    stop = budget.end_of_trials(todo, [trial])
+    assert stop + to_train + 30 < end < 3600  # also if the last trial takes its time to stop
+    short = Budget(600.0, lambda: 0.0)  # the checkpoint will do
+    to_test = short.seconds_to_test(todo, [trial])
+    assert short.end_of_trials(todo, [trial]) == pytest.approx(600 - to_test)
+    assert Budget(None, lambda: 0.0).end_of_trials(todo, [trial]) == float("inf")
 
-    def look(self, best):
-        seen.append((self.stop + self.seconds_to_train(), self.deadline - self.seconds_to_test()))
-        return train(self, best)
 
-    monkeypatch.setattr(selection._Search, "train_winner", look)
-    search("digits", ONE, trials=1, epochs=1, samples=60, budget="1h", out=tmp_path)
-    ((done, end),) = seen
-    assert done + 30 < end  # also if the last trial takes its time to stop
+def trial_of(number, backbone, *values, losses=None, **more):
+    epochs = tuple(
+        {"number": k, "value": v, "log_loss": loss, "train_loss": None, "seconds": 2.0}
+        for k, (v, loss) in enumerate(zip(values, losses or [1.0] * len(values), strict=True))
+    )
+    return Trial(number, backbone, {}, f"{number:05d}", value=max(values), epochs=epochs, **more)
+
+
+def test_what_follows_from_trials():
+    early = trial_of(0, "a", 0.5, 0.9, 0.9, losses=[1.0, 0.5, 0.4], values=(0.9, 5.0))
+    late = trial_of(1, "b", 0.9, losses=[0.45], values=(0.9, 3.0))
+    trials = [late, early, Trial(2, "a", {}, state="failed")]
+    assert find_best(trials, "accuracy") == early  # the lower log-loss at its value
+    assert find_best(trials[2:], "accuracy") is None
+    assert best_epoch(early, "accuracy")["number"] == 2
+    assert find_front(trials, ("maximize", "minimize")) == [1]
+    costs = {n: {"seconds_per_epoch": seconds_per_epoch(trials, n)} for n in "abc"}
+    assert [c["seconds_per_epoch"] for c in costs.values()] == [2.0, None, None]
+    # two epochs: of 2 s, of half, and a third as many images per second; one is not known
+    speeds = {"a": 60.0, "b": 30.0, "c": 20.0, "d": None}
+    assert estimate_everything(trials, costs, speeds) == pytest.approx(2 * (2 + 4 + 6))
+
+
+def test_survivors_are_chosen_from_what_stands_in_the_folder(tmp_path):
+    config = config_of("digits", trials=1, keep=2, metric="log_loss", out=tmp_path)
+    folder = RunFolder.open(tmp_path)
+    stage = {"name": "shortlist", "started": 0.0, "seconds": None, "note": ""}
+    state = {"stages": [stage], "plausible": ["a", "b", "c", "d"], "decision": "it abstains"}
+    state |= {"seconds": {"total": 0.0}}
+    (tmp_path / "search.json").write_text(json.dumps(state))
+    for k, (name, loss) in enumerate({"a": 0.9, "b": 0.2, "c": 0.4}.items()):  # "d" had no time
+        (place := folder.trial(f"short-{k}")).mkdir(parents=True)
+        trial = replace(trial_of(k, name, loss), folder=place.name)
+        (place / "trial.json").write_text(json.dumps(asdict(trial)))
+        (place / "best.safetensors").touch()
+    select_survivors(config, folder)
+    state = read(tmp_path)
+    assert state["survivors"] == list(state["scores"]) == ["b", "c"]
+    assert state["scores"] == {"b": -0.2, "c": -0.4}
+    assert state["decision"] == "it abstains; short fine-tunings of 3 candidates decided for b, c"
+    assert not list(folder.trial("short-0").glob("*.safetensors"))
+    assert folder.is_done("shortlist")
+    before = read(tmp_path)
+    select_survivors(config, folder)  # it is done
+    assert read(tmp_path) == before
+
+
+def test_trial_and_winner_are_trained_without_a_search(tmp_path):
+    config = config_of("digits", ONE, trials=1, epochs=1, samples=60, out=tmp_path)
+    inputs, folder = open_inputs(config, None), RunFolder.open(tmp_path)
+    costs = {ONE: {"latency_ms": None, "n_params": 7}}
+    state = {"trials": [], "stages": [], "costs": costs, "seconds": {"total": 0.0}}
+    (tmp_path / "search.json").write_text(json.dumps(state))
+    first = Trial(4, ONE, inputs.space.default(), "00004")
+    steps = list(train(folder, inputs, first, lambda: False))
+    assert [len(t.epochs) for t in steps] == [1, 2]
+    assert steps[-1].values == (steps[-1].value,)
+    sizes = {name: len(part) for name, part in inputs.parts.items()}
+    todo = Workload("accuracy", sizes, 0.0, {ONE: 100.0})
+    with pytest.raises(OutOfTimeError):
+        list(train(folder, inputs, replace(first, folder="late"), lambda: True))
+    late = Budget(1.0, lambda: 5.0)  # an epoch was made, but there is no time for another
+    note = train_winner(folder, late, inputs, todo, steps[-1])
+    assert note == "the weights of the best trial, for the budget was spent"
+    assert read(tmp_path / "model", "provenance.json")["train"]["images"] == sizes["train"]
+    note = train_winner(folder, Budget(None, folder.now), inputs, todo, steps[-1])
+    assert note.endswith("on training and validation images")
+    provenance = read(tmp_path / "model", "provenance.json")
+    assert provenance["train"]["images"] == sizes["train"] + sizes["val"]
+    assert (provenance["search"]["trial"], provenance["best"]) == (4, None)
+    found = evaluate_winner(folder, inputs, ONE)
+    low, high = found["test_interval"]
+    assert low <= found["test"]["accuracy"] <= high
+    assert found["latency_ms"] > 0
 
 
 def test_a_trial_stops_inside_an_epoch():
@@ -338,10 +439,10 @@ def test_a_trial_stops_inside_an_epoch():
             for epoch in run:
                 yield Trial(0, ONE, {}, value=epoch.best, epochs=({"seconds": epoch.seconds},))
 
-    done = attempt(train, Trial(0, ONE, {}, started=time.time()), lambda trial: False)
+    done = run_trial(train, Trial(0, ONE, {}, started=time.time()), lambda trial: False)
     assert (done.state, done.error) == ("pruned", None)
     assert done.value is not None
-    never = attempt(lambda trial: no_time(), Trial(0, ONE, {}), lambda trial: False)
+    never = run_trial(lambda trial: no_time(), Trial(0, ONE, {}), lambda trial: False)
     assert (never.state, never.error) == ("failed", "no time for an epoch")
 
 
@@ -354,7 +455,7 @@ def no_time():
 def test_a_jump_of_the_time_of_day_neither_ends_nor_extends_a_search(tmp_path, monkeypatch, jump):
     now = time.time
 
-    class Setter(SilentBoard):
+    class Setter(NullProgress):
         def enter(self, stage):
             monkeypatch.setattr(time, "time", lambda: now() + jump)
 
@@ -416,7 +517,7 @@ def test_a_search_leaves_everything_as_it_found_it(tmp_path):
         assert after[name] == value, name
 
 
-class Saboteur(SilentBoard):
+class Saboteur(NullProgress):
     """Kills the helpers of a search."""
 
     def enter(self, stage):
@@ -426,7 +527,7 @@ class Saboteur(SilentBoard):
 
 def test_a_worker_that_fails_is_said(tmp_path):
     how = {"trials": 2, "epochs": 1, "samples": 60, "cache": False, "workers": 2}
-    with pytest.warns(UserWarning, match="worker 1 was ended by signal 9, perhaps for want of"):
+    with pytest.warns(UserWarning, match="worker 1 was ended by signal 9, perhaps without memory"):
         found = search("digits", ONE, **how, out=tmp_path, progress=Saboteur())
     assert len(found.trials) == 2
     assert found.summary["status"] == "done"
@@ -434,10 +535,10 @@ def test_a_worker_that_fails_is_said(tmp_path):
 
 
 def test_a_worker_writes_why_it_fails(tmp_path):
-    given = {"out": tmp_path, "workers": 1, "device": "cpu", "storage": None, "budget": "soon"}
-    with pytest.raises(ValueError, match="`budget`"):
-        selection._work(given, 1)
-    assert "ValueError: `budget` must be a time" in (tmp_path / "worker-1.txt").read_text()
+    config = config_of("digits", "demo:nobody", workers=2, out=tmp_path)
+    with pytest.raises(BackboneError, match="demo:nobody"):
+        work(config, 1)
+    assert "BackboneError: " in (tmp_path / "worker-1.txt").read_text()
 
 
 SECRET = "s3cret"
@@ -663,7 +764,7 @@ def test_the_board_shows_stage_trials_and_time_left():
 
     from rich.console import Console
 
-    board = Board(Console(file=(text := StringIO()), width=100))
+    board = SearchProgress(Console(file=(text := StringIO()), width=100))
     board.enter("rank")
     board.start(100, 0)
     board.advance("vit", 50)

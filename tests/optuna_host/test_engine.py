@@ -42,8 +42,8 @@ def job(tmp_path):
         options = {
             "name": "a study", "folder": tmp_path, "scores": SCORES, "space": SPACE,
             "directions": ("maximize",), "n_epochs": 3, "n_trials": 8, "storage": None, "seed": 0,
-            "train": lambda t: one_value(learn(t)), "remake": lambda: None,
-            "tell": lambda trials: None, "is_over": lambda: False,
+            "train": lambda t: one_value(learn(t)), "train_factory": lambda: None,
+            "update_trials": lambda trials: None, "is_over": lambda: False,
         }  # fmt: skip
         return Job(**options | changes)
 
@@ -93,7 +93,10 @@ def test_weak_trials_are_pruned_and_their_epochs_kept(job):
 def test_a_failure_is_evidence_and_no_end(job):
     told = []
     trials = tune(
-        job(train=lambda t: one_value(learn(t, fails=("vit",))), tell=lambda ts: told.append(ts))
+        job(
+            train=lambda t: one_value(learn(t, fails=("vit",))),
+            update_trials=lambda ts: told.append(ts),
+        )
     )
     failed = [t for t in trials if t.state == "failed"]
     assert {(t.backbone, t.error) for t in failed} == {("vit", "RuntimeError: out of memory")}
@@ -198,7 +201,8 @@ def test_a_kill_anywhere_loses_no_trial(job, tmp_path, monkeypatch, where, share
     url = None if shared else f"sqlite:///{tmp_path / 'other.db'}"
     places = {
         "enqueue": (optuna.Study, "enqueue_trial"), "ask": (engine, "_place"),
-        "suggest": (engine, "_suggest"), "write": (engine, "_write"), "train": (engine, "attempt"),
+        "suggest": (engine, "_suggest"), "write": (engine, "_write"),
+        "train": (engine, "run_trial"),
         "end": (engine, "_end"), "tell": (optuna.Study, "tell"),
     }  # fmt: skip
     for _ in range(2):

@@ -51,7 +51,8 @@ def test_what_is_left_to_do(tmp_path, ends, n_trials, is_over, done):
     (tmp_path / "ray-trials.json").write_text(json.dumps(past))
     job = Job(
         "study", tmp_path, {"a": 1.0}, default_space(100), ("maximize",), 3, n_trials, None, 0,
-        train=iter, remake=lambda: iter, tell=lambda trials: None, is_over=lambda: is_over,
+        train=iter, train_factory=lambda: iter, update_trials=lambda trials: None,
+        is_over=lambda: is_over,
     )  # fmt: skip
     assert _is_done(job) is done
 
@@ -92,7 +93,7 @@ def test_a_search_on_a_cluster(ray_cluster, tmp_path):
 def test_trials_without_time_for_an_epoch(ray_cluster, tmp_path):
     """They report nothing, are no evidence, and do not end the others."""
 
-    def remake():
+    def train_factory():
         from sfda_tune.finetuning.epochs import OutOfTimeError
 
         def train(trial):
@@ -109,7 +110,8 @@ def test_trials_without_time_for_an_epoch(ray_cluster, tmp_path):
 
     job = Job(
         "study", tmp_path, {"late": 2.0, "soon": 1.0}, default_space(100), ("maximize",), 3, 4,
-        None, 0, train=iter, remake=remake, tell=lambda trials: None, is_over=lambda: False,
+        None, 0, train=iter, train_factory=train_factory, update_trials=lambda trials: None,
+        is_over=lambda: False,
     )  # fmt: skip
     trials = tune(job)
     ends = {(t.backbone, t.state, t.error) for t in trials}

@@ -1,0 +1,145 @@
+"""`SearchConfig`: the arguments of `sfda_tune.search`, checked and in one form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from sfda_tune.finetuning.config import MONITORS
+from sfda_tune.pipelines.budget import parse_budget
+from sfda_tune.pipelines.spaces import open_space
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.redaction import redact
+from sfda_tune.values.text import require
+
+__all__ = ["SearchConfig"]
+
+KEEP, TRIALS = 3, 12
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The arguments of `sfda_tune.search`, which explains them; pickled they go to its workers.
+
+    Raises
+    ------
+    ValueError
+        If one of them cannot be understood.
+    """
+
+    dataset: Any
+    backbones: Any
+    trials: int | None
+    budget: str | float | None
+    engine: str
+    storage: str | None = field(repr=False)  # may hold a password
+    workers: int
+    keep: Any
+    objective: Any  # a tuple of str
+    metric: str
+    max_params: float | None
+    max_latency: float | None
+    space: Any
+    epochs: int | None
+    samples: int | None
+    test: Any
+    split: str | None
+    image_column: str | None
+    label_column: str | None
+    max_unreadable: float
+    device: str
+    precision: str
+    plugins: Iterable[str]
+    cache: bool | str | os.PathLike[str] | None
+    seed: int
+    out: Path
+    progress: Any
+
+    def __post_init__(self) -> None:
+        objective = self.objective
+        self._set("out", Path(self.out).absolute())
+        self._set("objective", (objective,) if isinstance(objective, str) else tuple(objective))
+        self._set("plugins", tuple(self.plugins))
+        if self.trials is None and self.budget is None:
+            self._set("trials", TRIALS)
+        if self.keep is None:
+            self._set("keep", KEEP)
+        _check_numbers(self)
+        for name in ("dataset", "test"):
+            _check_apart(getattr(self, name), self.out)
+        _check_out(self.out)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def seconds(self) -> float | None:
+        """The budget."""
+        return parse_budget(self.budget)
+
+    @property
+    def directions(self) -> tuple[Literal["maximize", "minimize"], ...]:
+        """Of the objectives."""
+        first: Literal["maximize", "minimize"]
+        first = "minimize" if self.metric == "log_loss" else "maximize"
+        return (first, "minimize")[: len(self.objective)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, without secrets; data and networks in memory by their type."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        if self.space is not None:
+            values["space"] = open_space(self.space).to_dict()
+        return values | {"storage": redact(self.storage)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (str, Backbone)) for v in value):
+        return [_plain(v) for v in value]
+    if isinstance(value, Backbone):
+        return value.name
+    if isinstance(value, str) and "://" in value:
+        return redact(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return str(value) if isinstance(value, os.PathLike) else f"<{type(value).__name__}>"
+
+
+# Checks -----------------------------------------------------------------------------------------
+def _check_numbers(c: SearchConfig) -> None:
+    g: Mapping[str, Any] = vars(c)
+    for name in ("trials", "workers", "keep", "epochs", "samples"):
+        is_count = isinstance(g[name], int) and not isinstance(g[name], bool)
+        optional = g[name] is None and name not in ("workers", "keep")
+        require(name, g[name], "an integer ≥ 1", optional or (is_count and g[name] >= 1))
+    for name in ("max_params", "max_latency"):
+        require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
+    allowed = ("accuracy", "accuracy,latency", "accuracy,params")
+    require("objective", c.objective, f"one of {allowed}", ",".join(c.objective) in allowed)
+    require("metric", c.metric, f"one of {MONITORS}", c.metric in MONITORS)
+    if isinstance(c.test, float):
+        require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)
+    limit = c.max_unreadable
+    is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1
+    require("max_unreadable", limit, "in 0 … 1", is_share)
+    parse_budget(c.budget)
+
+
+def _check_apart(images: Any, out: Path) -> None:
+    """Refuse an `out` among the images: the next look at them would find the search there."""
+    if isinstance(images, (str, os.PathLike)) and images != "digits":
+        folder = Path(os.fspath(images).removeprefix("hf:")).expanduser().resolve()
+        if folder.is_dir() and folder in (out.resolve(), *out.resolve().parents):
+            raise ValueError(
+                f"`out` must not lie in the folder of the images, {str(folder)!r}, but is "
+                f"{str(out)!r}; take a folder beside it."
+            )
+
+
+def _check_out(out: Path) -> None:
+    if any(0xDC80 <= ord(c) <= 0xDCFF for c in str(out)):  # safetensors cannot read there
+        raise ValueError(f"`out` must be a name in UTF-8 but is {str(out)!r}.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out` must be a folder but {str(out)!r} is a file.")

@@ -1,0 +1,322 @@
+"""The stages of a search, in their order.
+
+===========  ==================================================================================
+stage        what happens
+===========  ==================================================================================
+rank         candidates that break a constraint are left out, the others ranked on training
+             images
+shortlist    the best `keep` go on; where the ranking cannot tell them apart, it abstains, and a
+             short fine-tuning of each plausible candidate decides: the first epochs of its first
+             trial, which goes on from there
+tune         an engine (`sfda_tune.pipelines.engines`) fine-tunes the survivors with varying
+             parameters
+train        the winner once more, on training and validation images, for its best number of
+             epochs
+test         on images that nothing above has seen
+===========  ==================================================================================
+
+All state is in the folder RUN: a stage reads there what the ones before it have found, and does
+nothing if it is done already.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from sfda_tune.pipelines.budget import RANK_SHARE, SHORT_SHARE, Budget, RankingWatch, Workload
+from sfda_tune.pipelines.clock import Beat
+from sfda_tune.pipelines.config import SearchConfig
+from sfda_tune.pipelines.engines import DIED, Job, Trial, run_trial
+from sfda_tune.pipelines.inputs import Inputs, open_inputs
+from sfda_tune.pipelines.latency import measure_costs
+from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
+from sfda_tune.pipelines.run_folder import RunFolder, begin, name_study
+from sfda_tune.pipelines.training import (
+    evaluate_winner,
+    train_fully,
+    train_shortly,
+    train_winner,
+)
+from sfda_tune.pipelines.trials import find_best, signed, summarise
+from sfda_tune.pipelines.workers import await_workers, start_workers, work_as
+from sfda_tune.report.html import write_report
+from sfda_tune.selection.diagnostics import diagnose
+from sfda_tune.values.files import read_json, write_json
+from sfda_tune.values.formats import TRIAL
+
+__all__ = ["run_stages", "work"]
+
+
+def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> None:
+    """Go through the stages that are not done yet; further workers (`number` > 0) only tune."""
+    folder, budget = _open(config, progress)
+    workers: list[Any] = []
+    with ExitStack() as stack:
+        try:
+            with folder.lock("stage"):
+                inputs = _begin(config, folder)
+                if folder.is_done("test"):
+                    if not (folder.path / "report.html").exists():  # killed before it was written
+                        write_report(folder.path)
+                    return
+                stack.enter_context(Beat(folder.now.write, 1.0))
+                rank_backbones(folder, budget, inputs)
+                make_shortlist(config, folder)
+            if number == 0 and not folder.is_done("tune"):
+                workers = start_workers(config, inputs.engine, work)
+            run_short_trials(folder, budget, inputs)
+            with folder.lock("stage"):
+                select_survivors(config, folder)
+            todo = _measure_workload(folder, budget, inputs)
+            tune(folder, budget, inputs, todo)
+            if number == 0:
+                end = partial(budget.end_of_trials, todo)
+                await_workers(workers, folder, budget, lambda: end(folder.trials))
+                with folder.lock("stage"):
+                    finish(folder, budget, inputs, todo)
+        except KeyboardInterrupt:
+            with suppress(FileNotFoundError), folder.edit() as state:  # or it had not begun
+                state["status"] = "interrupted"
+            raise
+        finally:
+            for worker in workers:
+                worker.terminate()
+
+
+def work(config: SearchConfig, number: int) -> None:
+    """Be a further worker of a search, in a process of its own."""
+    with work_as(config, number) as config:
+        run_stages(config, number=number)
+
+
+def _open(config: SearchConfig, progress: Any = None) -> tuple[RunFolder, Budget]:
+    folder = RunFolder.open(config.out, progress)
+    return folder, Budget(config.seconds, folder.now, folder.now())
+
+
+def _begin(config: SearchConfig, folder: RunFolder) -> Inputs:
+    """Open data and candidates; begin the folder, or check that it is of this search."""
+    inputs = open_inputs(config, folder.splits)
+    limits = {"max_params": config.max_params, "max_latency": config.max_latency}
+    timed = "latency" in config.objective
+    costs = partial(measure_costs, inputs.backbones, inputs.device, timed=timed, **limits)
+    begin(folder, inputs, costs)
+    return inputs
+
+
+def _measure_workload(folder: RunFolder, budget: Budget, inputs: Inputs) -> Workload:
+    return Workload(
+        metric=inputs.config.metric,
+        n_images={name: len(part) for name, part in inputs.parts.items()},
+        seconds_per_image=budget.time_decoding(inputs.parts["train"]),
+        speeds={s.backbone: s.details.get("images_per_second") for s in folder.ranking.scores},
+        seconds_to_end=getattr(inputs.engine, "seconds_to_end", 0.0),
+    )
+
+
+# Rank and shortlist -----------------------------------------------------------------------------
+def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
+    """Rank the candidates that break no constraint, within their share of the budget."""
+    if folder.is_done("rank"):
+        return
+    folder.enter("rank", "ranking")
+    config, excluded = inputs.config, folder.state["excluded"]
+    admitted = [b for name, b in inputs.backbones.items() if name not in excluded]
+    end = budget.end_of_share(RANK_SHARE, budget.begun)
+    watch = RankingWatch(folder.progress, lambda: budget.now() > end)
+    try:
+        ranking = rank(
+            inputs.parts["train"], admitted, seed=config.seed, device=inputs.device,
+            precision=config.precision, cache=config.cache, plugins=config.plugins,
+            progress=watch, max_unreadable=config.max_unreadable,
+        )  # fmt: skip
+    except RankingInterruptedError as stop:
+        if not watch.is_over:
+            raise
+        ranking = stop.ranking
+    if len(ranking.failed) == len(ranking):
+        name, why = next(iter(ranking.failed.items()))
+        hint = budget.hint if watch.is_over else ""
+        raise ValueError(f"no backbone could be ranked; {name}: {why}{hint}")
+    ranking.to_json(folder.path / "ranking.json")
+    excluded |= ranking.failed
+    note = f"{len(ranking) - len(ranking.failed)} of {len(inputs.backbones)} backbones ranked"
+    note += ", then their part of the budget was spent" * watch.is_over
+    note += "".join(f"; without {name}: {why}" for name, why in list(excluded.items())[:3])
+    note += f"; and {len(excluded) - 3} more" * (len(excluded) > 3)
+    folder.leave("rank", note, excluded=excluded)
+
+
+def make_shortlist(config: SearchConfig, folder: RunFolder) -> None:
+    """Choose the survivors, or find out that the ranking cannot."""
+    if folder.is_done("shortlist") or folder.state["separable"] is not None:
+        return
+    folder.enter("shortlist", "ranking")
+    keep, ranking = config.keep, folder.ranking
+    scored = ranking.shortlist(len(ranking))
+    why = [d.message for d in diagnose(ranking) if d.kind in ("ties", "few_samples")]
+    try:
+        plausible = ranking.shortlist(probability=0.95)
+    except ValueError as error:  # the metric is no mean over images
+        plausible, why = scored, [*why, str(error)]
+    plausible = sorted(plausible, key=scored.index)
+    if len(scored) <= keep:
+        decision = f"all {len(scored)} ranked backbones are tuned, for `keep` is {keep}"
+        commit_shortlist(folder, {name: ranking[name] for name in scored}, decision)
+    elif len(plausible) <= keep and not why:
+        decision = (
+            f"the ranking is clear: with probability .95 the best by score is among "
+            f"{', '.join(plausible)}; the first {keep} are tuned"
+        )
+        kept = [*plausible, *(name for name in scored if name not in plausible)][:keep]
+        commit_shortlist(folder, {name: ranking[name] for name in kept}, decision)
+    else:
+        plausible = [n for n in scored if n in plausible or n in scored[: 2 * keep * bool(why)]]
+        reason = why[0].rstrip(".") if why else f"{len(plausible)} may be the best by score"
+        with folder.edit() as state:
+            state["separable"], state["plausible"] = False, plausible
+            state["decision"] = f"the ranking abstains: {reason}"
+
+
+def commit_shortlist(
+    folder: RunFolder, scores: Mapping[str, float], decision: str, *, separable: bool = True
+) -> None:
+    """Write the survivors, best first, with their scores, and how they were chosen."""
+    found = {"separable": separable, "survivors": list(scores), "decision": decision}
+    folder.leave("shortlist", decision, **found, scores=scores)
+
+
+def run_short_trials(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
+    """Give each plausible candidate a short fine-tuning with the default parameters."""
+    from filelock import FileLock, Timeout
+
+    if folder.is_done("shortlist"):
+        return
+    params, names = inputs.space.default(), folder.state["plausible"]
+    end = budget.end_of_share(SHORT_SHARE, budget.now())
+
+    def train(trial: Trial) -> Iterator[Trial]:
+        return train_shortly(folder, inputs, trial, lambda: budget.now() >= end)
+
+    for patience in (0, -1):  # first those that nobody has, then wait for the others
+        for k, name in enumerate(names):
+            place = folder.trial(f"short-{k}")
+            place.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(place / "worker.lock", timeout=patience):
+                    if budget.now() < end and not (place / "trial.json").is_file():
+                        folder.progress.say(f"short fine-tuning of {name}", k, len(names))
+                        trial = Trial(k, name, params, place.name, started=time.time())
+                        trial = run_trial(train, trial, lambda _: False)
+                        write_json(place / "trial.json", asdict(trial))
+            except Timeout:
+                continue
+
+
+def select_survivors(config: SearchConfig, folder: RunFolder) -> None:
+    """Keep the best of the short fine-tunings."""
+    if folder.is_done("shortlist"):
+        return
+    state = folder.state
+    found = sorted(folder.trial("").glob("short-*/trial.json"))
+    short = [read_json(path, TRIAL) for path in found]
+    values = {
+        t["backbone"]: signed(t["value"], config.metric) for t in short if t["value"] is not None
+    }
+    order = sorted(values, key=lambda name: -values[name])
+    order += [name for name in state["plausible"] if name not in values]
+    low = min(values.values(), default=0.0)
+    scores = {name: values.get(name, low - k - 1) for k, name in enumerate(order)}
+    with folder.edit() as now:
+        now["short_trials"] = short
+    kept = order[: config.keep]
+    for trial in short:
+        if trial["backbone"] not in kept:
+            folder.delete_weights(trial["folder"])
+    decision = (
+        f"{state['decision']}; short fine-tunings of {len(values)} candidates decided "
+        f"for {', '.join(kept)}"
+    )
+    commit_shortlist(folder, {name: scores[name] for name in kept}, decision, separable=False)
+
+
+# Tune -------------------------------------------------------------------------------------------
+def tune(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> None:
+    """Let the engine run trials until there are enough, or until the time for them is over."""
+    if folder.is_done("tune"):
+        return
+    folder.enter("tune", "tuning")
+    config, end = inputs.config, budget.end_of_trials(todo, folder.trials)
+
+    def is_over() -> bool:
+        return budget.now() >= end
+
+    def update_trials(trials: Sequence[Trial]) -> None:
+        nonlocal end
+        end = budget.end_of_trials(todo, trials)
+        if not folder.write_trials(trials, config, todo.speeds):
+            return
+        best = find_best(trials, config.metric)
+        for t in trials:
+            if t.state != "running" and t != best and t.error != DIED:  # it may go on yet
+                folder.delete_weights(t.folder)
+        stop = time.time() + end - budget.now()  # as people tell it
+        folder.progress.show(trials, best, config.trials, stop)
+
+    job = Job(
+        name=name_study(inputs), folder=folder.path, scores=folder.state["scores"],
+        space=inputs.space, directions=config.directions, n_epochs=inputs.n_epochs,
+        n_trials=config.trials, storage=config.storage, seed=config.seed,
+        train=lambda trial: train_fully(folder, inputs, trial, is_over),
+        train_factory=partial(open_training, replace(config, progress=False)),
+        update_trials=update_trials, is_over=is_over,
+    )  # fmt: skip
+    trials = inputs.engine(job)
+    update_trials(trials)
+    if find_best(trials, config.metric) is None:
+        failed = next((f": {t.error}" for t in trials if t.error), "")
+        raise ValueError(f"none of {len(trials)} trials came to a value{failed}{budget.hint}")
+    spent = budget.seconds is not None and (config.trials or math.inf) > len(trials)
+    note = f"{len(trials)} trials" + (", then the budget was spent" if spent else "")
+    folder.leave("tune", note)
+
+
+def open_training(config: SearchConfig) -> Callable[[Trial], Iterator[Trial]]:
+    """Return how a search under way trains, in another process that sees its folder."""
+    folder, budget = _open(config)
+    inputs = _begin(config, folder)
+    todo = _measure_workload(folder, budget, inputs)
+
+    def train(trial: Trial) -> Iterator[Trial]:
+        end = budget.end_of_trials(todo, folder.trials)
+        return train_fully(folder, inputs, trial, lambda: budget.now() >= end)
+
+    return train
+
+
+# Train and test ---------------------------------------------------------------------------------
+def finish(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> None:
+    """Train the winner once more, test it, and write the report."""
+    if folder.is_done("test"):
+        return
+    best = find_best(folder.trials, todo.metric)
+    assert best is not None
+    if not folder.is_done("train"):
+        folder.enter("train", "training")
+        folder.leave("train", train_winner(folder, budget, inputs, todo, best))
+    folder.enter("test", "testing")
+    found = evaluate_winner(folder, inputs, best.backbone)
+    low, high = found["test_interval"]
+    state = folder.state
+    winner = summarise(best, todo.metric, state["costs"]) | found
+    spent = any("budget" in s["note"] for s in state["stages"])
+    note = f"accuracy {found['test']['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
+    # at once: a search whose last stage is done, but which has no winner, would never end
+    folder.leave("test", note, best=winner, status="budget spent" if spent else "done")
+    write_report(folder.path)

@@ -1,0 +1,186 @@
+"""How a search fine-tunes: a trial, a short one, and the winner, which is then tested."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.data.splits import join
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.epochs import OutOfTimeError, measure
+from sfda_tune.finetuning.models import load_model, predict
+from sfda_tune.finetuning.run import BEST, CHECKPOINT, FineTuning, finetune
+from sfda_tune.pipelines.budget import Budget, Workload
+from sfda_tune.pipelines.engines import Trial
+from sfda_tune.pipelines.inputs import Inputs
+from sfda_tune.pipelines.latency import time_forward
+from sfda_tune.pipelines.result import write_predictions
+from sfda_tune.pipelines.run_folder import RunFolder
+from sfda_tune.pipelines.spaces import Space
+from sfda_tune.pipelines.trials import best_epoch
+from sfda_tune.selection.evaluation import accuracy_interval
+from sfda_tune.values.files import read_json, write_json
+from sfda_tune.values.formats import PROVENANCE
+
+__all__ = ["evaluate_winner", "train_fully", "train_shortly", "train_winner"]
+
+Steps = Generator[Trial, None, None]  # the trial after every epoch
+IsOver = Callable[[], bool]  # whether the time is over
+
+
+def _finetune_config(inputs: Inputs, params: Mapping[str, Any]) -> FinetuneConfig:
+    c = inputs.config
+    more = {"monitor": c.metric, "seed": c.seed, "precision": c.precision}
+    return inputs.space.config(params, epochs=inputs.n_epochs, **more)
+
+
+# Trials -----------------------------------------------------------------------------------------
+def train(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
+    """Fine-tune on the training images; yield the trial after every epoch."""
+    config, begun, cost = inputs.config, folder.now(), folder.state["costs"][trial.backbone]
+    by_name = {"latency": cost["latency_ms"], "params": cost["n_params"]}
+    costs = tuple(float(by_name[name]) for name in config.objective[1:])
+    with finetune(
+        inputs.backbones[trial.backbone],
+        inputs.parts["train"],
+        _finetune_config(inputs, trial.params),
+        val=inputs.parts["val"],
+        checkpoint_dir=folder.trial(trial.folder),
+        device=inputs.device,
+        max_unreadable=config.max_unreadable,
+        shared=inputs.shared,
+        should_stop=is_over,
+    ) as run:
+        if run.history:  # of a dead worker
+            yield _describe(trial, run, config.metric, costs, folder.now() - begun)
+        for _ in run:
+            yield _describe(trial, run, config.metric, costs, folder.now() - begun)
+
+
+def _describe(
+    trial: Trial, run: FineTuning, metric: str, costs: tuple[float, ...], seconds: float
+) -> Trial:
+    """Return the trial as it stands after the last epoch."""
+    best = run.history[-1].best
+    epochs = tuple(
+        {
+            "number": e.number,
+            "value": getattr(e, metric),
+            "log_loss": e.log_loss,
+            "train_loss": e.train_loss if math.isfinite(e.train_loss) else None,
+            "seconds": e.seconds,
+        }
+        for e in run.history
+    )
+    seconds = max(seconds, sum(e["seconds"] for e in epochs))
+    return replace(trial, value=best, values=(best, *costs), seconds=seconds, epochs=epochs)
+
+
+def train_shortly(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
+    """Train the first epochs of a full fine-tuning."""
+    last = max(1, min(3, inputs.n_epochs // 4))
+    with closing(train(folder, inputs, trial, is_over)) as steps:
+        for now in steps:
+            yield now
+            if now.epochs[-1]["number"] >= last:
+                return
+
+
+def train_fully(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
+    """Train to the end, from the short fine-tuning on if there was one."""
+    reuse_checkpoint(folder, trial, inputs.space)
+    yield from train(folder, inputs, trial, is_over)
+
+
+def reuse_checkpoint(folder: RunFolder, trial: Trial, space: Space) -> None:
+    """Give a trial the epochs that its backbone had with the same parameters before."""
+    plausible, own = folder.state.get("plausible", []), folder.trial(trial.folder)
+    if trial.backbone not in plausible or dict(trial.params) != space.default():
+        return
+    short = folder.trial(f"short-{plausible.index(trial.backbone)}")
+    if not (own / CHECKPOINT).is_file():
+        for name in (BEST, CHECKPOINT):  # without the latter, the former is not looked at
+            with suppress(FileNotFoundError):
+                os.replace(short / name, own / name)
+
+
+# The winner -------------------------------------------------------------------------------------
+class FixedLengthFineTuning(FineTuning):
+    """Keeps the last weights: it has no unseen images to choose the epoch by."""
+
+    def _sort_key(self, epoch: Any) -> tuple[float, float]:
+        return float(epoch.number), 0.0
+
+
+def train_winner(
+    folder: RunFolder, budget: Budget, inputs: Inputs, work: Workload, best: Trial
+) -> str:
+    """Write RUN/model and return how it came about."""
+    parts, backbone, trials = inputs.parts, inputs.backbones[best.backbone], folder.trials
+    config, at = _finetune_config(inputs, best.params), best_epoch(best, work.metric)
+    last = at["number"]
+    end = budget.deadline - budget.seconds_to_test(work, trials)
+    to_train = budget.seconds_to_train(work, trials)
+    why = "for the budget was spent"
+    has_checkpoint = any(folder.trial(best.folder).glob("*.safetensors"))
+    if not has_checkpoint or budget.now() + to_train <= end:
+        both = join(parts["train"], parts["val"])
+        try:
+            run = FixedLengthFineTuning(
+                backbone, (both, parts["val"]), config, folder.trial("final"), True, inputs.device,
+                None, should_stop=(lambda: budget.now() >= end) if has_checkpoint else None,
+            )  # fmt: skip
+            _train_until(run, last)
+            _save(run, folder, best, at, "train and val")
+            what = f"{last} epoch{'s' * (last > 1)}" if last else "a linear probe, no epoch,"
+            return f"{what} on training and validation images"
+        except OutOfTimeError:
+            pass
+        except ValueError as error:  # it diverged with more images
+            why = " ".join(str(error).split())
+    run = finetune(
+        backbone, parts["train"], config, val=parts["val"], device=inputs.device,
+        checkpoint_dir=folder.trial(best.folder), shared=inputs.shared,
+    )  # fmt: skip
+    _train_until(run, last)  # it is there, unless its checkpoint was damaged
+    _save(run, folder, best, at, "train")
+    return f"the weights of the best trial, {why}"
+
+
+def _train_until(run: FineTuning, last: int) -> None:
+    with run:
+        while (run.history[-1].number if run.history else -1) < last:
+            next(run)
+
+
+def _save(
+    run: FineTuning, folder: RunFolder, best: Trial, at: Mapping[str, Any], images: str
+) -> None:
+    path = run.save_model(folder.path / "model") / "provenance.json"
+    note = {"trial": best.number, "images": images, "val": at}
+    provenance = read_json(path, PROVENANCE)
+    if images != "train":  # `best` was measured on images that it was trained on
+        provenance["best"] = None
+    write_json(path, {**provenance, "search": note})
+
+
+def evaluate_winner(folder: RunFolder, inputs: Inputs, backbone: str) -> dict[str, Any]:
+    """Test RUN/model, write predictions and the hardest images; return what the test adds."""
+    c, images, own = inputs.config, inputs.parts["test"], inputs.backbones[backbone]
+    path = folder.path / "model"
+    model = load_model(path, backbone=own if own.load else None, plugins=c.plugins)
+    p = predict(model, images, device=inputs.device, precision=c.precision)
+    rows = np.flatnonzero(np.isfinite(p).all(1))
+    write_predictions(folder.path, images, p, rows)
+    right = int((p[rows].argmax(axis=1) == images.labels[rows]).sum())
+    return {
+        "test": measure(images.labels[rows], p[rows]),
+        "test_interval": accuracy_interval(right, len(rows)),
+        "latency_ms": time_forward(model.module, model.preprocessing, inputs.device),
+    }

@@ -1,0 +1,111 @@
+"""What follows from the trials of a search: the best, the front, the summary. No state, no files.
+
+`metric` is that of the search; costs are by backbone, as search.json has them. Trials without a
+value count nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sfda_tune.pipelines.engines import Trial
+
+__all__ = [
+    "best_epoch",
+    "estimate_everything",
+    "find_best",
+    "find_front",
+    "of_backbone",
+    "seconds_per_epoch",
+    "signed",
+    "sort_key",
+    "summarise",
+]
+
+
+def signed(value: float, metric: str) -> float:
+    """Return a value such that more is better."""
+    return -value if metric == "log_loss" else value
+
+
+def sort_key(trial: Trial, metric: str) -> tuple[float, float, int]:
+    """Return what to compare trials by: the value; equal ones by the log-loss there."""
+    values = [e["value"] for e in trial.epochs]
+    at = values.index(trial.value)
+    losses = [e["log_loss"] for e in trial.epochs[at:] if e["value"] == trial.value]
+    return signed(float(trial.value or 0.0), metric), -min(losses), -trial.number
+
+
+def find_best(trials: Iterable[Trial], metric: str) -> Trial | None:
+    """Return the best trial; None if none has a value."""
+    known = [t for t in trials if t.value is not None]
+    return max(known, key=lambda t: sort_key(t, metric), default=None)
+
+
+def best_epoch(trial: Trial, metric: str) -> dict[str, Any]:
+    """Return the epoch that a trial has its value from."""
+    return max(trial.epochs, key=lambda e: (signed(e["value"], metric), -e["log_loss"]))
+
+
+def of_backbone(trials: Iterable[Trial], backbone: str) -> list[Trial]:
+    """Return the trials of one backbone that have a value."""
+    return [t for t in trials if t.backbone == backbone and t.value is not None]
+
+
+def summarise(trial: Trial, metric: str, costs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry "best" of search.json, before the test."""
+    at = best_epoch(trial, metric)
+    return {
+        "trial": trial.number,
+        "backbone": trial.backbone,
+        "params": dict(trial.params),
+        "val": {metric: trial.value, "log_loss": at["log_loss"]},
+        "epochs": at["number"],
+        "test": None,
+        **{k: costs[trial.backbone][k] for k in ("latency_ms", "n_params")},
+    }
+
+
+def find_front(trials: Iterable[Trial], directions: Sequence[str]) -> list[int]:
+    """Return the numbers of the trials that no other one beats in all objectives.
+
+    >>> trials = [Trial(0, "a", {}, value=0.9, values=(0.9, 5.0)),
+    ...           Trial(1, "b", {}, value=0.8, values=(0.8, 3.0)),
+    ...           Trial(2, "b", {}, value=0.8, values=(0.8, 4.0))]
+    >>> find_front(trials, ("maximize", "minimize"))
+    [0, 1]
+    """
+    if len(directions) == 1:
+        return []
+    signs = np.array([1.0 if d == "maximize" else -1.0 for d in directions])
+    points = {t.number: signs * np.array(t.values) for t in trials if t.value is not None}
+    return [
+        n
+        for n, p in points.items()
+        if not any((q >= p).all() and (q > p).any() for q in points.values())
+    ]
+
+
+def seconds_per_epoch(trials: Iterable[Trial], backbone: str) -> float | None:
+    """Return the mean over the epochs of a backbone; None if it had none."""
+    spent = [e["seconds"] for t in of_backbone(trials, backbone) for e in t.epochs[1:]]
+    return float(np.mean(spent)) if spent else None
+
+
+def estimate_everything(
+    trials: Iterable[Trial], costs: Mapping[str, Any], speeds: Mapping[str, float | None]
+) -> float | None:
+    """Return what as many epochs for every candidate as the longest trial had would take.
+
+    A backbone that was not tuned: by its forward speed, compared with those that were.
+    """
+    longest = max((t.epochs[-1]["number"] for t in trials if t.value is not None), default=0)
+    known = {n: c["seconds_per_epoch"] for n, c in costs.items() if c["seconds_per_epoch"]}
+    ratios = [seconds * speed for n, seconds in known.items() if (speed := speeds.get(n))]
+    if not ratios:
+        return None
+    each = [known.get(n, np.median(ratios) / s) for n, s in speeds.items() if n in known or s]
+    return float(longest * sum(each))
