@@ -30,7 +30,7 @@ from scipy.linalg import eigh, get_blas_funcs, get_lapack_funcs
 from scipy.special import softmax
 from threadpoolctl import threadpool_limits
 
-import sfda_tune.metrics
+from sfda_tune.metrics import sfda as metric
 from sfda_tune.metrics._fisher import load
 from sfda_tune.metrics.sfda import VARIANTS, _score
 
@@ -38,7 +38,7 @@ from sfda_tune.metrics.sfda import VARIANTS, _score
 (dpotrf,) = get_lapack_funcs(("potrf",), dtype=np.float64)
 
 
-sfda = functools.partial(sfda_tune.metrics.sfda, variant="official")
+sfda = functools.partial(metric.sfda, variant="official")
 
 
 def gaussian_classes(N: int, D: int, C: int) -> tuple[np.ndarray, np.ndarray]:
