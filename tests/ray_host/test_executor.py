@@ -246,11 +246,12 @@ def test_an_image_that_kills_is_left_out_of_every_backbone(fresh, tmp_path, how)
 @pytest.mark.slow
 def test_a_hung_image_is_named(fresh, tmp_path, monkeypatch):
     monkeypatch.setattr(fresh, "deadline", 3)
-    hang = Item(pixels()[20], os.getpid(), hang=True)
-    expected = run(make_dataset(), NETS)
-    results = run(make_dataset({20: hang}), NETS, store=FeatureStore(tmp_path), executor=fresh)
-    assert_same(results, expected, [row for row in range(40) if row != 20])
-    assert results["a"].unreadable == {20: "a process that decodes it hangs for more than 3 s"}
+    hang = Item(pixels()[10], os.getpid(), hang=True)
+    expected = run(make_dataset(n=16), NETS)
+    dataset = make_dataset({10: hang}, n=16)
+    results = run(dataset, NETS, store=FeatureStore(tmp_path), executor=fresh)
+    assert_same(results, expected, [row for row in range(16) if row != 10])
+    assert results["a"].unreadable == {10: "a process that decodes it hangs for more than 3 s"}
 
 
 @pytest.mark.slow
@@ -363,7 +364,7 @@ def test_machines_come_and_go(ray_cluster, tmp_path):
                 end.touch()
 
     expected, watch = run(make_dataset(), NETS), Cloud()
-    slow = [Backbone(f"n{k}", load=Load(str(end), scale=3 + k)) for k in range(100)]
+    slow = [Backbone(f"n{k}", load=Load(str(end), scale=3 + k)) for k in range(20)]
     with executor:
         results = run(
             make_dataset(), [*NETS, *slow], store=FeatureStore(tmp_path / "store"),
@@ -377,7 +378,7 @@ def test_machines_come_and_go(ray_cluster, tmp_path):
 
 DRIVER = """
 import sys, sfda_tune
-from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction import plan
 from sfda_tune_ray import RayExecutor
 plan.SHARD = 8
 if __name__ == "__main__":
