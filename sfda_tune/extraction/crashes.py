@@ -13,6 +13,7 @@ from typing import Any
 
 import PIL
 
+from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.data.decoding import Passing
 from sfda_tune.extraction.pixels import Decoder
 from sfda_tune.extraction.plan import Unit
@@ -93,7 +94,7 @@ def _watch(content: bytes, timeout: float) -> tuple[int | None, int | None]:
 
 def _check(dataset: Any, halves: Any, plugins: Any, poison: dict[int, str], start: int) -> None:
     for plugin in plugins:
-        plugins.load_plugin(plugin)
+        load_plugin(plugin)
     decoder = Decoder(dataset, halves, poison)
     for row in range(start, len(dataset)):
         sys.stdout.write(f"row {row}\n")

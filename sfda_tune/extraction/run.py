@@ -41,9 +41,10 @@ from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
 from sfda_tune.data.loader import BATCH, Loader, count_workers, cut, is_in_memory
+from sfda_tune.extraction import plan as planning
 from sfda_tune.extraction.crashes import PILLOW, POISON
 from sfda_tune.extraction.pixels import Decoder, forget_blocks, require_memory
-from sfda_tune.extraction.plan import SHARD, BackboneJob, Outcome, Plan, Unit, cut_units, length
+from sfda_tune.extraction.plan import BackboneJob, Outcome, Plan, Unit, cut_units, length
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import Entry, FeatureStore, make_key
 from sfda_tune.extraction.worker import (
@@ -143,7 +144,7 @@ def _extract(
     for backbone in backbones:
         try:
             description = loading.describe(backbone)
-            require_memory(description.preprocessing, min(SHARD, len(dataset)))
+            require_memory(description.preprocessing, min(planning.SHARD, len(dataset)))
             weights = fingerprints.fingerprint(backbone) if store is not None else None
             jobs[backbone.name] = BackboneJob(description, weights)
         except Exception as error:
@@ -151,7 +152,9 @@ def _extract(
             yield Extraction(backbone, None, np.empty(0, np.int64), describe_error(error))
 
     images = dataset.digests() if store is not None else [""] * len(dataset)
-    shards = [(s, min(s + SHARD, len(dataset))) for s in range(0, len(dataset), SHARD)]
+    shards = [
+        (s, min(s + planning.SHARD, len(dataset))) for s in range(0, len(dataset), planning.SHARD)
+    ]
     most = settings.max_unreadable * len(dataset)
     plan = Plan(uuid.uuid4().hex, dataset, jobs, shards, images, {}, most)
     plan.poison.update(_without_content(dataset, images))
@@ -330,7 +333,7 @@ def _look_again(
     for row in rows:
         if row not in plan.poison:
             for job in doubtful[row]:
-                job.entries.pop(row // SHARD, None)
+                job.entries.pop(row // planning.SHARD, None)
 
 
 def _problems(items: list[tuple[list[Any], str | None, float]]) -> list[str | None]:

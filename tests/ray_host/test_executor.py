@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,20 +227,22 @@ def test_an_image_that_kills_is_left_out_of_every_backbone(fresh, tmp_path, how)
 
     That the decoder crashes is kept; whoever was killed may have been short of memory.
     """
-    store = FeatureStore(tmp_path)
-    expected = run(make_dataset(), NETS)
+    store, plugin = FeatureStore(tmp_path), tmp_path / "plugin.py"
+    plugin.touch()
+    nets = [replace(net, plugins=(str(plugin),)) for net in NETS]
+    expected = run(make_dataset(), nets)
     poison = Item(pixels()[11], os.getpid(), signal=how)
-    run(make_dataset({11: poison}), NETS[:1], store=store)  # reads it here, where it does no harm
-    results = run(make_dataset({11: poison}), NETS, store=store, executor=fresh)
+    run(make_dataset({11: poison}), nets[:1], store=store)  # reads it here, where it does no harm
+    results = run(make_dataset({11: poison}), nets, store=store, executor=fresh)
     assert_same(results, expected, [row for row in range(40) if row != 11])
     for e in results.values():
         assert list(e.unreadable) == [11]
         assert f"ends with code -{how:d}" in e.unreadable[11]
     assert kinds(fresh) == ["actor", "image"]
-    again = run(make_dataset({11: poison}), NETS, store=store)  # where it does no harm
+    again = run(make_dataset({11: poison}), nets, store=store)  # where it does no harm
     for name, e in again.items():
         crashed = how == signal.SIGSEGV
-        assert e.cached == (crashed or name == NETS[0].name)
+        assert e.cached == (crashed or name == nets[0].name)
         assert e.rows.tolist() == (results[name].rows.tolist() if crashed else [*range(40)])
 
 
