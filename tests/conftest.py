@@ -179,7 +179,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def forked() -> Iterator[Callable[..., Any]]:
-    """Start `sfda-tune` in a forked process; whatever is left of all is ended at the end.
+    """Start `sfda-tune` or a script in a forked process; what is left of it is ended at the end.
 
     Where an interpreter must start or end as a user's does, take `subprocess` instead.
     """
@@ -196,8 +196,12 @@ def forked() -> Iterator[Callable[..., Any]]:
     children = []
 
     def start(arguments: list[Any], out: Path, err: Path | None = None) -> Any:
-        given = (arguments, str(out), str(err or out), os.environ | own)
-        child = context.Process(target=command_lab.run_command, args=given)
+        is_script = str(arguments[0]).endswith(".py")
+        be = command_lab.run_script if is_script else command_lab.run_command
+        environment = os.environ | own | {"PWD": os.getcwd()}
+        child = context.Process(
+            target=be, args=(arguments, str(out), str(err or out), environment)
+        )
         child.start()
         children.append(child)
         return child
