@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -210,6 +211,26 @@ BLOCKS: dict[str, tuple[int, PixelBlock]] = {}
 BLOCKS_LOCK = threading.Lock()
 IDLE = 60.0  # seconds
 _JANITOR: threading.Timer | None = None
+
+
+@contextlib.contextmanager
+def lend_block(run: str, number: int, make: Callable[[], PixelBlock]) -> Iterator[PixelBlock]:
+    """Lend the pixels of a block, made once for all units of a run that come here."""
+    with BLOCKS_LOCK:
+        known, block = BLOCKS.pop(run, (-1, None))
+        if block is None or known != number:
+            block = make()
+        BLOCKS[run] = number, block  # the last used at the end
+        block.users += 1
+        while len(BLOCKS) > 1 and sum(b.nbytes for _, b in BLOCKS.values()) > PIXEL_BYTES:
+            del BLOCKS[next(iter(BLOCKS))]
+    try:
+        yield block
+    finally:
+        with BLOCKS_LOCK:
+            block.users -= 1
+            block.used = time.monotonic()
+            watch_idle()
 
 
 def forget_blocks(run: str) -> None:

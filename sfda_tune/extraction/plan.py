@@ -12,7 +12,7 @@ from sfda_tune.backbones import loading
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import get_switches
-from sfda_tune.extraction.pixels import PIXEL_BYTES, bytes_per_image
+from sfda_tune.extraction import pixels
 from sfda_tune.extraction.store import Entry
 from sfda_tune.values.features import Backbone
 
@@ -151,6 +151,11 @@ class Plan:
             )
 
 
+def cut_shards(n: int) -> list[tuple[int, int]]:
+    """Return the rows of all shards of so many images."""
+    return [(start, min(start + SHARD, n)) for start in range(0, n, SHARD)]
+
+
 def cut_units(plan: Plan) -> Iterator[Unit]:
     """Yield the units, block by block; lazily, so that a failed backbone is not tried again."""
     needed = sorted(frozenset().union(*plan.missing.values()))
@@ -171,6 +176,6 @@ def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None
     distinct = {p.key: p for p in preprocessings}
     per_image = 0
     for p in distinct.values():
-        per_image += bytes_per_image(p)
-    budget = min(PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
+        per_image += pixels.bytes_per_image(p)
+    budget = min(pixels.PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
     return max(1, budget // max(SHARD * per_image, 1))

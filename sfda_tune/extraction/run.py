@@ -41,10 +41,17 @@ from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
 from sfda_tune.data.loader import BATCH, Loader, count_workers, cut, is_in_memory
-from sfda_tune.extraction import plan as planning
 from sfda_tune.extraction.crashes import PILLOW, POISON
 from sfda_tune.extraction.pixels import Decoder, forget_blocks, require_memory
-from sfda_tune.extraction.plan import BackboneJob, Outcome, Plan, Unit, cut_units, length
+from sfda_tune.extraction.plan import (
+    BackboneJob,
+    Outcome,
+    Plan,
+    Unit,
+    cut_shards,
+    cut_units,
+    length,
+)
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import Entry, FeatureStore, make_key
 from sfda_tune.extraction.worker import (
@@ -140,11 +147,12 @@ def _extract(
     settings = settings or Settings()
     resolve = resolve_device if executor is None else executor.resolve_device
     settings = replace(settings, device=resolve(settings.device))
+    shards = cut_shards(len(dataset))
     jobs: dict[str, BackboneJob] = {}
     for backbone in backbones:
         try:
             description = loading.describe(backbone)
-            require_memory(description.preprocessing, min(planning.SHARD, len(dataset)))
+            require_memory(description.preprocessing, length(shards[0]))
             weights = fingerprints.fingerprint(backbone) if store is not None else None
             jobs[backbone.name] = BackboneJob(description, weights)
         except Exception as error:
@@ -152,9 +160,6 @@ def _extract(
             yield Extraction(backbone, None, np.empty(0, np.int64), describe_error(error))
 
     images = dataset.digests() if store is not None else [""] * len(dataset)
-    shards = [
-        (s, min(s + planning.SHARD, len(dataset))) for s in range(0, len(dataset), planning.SHARD)
-    ]
     most = settings.max_unreadable * len(dataset)
     plan = Plan(uuid.uuid4().hex, dataset, jobs, shards, images, {}, most)
     plan.poison.update(_without_content(dataset, images))
@@ -333,7 +338,7 @@ def _look_again(
     for row in rows:
         if row not in plan.poison:
             for job in doubtful[row]:
-                job.entries.pop(row // planning.SHARD, None)
+                job.entries.pop(row // length(plan.shards[0]), None)
 
 
 def _problems(items: list[tuple[list[Any], str | None, float]]) -> list[str | None]:

@@ -23,12 +23,9 @@ from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, get_switches, set_switches
 from sfda_tune.extraction.pixels import (
-    BLOCKS,
-    BLOCKS_LOCK,
     PIN,
-    PIXEL_BYTES,
     PixelBlock,
-    watch_idle,
+    lend_block,
 )
 from sfda_tune.extraction.plan import Outcome, Plan, Unit
 from sfda_tune.extraction.settings import Settings
@@ -234,32 +231,19 @@ class Worker:
             self.resident[name] = loaded
         return loaded
 
-    @contextlib.contextmanager
-    def _block(self, unit: Unit, *, pin: bool) -> Iterator[PixelBlock]:
+    def _block(self, unit: Unit, *, pin: bool) -> contextlib.AbstractContextManager[PixelBlock]:
         """Lend the pixels of a unit's block, made for all units that come here."""
-        with BLOCKS_LOCK:
-            number, block = BLOCKS.pop(unit.run, (-1, None))
-            if block is None or number != unit.block:
-                block = PixelBlock(
-                    unit.dataset,
-                    unit.halves,
-                    self.settings,
-                    unit.backbone.plugins,
-                    pin=pin,
-                    poison=unit.poison,
-                    threads=self.threads,
-                )
-            BLOCKS[unit.run] = unit.block, block  # the last used at the end
-            block.users += 1
-            while len(BLOCKS) > 1 and sum(b.nbytes for _, b in BLOCKS.values()) > PIXEL_BYTES:
-                del BLOCKS[next(iter(BLOCKS))]
-        try:
-            yield block
-        finally:
-            with BLOCKS_LOCK:
-                block.users -= 1
-                block.used = time.monotonic()
-                watch_idle()
+        make = partial(
+            PixelBlock,
+            unit.dataset,
+            unit.halves,
+            self.settings,
+            unit.backbone.plugins,
+            pin=pin,
+            poison=unit.poison,
+            threads=self.threads,
+        )
+        return lend_block(unit.run, unit.block, make)
 
 
 @dataclass(eq=False)

@@ -732,7 +732,7 @@ def test_transform_to_tensors_is_not_applied(caplog):
         [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.1] * 3)]
     )
     source = Cifar(transform=normalise)
-    with caplog.at_level(logging.INFO, "sfda_tune.data.opening"):
+    with caplog.at_level(logging.INFO, "sfda_tune.data"):
         data = open_dataset(source)
     assert "its transform is not applied" in caplog.text
     assert source.transform is normalise  # the user's object is as before

@@ -88,7 +88,7 @@ def test_mps_is_refused_where_it_is_not():
 
 def test_what_mps_needs_is_there():
     """Nothing on the way to an MPS device asks for CUDA."""
-    for name in ("devices", "extraction", "finetuning", "predictions", "scoring"):
+    for name in ("backbones.devices", "extraction.run", "finetuning.run", "metrics.scoring"):
         importlib.import_module(f"sfda_tune.{name}")
     assert Settings(device="mps").device == "mps"
     assert devices.is_working("mps")

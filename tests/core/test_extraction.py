@@ -19,7 +19,7 @@ from timm.data.transforms_factory import create_transform
 
 import sfda_tune
 from sfda_tune import DatasetError, open_dataset
-from sfda_tune.backbones import devices
+from sfda_tune.backbones import devices, loading
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data import decoding as images
 from sfda_tune.data.decoding import Passing
@@ -251,7 +251,7 @@ def test_a_second_run_makes_no_forward_pass(dataset, zoo, tmp_path, monkeypatch)
     store = FeatureStore(tmp_path)
     first = run(dataset, zoo, store=store)
     assert not any(e.cached for e in first.values())
-    monkeypatch.setattr(extraction.zoo, "load", lambda b: pytest.fail("a backbone was loaded"))
+    monkeypatch.setattr(loading, "load", lambda b: pytest.fail("a backbone was loaded"))
     again = run(dataset, zoo, store=store)
     assert all(e.cached for e in again.values())
     for name, e in again.items():

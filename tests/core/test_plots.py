@@ -143,7 +143,7 @@ def test_confusions_of_a_real_model(ax):
 def test_without_matplotlib_it_says_what_to_install(clean_environment):
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "from sfda_tune import plots, report\n"  # the page needs none
+        "from sfda_tune.report import html, plots\n"  # the page needs none
         "try: plots.plot_ranking({'a': 1.0})\n"
         "except ImportError as error: print(error)"
     )
