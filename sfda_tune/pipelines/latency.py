@@ -17,6 +17,7 @@ __all__ = ["measure_latency"]
 def measure_latency(backbone: Backbone, device: str = "auto") -> float:
     """Return the milliseconds that a forward pass with one image takes: the median of several.
 
+    >>> from sfda_tune import resolve_backbones
     >>> (backbone,) = resolve_backbones("demo:resnet_glyphs")
     >>> 0 < measure_latency(backbone, "cpu") < 10_000
     True

@@ -324,6 +324,7 @@ def confidence(
 
     Examples
     --------
+    >>> from sfda_tune.values.features import Score
     >>> terms = np.random.default_rng(0).uniform(size=(2, 60)) + [[0.0], [0.4]]
     >>> scores = [Score(name, p.mean(), p) for name, p in zip("ab", terms)]
     >>> confidence(Ranking(scores, labels=np.arange(60) % 3)).best

@@ -44,6 +44,7 @@ def executor(ray_cluster):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(plan, "SHARD", 8)
+    monkeypatch.setattr(module, "PATIENCE", 600)  # a busy machine is slow to start actors
 
 
 @pytest.fixture(scope="module")
