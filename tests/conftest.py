@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,15 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # `--import-mode=importlib` does not
 LOOPBACK = ("optuna_host", "ray_host")  # folders of tests that need servers on this machine
+
+
+PRELOADED = [
+    "command_lab", "sfda_tune.pipelines.search", "timm.optim", "torch._dynamo",
+    "sklearn.datasets", "sqlalchemy.orm", "pandas", "sfda_tune_optuna.engine",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -162,6 +175,42 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     return dict(os.environ)
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Callable[..., Any]]:
+    """Start `sfda-tune` or a script in a forked process; what is left of it is ended at the end.
+
+    Where an interpreter must start or end as a user's does, take `subprocess` instead.
+    """
+    import command_lab
+
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        ensure_running()
+    children = []
+
+    def start(arguments: list[Any], out: Path, err: Path | None = None) -> Any:
+        is_script = str(arguments[0]).endswith(".py")
+        be = command_lab.run_script if is_script else command_lab.run_command
+        environment = os.environ | own | {"PWD": os.getcwd()}
+        child = context.Process(
+            target=be, args=(arguments, str(out), str(err or out), environment)
+        )
+        child.start()
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:  # a number may belong to somebody else once its process is gone
+        if child.is_alive():
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ class ImageDataset:
     origin : ndarray of int64, shape (n,), optional
         Row number of each image in what the user gave, for messages.
 
+    >>> from sfda_tune import open_dataset
     >>> data = open_dataset((np.zeros((6, 4, 5, 3), np.uint8), ["dog", "cat"] * 3))
     >>> data.classes, data.labels.tolist(), data.load(0).size, data.item_name(0)
     (('cat', 'dog'), [1, 0, 1, 0, 1, 0], (5, 4), 'row 0')
@@ -150,6 +151,7 @@ class ImageDataset:
         Sainte-Laguë rule, because with largest remainders a class may *lose* a place when `n`
         grows (Alabama paradox). `DatasetError` if `n` is less than the number of classes.
 
+        >>> from sfda_tune import open_dataset
         >>> data = open_dataset((np.zeros((100, 2, 2), np.uint8), [0] * 80 + [1] * 20))
         >>> np.bincount(data.sample(10).labels)
         array([8, 2])

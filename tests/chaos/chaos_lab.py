@@ -1,15 +1,10 @@
-"""What the tests of this folder run in processes of their own, forked where all is imported."""
+"""What the tests of this folder have in common."""
 
 import os
-import sys
 
 import numpy as np
 import pytest
-import sfda_tune_optuna.engine  # noqa: F401  imported once, in the server that forks
-import torch
 
-import sfda_tune.cli.main
-import sfda_tune.pipelines.search
 from sfda_tune import Ranking
 
 TIMES = int(os.environ.get("SFDA_TUNE_CHAOS") or 1)
@@ -23,18 +18,6 @@ def trials(n):
     argument that repeats it.
     """
     return pytest.mark.parametrize("seed", range(n * TIMES))
-
-
-def run_command(arguments, log, environment):
-    """Be `sfda-tune` in a child process, with a process group of its own."""
-    os.setsid()
-    os.environ.update(environment)
-    with open(log, "ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    sys.stdout, sys.stderr = (os.fdopen(k, "w", closefd=False) for k in (1, 2))
-    torch.set_num_threads(1)
-    sfda_tune.cli.main.main(list(map(str, arguments)))
 
 
 def essence(ranking):

@@ -6,7 +6,6 @@ ten times as many trials. A trial that fails is repeated by its name: ``pytest -
 the end of pytest's output.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +16,6 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SLOW_TO_IMPORT = ["timm.optim", "torch._dynamo", "sklearn.datasets", "sqlalchemy.orm", "pandas"]
 sys.path.insert(0, str(HERE))  # `--import-mode=importlib` does not
 
 
@@ -43,43 +41,11 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session")
-def server():
-    """Fork the children from a process that has imported all: a kill is to hit work."""
-    with pytest.MonkeyPatch.context() as patch:
-        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-        for name, value in {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}.items():
-            patch.setenv(name, value)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["chaos_lab", *SLOW_TO_IMPORT])
-        yield context
-
-
-@pytest.fixture(scope="session")
-def start(server):
-    """Start `sfda-tune` in a process of its own; whatever is left of all is ended at the end."""
-    import chaos_lab
-
-    groups = []
-
-    def begin(arguments, log, **environment):
-        child = server.Process(target=chaos_lab.run_command, args=(arguments, log, environment))
-        child.start()
-        groups.append(child)
-        return child
-
-    yield begin
-    for child in groups:  # a number may belong to somebody else once its process is gone
-        if child.is_alive():
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-
-
-@pytest.fixture(scope="session")
-def finish(start):
+def finish(forked):
     """Run a command to its end, which must be a good one."""
 
     def run(arguments, log, seconds=150):
-        child = start(arguments, log)
+        child = forked(arguments, log)
         child.join(seconds)
         text = Path(log).read_text(errors="replace")
         assert child.exitcode == 0, f"exit code {child.exitcode} (None: hung)\n{text[-3000:]}"
@@ -89,11 +55,11 @@ def finish(start):
 
 
 @pytest.fixture(scope="session")
-def kill(start):
+def kill(forked):
     """Start a command and kill it after some seconds: alone, or with all its processes."""
 
     def run(arguments, log, seconds, everything):
-        child = start(arguments, log)
+        child = forked(arguments, log)
         child.join(seconds)
         if child.exitcode is None:
             with suppress(ProcessLookupError):  # it has not made its group yet

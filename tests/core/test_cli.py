@@ -21,6 +21,7 @@ from sfda_tune import Ranking, __version__
 from sfda_tune.cli import main as commands
 from sfda_tune.cli import terminal
 from sfda_tune.cli.options import spread_lists
+from sfda_tune.values import ranking as values_ranking
 
 COMMAND = [sys.executable, "-m", "sfda_tune"]
 
@@ -45,11 +46,15 @@ def cli_here(clean_environment, monkeypatch, capfd):
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `main` sets both
     handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGHUP)}
 
-    def run(*arguments, code=0):
-        with pytest.raises(SystemExit) as done:
-            commands.main(list(map(str, arguments)))
+    def run(*arguments, code=0, both=False):
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)  # they are shown, as to a user
+            with pytest.raises(SystemExit) as done:
+                commands.main(list(map(str, arguments)))
         out, err = capfd.readouterr()
         assert done.value.code == code, out + err
+        if both:
+            return out, err
         return out if code == 0 else err
 
     monkeypatch.setattr(terminal, "output", Console(width=200, no_color=True))
@@ -143,42 +148,40 @@ def test_errors_are_one_clear_line(cli_here, arguments, message, tmp_path, monke
     assert len(error.strip().splitlines()) == 1
 
 
-def test_debug_shows_the_traceback(cli):
-    assert "Traceback" in cli("rank", "digits", "-b", "resnet5O", "--debug", code=1)
+def test_debug_shows_the_traceback(cli_here):
+    assert "Traceback" in cli_here("rank", "digits", "-b", "resnet5O", "--debug", code=1)
 
 
-def test_usage_errors(cli):
+def test_usage_errors(cli, cli_here):
     for arguments, message in (
         (["rank", "--nonsense"], "No such option"),
         (["rank", "--samples", "many"], "Invalid value for '--samples'"),
         (["nonsense"], "No such command"),
     ):
-        error = cli(*arguments, code=2)
+        error = cli_here(*arguments, code=2)
         assert message in error
         assert len(error.strip().splitlines()) == 1
-    assert f"sfda-tune {__version__}" in cli("--version")
-    assert "rank" in cli("--help")
-    assert "--backbones" in cli("rank", "-h")
-    assert "'convnext_*.fb_in22k*'" in cli("rank", "--help")
+    assert cli("nonsense", code=2) == error  # in a process of its own, too
+    assert f"sfda-tune {__version__}" in cli_here("--version")
+    assert "rank" in cli_here("--help")
+    assert "--backbones" in cli_here("rank", "-h")
+    assert "'convnext_*.fb_in22k*'" in cli_here("rank", "--help")
 
 
-def test_a_ranking_that_cannot_be_written_is_still_shown(cli, toy_zoo, photos, tmp_path):
+def test_a_ranking_that_cannot_be_written_is_still_shown(
+    cli_here, toy_zoo, photos, tmp_path, monkeypatch
+):
     (tmp_path / "r.json").mkdir()
-    assert "cannot be written" in cli("rank", "--out", tmp_path / "r.json", code=1)
-    code = (
-        "import sys, sfda_tune.values.ranking as v\n"
-        "def full(*a): raise OSError(28, 'No space left on device')\n"
-        "v.write_text = full\n"
-        "from sfda_tune.cli.main import main; main()"
-    )
+    assert "cannot be written" in cli_here("rank", "--out", tmp_path / "r.json", code=1)
+
+    def fill_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(values_ranking, "write_text", fill_disk)
     arguments = ["rank", photos, "-b", toy_zoo / "vit", *RANK, "--out", tmp_path / "x.json"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "vit" in done.stdout
-    assert "x.json' could not be written (No space left on device)" in done.stderr
+    out, err = cli_here(*arguments, code=1, both=True)
+    assert "vit" in out
+    assert "x.json' could not be written (No space left on device)" in err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", None])
@@ -242,25 +245,23 @@ def test_bars_take_names_as_text():
         assert r"[/b][bold]\x1b]0;pwned" in shown.getvalue()
 
 
-def test_saturated_scores_are_remarked_upon(cli, photos, toy_zoo, clean_environment):
-    done = subprocess.run(
-        [*COMMAND, "rank", str(photos), "-b", str(toy_zoo), "--variant", "official", *RANK],
-        capture_output=True, text=True, check=True, env=clean_environment,
-    )  # fmt: skip
-    assert "warning: " in done.stderr
-    assert "tie" in done.stderr
+def test_saturated_scores_are_remarked_upon(cli_here, photos, toy_zoo):
+    _, err = cli_here("rank", photos, "-b", toy_zoo, "--variant", "official", *RANK, both=True)
+    assert "warning: " in err
+    assert "tie" in err
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100])
-def test_a_narrow_terminal_keeps_names_and_scores(photos, toy_zoo, clean_environment, columns):
-    clean_environment.pop("COLUMNS")
+def test_a_narrow_terminal_keeps_names_and_scores(
+    forked, photos, toy_zoo, tmp_path, monkeypatch, columns
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
     ours, theirs = pty.openpty()
     ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(
-        [*COMMAND, "rank", str(photos), "-b", str(toy_zoo), *RANK],
-        stdout=theirs, stderr=subprocess.DEVNULL, env=clean_environment,
-    )  # fmt: skip
-    process.wait(timeout=120)
+    arguments = ["rank", photos, "-b", toy_zoo, *RANK]
+    child = forked(arguments, os.ttyname(theirs), tmp_path / "err")
+    child.join(120)
+    assert child.exitcode == 0, (tmp_path / "err").read_text()
     os.close(theirs)
     text = os.read(ours, 100_000).decode()
     for name in ("convnext", "efficientnet", "resnet", "vit"):
@@ -307,25 +308,20 @@ def test_backbones_lists_what_is_there(cli_here, toy_zoo):
     assert "no model" in cli_here("backbones", "zzz*", code=1)
 
 
-def test_unreadable_images_are_named_in_a_warning(
-    cli, photos, toy_zoo, tmp_path, clean_environment
-):
+def test_unreadable_images_are_named_in_a_warning(cli_here, photos, toy_zoo, tmp_path):
     root = shutil.copytree(photos, tmp_path / "spoilt")
     (root / "bee" / "03.jpg").write_bytes(b"no image")
-    done = subprocess.run(
-        [*COMMAND, "rank", root, "-b", toy_zoo / "vit", *RANK],
-        capture_output=True, text=True, check=True, env=clean_environment,
-    )  # fmt: skip
-    assert "warning: 1 of 36 images could not be read" in done.stderr
-    assert "03.jpg" in done.stderr
-    assert "35 images" in done.stdout
+    out, err = cli_here("rank", root, "-b", toy_zoo / "vit", *RANK, both=True)
+    assert "warning: 1 of 36 images could not be read" in err
+    assert "03.jpg" in err
+    assert "35 images" in out
 
 
-def test_evaluate(cli, tmp_path):
+def test_evaluate(cli_here, tmp_path):
     scores, truth = tmp_path / "scores.json", tmp_path / "truth.csv"
     scores.write_text('{"a": 0.9, "b": 0.5, "c": 0.1, "d": 0.2}')
     truth.write_text("backbone,accuracy\na,0.8\nb,0.7\nc,0.5\nd,0.6\n")
-    out = cli("evaluate", scores, truth)
+    out = cli_here("evaluate", scores, truth)
     assert re.search(r"weighted_tau\s+1\.0", out)
     assert re.search(r"regret_at_1\s+0\.0", out)
     truth.write_text('{"x": {"a": 1, "b": 2, "c": 3, "d": 4}}')
@@ -333,8 +329,8 @@ def test_evaluate(cli, tmp_path):
     both.write_text(
         '{"x": {"a": 1, "b": 2, "c": 3, "d": 4}, "y": {"a": 4, "b": 3, "c": 2, "d": 1}}'
     )
-    assert "x" in cli("evaluate", both, both)
-    assert "no/such.json" in cli("evaluate", "no/such.json", both, code=1)
+    assert "x" in cli_here("evaluate", both, both)
+    assert "no/such.json" in cli_here("evaluate", "no/such.json", both, code=1)
 
 
 SLOW_PLUGIN = """
@@ -371,14 +367,6 @@ def slow_zoo(toy_zoo, tmp_path):
     return tmp_path / "zoo", plugin, marker
 
 
-def start(clean_environment, *arguments):
-    return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environment,
-        start_new_session=True,
-    )  # fmt: skip
-
-
 def test_without_a_standard_output_it_ends_as_with_one(clean_environment):
     command = f"exec {shlex.join(COMMAND)} --version >&-"
     done = subprocess.run(
@@ -397,29 +385,29 @@ def test_messages_that_cannot_be_written_lose_no_result(photos, toy_zoo, tmp_pat
     assert json.loads(out.read_text())["scores"]
 
 
-def wait_for(marker: Path, process: subprocess.Popen) -> None:
-    for _ in range(1200):
-        if marker.exists() or process.poll() is not None:
+def wait_for(marker: Path, child, err: Path) -> None:
+    for _ in range(2400):
+        if marker.exists() or not child.is_alive():
             break
         time.sleep(0.05)
-    assert marker.exists(), process.communicate()
+    assert marker.exists(), err.read_text()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_shows_and_writes_what_is_finished(
-    photos, slow_zoo, tmp_path, clean_environment, sign
+    forked, photos, slow_zoo, tmp_path, sign
 ):
     zoo, plugin, marker = slow_zoo
-    out = tmp_path / "r.json"
+    out, err, written = tmp_path / "out", tmp_path / "err", tmp_path / "r.json"
     arguments = ["rank", photos, "-b", zoo, "--import", plugin, *RANK]
-    process = start(clean_environment, *arguments, "--batch-size", 4, "--out", out)
-    wait_for(marker, process)
-    os.kill(process.pid, sign)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "Interrupted" in stderr
-    assert "quick" in stdout
-    ranking = Ranking.from_json(out)
+    child = forked([*arguments, "--batch-size", 4, "--out", written], out, err)
+    wait_for(marker, child, err)
+    os.kill(child.pid, sign)
+    child.join(60)
+    assert child.exitcode == 130, err.read_text()
+    assert "Interrupted" in err.read_text()
+    assert "quick" in out.read_text()
+    ranking = Ranking.from_json(written)
     assert ranking.shortlist(5) == ["quick"]
     assert list(ranking.failed) == ["slow"]
 
@@ -433,23 +421,25 @@ def test_nohup_stays(cli_here):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_after_a_kill_only_the_unfinished_backbone_is_run(
-    cli, photos, slow_zoo, tmp_path, clean_environment
-):
+def test_after_a_kill_only_the_unfinished_backbone_is_run(forked, photos, slow_zoo, tmp_path):
     zoo, plugin, marker = slow_zoo
     arguments = ["rank", photos, "-b", zoo, "--import", plugin, *RANK]
-    process = start(clean_environment, *arguments, "--batch-size", 4)
-    wait_for(marker, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    marker.unlink()
-    cli(*arguments, "--out", tmp_path / "r.json")
-    ranking = Ranking.from_json(tmp_path / "r.json")
-    assert ranking.score("quick").details["cached"]
-    assert not ranking.score("slow").details["cached"]
-    assert marker.exists()
-    marker.unlink()
-    cli(*arguments, "--out", tmp_path / "r.json")  # and now none
-    assert all(s.details["cached"] for s in Ranking.from_json(tmp_path / "r.json").scores)
-    assert not marker.exists()
+    err = tmp_path / "err"
+    child = forked([*arguments, "--batch-size", 4], err)
+    wait_for(marker, child, err)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+
+    def rank():
+        marker.unlink(missing_ok=True)
+        again = forked([*arguments, "--out", tmp_path / "r.json"], err)
+        again.join(120)
+        assert again.exitcode == 0, err.read_text()
+        cached = {
+            s.backbone: s.details["cached"] for s in Ranking.from_json(tmp_path / "r.json").scores
+        }
+        return cached, marker.exists()
+
+    assert rank() == ({"quick": True, "slow": False}, True)
+    assert rank() == ({"quick": True, "slow": True}, False)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ def executor(ray_cluster):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(plan, "SHARD", 8)
+    monkeypatch.setattr(module, "PATIENCE", 600)  # a busy machine is slow to start actors
 
 
 @pytest.fixture(scope="module")
@@ -228,31 +230,34 @@ def test_an_image_that_kills_is_left_out_of_every_backbone(fresh, tmp_path, how)
 
     That the decoder crashes is kept; whoever was killed may have been short of memory.
     """
-    store = FeatureStore(tmp_path)
-    expected = run(make_dataset(), NETS)
+    store, plugin = FeatureStore(tmp_path), tmp_path / "plugin.py"
+    plugin.touch()
+    nets = [replace(net, plugins=(str(plugin),)) for net in NETS]
+    expected = run(make_dataset(), nets)
     poison = Item(pixels()[11], os.getpid(), signal=how)
-    run(make_dataset({11: poison}), NETS[:1], store=store)  # reads it here, where it does no harm
-    results = run(make_dataset({11: poison}), NETS, store=store, executor=fresh)
+    run(make_dataset({11: poison}), nets[:1], store=store)  # reads it here, where it does no harm
+    results = run(make_dataset({11: poison}), nets, store=store, executor=fresh)
     assert_same(results, expected, [row for row in range(40) if row != 11])
     for e in results.values():
         assert list(e.unreadable) == [11]
         assert f"ends with code -{how:d}" in e.unreadable[11]
     assert kinds(fresh) == ["actor", "image"]
-    again = run(make_dataset({11: poison}), NETS, store=store)  # where it does no harm
+    again = run(make_dataset({11: poison}), nets, store=store)  # where it does no harm
     for name, e in again.items():
         crashed = how == signal.SIGSEGV
-        assert e.cached == (crashed or name == NETS[0].name)
+        assert e.cached == (crashed or name == nets[0].name)
         assert e.rows.tolist() == (results[name].rows.tolist() if crashed else [*range(40)])
 
 
 @pytest.mark.slow
 def test_a_hung_image_is_named(fresh, tmp_path, monkeypatch):
     monkeypatch.setattr(fresh, "deadline", 3)
-    hang = Item(pixels()[20], os.getpid(), hang=True)
-    expected = run(make_dataset(), NETS)
-    results = run(make_dataset({20: hang}), NETS, store=FeatureStore(tmp_path), executor=fresh)
-    assert_same(results, expected, [row for row in range(40) if row != 20])
-    assert results["a"].unreadable == {20: "a process that decodes it hangs for more than 3 s"}
+    hang = Item(pixels()[10], os.getpid(), hang=True)
+    expected = run(make_dataset(n=16), NETS)
+    dataset = make_dataset({10: hang}, n=16)
+    results = run(dataset, NETS, store=FeatureStore(tmp_path), executor=fresh)
+    assert_same(results, expected, [row for row in range(16) if row != 10])
+    assert results["a"].unreadable == {10: "a process that decodes it hangs for more than 3 s"}
 
 
 @pytest.mark.slow
@@ -365,7 +370,7 @@ def test_machines_come_and_go(ray_cluster, tmp_path):
                 end.touch()
 
     expected, watch = run(make_dataset(), NETS), Cloud()
-    slow = [Backbone(f"n{k}", load=Load(str(end), scale=3 + k)) for k in range(100)]
+    slow = [Backbone(f"n{k}", load=Load(str(end), scale=3 + k)) for k in range(20)]
     with executor:
         results = run(
             make_dataset(), [*NETS, *slow], store=FeatureStore(tmp_path / "store"),
@@ -379,7 +384,7 @@ def test_machines_come_and_go(ray_cluster, tmp_path):
 
 DRIVER = """
 import sys, sfda_tune
-from sfda_tune.extraction import run as extraction
+from sfda_tune.extraction import plan
 from sfda_tune_ray import RayExecutor
 plan.SHARD = 8
 if __name__ == "__main__":

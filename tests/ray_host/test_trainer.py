@@ -32,6 +32,7 @@ def test_search_trains_the_backbone_that_the_configuration_names(
         compute_objective=lambda metrics: metrics["eval_loss"],
         search_alg=tune.search.BasicVariantGenerator(points_to_evaluate=first, random_state=0),
         storage_path=str(tmp_path / "tune"), verbose=0, max_concurrent_trials=1,
+        reuse_actors=True,  # it need not import transformers again
     )  # fmt: skip
     trials = best.run_summary.trials
     assert [trial.status for trial in trials] == ["TERMINATED"] * 2

@@ -87,12 +87,10 @@ def test_trap_S13_S20_T05_T06_real_run_with_optuna_nested_and_resources(tmp_path
 
 def test_trap_S02_when_all_backbones_fail_the_run_ends(tmp_path):
     searcher = SFDASearcher(SCORES, max_failures=1, seed=0)
-    begin = time.monotonic()
     results = fit(
         crash, tmp_path, {"backbone": backbone_space(SCORES, 2)}, search_alg=searcher,
         num_samples=20, max_concurrent_trials=1, **MAX,
     )  # fmt: skip
-    assert time.monotonic() - begin < 60
     assert len(results.errors) == len(results) == 2
 
 

@@ -1,6 +1,8 @@
 """The core knows no host, and importing it is quick."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,43 @@ def test_ruff_bans_them_too(tmp_path):
             text=True, capture_output=True, check=False, cwd=ROOT,
         )  # fmt: skip
         assert done.returncode == code, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("sfda_tune/values/text.py", "", None),
+        ("sfda_tune/values/text.py", "import sfda_tune.report", "Imports only downwards"),
+        (
+            "sfda_tune/data/dataset.py",
+            "def f():\n    from sfda_tune.backbones import specs",
+            "Imports only downwards",
+        ),
+        ("sfda_tune/cli/rank.py", "import sfda_tune_ray", "Imports only downwards"),
+        (
+            "sfda_tune/values/files.py",
+            "import sfda_tune.values.ranking",
+            "No circle inside a room",
+        ),
+    ],
+)
+def test_the_contracts_of_the_rooms_can_fail(tmp_path, file, line, broken):
+    """On a copy of the packages, with a line that does not belong there; without it they hold."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for package in (ROOT / "sfda_tune", *(ROOT / "integrations").glob("sfda_tune_*")):
+        shutil.copytree(
+            package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    with (tmp_path / file).open("a") as module:
+        module.write(f"\n{line}\n")
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == (broken is not None), done.stdout + done.stderr
+    found = [text.removesuffix(" BROKEN") for text in done.stdout.splitlines() if "BROKEN" in text]
+    assert found == ([broken] if broken else [])
 
 
 def test_importing_loads_neither_torch_nor_timm_and_is_quick():
