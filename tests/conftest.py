@@ -192,6 +192,11 @@ def forked() -> Iterator[Callable[..., Any]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in own.items():
             patch.setenv(name, value)
+        for name in (
+            "COLUMNS",
+            "LINES",
+        ):  # of readline, unknown to `os.environ`; a console keeps them
+            os.unsetenv(name)
         ensure_running()
     children = []
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import tune
 
+from sfda_tune.data.decoding import get_switches, set_switches
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.shared import SharedWork
 from sfda_tune_ray import _compat
@@ -68,12 +69,14 @@ def finetune_trainable(
     """
     fixed, shared = dict(config or {}), SharedWork()  # one in each actor: it travels empty
     FinetuneConfig.from_dict(fixed)  # what is wrong is said here, not by every trial
+    switches = get_switches()
 
     def train(config: dict[str, Any], data: Any = dataset) -> None:
         from sfda_tune import open_dataset, resolve_backbones
         from sfda_tune.data.splits import open_own_part
         from sfda_tune.finetuning.run import finetune
 
+        set_switches(switches)
         flat = _compat.flatten_dict(config)
         if param_name not in flat:
             raise ValueError(

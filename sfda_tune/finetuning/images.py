@@ -182,9 +182,14 @@ class Images:
         return Loader(items, batches, collate, workers=workers, direct=direct)
 
 
-def look_at(dataset: ImageDataset) -> tuple[dict[int, str], list[str]]:
-    """Decode every image: rows that cannot be read, with the reason; all digests of pixels."""
-    images = Images(dataset, _digest, None)
+def look_at(
+    dataset: ImageDataset, check: Callable[[], None] | None = None
+) -> tuple[dict[int, str], list[str]]:
+    """Decode every image: rows that cannot be read, with the reason; all digests of pixels.
+
+    `check` is called before each, and may raise.
+    """
+    images = Images(dataset, _digest, None, check)
     found = [images[row] for row in range(len(images))]
     bad = {row: why for row, why in enumerate(found) if isinstance(why, str)}
     return bad, [UNREADABLE if row in bad else one.hex() for row, one in enumerate(found)]

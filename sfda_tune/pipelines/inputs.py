@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,8 +52,15 @@ class Inputs:
     shared: SharedWork = field(default_factory=SharedWork, repr=False)  # of all fine-tunings
 
 
-def open_inputs(config: SearchConfig, splits: Mapping[str, Any] | None) -> Inputs:
-    """Open what a search works on; `splits` is what splits.json holds, None if it begins."""
+def open_inputs(
+    config: SearchConfig,
+    splits: Mapping[str, Any] | None,
+    check: Callable[[], None] | None = None,
+) -> Inputs:
+    """Open what a search works on; `splits` is what splits.json holds, None if it begins.
+
+    Then all images are read once; `check` is called before each, and may raise.
+    """
     space = None if config.space is None else open_space(config.space)
     found = resolve_backbones(config.backbones, plugins=config.plugins)
     engine = load_engine(config.engine)
@@ -62,7 +69,7 @@ def open_inputs(config: SearchConfig, splits: Mapping[str, Any] | None) -> Input
     def find_usable(opened: Mapping[str, ImageDataset]) -> tuple[dict[str, np.ndarray], Any]:
         """Return the rows that can be read, and the twins among the training images."""
         if splits is None:
-            surveys.append(_look(opened, config.max_unreadable))
+            surveys.append(_look(opened, config.max_unreadable, check))
             bad, twins = surveys[0].unreadable, surveys[0].twins
         else:
             bad, twins = splits.get("left_out", {}), _read_twins(splits, len(opened["train"]))
@@ -79,9 +86,11 @@ def open_inputs(config: SearchConfig, splits: Mapping[str, Any] | None) -> Input
     )  # fmt: skip
 
 
-def _look(opened: Mapping[str, ImageDataset], limit: float) -> Survey:
+def _look(
+    opened: Mapping[str, ImageDataset], limit: float, check: Callable[[], None] | None
+) -> Survey:
     """Look at all images; refuse the data set if too many cannot be read."""
-    seen = {name: look_at(data) for name, data in opened.items()}
+    seen = {name: look_at(data, check) for name, data in opened.items()}
     bad = {name: unreadable for name, (unreadable, _) in seen.items()}
     pixels = {name: digests for name, (_, digests) in seen.items()}
     names = {opened[name].item_name(row): why for name in bad for row, why in bad[name].items()}

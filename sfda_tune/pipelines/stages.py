@@ -29,6 +29,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from sfda_tune.data.decoding import get_switches, set_switches
 from sfda_tune.pipelines.budget import RANK_SHARE, SHORT_SHARE, Budget, RankingWatch, Workload
 from sfda_tune.pipelines.clock import Beat
 from sfda_tune.pipelines.config import SearchConfig
@@ -60,7 +61,7 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
     with ExitStack() as stack:
         try:
             with folder.lock("stage"):
-                inputs = _begin(config, folder)
+                inputs = _begin(config, folder, budget)
                 if folder.is_done("test"):
                     if not (folder.path / "report.html").exists():  # killed before it was written
                         write_report(folder.path)
@@ -100,9 +101,18 @@ def _open(config: SearchConfig, progress: Any = None) -> tuple[RunFolder, Budget
     return folder, Budget(config.seconds, folder.now, folder.now())
 
 
-def _begin(config: SearchConfig, folder: RunFolder) -> Inputs:
+def _begin(config: SearchConfig, folder: RunFolder, budget: Budget) -> Inputs:
     """Open data and candidates; begin the folder, or check that it is of this search."""
-    inputs = open_inputs(config, folder.splits)
+    end = budget.end_of_share(RANK_SHARE, budget.begun)
+
+    def check() -> None:
+        if budget.now() > end:
+            raise ValueError(
+                "the images could not be read, nor anything be ranked, within the part "
+                f"{RANK_SHARE:g} of the time{budget.hint}"
+            )
+
+    inputs = open_inputs(config, folder.splits, check)
     limits = {"max_params": config.max_params, "max_latency": config.max_latency}
     timed = "latency" in config.objective
     costs = partial(measure_costs, inputs.backbones, inputs.device, timed=timed, **limits)
@@ -274,7 +284,7 @@ def tune(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> N
         space=inputs.space, directions=config.directions, n_epochs=inputs.n_epochs,
         n_trials=config.trials, storage=config.storage, seed=config.seed,
         train=lambda trial: train_fully(folder, inputs, trial, is_over),
-        train_factory=partial(open_training, replace(config, progress=False)),
+        train_factory=partial(open_training, replace(config, progress=False), get_switches()),
         update_trials=update_trials, is_over=is_over,
     )  # fmt: skip
     trials = inputs.engine(job)
@@ -287,10 +297,13 @@ def tune(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> N
     folder.leave("tune", note)
 
 
-def open_training(config: SearchConfig) -> Callable[[Trial], Iterator[Trial]]:
+def open_training(
+    config: SearchConfig, switches: Mapping[str, Any]
+) -> Callable[[Trial], Iterator[Trial]]:
     """Return how a search under way trains, in another process that sees its folder."""
+    set_switches(switches)
     folder, budget = _open(config)
-    inputs = _begin(config, folder)
+    inputs = _begin(config, folder, budget)
     todo = _measure_workload(folder, budget, inputs)
 
     def train(trial: Trial) -> Iterator[Trial]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from sfda_tune.backbones.devices import use_threads
+from sfda_tune.data.decoding import get_switches, set_switches
 from sfda_tune.pipelines.budget import Budget
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Engine
@@ -38,7 +40,8 @@ def start_workers(
     if config.workers == 1 or getattr(engine, "spreads", False):
         return []
     spawn, quiet = multiprocessing.get_context("spawn"), replace(config, progress=False)
-    workers = [spawn.Process(target=target, args=(quiet, k)) for k in range(1, config.workers)]
+    how = (get_switches(), target, quiet)
+    workers = [spawn.Process(target=_start, args=(*how, k)) for k in range(1, config.workers)]
     try:
         for worker in workers:
             worker.start()
@@ -48,6 +51,16 @@ def start_workers(
             f"other processes ({error}); use module-level functions instead of lambdas."
         ) from error
     return list(workers)
+
+
+def _start(
+    switches: Mapping[str, Any],
+    target: Callable[[SearchConfig, int], None],
+    config: SearchConfig,
+    number: int,
+) -> None:
+    set_switches(switches)  # which images can be read is the same everywhere
+    target(config, number)
 
 
 @contextmanager

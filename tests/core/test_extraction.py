@@ -255,15 +255,15 @@ def test_images_are_checked_where_plug_ins_are_loaded(dataset, plugged_in):
 @pytest.fixture
 def plugged_in(toy_zoo, tmp_path):
     """A checkpoint whose architecture only a plug-in file knows, and that file."""
-    plugin = tmp_path / "plugin_for_workers.py"
+    plugin, name = tmp_path / "plugin_for_workers.py", f"known_to_{tmp_path.name}"
     plugin.write_text(
         "import timm.models.resnet as r\nfrom timm.models import register_model\n\n"
-        "@register_model\ndef known_to_the_plugin(pretrained=False, **kwargs):\n"
+        f"@register_model\ndef {name}(pretrained=False, **kwargs):\n"
         "    return r.test_resnet(pretrained=pretrained, **kwargs)\n"
     )
     folder = shutil.copytree(toy_zoo / "resnet", tmp_path / "plugged resnet")
     config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace("test_resnet", "known_to_the_plugin"))
+    (folder / "config.json").write_text(config.replace("test_resnet", name))
     return folder, plugin
 
 

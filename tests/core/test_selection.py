@@ -19,12 +19,13 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 import sfda_tune
 from sfda_tune import Backbone, BackboneError, open_dataset
 from sfda_tune.backbones import demo
 from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.decoding import get_switches
 from sfda_tune.data.splits import split_images
 from sfda_tune.finetuning import models as predictions
 from sfda_tune.finetuning import run as finetuning
@@ -50,6 +51,7 @@ from sfda_tune.pipelines.trials import (
     find_front,
     seconds_per_epoch,
 )
+from sfda_tune.pipelines.workers import start_workers
 from sfda_tune.values.redaction import redact, without_secrets
 from sfda_tune.values.text import read_csv_cell
 
@@ -205,6 +207,16 @@ def test_a_budget_that_was_too_small_may_grow(tmp_path):
     assert len(found.trials) == 2
 
 
+def test_images_that_take_the_whole_budget_to_be_read_end_the_search_early(tmp_path):
+    for row in range(40):
+        (tmp_path / "data" / str(row % 2)).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.full((3000, 4000), row, np.uint8))
+        image.save(tmp_path / "data" / str(row % 2) / f"{row}.png", compress_level=1)
+    with pytest.raises(ValueError, match=r"could not be read.*`budget` was 0.2 s: give more"):
+        search(tmp_path / "data", ONE, budget=0.2, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()  # another budget may follow
+
+
 def test_a_winner_that_training_made_worse_is_a_linear_probe(tmp_path):
     how = {"trials": 1, "epochs": 1, "samples": 120, "space": {"lr": 0.5, "clip_grad": None}}
     found = search("digits", ONE, **how, out=tmp_path)
@@ -318,6 +330,22 @@ def test_two_processes_share_one_search(tmp_path):
     assert {t["state"] for t in done["trials"]} <= {"complete", "pruned"}
     assert len({t["worker"] for t in done["trials"]}) == 2
     assert [s["name"] for s in done["stages"]].count("rank") == 1
+
+
+def note_switches(config, number):
+    (config.out / f"{number}.json").write_text(json.dumps(get_switches()))
+
+
+def test_workers_have_pillow_s_switches(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1234)
+    config = config_of("digits", out=tmp_path, workers=3, trials=1)
+    workers = start_workers(config, lambda job: (), note_switches)
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0]
+    for number in (1, 2):
+        assert json.loads((tmp_path / f"{number}.json").read_text()) == get_switches() != {}
 
 
 def test_workers_are_processes_of_the_same_search(tmp_path):
