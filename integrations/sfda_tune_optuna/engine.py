@@ -58,14 +58,14 @@ def tune(job: Job) -> list[Trial]:
     """Run trials until there are enough or the time is over; return all of the study."""
     with _quiet():
         study = open_study(job)
-        heard: dict[int, tuple[str, float]] = {}
+        signs: dict[int, tuple[str, float]] = {}
         with _study_lock(job):
-            _bury(study, job, heard)
+            _fail_dead_trials(study, job, signs)
             _enqueue_heirs(study, without_time=True)
         while not job.is_over():
             try:
                 with _study_lock(job):  # one at a time asks, and looks for the dead
-                    _bury(study, job, heard)
+                    _fail_dead_trials(study, job, signs)
                     _enqueue_heirs(study)
                     claimed = _claim(study, job)
                 if claimed is not None:
@@ -77,7 +77,7 @@ def tune(job: Job) -> list[Trial]:
             except UpdateFinishedTrialError:  # we were taken for dead: another one goes on
                 continue
         with _study_lock(job):
-            _bury(study, job, heard)
+            _fail_dead_trials(study, job, signs)
         return [_settle(study, trial) for trial in read_trials(study)]
 
 
@@ -337,10 +337,10 @@ def _abandon(study: Study, number: int) -> None:
 
 
 # The dead and their heirs -----------------------------------------------------------------------
-def _bury(study: Study, job: Job, heard: dict[int, tuple[str, float]]) -> None:
+def _fail_dead_trials(study: Study, job: Job, signs: dict[int, tuple[str, float]]) -> None:
     """End what dead workers have left running, as they would have if they came to an end."""
     for t in _all(study):
-        if t.state != TrialState.RUNNING or not _is_dead(t, job, heard):
+        if t.state != TrialState.RUNNING or not _is_dead(t, job, signs):
             continue
         record = t.user_attrs.get(RECORD)
         try:
@@ -352,8 +352,8 @@ def _bury(study: Study, job: Job, heard: dict[int, tuple[str, float]]) -> None:
             continue
 
 
-def _is_dead(trial: FrozenTrial, job: Job, heard: dict[int, tuple[str, float]]) -> bool:
-    """Tell whether the worker of a running trial is dead; `heard` are signs of life, and when."""
+def _is_dead(trial: FrozenTrial, job: Job, signs: dict[int, tuple[str, float]]) -> bool:
+    """Tell whether the worker of a running trial is dead; `signs` of life, and when they came."""
     record = trial.user_attrs.get(RECORD)
     folder = record["folder"] if record else _folder(trial)
     if job.storage is not None:
@@ -367,9 +367,9 @@ def _is_dead(trial: FrozenTrial, job: Job, heard: dict[int, tuple[str, float]]) 
         except Timeout:
             return False
     sign, now = repr((trial.params, trial.user_attrs)), time.monotonic()
-    if heard.get(trial.number, ("", 0.0))[0] != sign:
-        heard[trial.number] = sign, now
-    return now - heard[trial.number][1] > STALE
+    if signs.get(trial.number, ("", 0.0))[0] != sign:
+        signs[trial.number] = sign, now
+    return now - signs[trial.number][1] > STALE
 
 
 def _enqueue_heirs(study: Study, *, without_time: bool = False) -> None:

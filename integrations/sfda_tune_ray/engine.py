@@ -47,7 +47,7 @@ RECORD, ORDER = "trial.json", "ray-trials.json"
 METRICS = ["value", "cost"]  # by objective
 FOLDER = "folder"  # of a trial that goes on in another experiment
 TERMS = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # only then "verbose=0" is heard
+    "RAY_AIR_NEW_OUTPUT": "0",  # only then "verbose=0" counts
     # Tune's own handler ends the running trials as if they were done, and tells nobody
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # a trial that the end of the time finds before its first epoch has nothing to report

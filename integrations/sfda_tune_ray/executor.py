@@ -75,7 +75,7 @@ class ActorInfo:
 @dataclass(frozen=True)
 class _Result:
     outcomes: list[Outcome]
-    poison: dict[int, str]  # row of the unit's data set → why
+    crashing: dict[int, str]  # row of the unit's data set → why
     decodes: int
     seconds: float
 
@@ -116,18 +116,18 @@ class _Extractor:
             marker is None or os.path.exists(marker),
         )
 
-    def run(self, worker: Worker, units: list[Unit], paranoid: float | None) -> _Result:
-        """Run the units of one bundle on the same shards; first check its images if `paranoid`."""
+    def run(self, worker: Worker, units: list[Unit], isolated: float | None) -> _Result:
+        """Run the units of one bundle on the same shards; first check its images if `isolated`."""
         started = time.perf_counter()
         old = self._worker
         if old is None or (old.settings, old.store) != (worker.settings, worker.store):
             self._worker = replace(worker, threads=self._threads, resident={})
         worker = self._worker  # type: ignore[assignment]
         _check_mount(units[0])
-        poison: dict[int, str] = {}
-        if paranoid is not None:
-            poison = find_crashing_images(units[0], timeout=paranoid, dumps=dumps)
-            units = [replace(unit, crashing=poison) for unit in units]
+        crashing: dict[int, str] = {}
+        if isolated is not None:
+            crashing = find_crashing_images(units[0], timeout=isolated, dumps=dumps)
+            units = [replace(unit, crashing=crashing) for unit in units]
         resident = worker.resident
         assert resident is not None
         for name in resident.keys() - {unit.backbone.name for unit in units}:
@@ -154,7 +154,7 @@ class _Extractor:
                 self._seconds.inc(spent or 1e-9, {"part": part})
         return _Result(
             outcomes,
-            poison,
+            crashing,
             sum(outcome.n_decoded for outcome in outcomes),
             time.perf_counter() - started,
         )
@@ -568,10 +568,10 @@ class _PlanRun:
     def _take(self, state: ActorState, task: Task, result: _Result) -> Iterator[Outcome]:
         plan, counts = self.plan, self.executor._counts
         self.dispatcher.complete(task, result.seconds)
-        if result.poison:
+        if result.crashing:
             rows = [row for s in task.shards for row in range(*plan.shards[s])]
             new = {
-                rows[p]: why for p, why in result.poison.items() if rows[p] not in plan.crashing
+                rows[p]: why for p, why in result.crashing.items() if rows[p] not in plan.crashing
             }
             plan.crashing.update(new)
             for row, why in new.items():

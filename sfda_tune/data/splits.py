@@ -105,7 +105,7 @@ def open_own_part(spec: Any, name: str, **columns: Any) -> ImageDataset | None:
     except DatasetError as error:
         instead = "test=0.2 (--test 0.2)" if name == "test" else "split='train' (--split train)"
         raise DatasetError(
-            f"`dataset` has a part {name!r} that cannot be used: {error} Mend it, or pass "
+            f"`dataset` has a part {name!r} that cannot be used: {error} Fix it, or pass "
             f"{instead} to hold out training images instead."
         ) from error
 
