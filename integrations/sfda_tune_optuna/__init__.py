@@ -7,6 +7,7 @@
 `SFDAPruner` `gate`         stop trials of other backbones before their first epoch
 `suggest_backbone`          the backbone of a trial, with choices that never change
 `enqueue_top_k`             try the best k first, under any sampler
+`calibrate_study`           what the scores of a study have been worth, under any sampler
 `save_ranking` `load_ranking` `extend_backbones`   rankings kept in studies
 `CalibrationCallback`       say every few trials what the scores are worth
 `hp_space`                  Hugging Face's ``Trainer.hyperparameter_search`` over the best
@@ -34,7 +35,12 @@ from sfda_tune_optuna.callbacks import CalibrationCallback
 from sfda_tune_optuna.pruner import SFDAPruner, gate
 from sfda_tune_optuna.sampler import SFDASampler
 from sfda_tune_optuna.store import SFDAWarning, load_ranking, save_ranking
-from sfda_tune_optuna.study import enqueue_top_k, extend_backbones, suggest_backbone
+from sfda_tune_optuna.study import (
+    calibrate_study,
+    enqueue_top_k,
+    extend_backbones,
+    suggest_backbone,
+)
 from sfda_tune_optuna.trainer import hp_space
 
 if TYPE_CHECKING:
@@ -48,6 +54,7 @@ __all__ = [
     "SFDAPruner",
     "SFDASampler",
     "SFDAWarning",
+    "calibrate_study",
     "enqueue_top_k",
     "extend_backbones",
     "gate",

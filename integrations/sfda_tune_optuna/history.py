@@ -11,8 +11,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.selection.calibration import Observation, name_arm
-from sfda_tune.selection.policy import rate
+from sfda_tune.selection.calibration import Observation, backbone_name
+from sfda_tune.selection.policy import scalarize
 from sfda_tune_optuna._compat import is_feasible
 
 GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone
@@ -20,12 +20,12 @@ ASKED = "sfda:asked"  # system attribute: begun under an `SFDASampler`
 TOLD = "sfda:told"  # system attribute: failed, and its own worker said so
 
 
-def read_arm(trial: FrozenTrial, param_name: str) -> str | None:
+def read_backbone(trial: FrozenTrial, param_name: str) -> str | None:
     """Return the backbone that a trial has or, if enqueued with one, will have."""
     params = trial.params  # of a retried trial, too
     if param_name not in params:
         params = trial.system_attrs.get("fixed_params", {})
-    return name_arm(params[param_name]) if param_name in params else None
+    return backbone_name(params[param_name]) if param_name in params else None
 
 
 def find_choices(trials: Sequence[FrozenTrial], param_name: str) -> tuple[Any, ...] | None:
@@ -59,7 +59,7 @@ def observe(
     param_name : str
         The parameter that holds the backbone.
     weights : sequence of float, optional
-        Of the objectives, see `sfda_tune.selection.policy.rate`.
+        Of the objectives, see `sfda_tune.selection.policy.scalarize`.
     leave_out : int, default -1
         Number of the trial that is being sampled.
 
@@ -72,21 +72,21 @@ def observe(
     directions = study.directions
     signs = [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in directions]
     known = [
-        (arm, trial)
+        (backbone, trial)
         for trial in trials
-        if trial.number != leave_out and (arm := read_arm(trial, param_name)) is not None
+        if trial.number != leave_out and (backbone := read_backbone(trial, param_name)) is not None
     ]
     complete = [trial for _, trial in known if trial.state == TrialState.COMPLETE]
     values = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in complete]
-    utilities = dict(zip([t.number for t in complete], rate(values, weights), strict=True))
+    utilities = dict(zip([t.number for t in complete], scalarize(values, weights), strict=True))
     longest = max((_seconds(t) or 0.0 for t in complete), default=math.inf)
     last_step = max((t.last_step or 0 for t in complete), default=0)
     history = []
-    for arm, trial in known:
-        settings = {name: value for name, value in trial.params.items() if name != param_name}
-        about = {"cost": _seconds(trial), "feasible": is_feasible(trial), "settings": settings}
+    for backbone, trial in known:
+        params = {name: value for name, value in trial.params.items() if name != param_name}
+        about = {"cost": _seconds(trial), "feasible": is_feasible(trial), "params": params}
         if trial.state == TrialState.COMPLETE:
-            history.append(Observation(arm, "complete", utilities[trial.number], **about))
+            history.append(Observation(backbone, "complete", utilities[trial.number], **about))
         elif trial.state == TrialState.PRUNED:
             value, step = None, None
             if len(signs) == 1 and trial.value is not None and math.isfinite(trial.value):
@@ -94,17 +94,17 @@ def observe(
             if trial.last_step is not None and last_step:  # else nobody knows the budget
                 step = min(1.0, (trial.last_step + 1) / (last_step + 1))
             if GATED in trial.user_attrs:
-                history.append(Observation(arm, "failed", **about))
+                history.append(Observation(backbone, "failed", **about))
             else:
-                history.append(Observation(arm, "pruned", value, step=step, **about))
+                history.append(Observation(backbone, "pruned", value, step=step, **about))
         elif trial.state == TrialState.FAIL:
             # One that began here but whose worker never said that it failed: it was killed. One
             # that has reported values does fit into memory: Ctrl-C, or a setting that diverged.
             told = ASKED not in trial.system_attrs or TOLD in trial.system_attrs
             if told and not trial.intermediate_values:
-                history.append(Observation(arm, "failed", **about))
+                history.append(Observation(backbone, "failed", **about))
         elif trial.state == TrialState.RUNNING and not _is_lost(trial, longest):
-            history.append(Observation(arm, "running", settings=settings))
+            history.append(Observation(backbone, "running", params=params))
     return history
 
 

@@ -12,7 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import name_arm
+from sfda_tune.selection.calibration import backbone_name
 from sfda_tune_optuna._compat import flag_trial
 from sfda_tune_optuna.history import GATED
 from sfda_tune_optuna.store import read_scores
@@ -123,13 +123,13 @@ def gate(
 def _is_stopped(trial: Any, survivors: Collection[str], param_name: str) -> bool:
     """Tell whether the trial has a backbone, and that did not survive."""
     backbone = trial.params.get(param_name)
-    if backbone is None or name_arm(backbone) in survivors:
+    if backbone is None or backbone_name(backbone) in survivors:
         return False
     choices = getattr(trial.distributions[param_name], "choices", (backbone,))
-    if not any(name_arm(choice) in survivors for choice in choices):  # all would be stopped
+    if not any(backbone_name(choice) in survivors for choice in choices):  # all would be stopped
         raise ValueError(
             f"`survivors_or_ranking` must name some of the choices of {param_name!r}, "
-            f"{sorted(map(name_arm, choices))[:5]}, but names {sorted(survivors)[:5]}."
+            f"{sorted(map(backbone_name, choices))[:5]}, but names {sorted(survivors)[:5]}."
         )
     return True
 
@@ -150,7 +150,7 @@ def find_survivors(
                 f"`keep` must be None when the survivors are named but is {keep!r}; pass the "
                 "ranking instead of the names."
             )
-        return frozenset(name_arm(name) for name in given)
+        return frozenset(backbone_name(name) for name in given)
     if keep is None:
         raise ValueError("`keep` must say how many of the scored backbones survive but is None.")
     if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:

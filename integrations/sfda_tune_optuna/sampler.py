@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,25 +16,25 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.selection.calibration import Calibration, Observation, name_arm
-from sfda_tune.selection.policy import Advisor, find_barred
+from sfda_tune.selection.calibration import Calibration, backbone_name
+from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_seed
 from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat, store
-from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_arm
+from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_backbone
 from sfda_tune_optuna.pruner import SFDAPruner
 
 __all__ = ["SFDASampler"]
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
-_MAX_DRAWS = 1000  # trials in flight that are remembered; asked and never told ones leak
-_ARM, _BASE = 1, 2  # what a random stream is for
+MAX_IN_FLIGHT = 1000  # trials in flight that are remembered; asked and never told ones leak
+_BACKBONE, _BASE = 1, 2  # what a random stream is for
 
 
-class _Draw(NamedTuple):
+class _Assignment(NamedTuple):
     """What a trial in flight was given."""
 
-    arm: str | None  # None: the base sampler proposes the backbone, too
-    base: BaseSampler | None  # its own copy; None after unpickling
+    backbone: str | None  # None: the base sampler proposes the backbone, too
+    base: Any = None  # its own copy of the base sampler; None after unpickling
 
 
 class SFDASampler(BaseSampler):
@@ -44,9 +42,9 @@ class SFDASampler(BaseSampler):
 
     The first choices follow the scores; then every trial says how much the scores are worth here
     (`calibration`), down to nothing. A fixed share of the trials is left to the base sampler
-    altogether (`sfda_tune.selection.policy.leaves_to_base`), so that useless scores cost little.
-    What the study's `SFDAPruner` would stop is never proposed, and what `gate` stopped soon is
-    not.
+    altogether (`sfda_tune.selection.policy.delegate_to_base_sampler`), so that useless scores cost
+    little. What the study's `SFDAPruner` would stop is never proposed, and what `gate` stopped
+    soon is not.
 
     Parameters
     ----------
@@ -114,11 +112,9 @@ class SFDASampler(BaseSampler):
     ) -> None:
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
         require("base_sampler", base_sampler, "a sampler (not a class) or None", is_sampler)
-        is_seed = isinstance(seed, Integral) and not isinstance(seed, bool) and int(seed) >= 0
-        require("seed", seed, "an integer ≥ 0 or None", seed is None or is_seed)
-        self._seed = None if seed is None else int(seed)
-        self._entropy = secrets.randbits(63) if self._seed is None else self._seed
-        self._advisor = Advisor(
+        entropy = make_seed(seed)
+        self._seed = None if seed is None else entropy
+        self.policy = BackbonePolicy(
             scores,
             policy=policy,
             prior_strength=prior_strength,
@@ -126,13 +122,13 @@ class SFDASampler(BaseSampler):
             exploration=exploration,
             costs=costs,
             cost_exponent=cost_exponent,
-            seed=self._entropy,
+            seed=entropy,
         )
         self._ranking = scores
         self._param_name = param_name
         self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
         self._conditional = bool(conditional)
-        self._draws: OrderedDict[tuple[int, int], _Draw] = OrderedDict()
+        self._assignments: OrderedDict[tuple[int, int], _Assignment] = OrderedDict()
         # Studies whose saved ranking was compared; two storages may have one of the same name.
         self._known: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
         self._has_warned = False
@@ -180,15 +176,20 @@ class SFDASampler(BaseSampler):
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments as JSON values: what is saved in the study."""
-        mask = self._advisor.survivors
+        mask = self.policy.survivors
         return {
             "param_name": self._param_name,
             "base_sampler": type(self._base).__name__,
             "survivors": list(mask) if isinstance(mask, tuple) else mask,
             "conditional": self._conditional,
             "seed": self._seed,
-            **self._advisor.options,
+            **self.policy.options,
         }
+
+    @property
+    def n_in_flight(self) -> int:
+        """How many trials were given a backbone and have not ended."""
+        return len(self._assignments)
 
     def calibration(self, study: Study) -> Calibration:
         """Compare the scores with the trials of a study, by its first objective.
@@ -200,7 +201,7 @@ class SFDASampler(BaseSampler):
             tau, a table per backbone, and a warning if the scores run against the trials.
         """
         history = observe(study, _compat.read_trials(study), self._param_name)
-        return self._advisor.calibrate(history)
+        return self.policy.calibrate(history)
 
     # What Optuna calls, in this order -------------------------------------------------------
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -208,16 +209,16 @@ class SFDASampler(BaseSampler):
         self._save_or_compare(study)
         _compat.mark_trial(study, trial, ASKED, True)
         with self._lock:
-            self._draws.pop(_compat.find_trial_id(study, trial), None)  # of another storage
+            self._assignments.pop(_compat.find_trial_id(study, trial), None)  # of another storage
             self._base.before_trial(study, trial)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Choose the backbone, whatever is suggested first; return the base sampler's space."""
-        arm, base = self._draw(study, trial)
-        space = base.infer_relative_search_space(self._view(study, arm), trial)
-        if arm is None:
+        backbone, base = self._find_assignment(study, trial)
+        space = base.infer_relative_search_space(self._view(study, backbone), trial)
+        if backbone is None:
             return space
         return {name: dist for name, dist in space.items() if name != self._param_name}
 
@@ -225,11 +226,11 @@ class SFDASampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Let the base sampler draw from the trials of the chosen backbone."""
-        arm, base = self._draw(study, trial)
-        params = base.sample_relative(self._view(study, arm), trial, search_space)
-        if arm is None and self._param_name in params:  # the base sampler's own choice
+        backbone, base = self._find_assignment(study, trial)
+        params = base.sample_relative(self._view(study, backbone), trial, search_space)
+        if backbone is None and self._param_name in params:  # the base sampler's own choice
             choice, dist = params[self._param_name], search_space[self._param_name]
-            params[self._param_name] = self._replace_barred(study, trial, choice, dist)
+            params[self._param_name] = self._replace_backed_off(study, trial, choice, dist)
         return params
 
     def sample_independent(
@@ -239,16 +240,17 @@ class SFDASampler(BaseSampler):
         param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:
-        """Hand out the backbone; let the base sampler draw everything else."""
-        arm, base = self._draw(study, trial)
-        if param_name == self._param_name and arm is not None:
+        """Return the chosen backbone; let the base sampler draw everything else."""
+        given = self._find_assignment(study, trial)
+        backbone, base = given
+        if param_name == self._param_name and backbone is not None:
             if isinstance(param_distribution, CategoricalDistribution):
-                return self._hand_out(study, trial, param_distribution.choices, _Draw(arm, base))
-            arm = None  # a number of the same name
-        view = self._view(study, arm)
+                return self._find_choice(study, trial, param_distribution.choices, given)
+            backbone = None  # a number of the same name
+        view = self._view(study, backbone)
         value = base.sample_independent(view, trial, param_name, param_distribution)
         if param_name == self._param_name:
-            value = self._replace_barred(study, trial, value, param_distribution)
+            value = self._replace_backed_off(study, trial, value, param_distribution)
         return value
 
     def after_trial(
@@ -258,12 +260,12 @@ class SFDASampler(BaseSampler):
         state: TrialState,
         values: Sequence[float] | None,
     ) -> None:
-        """Tell the base sampler; forget the draw; say once if the scores mislead."""
+        """Tell the base sampler; forget the trial; say once if the scores mislead."""
         if state == TrialState.FAIL:  # a killed worker cannot say so: its trial is no evidence
             _compat.mark_trial(study, trial, TOLD, True)
         with self._lock:
             self._base.after_trial(study, trial, state, values)
-            self._draws.pop(_compat.find_trial_id(study, trial), None)
+            self._assignments.pop(_compat.find_trial_id(study, trial), None)
         if not self._has_warned and trial.number % 10 == 9:
             warning = self.calibration(study).warning
             if warning is not None:
@@ -276,22 +278,19 @@ class SFDASampler(BaseSampler):
             self._base.reseed_rng()
 
     # Decisions ------------------------------------------------------------------------------
-    def _draw(self, study: Study, trial: FrozenTrial) -> tuple[str | None, BaseSampler]:
-        """Return the trial's backbone, None if left to the base, and its copy of the base."""
+    def _find_assignment(self, study: Study, trial: FrozenTrial) -> _Assignment:
         key = _compat.find_trial_id(study, trial)
         with self._lock:
-            draw = self._draws.get(key)
-        trials = None
-        real = read_arm(trial, self._param_name)  # enqueued, retried or already suggested
-        if draw is None or (draw.arm is not None and real not in (None, draw.arm)):
+            given = self._assignments.get(key)
+        real = read_backbone(trial, self._param_name)  # enqueued, retried or already suggested
+        is_known = given is not None and (given.backbone is None or real in (None, given.backbone))
+        if given is None or not is_known or given.base is None:
             trials = _compat.read_trials(study)
-            draw = _Draw(self._choose(study, trial, trials) if real is None else real, None)
-        if draw.base is None:
-            trials = _compat.read_trials(study) if trials is None else trials
-            draw = draw._replace(base=self._fork(trial, trials, draw.arm))
-            self._remember(key, draw)
-        assert draw.base is not None
-        return draw.arm, draw.base
+            if given is None or not is_known:
+                given = _Assignment(self._choose(study, trial, trials) if real is None else real)
+            given = given._replace(base=self._fork(trial, trials, given.backbone))
+            self._remember(key, given)
+        return given
 
     def _choose(
         self,
@@ -300,43 +299,42 @@ class SFDASampler(BaseSampler):
         trials: Sequence[FrozenTrial],
         choices: Sequence[Any] | None = None,
     ) -> str | None:
-        must = choices is not None  # the objective asks for one of them now
+        """Return a backbone; None leaves it to the base sampler, never if `choices` are given."""
+        may_delegate = choices is None  # else the objective asks for one of them now
+        if isinstance(_compat.unwrap(self._base), optuna.samplers.GridSampler):
+            may_delegate = False  # its grid need not have the backbone
         if choices is None:
             choices = find_choices(trials, self._param_name)
-        names = list(self._advisor.scores) if choices is None else [name_arm(c) for c in choices]
-        names = self._let_run(study, names)
+        names = self.policy.scores if choices is None else map(backbone_name, choices)
+        names = self._find_unpruned(study, list(names))
         if not names:
             return None
-        weights = self._advisor.weigh(trial.number, len(study.directions))
+        weights = self.policy.sample_weights(trial.number, len(study.directions))
         history = observe(study, trials, self._param_name, weights=weights, leave_out=trial.number)
-        if not must and self._leaves(trial.number, history):
+        if may_delegate and self.policy.delegates(history, trial.number):
             return None
-        return self._advisor.choose(history, trial.number, names)
+        return self.policy.choose(history, trial.number, names)
 
-    def _let_run(self, study: Study, names: Sequence[str]) -> list[str]:
+    def _find_unpruned(self, study: Study, names: list[str]) -> list[str]:
         """Return those that an `SFDAPruner` would not stop: proposing the others wastes trials."""
         pruner = study.pruner
         if not isinstance(pruner, SFDAPruner) or pruner.param_name != self._param_name:
-            return list(names)
-        return [name for name in names if name in pruner.survivors] or list(names)
+            return names
+        return [name for name in names if name in pruner.survivors] or names
 
-    def _leaves(self, number: int, history: Sequence[Observation]) -> bool:
-        if isinstance(_compat.unwrap(self._base), optuna.samplers.GridSampler):
-            return False  # its grid need not have the backbone
-        return self._advisor.leaves(history, number)
-
-    def _hand_out(
-        self, study: Study, trial: FrozenTrial, choices: Sequence[Any], draw: _Draw
+    def _find_choice(
+        self, study: Study, trial: FrozenTrial, choices: Sequence[Any], given: _Assignment
     ) -> Any:
-        by_name = {name_arm(choice): choice for choice in choices}
-        self._advisor.mask(list(by_name), strict=True)
-        if draw.arm not in by_name:  # chosen before the choices were known: the first trials
-            arm = self._choose(study, trial, _compat.read_trials(study), choices)
-            draw = draw._replace(arm=arm)
-            self._remember(_compat.find_trial_id(study, trial), draw)
-        return by_name[str(draw.arm)]
+        """Return the one of the choices that is the trial's backbone."""
+        by_name = {backbone_name(choice): choice for choice in choices}
+        self.policy.mask(list(by_name), strict=True)
+        if given.backbone not in by_name:  # chosen before the choices were known: the first trials
+            backbone = self._choose(study, trial, _compat.read_trials(study), choices)
+            given = given._replace(backbone=backbone)
+            self._remember(_compat.find_trial_id(study, trial), given)
+        return by_name[str(given.backbone)]
 
-    def _replace_barred(
+    def _replace_backed_off(
         self, study: Study, trial: FrozenTrial, choice: Any, distribution: BaseDistribution
     ) -> Any:
         """Return the base sampler's choice, or another one if that would be of no use."""
@@ -344,34 +342,34 @@ class SFDASampler(BaseSampler):
             return choice
         trials = _compat.read_trials(study)
         history = observe(study, trials, self._param_name, leave_out=trial.number)
-        by_name = {name_arm(choice): choice for choice in distribution.choices}
-        useful = {*self._let_run(study, list(by_name))} - find_barred(history, trial.number)
-        if name_arm(choice) in useful:
+        by_name = {backbone_name(choice): choice for choice in distribution.choices}
+        unpruned = self._find_unpruned(study, list(by_name))
+        if backbone_name(choice) in {*unpruned} - find_backed_off(history, trial.number):
             return choice
         return by_name[str(self._choose(study, trial, trials, distribution.choices))]
 
     # What the base sampler gets -------------------------------------------------------------
-    def _view(self, study: Study, arm: str | None) -> Any:
+    def _view(self, study: Study, backbone: str | None) -> Any:
         """Return the study as the base sampler is to see it: without gated or foreign trials."""
         if isinstance(_compat.unwrap(self._base), _compat.POOLED):
             return study
         if not self._conditional:
-            arm = None
+            backbone = None
         name = self._param_name
 
         def keep(trial: FrozenTrial) -> bool:
             if GATED in trial.user_attrs:
                 return False
-            if arm is None:
+            if backbone is None:
                 return True
             # Finished trials without the parameter belong to every backbone.
-            has = read_arm(trial, name)
-            return has == arm or (has is None and trial.state.is_finished())
+            has = read_backbone(trial, name)
+            return has == backbone or (has is None and trial.state.is_finished())
 
         return _compat.View(study, keep)
 
     def _fork(
-        self, trial: FrozenTrial, trials: Sequence[FrozenTrial], arm: str | None
+        self, trial: FrozenTrial, trials: Sequence[FrozenTrial], backbone: str | None
     ) -> BaseSampler:
         """Copy the base sampler for one trial.
 
@@ -379,32 +377,39 @@ class SFDASampler(BaseSampler):
         start with equal parameters and differ by themselves alone (a paired design).
         """
         n_drawn = len(trial.params.keys() - {self._param_name})  # if begun elsewhere: go on
-        key = [self._entropy, _BASE, trial.number, n_drawn, 0]
-        if arm is not None:
+        key = [self.policy.seed, _BASE, trial.number, n_drawn, 0]
+        if backbone is not None:
             own = [
                 t
                 for t in trials
-                if t.number != trial.number and read_arm(t, self._param_name) in (None, arm)
+                if t.number != trial.number
+                and read_backbone(t, self._param_name) in (None, backbone)
             ]
             n_done = sum(t.state.is_finished() for t in own)
             is_alone = all(t.state != TrialState.RUNNING for t in own)  # else two are the n-th
-            key = [self._entropy, _ARM, n_done, n_drawn, 0 if is_alone else trial.number + 1]
+            key = [
+                self.policy.seed,
+                _BACKBONE,
+                n_done,
+                n_drawn,
+                0 if is_alone else trial.number + 1,
+            ]
         with self._lock:
             return _compat.fork_sampler(self._base, key)
 
-    def _remember(self, key: tuple[int, int], draw: _Draw) -> None:
+    def _remember(self, key: tuple[int, int], assigned: _Assignment) -> None:
         with self._lock:
-            self._draws[key] = draw
-            self._draws.move_to_end(key)
-            if len(self._draws) > _MAX_DRAWS:
-                self._draws.popitem(last=False)
+            self._assignments[key] = assigned
+            self._assignments.move_to_end(key)
+            if len(self._assignments) > MAX_IN_FLIGHT:
+                self._assignments.popitem(last=False)
 
     def _save_or_compare(self, study: Study) -> None:
         """Save the ranking, or warn once if the study holds another one."""
         with self._lock:
             known = self._known.setdefault(_compat.find_storage(study), set())
             number = _compat.find_study_id(study)
-            if number in known or not self._advisor.scores:
+            if number in known or not self.policy.scores:
                 return
             known.add(number)
         record = store.load_record(study)
@@ -425,9 +430,13 @@ class SFDASampler(BaseSampler):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock and the base's copies, which are made again."""
         with self._lock:
-            draws = OrderedDict((key, d._replace(base=None)) for key, d in self._draws.items())
+            assignments = OrderedDict(
+                (key, d._replace(base=None)) for key, d in self._assignments.items()
+            )
             left_out = ("_lock", "_known")
-            return {k: v for k, v in vars(self).items() if k not in left_out} | {"_draws": draws}
+            return {k: v for k, v in vars(self).items() if k not in left_out} | {
+                "_assignments": assignments
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a lock of its own; what is known of studies is learnt again."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from optuna.study import Study
 
-from sfda_tune.selection.calibration import estimate_errors, name_arm
+from sfda_tune.selection.calibration import backbone_name, estimate_errors
 from sfda_tune.values.features import Score
 from sfda_tune.values.files import AtLeast, check, parse_json
 from sfda_tune.values.formats import RECORD
@@ -33,7 +33,7 @@ def read_scores(ranking: Mapping[Any, float]) -> dict[str, float]:
     """Return the scores by name."""
     if not isinstance(ranking, Mapping):
         raise ValueError(f"`ranking` must be a Ranking or a mapping but is {ranking!r}.")
-    return {name_arm(name): float(value) for name, value in ranking.items()}
+    return {backbone_name(name): float(value) for name, value in ranking.items()}
 
 
 def save_ranking(

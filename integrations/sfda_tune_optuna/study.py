@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from sfda_tune.selection import calibration
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import Calibration, name_arm
+from sfda_tune.selection.calibration import Calibration, backbone_name
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 from sfda_tune_optuna import _compat
@@ -50,7 +50,7 @@ def suggest_backbone(trial: Any, ranking: Mapping[Any, float], name: str = "back
     'vit'
     """
     failed = ranking.failed if isinstance(ranking, Ranking) else {}
-    choices = sorted(name_arm(backbone) for backbone in ranking if backbone not in failed)
+    choices = sorted(backbone_name(backbone) for backbone in ranking if backbone not in failed)
     if not choices:
         raise ValueError("`ranking` must hold at least one scored backbone but holds none.")
     try:

@@ -10,7 +10,8 @@
 `SchedulerStateCallback`       keeps the state of a scheduler over ``Tuner.restore``
 `finetune_trainable`           `sfda_tune.finetuning.run.finetune`, reporting every epoch
 `hp_space`                     Hugging Face's ``Trainer.hyperparameter_search`` over the best
-`backbone_space` `backbone_grid` `warm_start_points` `backbone_resources`   for any searcher
+`backbone_space`               a ``tune.choice`` of the best, for any searcher
+`backbone_resources`           what a trial of each needs, for ``tune.with_resources``
 =============================  ==================================================================
 """
 
@@ -28,12 +29,7 @@ if TYPE_CHECKING:
     from sfda_tune_ray.executor import RayExecutor
     from sfda_tune_ray.schedulers import PerBackboneScheduler, SFDAScheduler
     from sfda_tune_ray.searcher import SFDASearcher
-    from sfda_tune_ray.spaces import (
-        backbone_grid,
-        backbone_resources,
-        backbone_space,
-        warm_start_points,
-    )
+    from sfda_tune_ray.spaces import backbone_resources, backbone_space
     from sfda_tune_ray.trainable import finetune_trainable
     from sfda_tune_ray.trainer import hp_space
 
@@ -44,12 +40,10 @@ _HOME = {
     "SFDAScheduler": "schedulers",
     "SFDASearcher": "searcher",
     "SchedulerStateCallback": "callbacks",
-    "backbone_grid": "spaces",
     "backbone_resources": "spaces",
     "backbone_space": "spaces",
     "finetune_trainable": "trainable",
     "hp_space": "trainer",
-    "warm_start_points": "spaces",
 }
 
 __all__ = [
@@ -58,12 +52,10 @@ __all__ = [
     "SFDAScheduler",
     "SFDASearcher",
     "SchedulerStateCallback",
-    "backbone_grid",
     "backbone_resources",
     "backbone_space",
     "finetune_trainable",
     "hp_space",
-    "warm_start_points",
 ]
 
 

@@ -56,7 +56,7 @@ class Task:
     names: tuple[str, ...]
     shards: tuple[int, ...]
     attempts: int = 0  # that ended with the process, or with an error outside of any backbone
-    paranoid: bool = False  # look for an image that ends the process, first
+    isolated: bool = False  # look for an image that ends the process, first
     reason: str = ""
     parts: list[Task] = field(default_factory=list)  # what became of it, one backbone each
 
@@ -204,7 +204,7 @@ class Dispatcher:
         return Task(self._number, best, best.names, shards)
 
     def complete(self, task: Task, seconds: float | None) -> None:
-        """Hear that a task is done, and what it took."""
+        """Note that a task is done, and what it took."""
         self.pending -= 1
         if seconds is not None and task.names == task.bundle.names and not task.attempts:
             task.bundle.seconds = seconds / len(task.shards)
@@ -216,17 +216,17 @@ class Dispatcher:
         self.pending -= 1
         self.again.appendleft(task)
 
-    def fault(self, task: Task, reason: str, *, died: bool) -> tuple[str, ...]:
+    def record_failure(self, task: Task, reason: str, *, died: bool) -> tuple[str, ...]:
         """Take back a task that went wrong; return the backbones that have failed with it.
 
         A process that died is looked into first, and at once: an image that ends the process is
-        found by the next attempt (`Task.paranoid`). Dies that one too, the backbones of the bundle
+        found by the next attempt (`Task.isolated`). Dies that one too, the backbones of the bundle
         are parted, so that only the guilty one fails. Other errors wait until the end.
         """
         self.pending -= 1
         task.attempts += 1
         task.reason = reason
-        task.paranoid = died and task.attempts == 1
+        task.isolated = died and task.attempts == 1
         names = tuple(n for n in task.names if n not in self.failed)
         if task.attempts >= self.attempts and len(names) <= 1:
             self.failed.update(names)
@@ -245,11 +245,11 @@ class Dispatcher:
             self.again.extend(parts)
         return ()
 
-    def pardon(self, task: Task) -> None:
-        """Take back the blame: the machine was lost, which is nobody's fault."""
-        for innocent in (task, *task.parts):
-            innocent.attempts = max(innocent.attempts - 1, 0)
-            innocent.paranoid = False
+    def reset_attempts(self, task: Task) -> None:
+        """Take the last failure back: the machine was lost, which is nobody's fault."""
+        for part in (task, *task.parts):
+            part.attempts = max(part.attempts - 1, 0)
+            part.isolated = False
 
     def drop(self, name: str) -> None:
         """Give no more work to a backbone that failed."""
@@ -260,8 +260,8 @@ class Dispatcher:
                 if not bundle.names:
                     bundle.todo.clear()
 
-    def leave(self, actor: Any) -> None:
-        """Hear that an actor is gone."""
+    def on_actor_died(self, actor: Any) -> None:
+        """Take an actor off its bundle."""
         bundle = self._places.pop(actor, None)
         if bundle is not None:
             bundle.actors -= 1

@@ -12,7 +12,7 @@ an actor dies                  its unit is done again at once, after a child pro
                                images one by one: one that ends it is left out of *every* backbone
 it dies again                  the backbones of the unit are parted; one that ends four processes
                                has failed, the others go on
-a machine is lost              nobody is blamed
+a machine is lost              nobody is at fault
 a unit takes too long          the actor is ended, then as above
 an error outside a backbone    the unit waits until the end; four times, and it has failed
 a backbone raises              it has failed, the others go on
@@ -46,8 +46,8 @@ from ray.exceptions import RayError, RayTaskError
 from sfda_tune.backbones.devices import is_working, resolve_device
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import UNREADABLE
-from sfda_tune.extraction.crashes import find_poison
-from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_per_block
+from sfda_tune.extraction.crashes import find_crashing_images
+from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_at_once
 from sfda_tune.extraction.worker import Worker
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
@@ -62,7 +62,7 @@ FAULTS_KEPT = 1000
 
 
 @dataclass(frozen=True)
-class _Place:
+class ActorInfo:
     """What an actor tells of itself."""
 
     node: str
@@ -99,7 +99,7 @@ class _Extractor:
         self._seconds = metrics.Counter("sfda_tune_seconds", "Spent by the actors", ("part",))
         self._unreadable = metrics.Counter("sfda_tune_unreadable", "Images that cannot be read")
 
-    def ping(self, marker: str | None) -> _Place:
+    def ping(self, marker: str | None) -> ActorInfo:
         """Say where it is; `marker` is a file that the driver wrote into the store."""
         import psutil
         import torch
@@ -108,7 +108,7 @@ class _Extractor:
         if self._gpus and torch.cuda.is_available():
             memory = torch.cuda.mem_get_info()[1] * min(self._gpus, 1)
         context = ray.get_runtime_context()
-        return _Place(
+        return ActorInfo(
             context.get_node_id(),
             ray.util.get_node_ip_address(),
             os.getpid(),
@@ -117,7 +117,7 @@ class _Extractor:
         )
 
     def run(self, worker: Worker, units: list[Unit], paranoid: float | None) -> _Result:
-        """Run the units of one bundle on one block; first check its images if `paranoid`."""
+        """Run the units of one bundle on the same shards; first check its images if `paranoid`."""
         started = time.perf_counter()
         old = self._worker
         if old is None or (old.settings, old.store) != (worker.settings, worker.store):
@@ -126,8 +126,8 @@ class _Extractor:
         _check_mount(units[0])
         poison: dict[int, str] = {}
         if paranoid is not None:
-            poison = find_poison(units[0], timeout=paranoid, dumps=dumps)
-            units = [replace(unit, poison=poison) for unit in units]
+            poison = find_crashing_images(units[0], timeout=paranoid, dumps=dumps)
+            units = [replace(unit, crashing=poison) for unit in units]
         resident = worker.resident
         assert resident is not None
         for name in resident.keys() - {unit.backbone.name for unit in units}:
@@ -184,12 +184,12 @@ def _free() -> None:
 
 # The driver -------------------------------------------------------------------------------------
 @dataclass(eq=False)
-class _Member:
-    """An actor, as the driver knows it; it has a place from when it answers until it dies."""
+class ActorState:
+    """An actor, as the driver knows it; it has `info` from when it answers until it dies."""
 
     handle: Any
     ping: Any
-    place: _Place | None = None
+    info: ActorInfo | None = None
     queue: deque[tuple[Any, Task]] = field(default_factory=deque)
     since: float = math.inf  # when the first of the queue was begun
     joined: float = 0.0
@@ -199,11 +199,11 @@ class _Member:
     images: int = 0
     restarts: int = 0
 
-    def rest(self) -> None:
-        """Get no work until it has answered again."""
-        if self.place is not None:
+    def mark_unavailable(self) -> None:
+        """Give it no work until it has answered again."""
+        if self.info is not None:
             self.present += time.monotonic() - self.joined
-            self.place = None
+            self.info = None
 
 
 class RayExecutor:
@@ -294,8 +294,8 @@ class RayExecutor:
         self.image_seconds, self.options = image_seconds, dict(options or {})
         self._depth, self._stack = 0, ExitStack()
         self._gpus, self._cpus = 0.0, 1.0
-        self._members: list[_Member] = []
-        self._gone: list[_Member] = []
+        self._states: list[ActorState] = []
+        self._gone: list[ActorState] = []
         self._store: Any = None
         self._marker: Path | None = None
         self._clear()
@@ -332,11 +332,16 @@ class RayExecutor:
             return "cuda" if self._gpus else "cpu"
         return device if self._gpus else resolve_device(device)
 
+    @property
+    def states(self) -> tuple[ActorState, ...]:
+        """What the driver knows of each actor."""
+        return tuple(self._states)
+
     def report(self) -> dict[str, Any]:
         """Return what the actors did and suffered, as JSON values."""
         now = time.monotonic()
-        members = [m for m in [*self._gone, *self._members] if m.present or m.place]
-        present = {m: m.present + (now - m.joined if m.place else 0.0) for m in members}
+        states = [m for m in [*self._gone, *self._states] if m.present or m.info]
+        present = {m: m.present + (now - m.joined if m.info else 0.0) for m in states}
         counts = self._counts
         return {
             "kind": "ray",
@@ -348,10 +353,10 @@ class RayExecutor:
                     "utilisation": m.busy / present[m] if present[m] else None,
                     "restarts": m.restarts,
                 }
-                for m in members
+                for m in states
             ],
-            "utilisation": sum(m.busy for m in members) / (sum(present.values()) or 1.0),
-            "restarts": sum(m.restarts for m in members),
+            "utilisation": sum(m.busy for m in states) / (sum(present.values()) or 1.0),
+            "restarts": sum(m.restarts for m in states),
             "units": int(counts["units"]),
             "decodes_per_image": counts["decodes"] / counts["images"] if counts["images"] else 0.0,
             "seconds": counts["seconds"],
@@ -368,17 +373,17 @@ class RayExecutor:
             started = time.monotonic()
             try:
                 self._alone = time.monotonic() + PATIENCE
-                self._hire(worker)
+                self._scale_up(worker)
                 self._await_first()
-                yield from _Run(self, worker, plan, names).outcomes()
+                yield from _PlanRun(self, worker, plan, names).outcomes()
             finally:
                 self._counts["seconds"] += time.monotonic() - started
-                for member in self._members:  # of a run that ended early; not for the next one
-                    member.queue.clear()
+                for state in self._states:  # of a run that ended early; not for the next one
+                    state.queue.clear()
                 self._forget_marker()
 
     # Actors --------------------------------------------------------------------------------
-    def _hire(self, worker: Worker) -> None:
+    def _scale_up(self, worker: Worker) -> None:
         """Ask for the actors that are missing."""
         if self._store != worker.store:
             self._forget_marker()
@@ -388,11 +393,11 @@ class RayExecutor:
                 marker.parent.mkdir(parents=True, exist_ok=True)
                 marker.touch()
                 self._marker = marker
-            for member in self._members:
-                member.rest()
-                member.ping = self._ping(member.handle)
+            for state in self._states:
+                state.mark_unavailable()
+                state.ping = self._ping(state.handle)
         room = self.actors or max(1, count_places(self._gpus, self._cpus) - self._outside)
-        for _ in range(len(self._members), room):
+        for _ in range(len(self._states), room):
             self._add()
 
     def _add(self) -> None:
@@ -400,22 +405,22 @@ class RayExecutor:
             num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0
         )
         handle = kind.remote(self._cpus, self._gpus)
-        self._members.append(_Member(handle, self._ping(handle)))
+        self._states.append(ActorState(handle, self._ping(handle)))
 
     def _ping(self, handle: Any) -> Any:
         marker = str(self._marker) if self._marker else None
         return handle.ping.options(max_task_retries=-1).remote(marker)
 
     def _await_first(self) -> None:
-        while not any(m.place for m in self._members):
-            pings = {m.ping: m for m in self._members}
+        while not any(m.info for m in self._states):
+            pings = {m.ping: m for m in self._states}
             for ref in ray.wait(list(pings), timeout=TICK)[0]:
-                self._welcome(pings[ref])
+                self._on_actor_ready(pings[ref])
             self._warn_if_alone()
 
     def _warn_if_alone(self) -> None:
         now = time.monotonic()
-        if any(m.place for m in self._members):
+        if any(m.info for m in self._states):
             self._alone = now + PATIENCE
         elif now > self._alone:
             self._alone = math.inf
@@ -426,41 +431,41 @@ class RayExecutor:
                 stacklevel=2,
             )
 
-    def _welcome(self, member: _Member) -> None:
-        """Hear the answer of an actor that starts, for the first time or again."""
+    def _on_actor_ready(self, state: ActorState) -> None:
+        """Receive the answer of an actor that starts, for the first time or again."""
         try:
-            place: Any = ray.get(member.ping)
+            info: Any = ray.get(state.ping)
         except RayError as error:  # it never came to life
-            self._dismiss(member)
+            self._dismiss(state)
             self._refused += 1
-            if self._refused >= 3 and not any(m.place for m in self._members):
+            if self._refused >= 3 and not any(m.info for m in self._states):
                 raise RuntimeError(f"no actor can start: {_line(error)}") from error
             return self._add()
-        member.ping = None
-        if not place.reaches_store:
-            self._dismiss(member)
+        state.ping = None
+        if not info.reaches_store:
+            self._dismiss(state)
             self._outside += 1
-            self._note("store", place.host, reason="does not reach the cache folder")
-            if not self._members:
+            self._note("store", info.host, reason="does not reach the cache folder")
+            if not self._states:
                 raise OSError(
                     f"no machine of the cluster reaches {self._store.root}; "
                     "pass `cache` (--cache) a folder that all share, or a bucket"
                 )
             return None
         self._refused = 0
-        member.place, member.host, member.joined = place, place.host, time.monotonic()
+        state.info, state.host, state.joined = info, info.host, time.monotonic()
         return None
 
-    def _dismiss(self, member: _Member) -> None:
-        self._members.remove(member)
-        self._gone.append(member)
-        member.rest()
+    def _dismiss(self, state: ActorState) -> None:
+        self._states.remove(state)
+        self._gone.append(state)
+        state.mark_unavailable()
         with contextlib.suppress(Exception):  # Ray itself may be gone
-            ray.kill(member.handle)
+            ray.kill(state.handle)
 
     def _release(self) -> None:
-        for member in list(self._members):
-            self._dismiss(member)
+        for state in list(self._states):
+            self._dismiss(state)
         self._forget_marker()
 
     def _forget_marker(self) -> None:
@@ -478,24 +483,24 @@ class RayExecutor:
         return fault
 
 
-class _Run:
+class _PlanRun:
     """One plan under way: tasks out to the actors, outcomes back."""
 
     def __init__(
         self, executor: RayExecutor, worker: Worker, plan: Plan, names: list[str]
     ) -> None:
         self.executor, self.worker, self.plan = executor, worker, plan
-        places = [m.place for m in executor._members if m.place]
-        memory = executor.memory or min(place.memory for place in places)
+        infos = [m.info for m in executor._states if m.info]
+        memory = executor.memory or min(info.memory for info in infos)
         sizes = {}
         for name in names:
-            half = plan.preprocessing(name)
-            _, height, width = half.input_size or (3, 224, 224)
-            sizes[name] = half.key, plan.n_params(name), height * width
-        n = executor.actors or len(executor._members)
+            transform = plan.preprocessing(name)
+            _, height, width = transform.input_size or (3, 224, 224)
+            sizes[name] = transform.key, plan.n_params(name), height * width
+        n = executor.actors or len(executor._states)
         bundles = make_bundles(sizes, plan.missing, memory=0.3 * memory, actors=n)
         for bundle in bundles:
-            bundle.most = shards_per_block([plan.preprocessing(bundle.names[0])], memory)
+            bundle.most = shards_at_once([plan.preprocessing(bundle.names[0])], memory)
         self.dispatcher = Dispatcher(bundles, executor.unit_seconds, executor.attempts)
         users = frozenset().union(*(plan.missing[name] for name in names))
         executor._counts["images"] += sum(b - a for a, b in (plan.shards[s] for s in users))
@@ -504,129 +509,131 @@ class _Run:
     def outcomes(self) -> Iterator[Outcome]:
         looked = time.monotonic()
         while self.dispatcher.unfinished:
-            members = self.executor._members
-            self.dispatcher.n_actors = max(sum(m.place is not None for m in members), 1)
-            for member in members:
-                if member.place is not None:
-                    self._fill(member)
-            waiting = {m.ping: m for m in members if m.ping is not None}
-            waiting |= {m.queue[0][0]: m for m in members if m.queue}
+            states = self.executor._states
+            self.dispatcher.n_actors = max(sum(m.info is not None for m in states), 1)
+            for state in states:
+                if state.info is not None:
+                    self._fill(state)
+            waiting = {m.ping: m for m in states if m.ping is not None}
+            waiting |= {m.queue[0][0]: m for m in states if m.queue}
             ready, rest = ray.wait(list(waiting), timeout=TICK) if waiting else ([], [])
             if ready and rest:  # and whatever else has come meanwhile
                 ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
             for ref in ready:
-                yield from self._hear(waiting[ref])
+                yield from self._receive(waiting[ref])
             if time.monotonic() - looked > TICK:
                 looked = time.monotonic()
-                self._look_after()
+                self._manage_actors()
 
-    def _fill(self, member: _Member) -> None:
+    def _fill(self, state: ActorState) -> None:
         """Give an actor a task, and one ahead so that it need not wait for the driver."""
-        while len(member.queue) < 2:
-            task = self.dispatcher.next(member, ahead=bool(member.queue))
+        while len(state.queue) < 2:
+            task = self.dispatcher.next(state, ahead=bool(state.queue))
             if task is None:
                 return
             # equal numbers: the pixels of the unit before can be used again
             number = hash((task.shards, self.plan.preprocessing(task.bundle.names[0]).key))
-            number += len(self.plan.poison)
+            number += len(self.plan.crashing)
             units = self.plan.units(task.names, task.shards, number, retry=task.attempts > 0)
             if not (units := list(units)):  # all failed meanwhile
                 self.dispatcher.complete(task, None)
                 continue
-            paranoid = self.executor.image_seconds if task.paranoid else None
-            ref = member.handle.run.remote(self.worker, units, paranoid)
-            member.queue.append((ref, task))
-            if len(member.queue) == 1:
-                member.since = time.monotonic()
+            timeout = self.executor.image_seconds if task.isolated else None
+            ref = state.handle.run.remote(self.worker, units, timeout)
+            state.queue.append((ref, task))
+            if len(state.queue) == 1:
+                state.since = time.monotonic()
 
-    def _hear(self, member: _Member) -> Iterator[Outcome]:
+    def _receive(self, state: ActorState) -> Iterator[Outcome]:
         """Take what an actor sent: an answer to a ping, a result, an error, or its death."""
-        if member.ping is not None:
-            self.executor._welcome(member)
+        if state.ping is not None:
+            self.executor._on_actor_ready(state)
             return
-        ref, task = member.queue[0]
+        ref, task = state.queue[0]
         try:
             result: Any = ray.get(ref)
         except RayTaskError as error:
             if isinstance(error.cause, DatasetError):
                 raise error.cause from None
-            member.queue.popleft()
-            self._note("unit", member, task, _line(error.cause or error))
-            yield from self._blame(task, _line(error.cause or error), died=False)
+            state.queue.popleft()
+            self._note("unit", state, task, _line(error.cause or error))
+            yield from self._record_failure(task, _line(error.cause or error), died=False)
         except RayError as error:
-            yield from self._lose(member, error)
+            yield from self._on_actor_died(state, error)
         else:
-            member.queue.popleft()
-            yield from self._take(member, task, result)
-        member.since = time.monotonic()
+            state.queue.popleft()
+            yield from self._take(state, task, result)
+        state.since = time.monotonic()
 
-    def _take(self, member: _Member, task: Task, result: _Result) -> Iterator[Outcome]:
+    def _take(self, state: ActorState, task: Task, result: _Result) -> Iterator[Outcome]:
         plan, counts = self.plan, self.executor._counts
         self.dispatcher.complete(task, result.seconds)
         if result.poison:
             rows = [row for s in task.shards for row in range(*plan.shards[s])]
-            new = {rows[p]: why for p, why in result.poison.items() if rows[p] not in plan.poison}
-            plan.poison.update(new)
+            new = {
+                rows[p]: why for p, why in result.poison.items() if rows[p] not in plan.crashing
+            }
+            plan.crashing.update(new)
             for row, why in new.items():
-                self._note("image", member, task, why, image=plan.dataset.item_name(row))
+                self._note("image", state, task, why, image=plan.dataset.item_name(row))
         counts["units"] += 1
         counts["decodes"] += result.decodes
-        member.busy += result.seconds
+        state.busy += result.seconds
         for outcome in result.outcomes:
-            member.images += outcome.n_images
+            state.images += outcome.n_images
             if outcome.error is not None:
                 self.dispatcher.drop(outcome.name)
-                self._note("backbone", member, task, outcome.error, backbones=[outcome.name])
+                self._note("backbone", state, task, outcome.error, backbones=[outcome.name])
             yield outcome
 
-    def _lose(self, member: _Member, error: RayError) -> Iterator[Outcome]:
-        """Bury an actor: only what it had begun can be guilty. Ray starts it again."""
-        (_, task), *rest = member.queue
+    def _on_actor_died(self, state: ActorState, error: RayError) -> Iterator[Outcome]:
+        """Only what the actor had begun can be at fault. Ray starts it again."""
+        (_, task), *rest = state.queue
         for _, other in reversed(rest):
             self.dispatcher.give_back(other)
-        member.queue.clear()
-        place, now = member.place, time.monotonic()
-        assert place is not None
-        hung = member.since == math.inf
+        state.queue.clear()
+        info, now = state.info, time.monotonic()
+        assert info is not None
+        hung = state.since == math.inf
         reason = f"no answer for {self.executor.deadline:g} s" if hung else _line(error)
-        fault = self._note("actor", member, task, reason)
-        self.suspects.append((place.node, task, fault, now))
-        member.rest()
-        member.ping = self.executor._ping(member.handle)
-        member.restarts += 1
-        self.dispatcher.leave(member)
-        yield from self._blame(task, reason, died=True)
+        fault = self._note("actor", state, task, reason)
+        self.suspects.append((info.node, task, fault, now))
+        state.mark_unavailable()
+        state.ping = self.executor._ping(state.handle)
+        state.restarts += 1
+        self.dispatcher.on_actor_died(state)
+        yield from self._record_failure(task, reason, died=True)
 
-    def _blame(self, task: Task, reason: str, *, died: bool) -> Iterator[Outcome]:
-        for name in self.dispatcher.fault(task, reason, died=died):
+    def _record_failure(self, task: Task, reason: str, *, died: bool) -> Iterator[Outcome]:
+        for name in self.dispatcher.record_failure(task, reason, died=died):
             self.dispatcher.drop(name)
             what = "its process died" if died else "its unit failed"
             yield Outcome(name, error=f"{what} {task.attempts} times ({reason})")
 
-    def _look_after(self) -> None:
-        """End what hangs, pardon what was on a lost machine, and take in machines that joined."""
+    def _manage_actors(self) -> None:
+        """End what hangs, reset attempts lost with a machine, and take in machines that joined."""
         now, executor = time.monotonic(), self.executor
         executor._warn_if_alone()
-        for member in executor._members:
+        for state in executor._states:
             limit = executor.deadline
-            if member.queue and member.queue[0][1].paranoid:  # a child process starts, and reads
+            if state.queue and state.queue[0][1].isolated:  # a child process starts, and reads
                 limit = 60 + 2 * limit + executor.image_seconds
-            if member.queue and now - member.since > limit:
-                member.since = math.inf
-                ray.kill(member.handle, no_restart=False)
+            if state.queue and now - state.since > limit:
+                state.since = math.inf
+                ray.kill(state.handle, no_restart=False)
         if self.suspects:
             dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
             for node, task, fault, _ in self.suspects:
                 if node in dead:
-                    self.dispatcher.pardon(task)
+                    self.dispatcher.reset_attempts(task)
                     fault["kind"] = "machine"
             self.suspects = [s for s in self.suspects if s[0] not in dead and now - s[3] < 60]
         if executor.actors is None:
-            executor._hire(self.worker)
+            executor._scale_up(self.worker)
 
-    def _note(self, kind: str, member: _Member, task: Task, reason: str, **more: Any) -> Any:
+    def _note(self, kind: str, state: ActorState, task: Task, reason: str, **more: Any) -> Any:
         more = {"backbones": list(task.names), "reason": reason, **more}
-        return self.executor._note(kind, member.host, **more)
+        return self.executor._note(kind, state.host, **more)
 
 
 def _line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sfda_tune.selection.calibration import Observation
-from sfda_tune.selection.policy import rate
+from sfda_tune.selection.policy import scalarize
 
 __all__ = ["Record", "observe"]
 
@@ -30,7 +30,7 @@ class Record:
     seconds : float, optional
     iterations : int
         How often it has reported; 0: never, or nobody said.
-    settings : mapping of str to JSON value
+    params : mapping of str to JSON value
         The other searched parameters, flat.
     key : str, optional
         Of the searcher that was asked for it, see `SFDASearcher`; None: none was.
@@ -48,7 +48,7 @@ class Record:
     others: tuple[float, ...] = ()
     seconds: float | None = None
     iterations: int = 0
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
     key: str | None = None
     told: bool = False
     changed: bool = False
@@ -62,39 +62,42 @@ class Record:
     def pack(self) -> dict[str, Any]:
         """Return JSON values."""
         numbers = {"value": plain(self.value), "others": [plain(v) for v in self.others]}
-        return asdict(self) | numbers
+        fields = asdict(self) | numbers
+        fields["settings"] = fields.pop("params")  # what saved states call them
+        return fields
 
     @classmethod
     def unpack(cls, entry: Mapping[str, Any]) -> Record:
         """Read what `pack` returned."""
-        value = entry["value"]
-        others = tuple(float(v) for v in entry.get("others", ()))
-        value = None if value is None else float(value)
-        return cls(**{**entry, "value": value, "others": others})
+        fields, value = dict(entry), entry["value"]
+        fields["params"] = fields.pop("settings", {})
+        fields["others"] = tuple(float(v) for v in entry.get("others", ()))
+        fields["value"] = None if value is None else float(value)
+        return cls(**fields)
 
 
 def observe(
     records: Iterable[Record], weights: Sequence[float] | None = None
 ) -> list[Observation]:
-    """Translate trials to observations; `weights` are of the metrics, see `policy.rate`.
+    """Translate trials to observations; `weights` are of the metrics, see `policy.scalarize`.
 
     A trial with fewer iterations than the longest one ended early: its value is a lower bound. A
-    failed one that has reported before does run: a setting was at fault, not the backbone.
+    failed one that has reported before does run: a parameter was at fault, not the backbone.
     """
     records = list(records)
     ended = [r for r in records if r.state == "complete" and r.value is not None]
     budget = max((r.iterations for r in ended), default=0)
     full = {id(r): r.values for r in ended if r.iterations in (0, budget)}
     sound = {key: v for key, v in full.items() if not any(map(math.isnan, v))}
-    rated = dict(zip(sound, rate(list(sound.values()), weights), strict=True))
+    rated = dict(zip(sound, scalarize(list(sound.values()), weights), strict=True))
     history = []
     for r in records:
         if r.state == "running":
-            history.append(Observation(r.backbone, "running", settings=r.settings))
+            history.append(Observation(r.backbone, "running", params=r.params))
         elif r.state == "failed" and not r.iterations:
-            history.append(Observation(r.backbone, "failed", settings=r.settings))
+            history.append(Observation(r.backbone, "failed", params=r.params))
         elif r.state == "complete" and r.value is not None:
-            about: dict[str, Any] = {"cost": r.seconds, "settings": r.settings}
+            about: dict[str, Any] = {"cost": r.seconds, "params": r.params}
             if id(r) in full:
                 if id(r) in rated or r.iterations <= 1:
                     value = rated.get(id(r), math.nan)

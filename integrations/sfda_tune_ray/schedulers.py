@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import name_arm
+from sfda_tune.selection.calibration import backbone_name
 from sfda_tune_ray import _compat
 
 __all__ = ["PerBackboneScheduler", "SFDAScheduler"]
@@ -54,12 +55,17 @@ class SFDAScheduler(TrialScheduler):
         self._base = FIFOScheduler() if base_scheduler is None else base_scheduler
         _compat.check_base_scheduler(self._base)
         self._path = param_name.split("/")
-        self._vetoed: set[str] = set()  # trials that the base never heard of
+        self._vetoed: set[str] = set()  # trials that the base does not know
         given = ranking_or_survivors
         if isinstance(given, Mapping):
-            scores = {name_arm(name): float(score) for name, score in given.items()}
+            scores = {backbone_name(name): float(score) for name, score in given.items()}
             given = decisions.survivors(scores, keep)
         self.set_survivors(given)
+
+    @property
+    def base_scheduler(self) -> TrialScheduler:
+        """What schedules the survivors."""
+        return self._base
 
     @property
     def survivors(self) -> frozenset[str]:
@@ -72,7 +78,7 @@ class SFDAScheduler(TrialScheduler):
             raise ValueError(
                 f"`survivors` must be a non-empty collection of names, but is {survivors!r}."
             )
-        self._survivors = frozenset(name_arm(name) for name in survivors)
+        self._survivors = frozenset(backbone_name(name) for name in survivors)
 
     @property
     def metric(self) -> Any:
@@ -189,6 +195,11 @@ class PerBackboneScheduler(TrialScheduler):
         self._properties: tuple[Any, Any, dict[str, Any]] | None = None
 
     @property
+    def schedulers(self) -> Mapping[str, TrialScheduler]:
+        """The schedulers, by backbone."""
+        return MappingProxyType(self._groups)
+
+    @property
     def metric(self) -> Any:
         """The metric of the schedulers."""
         return self._template.metric
@@ -296,4 +307,4 @@ def _find_backbone(trial: Trial, path: list[str]) -> str | None:
     value: Any = trial.config
     for part in path:
         value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None else name_arm(value)
+    return None if value is None else backbone_name(value)

@@ -9,19 +9,19 @@ import json
 import logging
 import math
 import os
-import secrets
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from ray.tune.search import Searcher
 
-from sfda_tune.selection.calibration import Calibration, name_arm
-from sfda_tune.selection.policy import Advisor, find_barred
+from sfda_tune.selection.calibration import Calibration, backbone_name
+from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_seed
 from sfda_tune.values.files import check, read_json, write_text
 from sfda_tune.values.formats import SEARCHER
 from sfda_tune.values.text import require
@@ -42,9 +42,9 @@ class SFDASearcher(Searcher):
 
     The first choices follow the scores; then every trial says how much the scores are worth here
     (`calibration`), down to nothing. A fixed share of the trials is left to the base searcher
-    altogether (`sfda_tune.selection.policy.leaves_to_base`), which is then given the whole space,
-    the backbone included. The same history leads to the same choices as `SFDASampler` makes in
-    Optuna.
+    altogether (`sfda_tune.selection.policy.delegate_to_base_sampler`), which is then given the
+    whole space, the backbone included. The same history leads to the same choices as `SFDASampler`
+    makes in Optuna.
 
     Put `ConcurrencyLimiter` or `Repeater` outside, or set ``max_concurrent_trials``: without, Tune
     runs one trial at a time. Grid search and PBT are not for searchers.
@@ -64,7 +64,7 @@ class SFDASearcher(Searcher):
         Needed if ``param_space`` is empty: Tune then never passes on those of ``TuneConfig``.
         Lists are several objectives, with their modes: give them here, not in ``TuneConfig``, and
         no scheduler that compares values. Every trial weighs them anew
-        (`sfda_tune.selection.policy.rate`), so that all of the front is looked for.
+        (`sfda_tune.selection.policy.scalarize`), so that all of the front is looked for.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
         See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
         searcher.
@@ -151,12 +151,13 @@ class SFDASearcher(Searcher):
         require("mode", mode, "min, max or None, or a list of these", mode is None or known)
         is_name = isinstance(param_name, str) and all(param_name.split("/"))
         require("param_name", param_name, 'a name, nested ones as "model/backbone"', is_name)
-        require("max_failures", max_failures, "an integer ≥ 1", _is_integer(max_failures, 1))
-        require("seed", seed, "an integer ≥ 0 or None", seed is None or _is_integer(seed, 0))
+        is_count = isinstance(max_failures, Integral) and not isinstance(max_failures, bool)
+        is_count = is_count and int(max_failures) >= 1
+        require("max_failures", max_failures, "an integer ≥ 1", is_count)
         points = list(points_to_evaluate or [])
         dicts = all(isinstance(point, Mapping) for point in points)
         require("points_to_evaluate", points, "a list of dicts", dicts)
-        self._advisor = Advisor(
+        self.policy = BackbonePolicy(
             ranking,
             policy=policy,
             prior_strength=prior_strength,
@@ -164,19 +165,19 @@ class SFDASearcher(Searcher):
             exploration=exploration,
             costs=costs,
             cost_exponent=cost_exponent,
-            seed=secrets.randbits(63) if seed is None else int(seed),
+            seed=make_seed(seed),
         )
         self._n_objectives = len(metric) if isinstance(metric, list) else 1
-        self._base = base_searcher or RandomSearcher(self._advisor.seed)
+        self._base = base_searcher or RandomSearcher(self.policy.seed)
         self._brings_space = _compat.brings_space(self._base)
         self.param_name = param_name
         self._path = tuple(param_name.split("/"))
-        self._spaces = {name_arm(name): dict(space) for name, space in (spaces or {}).items()}
+        self._spaces = {backbone_name(name): dict(space) for name, space in (spaces or {}).items()}
         self._conditional = bool(conditional)
         self._points = [_compat.flatten_dict(dict(point)) for point in points]
         self._max_failures = int(max_failures)
         # Known once Tune has passed on the search space
-        self._config: dict[str, Any] | None = None
+        self._space: dict[str, Any] | None = None
         self._choices: dict[str, Any] = {}
         # What `save` saves
         self._number = 0  # of the next trial
@@ -186,19 +187,29 @@ class SFDASearcher(Searcher):
         self._bases: dict[str, Searcher] = {}
         self._given: dict[str, dict[str, Any]] = {}  # answers, in case one is asked for twice
 
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """What is known of each trial, by its id."""
+        return MappingProxyType(self._records)
+
+    @property
+    def base_searchers(self) -> Mapping[str, Searcher]:
+        """The copies of the base searcher, by backbone; `WHOLE` chooses the backbone, too."""
+        return MappingProxyType(self._bases)
+
     def calibration(self) -> Calibration:
         """Compare the scores with the trials so far, by the first metric.
 
         Values are negated if its mode is "min".
         """
-        return self._advisor.calibrate(observe(self._records.values()))
+        return self.policy.calibrate(observe(self._records.values()))
 
     # What Tune calls ------------------------------------------------------------------------
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
     ) -> bool:
         """Take metric, mode and search space over from Tune; False if they are already known."""
-        if self._config is not None:
+        if self._space is not None:
             return False
         for name, given in (("metric", metric), ("mode", mode)):
             own = getattr(self, f"_{name}")
@@ -214,50 +225,50 @@ class SFDASearcher(Searcher):
         searched = [path for path, _ in _compat.parse_spec_vars(config)[1]]
         if self._brings_space and any(path != self._path for path in searched):
             return False  # Tune then says so
-        self._advisor.mask(list(self._choices), strict=True)
+        self.policy.mask(list(self._choices), strict=True)
         for name in [*self._spaces, *(p.get(self.param_name) for p in self._points)]:
             of = f"backbones among the choices of {self.param_name!r}"
-            known = name is None or name_arm(name) in self._choices
+            known = name is None or backbone_name(name) in self._choices
             require("spaces and points_to_evaluate", name, of, known)
-        self._config = config
+        self._space = config
         return True
 
     def suggest(self, trial_id: str) -> Any:
         """Return the parameters of the next trial, `Searcher.FINISHED` if no backbone is left."""
         if trial_id in self._given:
             return copy.deepcopy(self._given[trial_id])
-        if self._config is None and not self.set_search_properties(None, None, {}):
+        if self._space is None and not self.set_search_properties(None, None, {}):
             raise ValueError(
                 "`param_space` must hold no domains if the base searcher has a space of its own."
             )
-        names = self._find_candidates()
+        names = self.find_candidates()
         if not names:
             _logger.warning("All backbones have failed: no more trials are suggested.")
             return Searcher.FINISHED
         number = self._number
-        weights = self._advisor.weigh(number, self._n_objectives)
+        weights = self.policy.sample_weights(number, self._n_objectives)
         history = observe(self._records.values(), weights)
         point = self._points[self._n_points] if self._n_points < len(self._points) else {}
-        arm = name_arm(point[self.param_name]) if self.param_name in point else None
-        left = arm is None and self._advisor.leaves(history, number)
-        if arm is None and not left:
-            arm = self._advisor.choose(history, number, names)
-        key = WHOLE if arm is None else self._find_key(arm)
+        backbone = backbone_name(point[self.param_name]) if self.param_name in point else None
+        left = backbone is None and self.policy.delegates(history, number)
+        if backbone is None and not left:
+            backbone = self.policy.choose(history, number, names)
+        key = WHOLE if backbone is None else self._find_key(backbone)
         base = self._open(key)
         asked = {} if base is None else base.suggest(trial_id)
         if asked is None or asked == Searcher.FINISHED:
             return asked
         config = copy.deepcopy(asked)
         own = config.pop(OWN, {})
-        if arm is None:
-            arm = name_arm(_read(asked, self._path))
-            if arm not in names or arm in find_barred(history, number):
-                arm = self._advisor.choose(history, number, names)
-            for path in _find_paths(self._spaces.get(arm, {})):
-                _write(config, path, _read(own, (str(list(self._choices).index(arm)), *path)))
+        if backbone is None:
+            backbone = backbone_name(_read(asked, self._path))
+            if backbone not in names or backbone in find_backed_off(history, number):
+                backbone = self.policy.choose(history, number, names)
+            for path in _find_paths(self._spaces.get(backbone, {})):
+                _write(config, path, _read(own, (str(list(self._choices).index(backbone)), *path)))
         for name, value in point.items():
             _write(config, tuple(name.split("/")), value)
-        _write(config, self._path, self._choices[arm])
+        _write(config, self._path, self._choices[backbone])
         _refuse_domains(config)
         # Only from here on the state changes.
         flat = _compat.flatten_dict(asked)
@@ -265,8 +276,8 @@ class SFDASearcher(Searcher):
         changed = any(new.get(n) != v for n, v in flat.items() if not n.startswith(f"{OWN}/"))
         self._number, self._n_points = number + 1, self._n_points + bool(point)
         self._records[trial_id] = Record(
-            arm,
-            settings=self._read_settings(config, arm),
+            backbone,
+            params=self._read_params(config, backbone),
             key=None if base is None else key,
             changed=changed,
         )
@@ -283,11 +294,11 @@ class SFDASearcher(Searcher):
             return
         values = self._read_values(result)
         seconds = result.get("time_total_s", record.seconds)
-        # What was begun anew after an error may end unheard: ConcurrencyLimiter does not know it.
-        heard = record.state == "running" and not record.foreign
+        # Begun anew after an error it may end unnoticed: ConcurrencyLimiter does not know it.
+        will_end = record.state == "running" and not record.foreign
         self._records[trial_id] = replace(
             record,
-            state="running" if heard else "complete",
+            state="running" if will_end else "complete",
             iterations=iterations,
             value=values[0] if values else None,
             others=values[1:],
@@ -367,28 +378,26 @@ class SFDASearcher(Searcher):
         fits = error or len(raw) == self._n_objectives
         require("value", value, f"one for each metric, {self._metric!r}", fits)
         values = [] if error else [s * float(v) for s, v in zip(self._signs, raw, strict=True)]
-        arm = name_arm(flat.pop(self.param_name))
+        backbone = backbone_name(flat.pop(self.param_name))
         record = Record(
-            arm,
+            backbone,
             state="failed" if error else "complete",
             value=None if error else values[0],
             others=tuple(values[1:]),
             iterations=len(intermediate_values or ()) or int(pruned),
-            settings={name: plain(v) for name, v in flat.items()},
+            params={name: plain(v) for name, v in flat.items()},
             told=True,
         )
         self._records[f"evaluated-{len(self._records)}"] = record
         self._number += 1  # a choice that was made: the next draw is another
-        if record.state == "complete" and _are_finite(record.values):
-            for key in {self._find_key(arm), WHOLE} & self._bases.keys():
-                self._add(key, record)
+        self._share(record)
 
     def explain_error(self, trial_id: str, backbone: Any, *, lost: bool) -> None:
         """Take in whether a failed trial was `lost` with its process or machine.
 
         `SchedulerStateCallback` knows; Tune tells no searcher.
         """
-        record = self._records.get(trial_id) or Record(name_arm(backbone), "failed")
+        record = self._records.get(trial_id) or Record(backbone_name(backbone), "failed")
         if record.state == "failed":
             self._records[trial_id] = replace(record, state="lost" if lost else "failed")
 
@@ -415,7 +424,7 @@ class SFDASearcher(Searcher):
                     with open(path, "rb") as file:
                         bases[key] = base64.b64encode(file.read()).decode("ascii")
         try:
-            space = _compat.pack_space(self._config)
+            space = _compat.pack_space(self._space)
         except TypeError as error:
             _logger.warning(f"Give `param_space` to Tuner.restore: it is not saved, {error}.")
             space = None
@@ -424,7 +433,7 @@ class SFDASearcher(Searcher):
             "metric": self._metric,
             "mode": self._mode,
             "space": space,
-            "seed": self._advisor.seed,
+            "seed": self.policy.seed,
             "number": self._number,
             "points": self._n_points,
             "unattributed": self._unattributed,
@@ -448,7 +457,7 @@ class SFDASearcher(Searcher):
         check(state, SEARCHER, "checkpoint_path")
         was = state["base_searcher"]
         require("base_searcher", name, f"a {was}, as when the state was saved", name == was)
-        if self._config is None and state["space"] is not None:
+        if self._space is None and state["space"] is not None:
             space = _compat.unpack_space(state["space"])  # `Tuner.restore` does not tell it again
             self.set_search_properties(state["metric"], state["mode"], space)
         bases = {}
@@ -459,7 +468,7 @@ class SFDASearcher(Searcher):
                 with open(path, "wb") as file:
                     file.write(base64.b64decode(blob, validate=True))
                 bases[key].restore(path)
-        self._advisor = replace(self._advisor, seed=state["seed"])
+        self.policy = replace(self.policy, seed=state["seed"])
         self._number, self._n_points = state["number"], state["points"]
         self._unattributed = state["unattributed"]
         self._records = {name: Record.unpack(r) for name, r in state["records"].items()}
@@ -473,16 +482,16 @@ class SFDASearcher(Searcher):
             where = "/".join(str(part) for part in grids[0][0])
             raise ValueError(
                 f"`param_space` must not hold a grid_search but {where!r} is one; use tune.choice "
-                "here, or `backbone_grid` without a search_alg and with SFDAScheduler."
+                "here, or the grid without a search_alg and with SFDAScheduler."
             )
         domain = _read(config, self._path)
         if domain is None:
             for path, other in _compat.parse_spec_vars(config)[1]:
-                if {*map(name_arm, getattr(other, "categories", ()))} & {*self._advisor.scores}:
+                if {*map(backbone_name, getattr(other, "categories", ()))} & {*self.policy.scores}:
                     name = "/".join(map(str, path))
                     rule = f"where `param_space` has the backbones: {name!r}"
                     raise ValueError(f"`param_name` must be {rule}, but is {self.param_name!r}.")
-            known = {n: s for n, s in self._advisor.scores.items() if math.isfinite(s)}
+            known = {n: s for n, s in self.policy.scores.items() if math.isfinite(s)}
             choices = sorted(known, key=lambda n: (-known[n], n))
         elif isinstance(domain, _compat.Categorical):
             choices = domain.categories
@@ -491,15 +500,15 @@ class SFDASearcher(Searcher):
             raise ValueError(f"`{self.param_name}` must be {rule}, but is {domain!r}.")
         else:
             choices = [domain]
-        by_name = {name_arm(choice): choice for choice in choices}
-        if not by_name.keys() & self._advisor.scores.keys():
+        by_name = {backbone_name(choice): choice for choice in choices}
+        if not by_name.keys() & self.policy.scores.keys():
             raise ValueError(
                 f"`ranking` must hold the choices of {self.param_name!r} but has none of "
-                f"{sorted(by_name)[:5]}; it holds {sorted(self._advisor.scores)[:5]}."
+                f"{sorted(by_name)[:5]}; it holds {sorted(self.policy.scores)[:5]}."
             )
         return by_name
 
-    def _find_candidates(self) -> list[str]:
+    def find_candidates(self) -> list[str]:
         """Return the choices but those that always fail, and those outside a mask of names."""
         fails: Counter[str] = Counter()
         runs = set()
@@ -508,19 +517,19 @@ class SFDASearcher(Searcher):
                 runs.add(record.backbone)
             fails[record.backbone] += record.state == "failed"
         names = [n for n in self._choices if n in runs or fails[n] < self._max_failures]
-        mask = self._advisor.mask(names)
+        mask = self.policy.mask(names)
         return names if mask is None or set(names) & set(mask) else []
 
     # Base searchers -------------------------------------------------------------------------
-    def _find_key(self, arm: str) -> str:
-        return arm if self._conditional or arm in self._spaces else ""
+    def _find_key(self, backbone: str) -> str:
+        return backbone if self._conditional or backbone in self._spaces else ""
 
     def _find_space(self, key: str) -> dict[str, Any]:
         """Return the space that a base searcher draws from."""
-        config = copy.deepcopy(self._config or {})
+        config = copy.deepcopy(self._space or {})
         if key == WHOLE:
             _write(config, self._path, _compat.Categorical(list(self._choices.values())).uniform())
-            own = {str(k): self._spaces.get(arm) for k, arm in enumerate(self._choices)}
+            own = {str(k): self._spaces.get(backbone) for k, backbone in enumerate(self._choices)}
             own = {k: copy.deepcopy(space) for k, space in own.items() if space}
             return config | ({OWN: own} if own else {})
         _remove(config, self._path)
@@ -530,7 +539,7 @@ class SFDASearcher(Searcher):
 
     def _make_base(self, key: str) -> Searcher:
         base = _compat.copy_searcher(self._base, key)
-        if self._config is not None and not self._brings_space:
+        if self._space is not None and not self._brings_space:
             base.set_search_properties(self._metric, self._mode, self._find_space(key))
         return base
 
@@ -554,24 +563,29 @@ class SFDASearcher(Searcher):
         error: bool,
     ) -> None:
         """Pass the end of a trial on: to the base searcher that proposed it, and to others."""
-        heard = None
+        asked = None
         if old.key is not None and not old.told and old.key in self._bases:
             if old.changed:  # not what it proposed: closed here, and added below
                 self._bases[old.key].on_trial_complete(trial_id, result=None, error=True)
             else:
-                heard = old.key
-                self._bases[heard].on_trial_complete(trial_id, result=result, error=error)
-        is_new = old.state != "complete" or (old.foreign and not old.told)
-        if is_new and new.state == "complete" and _are_finite(new.values):
-            for key in {self._find_key(new.backbone), WHOLE} & self._bases.keys() - {heard}:
-                self._add(key, new)
+                asked = old.key
+                self._bases[asked].on_trial_complete(trial_id, result=result, error=error)
+        if old.state != "complete" or (old.foreign and not old.told):  # it is new
+            self._share(new, asked)
+
+    def _share(self, record: Record, asked: str | None = None) -> None:
+        """Tell the base searchers of a value, but not the one that was asked for the trial."""
+        if record.state == "complete" and _are_finite(record.values):
+            for key in {self._find_key(record.backbone), WHOLE} & self._bases.keys() - {asked}:
+                self._add(key, record)
 
     def _add(self, key: str, record: Record) -> None:
         """Tell a base searcher of a trial that it did not propose, if it can learn from it."""
-        if key not in (WHOLE, self._find_key(arm := record.backbone)) or arm not in self._choices:
+        backbone = record.backbone
+        if key not in (WHOLE, self._find_key(backbone)) or backbone not in self._choices:
             return
-        params = dict(record.settings)
-        whole = params | {self.param_name: self._choices[arm]}
+        params = dict(record.params)
+        whole = params | {self.param_name: self._choices[backbone]}
         tries = [whole, params] if self._brings_space else [whole if key == WHOLE else params]
         values = [sign * v for sign, v in zip(self._signs, record.values, strict=True)]
         any(_compat.add_point(self._bases[key], point, values) for point in tries)
@@ -601,25 +615,25 @@ class SFDASearcher(Searcher):
         if trial_id in self._records:
             return self._records[trial_id]
         flat = _compat.flatten_dict(dict(result))
-        backbone = flat.get(f"config/{self.param_name}")
-        if backbone is None:
+        choice = flat.get(f"config/{self.param_name}")
+        if choice is None:
             return None
         config = {name[7:]: v for name, v in flat.items() if name.startswith("config/")}
-        arm = name_arm(backbone)
+        backbone = backbone_name(choice)
         self._records[trial_id] = Record(
-            arm,
-            settings=self._read_settings(_compat.unflatten_dict(config), arm),
+            backbone,
+            params=self._read_params(_compat.unflatten_dict(config), backbone),
             foreign=True,
         )
         return self._records[trial_id]
 
-    def _read_settings(self, config: dict[str, Any], arm: str) -> dict[str, Any]:
+    def _read_params(self, config: dict[str, Any], backbone: str) -> dict[str, Any]:
         """Return the searched parameters but the backbone."""
         if self._brings_space:
             paths = [tuple(name.split("/")) for name in _compat.flatten_dict(config)]
         else:
-            paths = [path for path, _ in _compat.parse_spec_vars(self._config or {})[1]]
-            paths += _find_paths(self._spaces.get(arm, {}))
+            paths = [path for path, _ in _compat.parse_spec_vars(self._space or {})[1]]
+            paths += _find_paths(self._spaces.get(backbone, {}))
         values = {"/".join(map(str, p)): _read(config, p) for p in paths if p != self._path}
         return {name: plain(value) for name, value in values.items() if value is not None}
 
@@ -702,7 +716,3 @@ def _refuse_domains(config: Any) -> None:
 
 def _are_finite(values: Sequence[float]) -> bool:
     return bool(values) and all(map(math.isfinite, values))
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least

@@ -1,4 +1,4 @@
-"""Search spaces, first points and resources from a ranking, for any searcher."""
+"""Search spaces and resources from a ranking, for any searcher."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from ray.tune import PlacementGroupFactory
 
-from sfda_tune.selection.calibration import name_arm
+from sfda_tune.selection.calibration import backbone_name
 from sfda_tune.selection.policy import survivors
 from sfda_tune.values.ranking import Ranking
 from sfda_tune_ray import _compat
 
-__all__ = ["backbone_grid", "backbone_resources", "backbone_space", "warm_start_points"]
+__all__ = ["backbone_resources", "backbone_space"]
 
 # Bytes for fine-tuning. A parameter: itself, its gradient and two moments of Adam, float32 each.
 # What is kept for the backward pass, per pixel: the most of twelve networks of timm at 224²
@@ -57,46 +57,6 @@ def backbone_space(
         weighted = _compat.Weighted((weights / weights.sum()).tolist())
         space.set_sampler(weighted, allow_override=True)
     return space
-
-
-def backbone_grid(ranking: Mapping[Any, float], top_k: int | None = None) -> dict[str, list[str]]:
-    """Return a grid search over the best backbones; only for experiments without a search_alg.
-
-    Examples
-    --------
-    >>> backbone_grid({"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, 2)
-    {'grid_search': ['vit', 'resnet']}
-    """
-    return {"grid_search": _find_best(ranking, top_k)[1]}
-
-
-def warm_start_points(
-    ranking: Mapping[Any, float],
-    top_k: int | None = None,
-    *,
-    param_name: str = "backbone",
-    defaults: Mapping[str, Any] | None = None,
-) -> list[dict[str, Any]]:
-    """Return one point per backbone, best first, for ``points_to_evaluate`` of any searcher.
-
-    Parameters
-    ----------
-    ranking, top_k
-        See `backbone_space`.
-    param_name : str, default "backbone"
-        The parameter, nested ones as ``"model/backbone"``. OptunaSearch alone wants nested points
-        flat: there, leave param_name in one piece by ``{"model/backbone": name}``.
-    defaults : mapping, optional
-        Further parameters; most searchers want all.
-
-    Examples
-    --------
-    >>> warm_start_points({"vit": 3.1, "resnet": 2.5}, 1, defaults={"lr": 1e-3})
-    [{'lr': 0.001, 'backbone': 'vit'}]
-    """
-    flat = _compat.flatten_dict(dict(defaults or {}))
-    names = _find_best(ranking, top_k)[1]
-    return [_compat.unflatten_dict({**flat, param_name: name}) for name in names]
 
 
 def backbone_resources(
@@ -154,7 +114,7 @@ def backbone_resources(
         if gpu_memory is None:
             return PlacementGroupFactory([{"CPU": cpus}])
         flat = _compat.flatten_dict(dict(config))
-        known = details.get(name_arm(flat.get(param_name)), {})
+        known = details.get(backbone_name(flat.get(param_name)), {})
         batch = int(flat[batch_size] if isinstance(batch_size, str) else batch_size)
         pixels = math.prod(list(known.get("input_size") or (3, 224, 224))[-2:])
         image = PIXEL * pixels
@@ -173,7 +133,7 @@ def _find_best(
 ) -> tuple[dict[str, float], list[str]]:
     if top_k is not None and not (isinstance(top_k, Integral) and top_k > 0):
         raise ValueError(f"`top_k` must be an integer ≥ 1 or None, but is {top_k!r}.")
-    scores = {name_arm(name): float(score) for name, score in ranking.items()}
+    scores = {backbone_name(name): float(score) for name, score in ranking.items()}
     names = list(survivors(scores, top_k))
     if not names:
         raise ValueError("`ranking` must hold at least one scored backbone, but holds none.")

@@ -44,8 +44,8 @@ def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
     parts += [files_behind(plugin, load_plugin(plugin)) for plugin in backbone.plugins]
     name = timm_name(backbone.spec)
     if backbone.load is not None:
-        module, half = load(backbone)
-        parts += [identify(module, backbone.name), _try_out(module, half)]
+        module, preprocessing = load(backbone)
+        parts += [identify(module, backbone.name), _try_out(module, preprocessing)]
     elif name.startswith("local-dir:"):
         folder = Path(name.partition(":")[2])
         parts.append(_own_architecture(backbone, read_config(folder)["architecture"]))
@@ -88,17 +88,17 @@ def _own_architecture(backbone: Backbone, architecture: str) -> str:
     return identify([build, module], backbone.name, by_shape=weights)
 
 
-def _try_out(module: Any, half: Preprocessing) -> str:
+def _try_out(module: Any, preprocessing: Preprocessing) -> str:
     """Return roughly what a network makes of two fixed images, on the CPU.
 
     It tells networks apart whose code is no Python, or reads a file. Where there is a fork, in a
     process of its own, which a network may end.
     """
     if "fork" not in multiprocessing.get_all_start_methods() or multiprocessing.parent_process():
-        return _respond(module, half)
+        return _respond(module, preprocessing)
     fork = multiprocessing.get_context("fork")
     there, here = fork.Pipe(duplex=False)
-    process = fork.Process(target=_send_response, args=(here, module, half), daemon=True)
+    process = fork.Process(target=_send_response, args=(here, module, preprocessing), daemon=True)
     process.start()
     here.close()
     try:
@@ -111,14 +111,14 @@ def _try_out(module: Any, half: Preprocessing) -> str:
         there.close()
 
 
-def _send_response(pipe: Any, module: Any, half: Preprocessing) -> None:
+def _send_response(pipe: Any, module: Any, preprocessing: Preprocessing) -> None:
     import torch
 
     torch.set_num_threads(1)  # those of the other process do not exist here
-    pipe.send(_respond(module, half))
+    pipe.send(_respond(module, preprocessing))
 
 
-def _respond(module: Any, half: Preprocessing) -> str:
+def _respond(module: Any, preprocessing: Preprocessing) -> str:
     """Return the outputs on fixed images, rounded to a hundredth of the features' size.
 
     The last digits depend on the processor and its threads.
@@ -126,7 +126,7 @@ def _respond(module: Any, half: Preprocessing) -> str:
     import torch
 
     generator = np.random.default_rng(0)
-    shape = half.input_size or half.output_size
+    shape = preprocessing.input_size or preprocessing.output_size
     x = torch.from_numpy(generator.random((2, *shape), np.float32))
     try:
         with torch.inference_mode(), torch.random.fork_rng(devices=[]):

@@ -167,7 +167,7 @@ def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
         bare = [f for f in inside if f not in found and any(map(is_weights, files_in(f)))]
         if bare:
             warnings.warn(
-                "left out, for want of a config.json beside the weights: "
+                "left out, without a config.json beside the weights: "
                 + ", ".join(printable(f.name) for f in bare),
                 stacklevel=2,
             )

@@ -4,7 +4,8 @@ A score judges every image by a fit without it. A copy that stays in the fit giv
 each image twice, leave-one-out scores of 40 images rose from .30 to .81, and another backbone was
 the first. So each image takes part once, whatever the metric: its copies are left out of fit and
 judgement alike. An image that stands in several classes counts in the one in which it has most
-copies; among equals in the smallest, lest rare classes lose their images to large ones.
+copies; among equals in the smallest, so that rare classes do not lose
+their images to large ones.
 
 Copies are images that show the same pixels, whatever file they are in: with other metadata, or
 written anew without loss. To compare pixels, all images would have to be decoded once more. So

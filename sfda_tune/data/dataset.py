@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from sfda_tune.data.decoding import (
     digest_pixels,
     explain,
 )
-from sfda_tune.values.text import one_line, printable
+from sfda_tune.values.text import is_integer, one_line, printable
 
 __all__ = ["ImageDataset"]
 
@@ -157,7 +156,7 @@ class ImageDataset:
         >>> np.bincount(data.sample(10).labels)
         array([8, 2])
         """
-        if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+        if not is_integer(n, 1):
             raise DatasetError(f"`samples` must be a positive int but is {n!r}.")
         return self if n >= len(self) else self.subset(self.sample_rows(int(n), seed))
 

@@ -18,7 +18,9 @@ _LOCK = threading.RLock()
 def cache_only_if_unreachable() -> Iterator[None]:
     """Have the hub's client answer from its cache at once where the hub is out of reach.
 
-    Left to itself it retries for more than 20 seconds per file before it looks into its cache.
+    Left to itself it retries for more than 20 seconds per file before it looks into its cache. Its
+    settings cannot spare that: ``HF_HUB_ETAG_TIMEOUT`` limits a single try and is read when the
+    client is imported, and timm passes no ``local_files_only``.
     """
     if reachable():
         yield

@@ -29,6 +29,7 @@ import numpy as np
 
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import get_switches, renew_lock, set_switches
+from sfda_tune.values.text import some
 
 if TYPE_CHECKING:
     from sfda_tune.data.dataset import ImageDataset
@@ -194,18 +195,13 @@ class Loader:
 
     def _stalled(self, limit: float) -> DatasetError:
         names = [self.items.name(hand.at) for hand in self._hands if hand.at is not None]
-        what = f" by {_some(names)}" if names else ""
+        what = f" by {some(sorted(set(names)), 3)}" if names else ""
         return DatasetError(
             f"decoding has stalled{what}: no sign of life for {limit:g} s; look at the file and "
             "at the disk or the network it comes from, and run again (what is finished is in the "
             "cache); where images may take so long, set the environment variable "
             "SFDA_TUNE_PATIENCE to more seconds"
         )
-
-
-def _some(names: list[str]) -> str:
-    names = sorted(set(names))
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 class _Thread:

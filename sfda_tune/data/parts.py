@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from sfda_tune.values.text import printable
+from sfda_tune.values.text import printable, some
 
 __all__ = ["choose", "choose_rows", "hint_at", "part_of", "read_parts"]
 
@@ -75,14 +75,14 @@ def choose(parts: Mapping[str, str | None], split: str | None, where: str) -> li
     found = [name for name in names if name.casefold() == wanted.casefold()] or same
     if not found:
         raise LookupError(
-            f"`split` must be one of {_some(names)} or 'all' for {where} but is {split!r}"
+            f"`split` must be one of {_quoted(names)} or 'all' for {where} but is {split!r}"
             + ("." if split else ", and there is no training part.")
         )
     if len(found) > 1:
-        raise ValueError(f"`split` must be one of {_some(found)} for {where} but is {split!r}.")
+        raise ValueError(f"`split` must be one of {_quoted(found)} for {where} but is {split!r}.")
     others = [name for name in same if name not in found]
     if others and wanted in _WORDS:  # else it is exactly what was asked for
-        text = f"{where}: its part {found[0]!r} is used, {_some(others)} is left out."
+        text = f"{where}: its part {found[0]!r} is used, {_quoted(others)} is left out."
         warnings.warn(text, UserWarning, stacklevel=2)
     return found
 
@@ -151,7 +151,7 @@ def read_parts(
 
 def _leave(column: str, values: Iterable[str], why: str, where: str) -> None:
     warnings.warn(
-        f"{where}: the column {column!r} is not used, for its values ({_some(values)}) {why}.",
+        f"{where}: the column {column!r} is not used, for its values ({_quoted(values)}) {why}.",
         UserWarning,
         stacklevel=3,
     )
@@ -192,20 +192,19 @@ def choose_rows(
         rows = [r for r, p in enumerate(parts) if p == (part or wanted)]
     if not rows:
         raise LookupError(
-            f"`split` must be one of {_some(dict.fromkeys(said))} or 'all' for {where}, as its "
+            f"`split` must be one of {_quoted(dict.fromkeys(said))} or 'all' for {where}, as its "
             f"column {column!r} says, but is {split!r}"
             + ("." if split else ", and there is no training part.")
         )
     if others := [p for p in count if p not in _WORDS and split is None]:
         warnings.warn(
             f"{where}: {sum(count[p] for p in others)} rows are left out, of which the column "
-            f"{column!r} says {_some(others)}.",
+            f"{column!r} says {_quoted(others)}.",
             UserWarning,
             stacklevel=2,
         )
     return rows, part or wanted
 
 
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = [repr(printable(name)) for name in names]
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+def _quoted(names: Iterable[str]) -> str:
+    return some(repr(printable(name)) for name in names)

@@ -15,6 +15,7 @@ from sfda_tune.data.checks import DatasetError, NoPartError
 from sfda_tune.data.copies import group_twins, shared_images
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset, open_part
+from sfda_tune.values.text import some
 
 __all__ = ["fingerprint", "join", "open_own_part", "split_images", "tell_gaps", "tell_shared"]
 
@@ -156,7 +157,7 @@ def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
         n, present = len(images), np.unique(images.labels)
         missing = [images.classes[c] for c in np.setdiff1d(parts["train"].labels, present)]
         if missing:
-            names = ", ".join(missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
+            names = some(missing)
             all_of = f"all {n} are of {images.classes[present[0]]}: " * (len(present) == 1)
             said.append(
                 f"there is no {name} image of {names}: {all_of}{name} numbers say nothing of "
@@ -183,7 +184,7 @@ def _relabel(data: ImageDataset, like: ImageDataset) -> ImageDataset:
     unknown = [name for name in data.classes if name not in code]
     if unknown:
         raise DatasetError(
-            f"{data.name!r} has classes that the training images lack: {', '.join(unknown[:5])}; "
+            f"{data.name!r} has classes that the training images lack: {some(unknown)}; "
             "remove them, or add training images."
         )
     labels = np.array([code[data.classes[c]] for c in data.labels])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from sfda_tune.data.checks import DatasetError, NoPartError, absolute, check_som
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose_rows, read_parts
-from sfda_tune.values.files import check
+from sfda_tune.values.files import check, parse_csv, read_text
 from sfda_tune.values.text import one_line, printable, read_csv_cell, some
 
 IMAGE_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "file_name")
@@ -107,24 +106,17 @@ def _listed(column: Any) -> Sequence[Any]:
 def _read_csv(path: str, where: str) -> tuple[Any, ...]:
     """Columns, a function that reads one, and one that reads the labels for `encode`."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            head = file.readline()
-            delimiter = max(",;\t", key=head.count)
-            # "path, label": blanks after the delimiter belong to the layout, not to the names
-            layout = {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in head}
-            file.seek(0)
-            reader: Any = csv.DictReader(file, strict=True, restval="", **layout)
-            columns = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            lines, rows = [], []
-            for row in reader:
-                lines.append(reader.line_num)
-                rows.append(row)
-    except (UnicodeDecodeError, csv.Error) as error:
+        table = parse_csv(read_text(path, limit=1 << 60), foreign=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{where} must be a CSV file in UTF-8: {one_line(error)}.") from None
-    if long := [n for n, row in zip(lines, rows, strict=True) if any(row.get(None, ()))]:
+    columns, rows, lines = table.columns, table.rows, table.lines
+    if table.long:
         raise DatasetError(
             f"{where} must have {len(columns)} fields per line, as its header has, but line "
-            f"{some(long)} has more; put names that hold {delimiter!r} between double quotes."
+            f"{some(lines[n] for n in table.long)} has more; put names that hold "
+            f"{table.delimiter!r} between double quotes."
         )
 
     def cells(name: str) -> list[str]:

@@ -18,11 +18,13 @@ from sfda_tune.data.decoding import Passing
 from sfda_tune.extraction.pixels import Decoder
 from sfda_tune.extraction.plan import Unit
 
-__all__ = ["find_poison"]
+__all__ = ["find_crashing_images"]
 
 
 # Images that end the process --------------------------------------------------------------------
-POISON = "a process that decodes it "  # then what becomes of it; how such an image is known again
+CRASH_REASON = (
+    "a process that decodes it "  # then what becomes of it; how such an image is known again
+)
 PILLOW = f" (Pillow {PIL.__version__})"
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 _CHECK = (
@@ -31,7 +33,7 @@ _CHECK = (
 )
 
 
-def find_poison(
+def find_crashing_images(
     unit: Unit, *, timeout: float, dumps: Callable[[Any], bytes] = pickle.dumps
 ) -> dict[int, str]:
     """Decode the rows of a unit in child processes and return those that end theirs, with why.
@@ -42,15 +44,17 @@ def find_poison(
     Parameters
     ----------
     unit : Unit
-        Its `poison` is known already and not read again.
+        Its `crashing` is known already and not read again.
     timeout : float
         Seconds without a word after which a row counts as one that hangs.
     dumps : callable
         Must pickle the data set and its transforms for `pickle.load`.
     """
-    found, start = dict(unit.poison), 0
+    found, start = dict(unit.crashing), 0
     while True:
-        content = dumps((_check, unit.dataset, unit.halves, unit.backbone.plugins, found, start))
+        content = dumps(
+            (_check, unit.dataset, unit.preprocessings, unit.backbone.plugins, found, start)
+        )
         row, code = _watch(dumps(sys.path) + content, timeout)
         if code == 0:
             return found
@@ -58,7 +62,7 @@ def find_poison(
             raise RuntimeError(f"the images cannot be checked: a child ended with code {code}")
         why = f"hangs for more than {timeout:g} s" if code is None else f"ends with code {code}"
         crashed = code is not None and -code in CRASHES  # others may have been ended by somebody
-        found[row] = f"{POISON}{why}{PILLOW}" if crashed else Passing(POISON + why)
+        found[row] = f"{CRASH_REASON}{why}{PILLOW}" if crashed else Passing(CRASH_REASON + why)
         start = row + 1
 
 
@@ -92,10 +96,12 @@ def _watch(content: bytes, timeout: float) -> tuple[int | None, int | None]:
         return row, None if hung else child.wait()
 
 
-def _check(dataset: Any, halves: Any, plugins: Any, poison: dict[int, str], start: int) -> None:
+def _check(
+    dataset: Any, preprocessings: Any, plugins: Any, crashing: dict[int, str], start: int
+) -> None:
     for plugin in plugins:
         load_plugin(plugin)
-    decoder = Decoder(dataset, halves, poison)
+    decoder = Decoder(dataset, preprocessings, crashing)
     for row in range(start, len(dataset)):
         sys.stdout.write(f"row {row}\n")
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Decoded pixels: one block of images, resized once per geometry, for all backbones."""
+"""Decoded pixels: some shards of images, resized once per geometry, for all backbones."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ from sfda_tune.extraction.settings import Settings
 
 if TYPE_CHECKING:
     import torch
+
+    from sfda_tune.extraction.plan import Unit
+
 PIXEL_BYTES = 4 << 30  # at most so much memory for decoded pixels, and a quarter of what is free
 PIN = True  # decoded pixels lie in memory that the device reads by itself
 
 
-# The pixels of a block --------------------------------------------------------------------------
+# One image, and the pixels of some shards -------------------------------------------------------
 class Decoder:
     """A torch data set: one image in, one tensor per preprocessing out."""
 
     def __init__(
         self,
         dataset: ImageDataset,
-        halves: Sequence[Preprocessing],
-        poison: Mapping[int, str],
+        preprocessings: Sequence[Preprocessing],
+        crashing: Mapping[int, str],
     ) -> None:
-        self.dataset, self.halves, self.poison = dataset, halves, poison
-        self.transforms = [half.build() for half in halves]
+        self.dataset, self.preprocessings = dataset, preprocessings
+        self.crashing = crashing
+        self.transforms = [one.build() for one in preprocessings]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -51,14 +55,14 @@ class Decoder:
         tensors: list[Any] = []
         problem = None
         try:
-            if row in self.poison:  # reading it would end this process
-                raise UnreadableImage(self.dataset.item_name(row), self.poison[row])
+            if row in self.crashing:  # reading it would end this process
+                raise UnreadableImage(self.dataset.item_name(row), self.crashing[row])
             image = self.dataset.load(row)
-            for half, transform in zip(self.halves, self.transforms, strict=True):
+            for one, transform in zip(self.preprocessings, self.transforms, strict=True):
                 try:
                     tensors.append(transform(image))
                 except Exception as error:
-                    if half.geometry is not None:  # e.g. 1 × 100,000 pixels: nobody can use it
+                    if one.geometry is not None:  # e.g. 1 × 100,000 pixels: nobody can use it
                         why = Passing(error) if is_passing(error) else str(error)
                         raise UnreadableImage(self.dataset.item_name(row), why) from error
                     tensors.append(f"{type(error).__name__}: {error}")  # that backbone's own fault
@@ -84,7 +88,7 @@ def _collate(items: list[tuple[list[Any], str | None, float]]) -> tuple[Any, ...
     return stacks, [problem for _, problem, _ in items], sum(seconds for *_, seconds in items)
 
 
-class PixelBlock:
+class SharedPixels:
     """Decoded images of some rows, for several preprocessings, filled as far as somebody asked.
 
     Several threads may read it; the one that needs more rows fills it for all.
@@ -93,26 +97,26 @@ class PixelBlock:
     def __init__(
         self,
         dataset: ImageDataset,
-        halves: Sequence[Preprocessing],
+        preprocessings: Sequence[Preprocessing],
         settings: Settings,
         plugins: Sequence[str],
         *,
         pin: bool,
-        poison: Mapping[int, str],
+        crashing: Mapping[int, str],
         threads: int | None = None,
     ) -> None:
         self.n = len(dataset)
-        self.keys = [half.key for half in halves]
+        self.keys = [one.key for one in preprocessings]
         self.filled = self.users = 0
         self.used = 0.0  # when, last
-        self.nbytes = self.n * sum(map(bytes_per_image, halves))
+        self.nbytes = self.n * sum(map(bytes_per_image, preprocessings))
         self.unreadable: dict[int, str] = {}
         self._pin = pin
         self._pixels: dict[Any, Any] = {}
         self._faults: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._batches: Iterator[Any] | None = None
-        self._decoder = Decoder(dataset, halves, poison)
+        self._decoder = Decoder(dataset, preprocessings, crashing)
         workers = count_workers(dataset, settings.workers) if threads is None else 0
         self._options: dict[str, Any] = {
             "workers": workers,
@@ -205,55 +209,65 @@ class PixelBlock:
         return work
 
 
-# Run → number and pixels of the block it works on, in this process. The process of a pool is not
-# told that a run has ended: it lets a block go when nobody asked for it for a while.
-BLOCKS: dict[str, tuple[int, PixelBlock]] = {}
-BLOCKS_LOCK = threading.Lock()
+# Run → number and pixels of the units it works on, in this process. The process of a pool is not
+# told that a run has ended: it lets pixels go when nobody asked for them for a while.
+SHARED: dict[str, tuple[int, SharedPixels]] = {}
+SHARED_LOCK = threading.Lock()
 IDLE = 60.0  # seconds
 _JANITOR: threading.Timer | None = None
 
 
 @contextlib.contextmanager
-def lend_block(run: str, number: int, make: Callable[[], PixelBlock]) -> Iterator[PixelBlock]:
-    """Lend the pixels of a block, made once for all units of a run that come here."""
-    with BLOCKS_LOCK:
-        known, block = BLOCKS.pop(run, (-1, None))
-        if block is None or known != number:
-            block = make()
-        BLOCKS[run] = number, block  # the last used at the end
-        block.users += 1
-        while len(BLOCKS) > 1 and sum(b.nbytes for _, b in BLOCKS.values()) > PIXEL_BYTES:
-            del BLOCKS[next(iter(BLOCKS))]
+def lend_pixels(
+    unit: Unit, settings: Settings, *, pin: bool, threads: int | None = None
+) -> Iterator[SharedPixels]:
+    """Lend the pixels of a unit, made for all units of its run and number that come here."""
+    with SHARED_LOCK:
+        number, shared = SHARED.pop(unit.run, (-1, None))
+        if shared is None or number != unit.number:
+            shared = SharedPixels(
+                unit.dataset,
+                unit.preprocessings,
+                settings,
+                unit.backbone.plugins,
+                pin=pin,
+                crashing=unit.crashing,
+                threads=threads,
+            )
+        SHARED[unit.run] = unit.number, shared  # the last used at the end
+        shared.users += 1
+        while len(SHARED) > 1 and sum(s.nbytes for _, s in SHARED.values()) > PIXEL_BYTES:
+            del SHARED[next(iter(SHARED))]
     try:
-        yield block
+        yield shared
     finally:
-        with BLOCKS_LOCK:
-            block.users -= 1
-            block.used = time.monotonic()
+        with SHARED_LOCK:
+            shared.users -= 1
+            shared.used = time.monotonic()
             watch_idle()
 
 
-def forget_blocks(run: str) -> None:
+def forget_pixels(run: str) -> None:
     """Let the pixels of a run go."""
-    with BLOCKS_LOCK:
-        BLOCKS.pop(run, None)
+    with SHARED_LOCK:
+        SHARED.pop(run, None)
 
 
 def _forget_idle() -> None:
     global _JANITOR
-    with BLOCKS_LOCK:
+    with SHARED_LOCK:
         now = time.monotonic()
-        for run, (_, block) in list(BLOCKS.items()):
-            if not block.users and now - block.used >= IDLE:
-                del BLOCKS[run]
+        for run, (_, pixels) in list(SHARED.items()):
+            if not pixels.users and now - pixels.used >= IDLE:
+                del SHARED[run]
         _JANITOR = None
         watch_idle()
 
 
 def watch_idle() -> None:
-    """See to it that idle blocks are let go; with the lock held."""
+    """See to it that idle pixels are let go; with the lock held."""
     global _JANITOR
-    if _JANITOR is None and BLOCKS:
+    if _JANITOR is None and SHARED:
         _JANITOR = threading.Timer(IDLE, _forget_idle)
         _JANITOR.daemon = True
         _JANITOR.start()

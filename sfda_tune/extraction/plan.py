@@ -20,22 +20,22 @@ __all__ = ["SHARD", "Outcome", "Plan", "Unit"]
 SHARD = 1024  # images in one entry of the store; part of what `store.FORMAT` means
 
 
-# One unit of work: one backbone on one block ----------------------------------------------------
+# One unit of work: one backbone on some shards --------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Everything a worker needs; `shards` are row ranges within `dataset`, the block's rows."""
+    """Everything a worker needs; `shards` are row ranges within `dataset`."""
 
     backbone: Backbone
     preprocessing: Preprocessing
     dataset: ImageDataset
     run: str
-    block: int
-    halves: tuple[Preprocessing, ...]
+    number: int  # units of the same number share the pixels of `dataset`
+    preprocessings: tuple[Preprocessing, ...]
     shards: tuple[tuple[int, int, int], ...]  # index in the plan, start, stop
     images: tuple[tuple[str, ...], ...]  # content digests, for the key in the store
     weights: str | None
     max_unreadable: float  # images, in the whole data set
-    poison: Mapping[int, str] = field(default_factory=dict)  # row of `dataset` → why not to read
+    crashing: Mapping[int, str] = field(default_factory=dict)  # row of `dataset` → why not to read
     retry: bool = False  # then a part may be in the store
     switches: Mapping[str, Any] = field(default_factory=dict)  # Pillow's, see `images`
 
@@ -91,7 +91,7 @@ class Plan:
         So many images, in the whole data set.
     failed : set of str
         Backbones that get no further unit.
-    poison : dict of int to str
+    crashing : dict of int to str
         Row of the data set → why it must not be read; an executor adds those it found.
     """
 
@@ -103,7 +103,7 @@ class Plan:
     missing: dict[str, frozenset[int]]
     max_unreadable: float
     failed: set[str] = field(default_factory=set)
-    poison: dict[int, str] = field(default_factory=dict)
+    crashing: dict[int, str] = field(default_factory=dict)
 
     def preprocessing(self, name: str) -> Preprocessing:
         """Return the preprocessing of a backbone; equal keys share their pixels."""
@@ -114,38 +114,38 @@ class Plan:
         return self.jobs[name].description.n_params
 
     def units(
-        self, names: Iterable[str], block: Sequence[int], number: int, *, retry: bool = False
+        self, names: Iterable[str], shards: Sequence[int], number: int, *, retry: bool = False
     ) -> Iterator[Unit]:
-        """Yield one unit for each backbone that lacks some of the shards in `block`.
+        """Yield one unit for each backbone that lacks some of `shards`.
 
-        They share one data set, the rows of the block, and one `number`, by which a worker knows
-        that they share its pixels.
+        They share one data set, the rows of these shards, and one `number`, by which a worker
+        knows that they share its pixels.
         """
         names = [
-            n for n in names if n not in self.failed and not self.missing[n].isdisjoint(block)
+            n for n in names if n not in self.failed and not self.missing[n].isdisjoint(shards)
         ]
-        spans = [self.shards[shard] for shard in block]
+        spans = [self.shards[shard] for shard in shards]
         starts = np.cumsum([0, *map(length, spans)])
         rows = np.concatenate([np.arange(*span) for span in spans])
-        halves = {self.preprocessing(n).key: self.preprocessing(n) for n in reversed(names)}
+        distinct = {self.preprocessing(n).key: self.preprocessing(n) for n in reversed(names)}
         part = self.dataset.subset(rows)
-        poison = {p: self.poison[r] for p, r in enumerate(rows) if r in self.poison}
+        crashing = {p: self.crashing[r] for p, r in enumerate(rows) if r in self.crashing}
         for name in names:
             if name in self.failed:  # meanwhile
                 continue
-            mine = [(p, s) for p, s in enumerate(block) if s in self.missing[name]]
+            mine = [(p, s) for p, s in enumerate(shards) if s in self.missing[name]]
             yield Unit(
                 self.jobs[name].description.backbone,
                 self.preprocessing(name),
                 part,
                 self.run,
                 number,
-                tuple(reversed(halves.values())),
+                tuple(reversed(distinct.values())),
                 tuple((s, int(starts[p]), int(starts[p + 1])) for p, s in mine),
                 tuple(tuple(self.images[slice(*self.shards[s])]) for _, s in mine),
                 self.jobs[name].weights,
                 self.max_unreadable,
-                poison,
+                crashing,
                 retry,
                 get_switches(),
             )
@@ -157,19 +157,19 @@ def cut_shards(n: int) -> list[tuple[int, int]]:
 
 
 def cut_units(plan: Plan) -> Iterator[Unit]:
-    """Yield the units, block by block; lazily, so that a failed backbone is not tried again."""
+    """Yield the units, lazily, so that a failed backbone is not tried again."""
     needed = sorted(frozenset().union(*plan.missing.values()))
     users = [name for name, absent in plan.missing.items() if absent]
-    per_block = shards_per_block(map(plan.preprocessing, users))
-    for first in range(0, len(needed), per_block):
-        yield from plan.units(users, needed[first : first + per_block], first)
+    at_once = shards_at_once(map(plan.preprocessing, users))
+    for first in range(0, len(needed), at_once):
+        yield from plan.units(users, needed[first : first + at_once], first)
 
 
 def length(shard: tuple[int, int]) -> int:
     return shard[1] - shard[0]
 
 
-def shards_per_block(preprocessings: Iterable[Preprocessing], memory: int | None = None) -> int:
+def shards_at_once(preprocessings: Iterable[Preprocessing], memory: int | None = None) -> int:
     """Return how many shards of pixels a quarter of the memory holds, in bytes; default: free."""
     import psutil
 

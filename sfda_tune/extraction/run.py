@@ -1,10 +1,10 @@
 """Extraction: many backbones over one data set, each image decoded once.
 
-The rows are cut into *shards* of `SHARD` images, the unit in which features are stored, and
-consecutive shards into *blocks* whose decoded pixels fit into memory. Within a block every image
-is decoded once, by worker processes, and resized once per distinct `Geometry`; the 8-bit result is
-shared by all backbones with that geometry. Backbones run one after the other over a block, so the
-first finished ones can be ranked while the others run, and a kill loses at most the shard at hand.
+The rows are cut into *shards* of `SHARD` images, in which features are stored. As many shards as
+fit into memory are decoded together, by worker processes: every image once, resized once per
+distinct `Geometry`; the 8-bit result is shared by all backbones with that geometry. A *unit* is
+one backbone over these shards. The units run one after the other, so the first backbones can be
+ranked while the others run, and a kill loses at most the shard at hand.
 
 The first backbone that asks for pixels drives the decoding, so decoding overlaps its forward
 passes. A batch never crosses a shard: the features of a row do not depend on how many rows,
@@ -41,8 +41,8 @@ from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
 from sfda_tune.data.loader import BATCH, Loader, count_workers, cut, is_in_memory
-from sfda_tune.extraction.crashes import PILLOW, POISON
-from sfda_tune.extraction.pixels import Decoder, forget_blocks, require_memory
+from sfda_tune.extraction.crashes import CRASH_REASON, PILLOW
+from sfda_tune.extraction.pixels import Decoder, forget_pixels, require_memory
 from sfda_tune.extraction.plan import (
     BackboneJob,
     Outcome,
@@ -92,7 +92,7 @@ def extract(
         Where features are looked up and kept; without it nothing is written.
     map_fn : callable, optional
         Anything called like the builtin `map` (thread pool, process pool, …); it is given one
-        item per backbone and block. Default: one after the other in this process.
+        unit at a time. Default: one after the other in this process.
     executor : Executor, optional
         Runs the units elsewhere, for instance `sfda_tune_ray.RayExecutor`; needs a `store` that
         its workers reach.
@@ -162,15 +162,15 @@ def _extract(
     images = dataset.digests() if store is not None else [""] * len(dataset)
     most = settings.max_unreadable * len(dataset)
     plan = Plan(uuid.uuid4().hex, dataset, jobs, shards, images, {}, most)
-    plan.poison.update(_without_content(dataset, images))
+    plan.crashing.update(_without_content(dataset, images))
     done: list[str] = []
-    known = len(plan.poison)  # rows that somebody cannot read, so that nobody shows them
+    known = len(plan.crashing)  # rows that somebody cannot read, so that nobody shows them
     everything = frozenset(range(len(shards)))
 
     def finish_again() -> Iterator[Extraction]:
         nonlocal known
-        if len(plan.poison) > known:
-            known = len(plan.poison)
+        if len(plan.crashing) > known:
+            known = len(plan.crashing)
             for name in done[:]:
                 job = jobs[name]
                 _look_up(job, plan, store, settings)
@@ -227,7 +227,7 @@ def _extract(
                     )
                 for shard, unreadable in outcome.unreadable.items():
                     for row, why in unreadable.items():
-                        plan.poison.setdefault(shards[shard][0] + int(row), why)
+                        plan.crashing.setdefault(shards[shard][0] + int(row), why)
                 yield from finish_again()
                 if outcome.name in plan.failed:
                     continue
@@ -247,13 +247,13 @@ def _extract(
                 elif len(job.entries) == len(shards):
                     done.append(outcome.name)
                     yield _finish(job, plan, settings, store)
-                else:  # until its other blocks are done the features need no memory
+                else:  # until its other shards are done the features need no memory
                     job.entries.update(outcome.keys)
             left = [name for name in jobs if name not in plan.failed and name not in done]
             again = {name: everything.difference(jobs[name].entries) for name in left}
             if came.isdisjoint(left):
                 break
-            forget_blocks(plan.run)
+            forget_pixels(plan.run)
             plan = replace(plan, run=uuid.uuid4().hex, missing=dict.fromkeys(jobs, frozenset()))
             plan.missing.update(again)
         for name in left:
@@ -265,7 +265,7 @@ def _extract(
     finally:
         if isinstance(outcomes, Generator):
             outcomes.close()
-        forget_blocks(plan.run)
+        forget_pixels(plan.run)
 
 
 def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, str]:
@@ -285,9 +285,9 @@ def _look_up(job: BackboneJob, plan: Plan, store: FeatureStore | None, settings:
     """Find the entries that there are."""
     if store is None or job.weights is None:
         return
-    half = fingerprint_pixels(job.description.preprocessing)
+    pixels = fingerprint_pixels(job.description.preprocessing)
     job.keys = [
-        make_key(plan.images[a:b], job.weights, half, settings.precision) for a, b in plan.shards
+        make_key(plan.images[a:b], job.weights, pixels, settings.precision) for a, b in plan.shards
     ]
     found = {shard: store.get(key) for shard, key in enumerate(job.keys)}
     job.entries = {shard: entry for shard, entry in found.items() if entry is not None}
@@ -304,11 +304,11 @@ def _doubt(job: BackboneJob, plan: Plan) -> list[int]:
     for shard, entry in cast(dict[int, Entry], dict(job.entries)).items():
         for position, why in entry.unreadable.items():
             row = plan.shards[shard][0] + int(position)
-            if why.startswith(POISON) and why.endswith(PILLOW):
-                plan.poison.setdefault(row, why)
-            elif why.startswith(POISON) and row not in plan.poison:
+            if why.startswith(CRASH_REASON) and why.endswith(PILLOW):
+                plan.crashing.setdefault(row, why)
+            elif why.startswith(CRASH_REASON) and row not in plan.crashing:
                 job.entries.pop(shard, None)
-            elif row not in plan.poison:
+            elif row not in plan.crashing:
                 rows.append(row)
     return rows
 
@@ -317,14 +317,14 @@ def _look_again(
     doubtful: Mapping[int, Sequence[BackboneJob]], plan: Plan, settings: Settings
 ) -> None:
     """Read doubtful rows again; drop the entries of those that somebody can read by now."""
-    rows = sorted(doubtful.keys() - plan.poison.keys())
+    rows = sorted(doubtful.keys() - plan.crashing.keys())
     if not rows:
         return
     jobs = {id(job): job for row in rows for job in doubtful[row]}.values()
-    halves = {job.description.preprocessing.key: job.description.preprocessing for job in jobs}
+    distinct = {job.description.preprocessing.key: job.description.preprocessing for job in jobs}
     found = (p for job in jobs for p in job.description.backbone.plugins)
     loader = Loader(
-        Decoder(plan.dataset, list(halves.values()), {}),
+        Decoder(plan.dataset, list(distinct.values()), {}),
         [[rows[i] for i in part] for part in cut(len(rows))],
         _problems,
         workers=min(count_workers(plan.dataset, settings.workers), -(-len(rows) // BATCH)),
@@ -333,10 +333,10 @@ def _look_again(
     )
     for keys, problems in loader:
         pairs = zip(keys, problems, strict=True)
-        plan.poison.update((row, why) for row, why in pairs if why is not None)
+        plan.crashing.update((row, why) for row, why in pairs if why is not None)
     loader.close()
     for row in rows:
-        if row not in plan.poison:
+        if row not in plan.crashing:
             for job in doubtful[row]:
                 job.entries.pop(row // length(plan.shards[0]), None)
 
@@ -407,7 +407,7 @@ def _run_apart(worker: Worker, units: Iterable[Unit]) -> Generator[Outcome, None
     with contextlib.ExitStack() as processes:
         pool = None
         for unit in units:  # the pixels of what cannot travel would keep the others from it
-            unit = replace(unit, halves=tuple(filter(_can_travel, unit.halves)))
+            unit = replace(unit, preprocessings=tuple(filter(_can_travel, unit.preprocessings)))
             pool = pool or processes.enter_context(ProcessPoolExecutor(1, spawn))
             try:
                 outcome = pool.submit(worker, unit).result()
@@ -423,9 +423,9 @@ def _run_apart(worker: Worker, units: Iterable[Unit]) -> Generator[Outcome, None
             yield outcome
 
 
-def _can_travel(half: Preprocessing) -> bool:
+def _can_travel(preprocessing: Preprocessing) -> bool:
     try:
-        return bool(pickle.dumps(half))
+        return bool(pickle.dumps(preprocessing))
     except Exception:  # a transform of the user's own may raise anything
         return False
 
@@ -458,7 +458,7 @@ def _finish(
                 f"the features of {job.description.backbone.name} do not belong to rows {start} … "
                 f"{stop - 1}; run `sfda-tune cache clear` and rank again"
             )
-        entries.append(_without(entry, start, stop, plan.poison))
+        entries.append(_without(entry, start, stop, plan.crashing))
     job.entries = {}  # the features live on with whoever takes them
     unreadable = {
         start + int(row): why
@@ -489,9 +489,9 @@ def _finish(
     return replace(result, features=features)
 
 
-def _without(entry: Entry, start: int, stop: int, poison: Mapping[int, str]) -> Entry:
+def _without(entry: Entry, start: int, stop: int, crashing: Mapping[int, str]) -> Entry:
     """Leave out what somebody else could not read, so that all backbones see the same rows."""
-    bad = {row - start: why for row, why in poison.items() if start <= row < stop}
+    bad = {row - start: why for row, why in crashing.items() if start <= row < stop}
     if not bad:
         return entry
     keep = ~np.isin(entry.rows, list(bad))

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sfda_tune.values.files import check, clear_leftovers, open_regular, replacing
+from sfda_tune.values.files import check, clear_leftovers, open_regular, write_bytes
 
 __all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
 
@@ -148,7 +148,7 @@ class FeatureStore:
         OSError
             If the folder cannot be written, for instance on a full disk.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         x, rows = np.ascontiguousarray(entry.x), np.ascontiguousarray(entry.rows)
         header = {
@@ -159,17 +159,14 @@ class FeatureStore:
         }
         header["digest"] = _digest(x, rows, header)
         try:
-            with self._writing(key) as temporary:
-                save_file({"x": x, "rows": rows}, temporary, metadata=header)
+            self._write(key, save({"x": x, "rows": rows}, metadata=header))
         except Exception as error:
             raise error if isinstance(error, OSError) else OSError(str(error)) from error
 
-    @contextlib.contextmanager
-    def _writing(self, key: str) -> Iterator[Path]:
+    def _write(self, key: str, content: bytes) -> None:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            yield temporary
+        write_bytes(path, content)
 
     def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Iterate over the files of all entries."""
@@ -259,20 +256,22 @@ class RemoteStore(FeatureStore):
 
     @contextlib.contextmanager
     def _reading(self, key: str) -> Iterator[Path]:
-        with self._copy() as (fs, root, copy):
+        fs, path = self._place(key)
+        with tempfile.TemporaryDirectory() as folder:  # safetensors reads files, and no others
             with self._speaking():
-                fs.get_file(f"{root}/{self.path(key).as_posix()}", str(copy))
-            yield copy
+                fs.get_file(path, copy := os.path.join(folder, "entry"))
+            yield Path(copy)
 
-    @contextlib.contextmanager
-    def _writing(self, key: str) -> Iterator[Path]:
-        with self._copy() as (fs, root, copy):
-            yield copy
-            path = f"{root}/{self.path(key).as_posix()}"
-            with self._speaking():
-                if not OBJECTS & {fs.protocol, *fs.protocol}:  # a text, or several
-                    fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-                fs.put_file(str(copy), path)
+    def _write(self, key: str, content: bytes) -> None:
+        fs, path = self._place(key)
+        with self._speaking():
+            if not OBJECTS & {fs.protocol, *fs.protocol}:  # a text, or several
+                fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            fs.pipe_file(path, content)
+
+    def _place(self, key: str) -> tuple[Any, str]:
+        fs, root = self._open()
+        return fs, f"{root.rstrip('/')}/{self.path(key).as_posix()}"
 
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[None]:
@@ -287,14 +286,8 @@ class RemoteStore(FeatureStore):
                 "address, the credentials and the network, or pass a folder."
             ) from error
 
-    @contextlib.contextmanager
-    def _copy(self) -> Iterator[tuple[Any, str, Path]]:
-        with tempfile.TemporaryDirectory() as folder:
-            fs, root = self._open()
-            yield fs, root.rstrip("/"), Path(folder) / "entry"
-
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-        raise ValueError(f"{self.root} is looked after with the tools of its host, not from here.")
+        raise ValueError(f"{self.root} is managed with the tools of its host, not from here.")
 
 
 # One entry --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What computes a unit: one backbone over the pixels of a block."""
+"""What computes a unit: one backbone over the pixels of some shards."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, get_switches, set_switches
-from sfda_tune.extraction.pixels import (
-    PIN,
-    PixelBlock,
-    lend_block,
-)
+from sfda_tune.extraction.pixels import PIN, SharedPixels, lend_pixels
 from sfda_tune.extraction.plan import Outcome, Plan, Unit
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import Entry, FeatureStore, make_key
@@ -106,7 +102,7 @@ class Worker:
         outcome.seconds["load"] = time.perf_counter() - started
         on_gpu = forward.device.type == "cuda"
         kept: deque[Any] = deque()
-        with ThreadPoolExecutor(1) as keeper:  # a thread starts with the first task
+        with ThreadPoolExecutor(1) as keeper:  # a thread starts with the first entry
             threads = few_threads(forward.module, unit.preprocessing)
             with self.turn or contextlib.nullcontext(), threads:
                 for shard in self._forward_all(unit, outcome, forward):
@@ -116,36 +112,37 @@ class Worker:
                     kept.append(keeper.submit(self._keep, shard, outcome, n_params))
                     if len(kept) > 2:
                         kept.popleft().result()
-            for task in kept:
-                task.result()
+            for entry in kept:
+                entry.result()
         with _MOVES:
             del forward
 
     def _forward_all(self, unit: Unit, outcome: Outcome, forward: _Forward) -> Iterator[_Shard]:
         """Compute the shards of a unit, but for those that are in the store."""
-        half = fingerprint_pixels(unit.preprocessing)
-        with self._block(unit, pin=forward.device.type == "cuda" and PIN) as block:
-            filled = block.filled
+        pixels = fingerprint_pixels(unit.preprocessing)
+        pin = PIN and forward.device.type == "cuda"
+        with lend_pixels(unit, self.settings, pin=pin, threads=self.threads) as shared:
+            filled = shared.filled
             try:
                 for (number, start, stop), images in zip(unit.shards, unit.images, strict=True):
-                    key = make_key(images, outcome.weights or "", half, self.settings.precision)
+                    key = make_key(images, outcome.weights or "", pixels, self.settings.precision)
                     outcome.n_images += stop - start
                     if unit.retry and self.store is not None and (entry := self.store.get(key)):
                         outcome.entries[number], outcome.keys[number] = entry, key
                         outcome.unreadable[number] = entry.unreadable
                         continue
-                    shard = self._forward(unit, outcome, forward, block, range(start, stop))
+                    shard = self._forward(unit, outcome, forward, shared, range(start, stop))
                     shard.number, shard.key, shard.images = number, key, images
                     yield shard
             finally:
-                outcome.n_decoded = block.filled - filled
+                outcome.n_decoded = shared.filled - filled
 
     def _forward(
         self,
         unit: Unit,
         outcome: Outcome,
         forward: _Forward,
-        block: PixelBlock,
+        shared: SharedPixels,
         shard: range,
     ) -> _Shard:
         """Compute the rows of a shard; on a GPU only begin to."""
@@ -160,13 +157,13 @@ class Worker:
             if self.turn is not None:
                 self.turn.check()
             end = min(position + forward.batch_size, stop)
-            rows = block.rows(position, end, seconds, tick)
-            if len(block.unreadable) > unit.max_unreadable:
+            rows = shared.rows(position, end, seconds, tick)
+            if len(shared.unreadable) > unit.max_unreadable:
                 raise too_many_unreadable(
-                    block.unreadable, unit.dataset, self.settings.max_unreadable
+                    shared.unreadable, unit.dataset, self.settings.max_unreadable
                 )
             if len(rows):
-                pixels = block.pixels(unit.preprocessing.key, rows)
+                pixels = shared.pixels(unit.preprocessing.key, rows)
                 if forward.device.type == "cuda" and not parts:
                     with _MOVES:
                         base = _reset_peak(forward.device)
@@ -181,7 +178,7 @@ class Worker:
         features = _to_host(parts)
         spent = time.perf_counter() - started - (seconds["decode"] - waited)
         rows = np.concatenate(good) if good else np.empty(0, np.int64)
-        unreadable = block.reasons(start, stop)
+        unreadable = shared.reasons(start, stop)
         return _Shard(features, rows, unreadable, peak, forward.clock(spent))
 
     def _keep(self, done: _Shard, outcome: Outcome, n_params: int) -> None:
@@ -230,20 +227,6 @@ class Worker:
         if self.resident is not None:
             self.resident[name] = loaded
         return loaded
-
-    def _block(self, unit: Unit, *, pin: bool) -> contextlib.AbstractContextManager[PixelBlock]:
-        """Lend the pixels of a unit's block, made for all units that come here."""
-        make = partial(
-            PixelBlock,
-            unit.dataset,
-            unit.halves,
-            self.settings,
-            unit.backbone.plugins,
-            pin=pin,
-            poison=unit.poison,
-            threads=self.threads,
-        )
-        return lend_block(unit.run, unit.block, make)
 
 
 @dataclass(eq=False)
@@ -448,7 +431,7 @@ class Executor(Protocol):
         ...
 
     def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
-        """Yield an outcome for each backbone and block, until nothing of the plan is missing."""
+        """Yield an outcome for each unit, until nothing of the plan is missing."""
         ...
 
     def report(self) -> dict[str, Any]:

@@ -255,7 +255,7 @@ class Order:
 
 def train_loader(
     images: Images,
-    half: Preprocessing,
+    preprocessing: Preprocessing,
     order: Order,
     config: FinetuneConfig,
     workers: int | None,
@@ -265,7 +265,7 @@ def train_loader(
     # On a CPU the training itself keeps the cores busy, if nothing needs decoding.
     spare = images.kept is None or device != "cpu"
     workers = images.workers if spare or workers is not None else 0
-    items = Augmented(images, augmentation(half, config.augmentation), config.seed)
+    items = Augmented(images, augmentation(preprocessing, config.augmentation), config.seed)
     return images.loader(items, order, collate, workers)
 
 
@@ -286,33 +286,37 @@ class shrink:  # noqa: N801 - used as a function; a class, because a closure can
         return np.array(image)
 
 
-def augmentation(half: Preprocessing, arguments: Mapping[str, Any]) -> Callable[[Any], Any]:
+def augmentation(
+    preprocessing: Preprocessing, arguments: Mapping[str, Any]
+) -> Callable[[Any], Any]:
     """Return what makes a training input of a prepared image, by timm's `create_transform`."""
     from timm.data.transforms_factory import create_transform
     from torchvision.transforms import Compose, Grayscale
 
-    if half.geometry is None or arguments.get("no_aug"):
-        return plain_view(half)
+    if preprocessing.geometry is None or arguments.get("no_aug"):
+        return plain_view(preprocessing)
     options = {
-        "interpolation": half.geometry.interpolation,
-        "mean": half.mean if len(half.mean) == 3 else half.mean * 3,  # fills after rotations
+        "interpolation": preprocessing.geometry.interpolation,
+        "mean": preprocessing.mean
+        if len(preprocessing.mean) == 3
+        else preprocessing.mean * 3,  # fills after rotations
         **{k: v for k, v in arguments.items() if not k.startswith("re_")},
     }
     steps: list[Any] = [create_transform(
-        half.geometry.input_size, is_training=True, normalize=False, **options
+        preprocessing.geometry.input_size, is_training=True, normalize=False, **options
     )]  # fmt: skip
-    if half.geometry.input_size[0] == 1:
+    if preprocessing.geometry.input_size[0] == 1:
         steps.append(Grayscale())
     return Compose([Image.fromarray, *steps])
 
 
-def plain_view(half: Preprocessing) -> Callable[[Any], Any]:
+def plain_view(preprocessing: Preprocessing) -> Callable[[Any], Any]:
     """Return what makes an input of a prepared training image as in validation."""
     from torchvision.transforms import Compose
 
-    if half.geometry is None:
+    if preprocessing.geometry is None:
         return same
-    return Compose([Image.fromarray, half.geometry.build()])
+    return Compose([Image.fromarray, preprocessing.geometry.build()])
 
 
 def same(item: Any) -> Any:

@@ -322,7 +322,7 @@ class FineTuning(Iterator[Epoch]):
             started = time.perf_counter()
             with own_randomness(self.device):
                 self._open()
-                with devices.few_threads(self.module, self.half):
+                with devices.few_threads(self.module, self.preprocessing):
                     first = self._begin(started)
             if first is not None:
                 yield first
@@ -330,7 +330,7 @@ class FineTuning(Iterator[Epoch]):
                 started = time.perf_counter()
                 with (
                     own_randomness(self.device),
-                    devices.few_threads(self.module, self.half),
+                    devices.few_threads(self.module, self.preprocessing),
                     self._tf32(),
                 ):
                     epoch = self._epoch(started)
@@ -357,12 +357,14 @@ class FineTuning(Iterator[Epoch]):
 
         self._check_time()
         seed_streams(2, self.config.seed)
-        self.module, self.half, self.head = with_head(self.backbone, len(self.train.classes))
+        self.module, self.preprocessing, self.head = with_head(
+            self.backbone, len(self.train.classes)
+        )
         self.module.to(self.device).to(memory_format=cast(Any, torch.channels_last))
 
     def _begin(self, started: float) -> Epoch | None:
         """Open the images, go back to the checkpoint or start the head; return epoch 0."""
-        geometry, view = self.half.geometry, self.half.build()
+        geometry, view = self.preprocessing.geometry, self.preprocessing.build()
         prepare = shrink(geometry, self.config.augmentation) if geometry else view
         self._images: Any = self._prepare(self.train, prepare)
         self._unseen: Any = self._prepare(self.val, view)
@@ -391,7 +393,7 @@ class FineTuning(Iterator[Epoch]):
 
     def _how(self, prepare: Any) -> Hashable:
         """Return what prepared images depend on."""
-        return prepare.side if isinstance(prepare, shrink) else self.half.key
+        return prepare.side if isinstance(prepare, shrink) else self.preprocessing.key
 
     def _report(self, images: Images, unreadable: Mapping[int, str]) -> None:
         """Take down unreadable images; refuse the data set if there are too many."""
@@ -439,7 +441,7 @@ class FineTuning(Iterator[Epoch]):
             weights = len(self.train) / np.maximum(counts, 1) / np.count_nonzero(counts)
             self._class_weights = torch.tensor(weights, device=self.device).float()
         self._loader: Any = train_loader(
-            self._images, self.half, self._order, config, self.workers, self.device
+            self._images, self.preprocessing, self._order, config, self.workers, self.device
         )
 
     def _probe(self) -> None:
@@ -466,7 +468,7 @@ class FineTuning(Iterator[Epoch]):
             latest.clear()
 
         try:
-            rows = self._predict(self._images, plain_view(self.half), keep)[0]
+            rows = self._predict(self._images, plain_view(self.preprocessing), keep)[0]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -558,7 +560,7 @@ class FineTuning(Iterator[Epoch]):
         import torch
         from torch.nn.functional import cross_entropy
 
-        x = self.half.normalize(torch.stack(pixels).to(self.device, non_blocking=True))
+        x = self.preprocessing.normalize(torch.stack(pixels).to(self.device, non_blocking=True))
         y = torch.tensor(self.train.labels[rows], device=self.device)
         x = self._erase(x)
         if self._mixup is not None:
@@ -597,7 +599,7 @@ class FineTuning(Iterator[Epoch]):
                 self._check_time()
                 part = pixels[start : start + self._micro]
                 try:
-                    logits.append(forward(module, self.half, part, self.device))
+                    logits.append(forward(module, self.preprocessing, part, self.device))
                     start += len(part)
                     if passed is not None:
                         passed()

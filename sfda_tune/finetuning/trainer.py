@@ -11,6 +11,7 @@ from typing import Any
 
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import is_integer, require, some
 
 __all__ = ["ModelInit", "TrainerSpace"]
 
@@ -46,21 +47,18 @@ def find_specs(
     if not found:
         raise ValueError(
             "`ranking` must hold a scored backbone that can be opened by its name but holds "
-            + (f"only {', '.join(lost)}, which cannot." if lost else "none.")
+            + (f"only {some(lost)}, which cannot." if lost else "none.")
         )
     if lost:
-        warnings.warn(
-            f"left out, for they cannot be opened by name: {', '.join(lost)}", stacklevel=3
-        )
+        warnings.warn(f"left out, for they cannot be opened by name: {some(lost)}", stacklevel=3)
     return found
 
 
 def positive(name: str, value: int | None, default: int) -> int:
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer ≥ 1 but is {value!r}.")
-    return value
+    require(name, value, "an integer ≥ 1", is_integer(value, 1))
+    return int(value)
 
 
 # Hugging Face Trainer ---------------------------------------------------------------------------

@@ -22,9 +22,9 @@ lists all that; the docstrings have the formulas. Each metric is in the module o
 `etran`            LDA posterior and energy, for `combine_hub`
 `knn`              leave-one-out accuracy of nearest neighbours
 `linear_probe`     cross-validated accuracy of a linear classifier
-`leep`, `nce`      prediction from the outputs of the source classifier (`logits`)
-`imagenet_prior`   published ImageNet accuracy, by name
-`params_prior`     number of parameters, by name
+`leep`, `nce`      prediction from outputs of the source classifier, which you pass; not in `rank`
+`imagenet_prior`   published ImageNet accuracy, by name: `imagenet` in sums
+`params_prior`     number of parameters, by name: `params` in sums
 `combine`          rank or min–max average of several scores
 =================  ===============================================================================
 """

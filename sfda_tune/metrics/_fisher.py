@@ -40,6 +40,9 @@ sums to zero within classes, hence HZ = 0, A and H commute, and with A' = A + tr
 A' replaces the C eigenvalues of A that are ρ by tr(S_W) and is well conditioned where Z has rank
 N − C. A'⁻¹Z = A⁻¹Z, so that everything above remains true of it.
 
+Comments ``# (7)`` bear the numbers of the paper, listed in ``sfda.py``; ``# (L3)`` those of
+``leave_one_out.md``, the note on the leave-one-out posterior.
+
 Memory: Z, one G, and blocks of rows that together stay below 2·D² (2·N²) numbers, plus 2·C·D;
 for the leave-one-out posterior 2·C² more, and on the dual path (and for several λ) a second G.
 """
@@ -47,7 +50,6 @@ for the leave-one-out posterior 2·C² more, and on the dual path (and for sever
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -55,7 +57,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.linalg import eigh, get_blas_funcs, get_lapack_funcs
 
-from sfda_tune.values.labels import encode_labels
+from sfda_tune.metrics._input import as_matrix, encode
 
 Array: TypeAlias = Any  # an ndarray, or a torch tensor on the device of the features
 
@@ -63,7 +65,6 @@ dsymv, dsyrk, dtrsm = get_blas_funcs(("symv", "syrk", "trsm"), dtype=np.float64)
 dpotrf, dpotri, dpotrs = get_lapack_funcs(("potrf", "potri", "potrs"), dtype=np.float64)
 
 EPS = float(np.finfo(np.float64).eps)
-LARGEST = 1e75  # of |feature|: fourth powers stay finite in float64
 JITTER = 1e-10  # × tr S_W/D: the ridge of the published λ floor, known to be enough
 GUARD = 1e-8  # 1 − āh below it is rounding error on the primal path
 
@@ -268,19 +269,9 @@ def _singular(pivots: Array, diagonal: Array) -> bool:
 def load(features: Any, labels: Any, ops: Ops | None = None) -> Samples:
     """Check the input of a metric and sort it by class; `ops` overrides the choice of backend."""
     dtype = str(getattr(features, "dtype", "")).removeprefix("torch.")
-    features, chosen = _as_matrix(features)
-    n_rows = features.shape[0]
-    codes, classes = encode_labels(labels)
-    if len(codes) != n_rows:
-        raise ValueError(
-            f"`labels` must hold one label per row of `features` but there are {len(codes)} "
-            f"labels and {n_rows} rows; pass the labels of exactly these rows."
-        )
-    if not codes.any():
-        raise ValueError(
-            f"`labels` must hold at least two classes but every label is {classes[0]!r}; "
-            "a single class has no discriminant: pass samples of the other classes too."
-        )
+    features = as_matrix(features, on_device=True)
+    codes = encode(labels, features.shape[0])
+    chosen = NumpyOps() if isinstance(features, np.ndarray) else TorchOps(features.device)
     ops = ops or chosen
     if isinstance(ops, TorchOps):
         features = ops.asarray(features)
@@ -288,62 +279,6 @@ def load(features: Any, labels: Any, ops: Ops | None = None) -> Samples:
     samples = Samples(ops, ops.take(features, order), np.bincount(codes), order)
     samples.dtype = dtype or str(features.dtype)
     return samples
-
-
-def _as_matrix(features: Array) -> tuple[Array, Ops]:
-    """Return the features as a finite, real (N, D) array or CUDA tensor, and their backend."""
-    ops: Ops = NumpyOps()
-    torch = sys.modules.get("torch")  # whoever holds a tensor has imported torch
-    if torch is not None and isinstance(features, torch.Tensor):
-        features = features.detach()
-        if features.dtype == torch.bool or (
-            features.is_floating_point() and features.itemsize < 4
-        ):
-            features = features.float()  # bfloat16, float8: unknown to NumPy, and without `min`
-        if features.is_cuda:
-            ops = TorchOps(features.device)
-        else:
-            features = features.numpy(force=True)
-    else:
-        try:
-            features = np.asarray(features)
-        except ValueError as error:  # ragged lists
-            raise ValueError(
-                f"`features` must be a (n_samples, n_dims) array but NumPy cannot build it from "
-                f"{type(features).__name__} ({error}); give every row the same length."
-            ) from None
-    kind = "c" if "complex" in str(features.dtype) else getattr(features.dtype, "kind", "f")
-    if kind not in "biuf":
-        raise ValueError(
-            f"`features` must be a dense array of real numbers but its dtype is {features.dtype}; "
-            "convert it first, for instance with `features.astype(float)`."
-        )
-    if features.ndim != 2:
-        raise ValueError(
-            f"`features` must be two-dimensional (n_samples, n_dims) but has shape "
-            f"{tuple(features.shape)}; pool or flatten each sample to one row."
-        )
-    if 0 in features.shape:
-        raise ValueError(
-            f"`features` must have at least one row and one column but has shape "
-            f"{tuple(features.shape)}; check the step that extracted it."
-        )
-    with np.errstate(invalid="ignore"):
-        low, high = float(features.min()), float(features.max())  # no copy; NaN comes through
-    if not (math.isfinite(low) and math.isfinite(high)):
-        finite = torch.isfinite if isinstance(ops, TorchOps) and torch else np.isfinite
-        rows = np.flatnonzero(np.any(ops.to_numpy(~finite(features)), axis=1))
-        raise ValueError(
-            f"`features` must be finite but {len(rows)} of {len(features)} rows hold NaN or Inf, "
-            f"the first is row {rows[0]}; drop those rows (and their labels) or extract them in "
-            "float32 instead of half precision."
-        )
-    if max(-low, high) > LARGEST:
-        raise ValueError(
-            f"`features` must not exceed {LARGEST:g} in magnitude but spans {low:g} to {high:g}; "
-            "divide it by a constant, or check for a broken backbone."
-        )
-    return features, ops
 
 
 # --- the statistics of one stage --------------------------------------------------------------
@@ -413,13 +348,13 @@ class Samples:
 
     def mix(self, p: Array) -> None:
         """Replace x_n by p_n·x_n + (1 − p_n)·(unweighted mean of the other class means)."""
-        others = (self.M.sum(0) - self.M) / (self.C - 1)
+        others = (self.M.sum(0) - self.M) / (self.C - 1)  # m_c of (7)
         shift = self.M - others
         for rows in self.blocks():
             c, Z = self.y[rows], self.Z[rows]
-            Z += shift[c]
+            Z += shift[c]  # x_n − m_c
             Z *= p[rows, None]
-            Z += others[c]
+            Z += others[c]  # (7)
         self._split()
 
     def unsorted(self, values: Array) -> np.ndarray:
@@ -534,19 +469,19 @@ class Scatter:
         solution = self._solve(L, shrinkage, rho)
         n = np.repeat(x.counts, x.counts).astype(np.float64)
         several = n > 1
-        a_bar = np.where(several, (1 - shrinkage) / x.N * n / np.maximum(n - 1, 1), 0.0)
+        a_bar = np.where(several, (1 - shrinkage) / x.N * n / np.maximum(n - 1, 1), 0.0)  # (L1)
         if self.dual:
             inverse, h = map(x.ops.to_numpy, x.ops.inverse_diagonals(L, self.G))
-            h = x.N * h
+            h = x.N * h  # (L6)
             rest = rho * (inverse - 1 / (n * (rho + self.trace))) * n / np.maximum(n - 1, 1)
-            rest = np.where(several, rest, 1.0)
+            rest = np.where(several, rest, 1.0)  # (L6)
         else:
             h = np.empty(x.N)
             for rows in x.blocks():
-                h[rows] = x.ops.to_numpy(x.ops.inverse_squares(L, x.Z[rows]))
+                h[rows] = x.ops.to_numpy(x.ops.inverse_squares(L, x.Z[rows]))  # (L2)
             rest = 1 - a_bar * h
         # S̃ − ρI − ā z zᵀ is positive semidefinite, which bounds 1 − āh from below.
-        bound = rho / (rho + a_bar * x.ops.to_numpy(x.ops.norms(x.Z, 1)) ** 2)
+        bound = rho / (rho + a_bar * x.ops.to_numpy(x.ops.norms(x.Z, 1)) ** 2)  # (L7)
         doubtful = rest <= (bound / 2 if self.dual else GUARD)
         rest = np.where(doubtful, np.maximum(rest, bound), rest)
         return LeaveOneOut(
@@ -571,7 +506,7 @@ class Scatter:
         step = max(JITTER * self.trace / x.D, 1e-280)
         while True:
             A = x.ops.copy(self.G) if keep else self.G
-            A *= 1 - shrinkage
+            A *= 1 - shrinkage  # (2), with the ridge that `cholesky` adds
             if lift:
                 for c, rows in x.of_each_class():
                     A[rows, rows] += self.trace / int(x.counts[c])
@@ -625,7 +560,7 @@ class Dual:
         for i in range(0, x.D, 1024):  # blocks of columns: no second (C, D) array
             columns = slice(i, i + 1024)
             r = x.M[:, columns] - beta * (a.T @ x.Z[:, columns])
-            Q += r @ r.T / rho
+            Q += r @ r.T / rho  # stationary in a, see the head of the module
         self.x, self.a, self.Q = x, a, Q
 
     def samples(self, rows: slice) -> Array:
@@ -649,14 +584,14 @@ class Discriminants:
 
     def __init__(self, samples: Samples, solution: Solution, jitter: float) -> None:
         self.samples, self.solution, self.jitter = samples, solution, jitter
-        self.offset = samples.ops.asarray(np.log(samples.q)) - 0.5 * solution.squares()
+        self.offset = samples.ops.asarray(np.log(samples.q)) - 0.5 * solution.squares()  # of (5)
 
     def log_posterior(self) -> Iterator[tuple[slice, Array]]:
         """Rows and their log p(c|x), the log-softmax of δ over all classes."""
         for rows in self.samples.blocks():
             delta = self.solution.samples(rows)
-            delta += self.offset
-            yield rows, self.samples.ops.log_softmax(delta)
+            delta += self.offset  # (5)
+            yield rows, self.samples.ops.log_softmax(delta)  # (6)
 
     def of_true_class(self, transform: Callable[[Array], Array] | None = None) -> Array:
         """Return log p(y_n|x_n), or the true class of ``transform(log_posterior)``; (N,)."""
@@ -674,14 +609,14 @@ class Discriminants:
         """
         x, ops = self.samples, self.samples.ops
         root_q = np.sqrt(x.q)
-        v, E = eigh(root_q[:, None] * ops.to_numpy(self.solution.means()) * root_q)
+        v, E = eigh(root_q[:, None] * ops.to_numpy(self.solution.means()) * root_q)  # (4)
         kept = min(x.D, x.C - 1)
         v, E = v[-kept:], E[:, -kept:]
         present = v > max(10 * x.C * EPS * v[-1], 0)
         T = root_q[:, None] * E * np.where(present, np.where(present, v, 1) ** -0.5, 0)
         out = ops.zeros(x.N, kept)
         for rows in x.blocks():
-            out[rows] = self.solution.samples(rows) @ ops.asarray(T)
+            out[rows] = self.solution.samples(rows) @ ops.asarray(T)  # x̂ of (4)
         return Samples(ops, out, x.counts, x.order)
 
 
@@ -714,7 +649,7 @@ class LeaveOneOut:
         n = np.repeat(samples.counts, samples.counts).astype(np.float64)
         others = np.maximum(n - 1, 1)
         own = np.where(n > 1, np.log(others), -np.inf)
-        own -= 0.5 * (N - 1) / N * (n / others) ** 2 * h / rest
+        own -= 0.5 * (N - 1) / N * (n / others) ** 2 * h / rest  # (L4), (L5)
         self.own, self.h, self.gain = map(ops.asarray, (own, h, a_bar / rest))
         self.log_counts = ops.asarray(np.log(samples.counts))
         Q = solution.means()
@@ -736,10 +671,10 @@ class LeaveOneOut:
             delta += e
             delta += h
             delta += self.between[y]
-            delta *= -0.5 * (x.N - 1) / x.N
+            delta *= -0.5 * (x.N - 1) / x.N  # (L3)
             delta += self.log_counts  # the N − 1 of the priors cancels
             delta[x.ops.asarray(np.arange(len(y))), y] = self.own[rows]
-            yield rows, x.ops.log_softmax(delta)
+            yield rows, x.ops.log_softmax(delta)  # (L5)
 
 
 def loo_log_posterior(x: Samples, shrinkage: float) -> np.ndarray:

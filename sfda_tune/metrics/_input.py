@@ -7,21 +7,25 @@ also where an algorithm itself does (folds, initial values, iterations that stop
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from scipy.linalg import eigh
 
 from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.text import is_integer, is_number, require
 
-__all__ = ["Data", "load", "load_logits", "narrow", "pca", "positive", "triangle", "whole"]
+__all__ = [
+    "Data", "as_matrix", "encode", "load", "load_logits", "narrow", "pca", "positive", "triangle",
+    "whole",
+]  # fmt: skip
 
-LARGEST = 1e75  # the squares of squares must not overflow
+LARGEST = 1e75  # of |feature|: the squares of squares stay finite in float64
 EPS = float(np.finfo(np.float64).eps)
 
 
@@ -94,18 +98,10 @@ def load(features: Any, labels: Any, name: str = "features") -> Data:
         fit it, holds a missing value or fewer than two classes. `name` is what to call them.
     """
     dtype = str(getattr(features, "dtype", "")).removeprefix("torch.")
-    matrix = _as_matrix(features, name)
-    codes, classes = encode_labels(labels)
-    if len(codes) != len(matrix):
-        raise ValueError(
-            f"`labels` must hold one label per row of `{name}` but there are {len(codes)} "
-            f"labels and {len(matrix)} rows; pass the labels of exactly these rows."
-        )
-    if not codes.any():
-        raise ValueError(
-            f"`labels` must hold at least two classes but every label is {classes[0]!r}; "
-            "a single class has no discriminant: pass samples of the other classes too."
-        )
+    matrix = as_matrix(features, name)
+    codes = encode(labels, len(matrix), name)
+    if matrix.dtype != np.float32 or max(-matrix.min(), matrix.max()) > 1e30:
+        matrix = matrix.astype(np.float64, copy=False)  # float32 would overflow when projected
     direction = np.random.default_rng(0).normal(size=matrix.shape[1])
     along = np.argsort(matrix @ direction.astype(matrix.dtype), kind="stable")
     # Number the classes by their first row along the direction, then bring their rows together.
@@ -131,43 +127,53 @@ def load_logits(logits: Any, labels: Any, metric: str) -> Data:
     return load(logits, labels, "logits")
 
 
-def _as_matrix(features: Any, name: str) -> np.ndarray:
-    """Return a finite, real matrix of floating point numbers; not necessarily a copy."""
+def as_matrix(features: Any, name: str = "features", *, on_device: bool = False) -> Any:
+    """Return a finite, real (N, D) array, not necessarily a copy; on request a CUDA tensor stays.
+
+    scikit-learn's `check_array` does the same, but says neither the rows nor what to do.
+    """
     torch = sys.modules.get("torch")  # whoever holds a tensor has imported torch
     if torch is not None and isinstance(features, torch.Tensor):
         features = features.detach()
+        on_device = on_device and features.is_cuda
         if features.is_floating_point() and features.itemsize < 4:
-            features = features.float()  # bfloat16, float8: unknown to NumPy
-        features = features.numpy(force=True)
-    try:
-        matrix = np.asarray(features)
-    except ValueError as error:  # ragged lists
+            features = features.float()  # bfloat16, float8: unknown to NumPy, and without `min`
+        if on_device and features.dtype == torch.bool:
+            features = features.float()
+        if not on_device:
+            features = features.numpy(force=True)
+    else:
+        try:
+            features = np.asarray(features)
+        except ValueError as error:  # ragged lists
+            raise ValueError(
+                f"`{name}` must be a (n_samples, n_dims) array but NumPy cannot build it from "
+                f"{type(features).__name__} ({error}); give every row the same length."
+            ) from None
+    shape = tuple(features.shape)
+    kind = "c" if "complex" in str(features.dtype) else getattr(features.dtype, "kind", "f")
+    if kind not in "biuf":
         raise ValueError(
-            f"`{name}` must be a (n_samples, n_dims) array but NumPy cannot build it from "
-            f"{type(features).__name__} ({error}); give every row the same length."
-        ) from None
-    if matrix.dtype.kind not in "biuf":
-        raise ValueError(
-            f"`{name}` must be a dense array of real numbers but its dtype is {matrix.dtype}; "
-            "convert it first, for instance with `features.astype(float)`."
+            f"`{name}` must be a dense array of real numbers but its dtype is {features.dtype}; "
+            f"convert it first, for instance with `{name}.astype(float)`."
         )
-    if matrix.ndim != 2:
+    if len(shape) != 2:
         raise ValueError(
-            f"`{name}` must be two-dimensional (n_samples, n_dims) but has shape "
-            f"{matrix.shape}; pool or flatten each sample to one row."
+            f"`{name}` must be two-dimensional (n_samples, n_dims) but has shape {shape}; "
+            "pool or flatten each sample to one row."
         )
-    if 0 in matrix.shape:
+    if 0 in shape:
         raise ValueError(
-            f"`{name}` must have at least one row and one column but has shape "
-            f"{matrix.shape}; check the step that extracted it."
+            f"`{name}` must have at least one row and one column but has shape {shape}; "
+            "check the step that extracted it."
         )
-    if matrix.dtype not in (np.float32, np.float64):
-        matrix = matrix.astype(np.float64)
-    low, high = float(matrix.min()), float(matrix.max())  # NaN comes through
-    if not (np.isfinite(low) and np.isfinite(high)):
-        rows = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
+    with np.errstate(invalid="ignore"):
+        low, high = float(features.min()), float(features.max())  # no copy; NaN comes through
+    if not (math.isfinite(low) and math.isfinite(high)):
+        host = features.cpu().numpy() if hasattr(features, "cpu") else features
+        rows = np.flatnonzero(~np.isfinite(host).all(axis=1))
         raise ValueError(
-            f"`{name}` must be finite but {len(rows)} of {len(matrix)} rows hold NaN or Inf, "
+            f"`{name}` must be finite but {len(rows)} of {len(host)} rows hold NaN or Inf, "
             f"the first is row {rows[0]}; drop those rows (and their labels) or extract them in "
             "float32 instead of half precision."
         )
@@ -176,26 +182,36 @@ def _as_matrix(features: Any, name: str) -> np.ndarray:
             f"`{name}` must not exceed {LARGEST:g} in magnitude but spans {low:g} to {high:g}; "
             "divide it by a constant, or check for a broken backbone."
         )
-    if matrix.dtype == np.float32 and max(-low, high) > 1e30:
-        matrix = matrix.astype(np.float64)  # the projection would overflow
-    return matrix
+    return features
+
+
+def encode(labels: Any, n_rows: int, name: str = "features") -> np.ndarray:
+    """Return the codes 0 … C−1 of the labels of so many rows; at least two classes."""
+    codes, classes = encode_labels(labels)
+    if len(codes) != n_rows:
+        raise ValueError(
+            f"`labels` must hold one label per row of `{name}` but there are {len(codes)} "
+            f"labels and {n_rows} rows; pass the labels of exactly these rows."
+        )
+    if not codes.any():
+        raise ValueError(
+            f"`labels` must hold at least two classes but every label is {classes[0]!r}; "
+            "a single class has no discriminant: pass samples of the other classes too."
+        )
+    return codes
 
 
 def positive(name: str, value: Any, most: float = np.inf) -> float:
     """Check an option that must be a finite number in (0, most]."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
-        if 0 < number <= most and number < np.inf:
-            return number
-    bound = "a number > 0" if most == np.inf else f"a number in (0, {most:g}]"
-    raise ValueError(f"`{name}` must be {bound} but is {value!r}.")
+    rule = "a number > 0" if most == np.inf else f"a number in (0, {most:g}]"
+    require(name, value, rule, is_number(value) and 0 < value <= most and value < np.inf)
+    return float(value)
 
 
 def whole(name: str, value: Any, least: int) -> int:
     """Check an option that must be an integer ≥ least."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
-        return int(value)
-    raise ValueError(f"`{name}` must be an integer ≥ {least} but is {value!r}.")
+    require(name, value, f"an integer ≥ {least}", is_integer(value, least))
+    return int(value)
 
 
 def triangle(A: np.ndarray) -> np.ndarray:

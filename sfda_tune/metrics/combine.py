@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.values.text import some
+
 __all__ = ["combine", "combine_hub"]
 
 METHODS = ("rank", "minmax")
@@ -86,7 +88,7 @@ def combine(
     if not complete.any():
         raise ValueError(
             "`scores` must share at least one backbone with finite values in all of them but of "
-            f"{len(names)} names ({', '.join(names[:5])}, …) none has; check the spelling."
+            f"{len(names)} names ({some(names)}) none has; check the spelling."
         )
     values = np.full(len(names), np.nan)
     values[complete] = (_ranks if method == "rank" else _min_max)(s[:, complete], w)

@@ -22,7 +22,7 @@ import numpy as np
 
 from sfda_tune.metrics.combine import combine, combine_hub
 from sfda_tune.metrics.priors import PRIORS
-from sfda_tune.metrics.registry import describe_metrics, get_metric
+from sfda_tune.metrics.registry import METRICS, describe_metrics, get_metric
 from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.values.features import Features, MetricResult, Score
 from sfda_tune.values.ranking import Ranking
@@ -208,21 +208,30 @@ def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]
     if isinstance(text, str) and (match := re.fullmatch(r"([\d.]+)\s*\*\s*(.+)", text)):
         weight, text = float(match[1]), match[2]
     name = text if isinstance(text, str) else getattr(text, "__name__", "score")
-    function = get_metric(text)  # refuses an unknown name
-    if isinstance(text, str) and name in PRIORS:
-        return Term(name, name, weight, None)
-    if "features" not in needs.get(name, ("features",)):
-        usable = ", ".join(key for key, need in needs.items() if "features" in need)
+    usable = [key for key, need in needs.items() if "features" in need or key in PRIORS]
+    if not callable(text) and (not isinstance(text, str) or name not in needs):
         raise ValueError(
-            f"`metric` {name!r} needs {' and '.join(needs[name])}, which `rank` does not have; "
-            f"choose one of {usable}, or call it yourself: sfda_tune.metrics.{name}."
+            f"`metric` must be a sum of some of {', '.join(usable)}, or a function f(features, "
+            f"labels), but is {text!r}; name your own with sfda_tune.metrics.register_metric."
+        )
+    function = get_metric(text)
+    registered = METRICS.get(name) is function  # else one of the user's own, whatever its name
+    if registered and name in PRIORS:
+        return Term(name, name, weight, None)
+    needed = needs[name] if registered else ("features",)
+    if "features" not in needed:
+        call = f"{function.__module__}.{function.__name__}(None, labels, {needed[0]}=…)"
+        raise ValueError(
+            f"`metric` must be computed from features but {name!r} needs {' and '.join(needed)}, "
+            f"which `rank` does not have; choose one of {', '.join(usable)}, or call it with your "
+            f"own: {call}."
         )
     if function is sfda:
         chosen = variant or signature(sfda).parameters["variant"].default
         if chosen not in VARIANTS:
             raise ValueError(f"`variant` must be one of {', '.join(VARIANTS)} but is {variant!r}.")
         return Term(name, f"sfda ({chosen})", weight, partial(sfda, variant=chosen))
-    return Term(name, name, weight, function, hub="hub" in needs.get(name, ()))
+    return Term(name, name, weight, function, hub="hub" in needed)
 
 
 def _bare(function: Any) -> Any:

@@ -22,7 +22,8 @@ m_c         unweighted mean of the other class means, (Σ_k μ_k − μ_c)/(C �
 μ', S_W',…  the same from the other N − 1 samples, the one in question left out
 ==========  ==========================================================================  ==========
 
-The equations of the paper, with the numbers used below:
+The equations of the paper, with its numbers, which stand as ``# (7)`` on the lines that compute
+them here and in ``_fisher.py``:
 
 (1)  score = Σ_n log p(y_n | x_n)
 (2)  U = argmax |UᵀS_B U| / |UᵀS̃U|,  S̃ = (1−λ)S_W + λI
@@ -57,7 +58,7 @@ metric                            frozen         best           fine-tuned     d
 linear probe, cross-validated     .78 (.008)     .49 (.022)     .32 (.029)     .69
 ================================  =============  =============  =============  =====
 
-So "loo" foretells the accuracy of frozen features far better than the published form, and its
+So "loo" predicts the accuracy of frozen features far better than the published form, and its
 first choice always costs less or about the same: up to nine backbones tie at 1.0 for "official".
 But where fine-tuning rebuilds the features (hand signs: .722 frozen, .990 fine-tuned for the best
 network) no score of frozen features knew the order: the accuracy of a linear head on the very
@@ -73,17 +74,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from sfda_tune.metrics._fisher import Array, Discriminants, Samples, Scatter, load
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import is_number
 
 __all__ = ["VARIANTS", "sfda"]
 
-A = 5.0  # a of eq. (3): the published code's; the paper says only a > 0
+A = 5.0  # a of (3): the published code's; the paper says only a > 0
 FLOOR = 1e-10  # of λ, from the published code
 LAM = 0.5  # λ of "loo"
 TEMPERATURES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
@@ -286,10 +287,8 @@ def sfda(
 def _checked_shrinkage(shrinkage: Any, variant: str) -> float | str | None:
     if shrinkage is None:
         return None
-    if isinstance(shrinkage, Real) and not isinstance(shrinkage, bool):
-        value = float(shrinkage)
-        if 0 < value <= 1:
-            return value
+    if is_number(shrinkage) and 0 < shrinkage <= 1:
+        return float(shrinkage)
     hint = "None chooses it by the rule of the variant"
     rules = ", ".join(map(repr, RULES))
     if variant == "loo":
@@ -330,19 +329,19 @@ Outcome: TypeAlias = tuple[float, Array, dict[str, Any]]  # value, sorted per-sa
 def _official(x: Samples, shrinkage: float | None) -> Outcome:
     S_W = Scatter(x)
     sigma = S_W.sigma_from_row_sums()
-    lam = max(math.exp(-A * sigma), FLOOR) if shrinkage is None else shrinkage  # eq. (3)
-    # Eq. (4)–(6) with all D directions: UUᵀ = S̃⁻¹.
+    lam = max(math.exp(-A * sigma), FLOOR) if shrinkage is None else shrinkage  # (3)
+    # (2), (4): all D directions, so that UUᵀ = S̃⁻¹; the ridge is λ·tr S_W/D instead of λ.
     stage_1 = S_W.discriminants(lam, ridge=lam * S_W.trace / x.D)
 
     def soften(log_p: Array) -> Array:
-        return x.ops.log_softmax(x.ops.exp(log_p))
+        return x.ops.log_softmax(x.ops.exp(log_p))  # (6) a second time
 
-    x.mix(x.ops.exp(stage_1.of_true_class(soften)))  # eq. (7) on x instead of x̂
+    x.mix(x.ops.exp(stage_1.of_true_class(soften)))  # (7) on x instead of x̂
     S_W = Scatter(x)
     stage_2 = S_W.discriminants(lam, ridge=lam * S_W.trace / x.D)  # λ of stage 1
     p = x.ops.exp(stage_2.of_true_class())
     return (
-        float(p.mean()),
+        float(p.mean()),  # instead of (1)
         p,
         {
             "lambda": lam,
@@ -360,12 +359,12 @@ def _paper(x: Samples, shrinkage: float | None) -> Outcome:
     def fit(x: Samples) -> tuple[float, float, Discriminants]:
         S_W = Scatter(x)
         sigma = S_W.largest_eigenvalue()
-        lam = max(math.exp(-A * sigma), FLOOR) if shrinkage is None else shrinkage  # eq. (3)
-        return sigma, lam, S_W.discriminants(lam, ridge=lam)  # eq. (2), (4)–(6)
+        lam = max(math.exp(-A * sigma), FLOOR) if shrinkage is None else shrinkage  # (3)
+        return sigma, lam, S_W.discriminants(lam, ridge=lam)  # (2)
 
     sigma, lam, stage_1 = fit(x)
-    x_hat = stage_1.fisher_features()  # x̂ = Uᵀx
-    x_hat.mix(x.ops.exp(stage_1.of_true_class()))  # eq. (7)
+    x_hat = stage_1.fisher_features()  # (4)
+    x_hat.mix(x.ops.exp(stage_1.of_true_class()))  # (7)
     sigma_2, lam_2, stage_2 = fit(x_hat)
     log_p = stage_2.of_true_class()
     return (
@@ -381,7 +380,7 @@ def _paper(x: Samples, shrinkage: float | None) -> Outcome:
             "ridge": "lambda",
             "jitter": stage_1.jitter,
             "jitter_stage_2": stage_2.jitter,
-            "log_likelihood": float(log_p.sum()),  # eq. (1)
+            "log_likelihood": float(log_p.sum()),  # (1)
         },
     )
 
@@ -451,7 +450,7 @@ def _loo(
             "the leave-one-out posterior of a class needs another sample of it."
         )
     x.normalize(normalize)
-    rule = "fixed" if isinstance(shrinkage, Real) else shrinkage or f"default {LAM}"
+    rule = "fixed" if is_number(shrinkage) else shrinkage or f"default {LAM}"
     fit = first = _best_leave_one_out(x, LAM if shrinkage is None else shrinkage)
     details: dict[str, Any] = {
         "lambda": first.lam,
@@ -462,7 +461,7 @@ def _loo(
         "challenge": challenge,
     }
     if challenge:
-        x.mix(x.ops.asarray(first.p))  # eq. (7) on x instead of x̂, with p' instead of p
+        x.mix(x.ops.asarray(first.p))  # (7) on x instead of x̂, with p' instead of p
         fit = _best_leave_one_out(x, first.lam)
         details |= {"mean_probability_stage_1": first.probability, "jitter_stage_2": fit.jitter}
     details |= {

@@ -26,7 +26,7 @@ from sfda_tune.extraction.worker import Executor
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
-from sfda_tune.selection.racing import Course, Race, make_stages, run
+from sfda_tune.selection.racing import RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
 
@@ -176,7 +176,7 @@ def rank(
     from sfda_tune.pipelines.progress import as_progress
 
     started = time.perf_counter()
-    course, interrupted = None, False
+    result, interrupted = None, False
     with executor or nullcontext(), as_progress(progress) as bar:
         if executor is not None:  # whose devices are known now
             settings = replace(settings, device=executor.resolve_device(device))
@@ -184,7 +184,7 @@ def rank(
         run.copies = _Copies(whole, codes, twins.kept)
         try:
             if race:
-                course = run.race(Race(top, seed=seed), bar)
+                result = run.race(RaceConfig(top, seed=seed), bar)
             else:
                 run.measure(candidates, None, bar, None if ensemble is None else run.seen)
         except KeyboardInterrupt:
@@ -217,8 +217,8 @@ def rank(
     info |= copies
     if report is not None:
         info["executor"] = report
-    if course is not None:
-        info["race"] = _report(course, top)
+    if result is not None:
+        info["race"] = _report(result, top)
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
     ranking = Ranking(
@@ -338,7 +338,7 @@ class _Run:
             error = "its images are not those of the other backbones; rank again"
             self.scores[name] = replace(self.scores[name], error=error)
 
-    def race(self, terms: Race, bar: Any) -> Course:
+    def race(self, config: RaceConfig, bar: Any) -> RaceResult:
         """Score all candidates on few images, and ever fewer of them on more."""
         by_name = {backbone.name: backbone for backbone in self.candidates}
         past = dict.fromkeys(by_name, np.empty(0, np.int64))
@@ -358,18 +358,18 @@ class _Run:
                 )
             return self.rows, good
 
-        stages = make_stages(self.images, terms.seed)
-        course = run(list(by_name), stages, self.images.labels, measure, terms)
+        rungs = make_rungs(self.images, config.seed)
+        result = run(list(by_name), rungs, self.images.labels, measure, config)
         final = [
-            s.value for n, s in self.scores.items() if n not in course.dropped and s.error is None
+            s.value for n, s in self.scores.items() if n not in result.dropped and s.error is None
         ]
-        for name, out in course.dropped.items():
+        for name, out in result.dropped.items():
             value = min([out["value"] + out["gain"], *final])
             note = f"left the race after {out['images']} images"
             old = self.scores[name]
             details = {**old.details, "race": out, "note": note}
             self.scores[name] = replace(old, value=value, per_sample=None, details=details)
-        return course
+        return result
 
     def finished(self) -> dict[str, Score]:
         """Return the scores on all images: an interrupted race has others, too."""
@@ -388,12 +388,12 @@ class _Run:
         return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
 
 
-def _report(course: Course, top: int) -> dict[str, Any]:
+def _report(result: RaceResult, top: int) -> dict[str, Any]:
     return {
         "top": top,
-        "stages": list(course.stages),
-        "forward_passes": course.n_forward,
-        "full_run": course.n_full,
+        "stages": list(result.rungs),
+        "forward_passes": result.n_forward,
+        "full_run": result.n_full,
     }
 
 

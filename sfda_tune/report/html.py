@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.report.axes import Axis, make_lines, shorten
-from sfda_tune.report.plots import count_confusions, find_front, fit_line
+from sfda_tune.report.plots import count_confusions, find_front
 from sfda_tune.report.run import Run, read_run
 from sfda_tune.selection.calibration import Calibration, Observation, calibrate
 from sfda_tune.selection.diagnostics import diagnose
@@ -275,9 +275,9 @@ def _course(run: Run) -> dict[str, Any]:
 def _calibration(run: Run) -> dict[str, Any] | None:
     """Compare the best value of each backbone with its score."""
     c, rank = _calibrate(run), {name: i for i, name in enumerate(run.ranking, 1)}
-    rows = [r | {"best": run.sign * r["best"]} for r in c.table if r["best"] is not None]
+    rows = [r | {"best": run.sign * r["best"]} for r in c.reached]
     rows.sort(key=lambda r: rank[r["backbone"]])
-    line = [(z, run.sign * value) for z, value in fit_line(c)]
+    line = [(z, run.sign * value) for z, value in c.fit_line()]
     x = Axis.over(r["z"] for r in rows)
     y = Axis.over([r["best"] for r in rows] + [value for _, value in line])
     names = [

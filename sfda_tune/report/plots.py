@@ -64,17 +64,6 @@ def find_front(
     return front
 
 
-def fit_line(calibration: Calibration) -> list[tuple[float, float]]:
-    """Return the two ends (z, value) of the fitted line; none with fewer than 3 backbones."""
-    rows = [row for row in calibration.table if row["best"] is not None]
-    if len(rows) < 3:
-        return []
-    z = [row["z"] for row in rows]
-    mean = sum(row["best"] for row in rows) / len(rows)
-    slope = calibration.slope * calibration.scale
-    return [(end, mean + slope * (end - sum(z) / len(z))) for end in (min(z), max(z))]
-
-
 def plot_ranking(ranking: Mapping[str, float], *, top: int = 30, ax: Axes | None = None) -> Axes:
     """Draw the `top` scores, with 90 % intervals where the metric is a mean over images.
 
@@ -133,19 +122,15 @@ def plot_pareto(
 def plot_calibration(calibration: Calibration, *, ax: Axes | None = None) -> Axes:
     """Draw each backbone's best value against its score; see `selection.calibration`."""
     ax = _axes(ax)
-    rows = [row for row in calibration.table if row["best"] is not None]
+    rows = calibration.reached
     ax.plot([r["z"] for r in rows], [r["best"] for r in rows], "o", color=OKABE_ITO["blue"])
-    if line := fit_line(calibration):
+    if line := calibration.fit_line():
         ax.plot(*zip(*line, strict=True), "--", color=OKABE_ITO["vermillion"])
-    low, high = calibration.slope_interval
     ax.margins(0.15)
     for r in rows:
         _name(ax, r["backbone"], r["z"], r["best"])
     ax.set(xlabel="score, standardised rank", ylabel="best value")
-    ax.set_title(
-        f"slope {calibration.slope:.2f} [{low:.2f}, {high:.2f}], "
-        f"Kendall's tau {calibration.kendall_tau:.2f}"
-    )
+    ax.set_title(calibration.describe_slope())
     return ax
 
 

@@ -15,14 +15,14 @@ from sfda_tune.values.files import LARGEST_NUMBER
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import require
 
-__all__ = ["Calibration", "Observation", "calibrate", "estimate_errors", "name_arm"]
+__all__ = ["Calibration", "Observation", "backbone_name", "calibrate", "estimate_errors"]
 STATES = ("complete", "pruned", "failed", "running")
 
 # Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
 SLOPE, SLOPE_TRIALS = 0.8, 1.5  # s₀ and ℓ, its weight in backbones
 REST, REST_TRIALS = 1 - SLOPE**2, 2.0  # ω₀² and κ
 WITHIN, WITHIN_TRIALS = 0.6, 2.0  # ν₀² / ω₀² and its weight
-RIDGE = 0.5  # of the effects of settings, values having variance 1
+RIDGE = 0.5  # of the effects of parameters, values having variance 1
 RUNS, FAILS = 0.1, 0.02  # Beta prior: a backbone runs or does not, so one failure says much
 
 
@@ -44,9 +44,9 @@ class Observation:
         Part of the full budget, in (0, 1], at which a pruned value was seen; else taken as ½.
     feasible : bool, default True
         An infeasible trial counts as if its value were the worst of all.
-    settings : mapping of str to object, optional
+    params : mapping of str to object, optional
         The other parameters. If given, values are compared as if all trials had had the best
-        settings; and where nothing else varies, a second trial of a backbone is worthless.
+        ones; and where nothing else varies, a second trial of a backbone is worthless.
     """
 
     backbone: str
@@ -55,7 +55,7 @@ class Observation:
     cost: float | None = None
     step: float | None = None
     feasible: bool = True
-    settings: Mapping[str, Any] | None = None
+    params: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         require("state", self.state, f"one of {', '.join(STATES)}", self.state in STATES)
@@ -90,12 +90,31 @@ class Calibration:
     scale: float = 1.0
     warning: str | None = None
 
-    def __str__(self) -> str:
+    @property
+    def reached(self) -> list[dict[str, Any]]:
+        """The rows of `table` that have a best value: what figures show."""
+        return [row for row in self.table if row["best"] is not None]
+
+    def fit_line(self) -> list[tuple[float, float]]:
+        """Return the two ends (z, value) of the fitted line; none with fewer than 3 backbones."""
+        rows = self.reached
+        if len(rows) < 3:
+            return []
+        z = [row["z"] for row in rows]
+        mean_z, mean = sum(z) / len(z), sum(row["best"] for row in rows) / len(rows)
+        slope = self.slope * self.scale
+        return [(end, mean + slope * (end - mean_z)) for end in (min(z), max(z))]
+
+    def describe_slope(self) -> str:
+        """Return the slope with its interval, and Kendall's tau, for people."""
         low, high = self.slope_interval
+        tau = f"Kendall's tau {self.kendall_tau:.2f}"
+        return f"slope {self.slope:.2f} [{low:.2f}, {high:.2f}], {tau}"
+
+    def __str__(self) -> str:
         width = max([8, *(len(row["backbone"]) for row in self.table)])
         lines = [
-            f"slope {self.slope:.2f} [{low:.2f}, {high:.2f}], Kendall's tau "
-            f"{self.kendall_tau:.2f}; {self.n_trials} trials of {self.n_backbones} backbones",
+            f"{self.describe_slope()}; {self.n_trials} trials of {self.n_backbones} backbones",
             f"{'backbone':<{width}}      score  trials       best  expected",
         ]
         for row in sorted(self.table, key=lambda row: -row["mean"]):
@@ -140,7 +159,7 @@ def calibrate(
     return Calibration(fit.slope, interval, tau, *about)
 
 
-def name_arm(choice: Any) -> str:
+def backbone_name(choice: Any) -> str:
     """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
     return str(choice) if isinstance(choice, str) else repr(choice)  # never an `np.str_`
 
@@ -186,7 +205,7 @@ def fit_model(
     """Fit the model of the module's docstring, in its notation."""
     require("prior_strength", prior_strength, "a number ≥ 0", 0 <= prior_strength < math.inf)
     # In one order always, so that even the rounding of sums does not depend on the caller's.
-    trials = sorted(history, key=lambda o: (o.backbone, o.state, repr(o.value), repr(o.settings)))
+    trials = sorted(history, key=lambda o: (o.backbone, o.state, repr(o.value), repr(o.params)))
     names = [*candidates, *sorted({o.backbone for o in trials} - set(candidates))]
     index, K = {name: k for k, name in enumerate(names)}, len(names)
     z, dz = _standardise(names, scores, errors or {})
@@ -202,23 +221,23 @@ def fit_model(
             seen.append(o)
         if o.cost is not None and o.state == "complete":
             seconds[k], paid[k] = seconds[k] + min(o.cost, LARGEST_NUMBER), paid[k] + 1
-    arm = np.array([index[o.backbone] for o in seen], dtype=int)
+    backbone = np.array([index[o.backbone] for o in seen], dtype=int)
     raw = np.array([o.value for o in seen], dtype=float)
     raw = raw.clip(-LARGEST_NUMBER, LARGEST_NUMBER)  # squares of a diverged loss overflow
     full = np.array([o.state == "complete" for o in seen], dtype=bool)
-    y, weight, is_alone = _comparable(seen, raw, arm, full)
-    valued, n = np.bincount(arm, None, K), np.bincount(arm, weight, K)
-    tried = tried - np.bincount(arm[full], 1 - weight[full], K)
+    y, weight, is_alone = _comparable(seen, raw, backbone, full)
+    valued, n = np.bincount(backbone, None, K), np.bincount(backbone, weight, K)
+    tried = tried - np.bincount(backbone[full], 1 - weight[full], K)
 
     # The scale, b_k and ν²
     scale = float(y.std(ddof=1)) if len(y) > 1 else 0.0
     scale = scale if scale > 0 else 1.0
     best, level = np.full((2, K), -np.inf)
-    np.maximum.at(best, arm, raw)
-    np.maximum.at(level, arm, y / scale)
-    size = np.bincount(arm[full], None, K)
-    centre = np.bincount(arm[full], y[full], K) / np.maximum(size, 1)
-    squares = float(np.square(y - centre[arm])[full].sum()) / scale**2
+    np.maximum.at(best, backbone, raw)
+    np.maximum.at(level, backbone, y / scale)
+    size = np.bincount(backbone[full], None, K)
+    centre = np.bincount(backbone[full], y[full], K) / np.maximum(size, 1)
+    squares = float(np.square(y - centre[backbone])[full].sum()) / scale**2
     within = (1e-4 if is_alone else WITHIN) * REST
     nu2 = (WITHIN_TRIALS * within + squares) / (WITHIN_TRIALS + full.sum() - (size > 0).sum())
 
@@ -269,14 +288,14 @@ def _standardise(
 
 
 def _comparable(
-    seen: Sequence[Observation], raw: np.ndarray, arm: np.ndarray, full: np.ndarray
+    seen: Sequence[Observation], raw: np.ndarray, backbone: np.ndarray, full: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return values as if with the best settings, their weights, and if settings never vary.
+    """Return values as if with the best parameters, their weights, and if these never vary.
 
-    Ridge regression on the settings; of each backbone's mean the part 1 − √(λ/(λ + n_k)) is
+    Ridge regression on the parameters; of each backbone's mean the part 1 − √(λ/(λ + n_k)) is
     subtracted first (λ the ridge), as for random effects. A value that is moved by x standard
     deviations counts 1/(1 + x²). Before, diverged values are moved up to three times the distance
-    from the best to the median, lest they hide all other differences.
+    from the best to the median, so that they do not hide all other differences.
     """
     steps = [o.step if o.step is not None and 0 < o.step <= 1 else 0.5 for o in seen]
     weight = np.where(full, 1.0, np.array(steps, dtype=float))
@@ -286,15 +305,15 @@ def _comparable(
     middle = np.median(y)
     if y.max() > middle:
         y = np.maximum(y, middle - 3 * (y.max() - middle))
-    settings = [o.settings for o in seen if o.settings is not None]
-    if len(settings) < len(seen):
+    params = [o.params for o in seen if o.params is not None]
+    if len(params) < len(seen):
         return y, weight, False
-    X = _encode(settings)
+    X = _encode(params)
     if not (X.size and np.ptp(X, axis=0).any()):
-        return y, weight, len(y) > 1 or not settings[0]
+        return y, weight, len(y) > 1 or not params[0]
     spread = y[full].std() if full.sum() > 3 else 0.0
     if spread > 0:
-        k, n = arm[full], np.bincount(arm[full])
+        k, n = backbone[full], np.bincount(backbone[full])
         A = np.column_stack([X[full], y[full] / spread])
         A = A - A.mean(axis=0)
         part = (1 - np.sqrt(RIDGE / (RIDGE + n))) / np.maximum(n, 1)
@@ -306,11 +325,11 @@ def _comparable(
     return y, weight, False
 
 
-def _encode(settings: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def _encode(params: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Return rank and rank² for numbers of more than 4 values, else a column per value."""
     columns = []
-    for name in sorted({name for chosen in settings for name in chosen}):
-        values = [chosen.get(name) for chosen in settings]
+    for name in sorted({name for chosen in params for name in chosen}):
+        values = [chosen.get(name) for chosen in params]
         kinds = sorted({repr(v) for v in values if v is not None})
         if len(kinds) > 4 and all(v is None or isinstance(v, (int, float)) for v in values):
             x = np.array([math.nan if v is None else float(v) for v in values])
@@ -318,7 +337,7 @@ def _encode(settings: Sequence[Mapping[str, Any]]) -> np.ndarray:
             columns += [np.nan_to_num(t), np.nan_to_num(t**2)]
         else:
             columns += [np.array([repr(v) == kind for v in values], float) for kind in kinds[:20]]
-    return np.column_stack(columns) if columns else np.zeros((len(settings), 0))
+    return np.column_stack(columns) if columns else np.zeros((len(params), 0))
 
 
 def log_improvement(fit: _Fit) -> np.ndarray:

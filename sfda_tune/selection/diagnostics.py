@@ -102,7 +102,7 @@ def _failed(ranking: Ranking) -> Diagnostic | None:
         "failed",
         "warning",
         f"{len(ranking.failed)} of {_count(len(ranking), 'backbone', 'backbones')} could not be "
-        f"scored ({some(ranking.failed)}; {name}: {error}); the best may be among them, so mend "
+        f"scored ({some(ranking.failed)}; {name}: {error}); the best may be among them, so fix "
         "or drop them and rank again.",
     )
 
@@ -211,7 +211,7 @@ def _unreadable(ranking: Ranking) -> Diagnostic | None:
         "unreadable",
         "note",
         f"{_count(len(files), 'image', 'images')} could not be read and took no part "
-        f"({some(files)}); mend or remove {'it' if len(files) == 1 else 'them'}.",
+        f"({some(files)}); repair or remove {'it' if len(files) == 1 else 'them'}.",
     )
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +28,7 @@ from sfda_tune.metrics._fisher import EPS, Scatter, load
 from sfda_tune.metrics.sfda import LAM, TEMPERATURES
 from sfda_tune.values.features import Features, Value
 from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.text import is_integer, is_number
 
 __all__ = ["Ensemble", "select_ensemble"]
 
@@ -163,7 +163,7 @@ def select_ensemble(
     (['strong', 'twin', 'other'], ('strong', 'other'))
     """
     names, codes = _checked(features_by_backbone, labels, k, method, r)
-    fit = partial(_leave_one_out, codes=codes)
+    fit = partial(leave_one_out, codes=codes)
     y = np.sort(codes)  # the order of the rows in the fits
     n = np.bincount(y)[y]
     own = np.arange((n > 1).sum()), y[n > 1]  # the element of y_n in each row
@@ -183,7 +183,7 @@ def select_ensemble(
     else:
         single = np.array(own_p)
         s = single - (n[n > 1] - 1).mean() / (len(n) - 1)
-        values_of = partial(_t_ens, s=s / (np.abs(s).max() or 1), F=F, r=float(r))
+        values_of = partial(t_ens, s=s / (np.abs(s).max() or 1), F=F, r=float(r))
     chosen, score, accuracy = [], [], []
     total = 0.0
     while len(chosen) < k:
@@ -207,7 +207,7 @@ def _log_probability(S: list[int], log_own: np.ndarray) -> np.ndarray:
     return np.logaddexp(members, log_own).mean(axis=1) - np.log(len(S) + 1)
 
 
-def _t_ens(S: list[int], s: np.ndarray, F: list[np.ndarray], r: float) -> np.ndarray:
+def t_ens(S: list[int], s: np.ndarray, F: list[np.ndarray], r: float) -> np.ndarray:
     if not S:
         return s.copy()
     members = np.stack([F[m] for m in S], axis=1)  # F_n(S), (N, |S|, C)
@@ -223,7 +223,7 @@ def _t_ens(S: list[int], s: np.ndarray, F: list[np.ndarray], r: float) -> np.nda
     return r * s + (1 - r) * T_com / max(T_com.max(), 1e-6)  # below it, all are copies
 
 
-def _leave_one_out(name: str, features: Any, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def leave_one_out(name: str, features: Any, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return log p' and rows of length 1 along x̂', (N, C) each, sorted by class."""
     try:
         x = load(features.x if isinstance(features, Features) else features, codes)
@@ -252,13 +252,13 @@ def _checked(hub: Any, labels: Any, k: Any, method: Any, r: Any) -> tuple[list[s
             f"`features_by_backbone` must map names to features but is {hub!r:.60}; "
             'pass {"resnet": x_resnet, "vit": x_vit}.'
         )
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= int(k) <= len(hub):
+    if not is_integer(k, 1, len(hub)):
         raise ValueError(
             f"`k` must be an integer from 1 to {len(hub)}, the number of backbones, but is {k!r}."
         )
     if method not in ("sfda", "greedy"):
         raise ValueError(f"`method` must be 'sfda' or 'greedy' but is {method!r}.")
-    if isinstance(r, bool) or not isinstance(r, Real) or not 0 <= float(r) <= 1:
+    if not is_number(r) or not 0 <= r <= 1:
         raise ValueError(f"`r` must be a number in [0, 1] but is {r!r}; 0.5 is the paper's.")
     labelled = {name: hub[name].y for name in sorted(hub) if isinstance(hub[name], Features)}
     if labels is None and not labelled:

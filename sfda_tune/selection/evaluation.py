@@ -35,7 +35,6 @@ from sfda_tune.selection.tables import TooFewError, numbers, pair
 
 Values: TypeAlias = Mapping[Any, Any] | Sequence[Any] | np.ndarray
 Truths: TypeAlias = Mapping[str, Mapping[str, float]]
-Stat: TypeAlias = Callable[[Any, Any], float]
 
 NAN = math.nan
 EPS = 1e-12  # statistics that are equal on paper differ by rounding
@@ -55,11 +54,18 @@ def weighted_tau(scores: Values, truth: Values) -> float:
     0.52
     """
     _, s, t, _ = pair(scores, truth)
-    return float(_weighted_tau(s[None], t[None])[0])
+    return float(weighted_taus(s[None], t)[0])
 
 
-def _weighted_tau(S: np.ndarray, T: np.ndarray) -> np.ndarray:
-    """τ_w of each row, (rows, n): nulls need thousands, SciPy takes 0.25 ms for one."""
+def weighted_taus(S: np.ndarray, T: np.ndarray) -> np.ndarray:
+    """Return τ_w of each row, (rows, n): nulls need thousands, SciPy takes 0.25 ms for one."""
+    T = np.broadcast_to(T, S.shape)
+    step = max(1, CELLS // S.shape[1] ** 2)
+    starts = range(0, len(S), step)
+    return np.concatenate([_weighted_taus(S[i : i + step], T[i : i + step]) for i in starts])
+
+
+def _weighted_taus(S: np.ndarray, T: np.ndarray) -> np.ndarray:
     s, t = (np.sign(X[:, :, None] - X[:, None, :]).astype(np.int8) for X in (S, T))  # (rows, n, n)
     agree = (s * t).sum(-1)  # per model: concordant − discordant partners
     s_untied, t_untied = (s != 0).sum(-1), (t != 0).sum(-1)
@@ -70,15 +76,6 @@ def _weighted_tau(S: np.ndarray, T: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):  # 0/0: undefined
             taus.append(np.clip((w * agree).sum(-1) / norm, -1, 1))
     return np.mean(taus, axis=0)
-
-
-def _rows(statistic: Stat, S: np.ndarray, T: np.ndarray) -> np.ndarray:
-    T = np.broadcast_to(T, S.shape)
-    if statistic is not weighted_tau:
-        return np.array([statistic(s, t) for s, t in zip(S, T, strict=True)])
-    step = max(1, CELLS // S.shape[1] ** 2)
-    starts = range(0, len(S), step)
-    return np.concatenate([_weighted_tau(S[i : i + step], T[i : i + step]) for i in starts])
 
 
 def _by_scipy(statistic: Callable[..., Any], s: np.ndarray, t: np.ndarray) -> float:
@@ -182,13 +179,11 @@ def hit_at_k(scores: Values, truth: Values, k: int = 1, *, of: Literal["pick", "
 
 
 # How far to trust it ---------------------------------------------------------------------------
-def permutation_p_value(
-    scores: Values, truth: Values, *, statistic: Stat = weighted_tau, n: int = 1000, seed: int = 0
-) -> float:
-    """Return the chance that a random assignment of the scores to the models does as well.
+def permutation_p_value(scores: Values, truth: Values, *, n: int = 1000, seed: int = 0) -> float:
+    """Return the chance that a random assignment of the scores has as high a weighted τ.
 
-    p = (1 + #{permuted ≥ observed}) / (1 + n), one-sided; NaN if the statistic, any function of
-    (scores, truth), is undefined. Neither names nor the order of the models matter.
+    p = (1 + #{permuted ≥ observed}) / (1 + n), one-sided; NaN if τ is undefined. Neither names nor
+    the order of the models matter.
 
     >>> permutation_p_value([1, 2, 3, 4, 5, 6], [10, 20, 30, 40, 50, 60], n=999) < 0.01
     True
@@ -196,7 +191,7 @@ def permutation_p_value(
     _, s, t, _ = pair(scores, truth)
     s, t = np.array([s, t])[:, np.lexsort((s, t))]
     S = np.random.default_rng(seed).permuted(np.tile(s, (_whole("n", n), 1)), axis=1)
-    return _p_value(_rows(statistic, s[None], t)[0], _rows(statistic, S, t))
+    return _p_value(weighted_taus(s[None], t)[0], weighted_taus(S, t))
 
 
 def _p_value(observed: float, null: np.ndarray) -> float:
@@ -207,13 +202,11 @@ def _p_value(observed: float, null: np.ndarray) -> float:
 LeaveOut = namedtuple("LeaveOut", "low high low_without high_without")
 
 
-def leave_models_out(
-    scores: Values, truth: Values, m: int = 1, *, statistic: Stat = weighted_tau
-) -> LeaveOut:
-    """Return the range of a statistic over all ways to drop `m` models, and those at its ends.
+def leave_models_out(scores: Values, truth: Values, m: int = 1) -> LeaveOut:
+    """Return the range of the weighted τ over all ways to drop `m` models, and those at its ends.
 
     A figure that hangs on one outlier (in the supervised benchmark of SFDA: mnasnet) shows here.
-    Subsets for which the statistic is undefined do not count; at least 2 models must remain.
+    Subsets for which it is undefined do not count; at least 2 models must remain.
 
     >>> leave_models_out({"a": 9, "b": 2, "c": 3}, {"a": 1, "b": 2, "c": 3})
     LeaveOut(low=-1.0, high=1.0, low_without=('b',), high_without=('a',))
@@ -221,7 +214,7 @@ def leave_models_out(
     names, s, t, _ = pair(scores, truth)
     n, m = len(names), _whole("m", m, len(names) - 2)
     kept = np.array(list(combinations(range(n), n - m))[::-1])  # (C(n, m), n − m)
-    values = _rows(statistic, s[kept], t[kept])
+    values = weighted_taus(s[kept], t[kept])
     if np.isnan(values).all():
         return LeaveOut(NAN, NAN, (), ())
     ends = [np.nanargmin(values), np.nanargmax(values)]
@@ -298,7 +291,7 @@ def static_order_null(
     orders = np.tile(np.arange(len(models)), (_whole("n", n), 1))
     column = dict(zip(models, np.random.default_rng(seed).permuted(orders, axis=1).T, strict=True))
     taus = [
-        _rows(weighted_tau, np.transpose([column[m] for m in truth]), np.array([*truth.values()]))
+        weighted_taus(np.transpose([column[m] for m in truth]), np.array([*truth.values()]))
         for truth in truths.values()
         if len(set(truth.values())) > 1
     ]

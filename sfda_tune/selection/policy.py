@@ -1,8 +1,9 @@
 """Which backbone next: pure decisions that the adapters of all hosts share.
 
-`choose` names the backbone of the next trial, `leaves_to_base` says which trials are the host's
-own, `find_barred` what none may try for now, `calibrate` tells what the scores have proved to be
-worth, `survivors` cuts a ranking. An `Advisor` holds the arguments, checked once.
+`choose` names the backbone of the next trial, `delegate_to_base_sampler` says which trials are the
+host's own, `find_backed_off` what none may try for now, `calibrate` tells what the scores have
+proved to be worth, `survivors` cuts a ranking. A `BackbonePolicy` holds the arguments, checked
+once.
 
 ==========  =================================================================================
 Symbol      Meaning
@@ -31,7 +32,7 @@ goes to 0 or below, and the order is given up or reversed. Running trials count 
 trials asked for together differ.
 
 **Guarantee.** From trial 8 on every eighth trial is left to the host's own sampler, and every
-second one while the trials do not support the scores (s ≤ 0): see `leaves_to_base`.
+second one while the trials do not support the scores (s ≤ 0): see `delegate_to_base_sampler`.
 
 There is no state and no clock: random numbers come from ``default_rng([seed, number])``.
 """
@@ -39,6 +40,7 @@ There is no state and no clock: random numbers come from ``default_rng([seed, nu
 from __future__ import annotations
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -51,19 +53,27 @@ from scipy.stats import rankdata
 from sfda_tune.selection.calibration import (
     Calibration,
     Observation,
+    backbone_name,
     calibrate,
     estimate_errors,
     fit_model,
     log_improvement,
-    name_arm,
 )
 from sfda_tune.values.text import require
 
-__all__ = ["Advisor", "choose", "find_barred", "leaves_to_base", "rate", "survivors"]
+__all__ = [
+    "BackbonePolicy",
+    "choose",
+    "delegate_to_base_sampler",
+    "find_backed_off",
+    "make_seed",
+    "scalarize",
+    "survivors",
+]
 
 POLICIES = ("calibrated", "prior", "greedy")
 _WEIGHTS = 3  # a random stream beside those of the hosts
-FREE, EVERY, DOUBT = 8, 8, 2  # `leaves_to_base`
+FREE, EVERY, DOUBT = 8, 8, 2  # `delegate_to_base_sampler`
 
 
 def choose(
@@ -124,7 +134,7 @@ def choose(
     names = sorted(set(scores if candidates is None else candidates))
     require("candidates", names, "the host's choices, at least one", names)
     history = list(history)
-    barred = find_barred(history, number)
+    backed_off = find_backed_off(history, number)
     fit = fit_model(names, scores, history, prior_strength, errors)
     rng = np.random.default_rng([seed, number])
     is_outside, noise = rng.random() < exploration, rng.gumbel(size=len(names))
@@ -134,7 +144,7 @@ def choose(
     else:
         gain = log_improvement(fit) if policy == "calibrated" else 4 * fit.z + noise
         gain = gain - np.log((fit.tried + 1) * (fit.tried + 2) / 2)
-    gain = gain + np.log(fit.success) - 1e6 * np.isin(names, list(barred))
+    gain = gain + np.log(fit.success) - 1e6 * np.isin(names, list(backed_off))
     if cost_exponent:
         cost = np.array([(costs or {}).get(n, c) for n, c in zip(names, fit.cost, strict=True)])
         known = np.isfinite(cost)
@@ -193,7 +203,7 @@ def survivors(
     return tuple(order[:keep])
 
 
-def leaves_to_base(
+def delegate_to_base_sampler(
     number: int,
     *,
     seed: int,
@@ -218,7 +228,7 @@ def leaves_to_base(
 
     Examples
     --------
-    >>> [n for n in range(30) if leaves_to_base(n, seed=0)]
+    >>> [n for n in range(30) if delegate_to_base_sampler(n, seed=0)]
     [8, 16, 24]
     """
     if share is not None:
@@ -232,7 +242,7 @@ def leaves_to_base(
     return fit_model(sorted(scores), scores, history, 1.0).slope <= 0
 
 
-def find_barred(history: Iterable[Observation], number: int) -> frozenset[str]:
+def find_backed_off(history: Iterable[Observation], number: int) -> frozenset[str]:
     """Return the backbones that trial `number` is not to try, whoever proposes them.
 
     One that never gave a value and failed f times comes back from trial 4ᶠ on: out of memory it
@@ -241,7 +251,7 @@ def find_barred(history: Iterable[Observation], number: int) -> frozenset[str]:
     Examples
     --------
     >>> history = [Observation("vit", "failed"), Observation("vit", "failed")]
-    >>> find_barred(history, 15), find_barred(history, 16)
+    >>> find_backed_off(history, 15), find_backed_off(history, 16)
     (frozenset({'vit'}), frozenset())
     """
     ended = [o for o in history if o.state != "running"]
@@ -251,13 +261,13 @@ def find_barred(history: Iterable[Observation], number: int) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Advisor:
-    """The arguments of `choose`, `leaves_to_base` and `calibrate`, checked once.
+class BackbonePolicy:
+    """The arguments of `choose`, `delegate_to_base_sampler` and `calibrate`, checked once.
 
     Parameters
     ----------
     scores : Ranking or mapping of object to float
-        By name, see `name_arm`.
+        By name, see `backbone_name`.
     policy, prior_strength, exploration, costs, cost_exponent, seed, errors
         See `choose`; default errors: what a `Ranking` says of them.
     survivors : int or collection of str, optional
@@ -270,7 +280,7 @@ class Advisor:
 
     Examples
     --------
-    >>> Advisor({"vit": 3.0, "resnet": 2.0}).choose([], 0, ["resnet", "vit"])
+    >>> BackbonePolicy({"vit": 3.0, "resnet": 2.0}).choose([], 0, ["resnet", "vit"])
     'vit'
     """
 
@@ -301,7 +311,7 @@ class Advisor:
             require("survivors", mask, "an integer ≥ 1, names or None", mask is None or count)
         else:
             require("survivors", mask, "an integer ≥ 1, names or None", len(mask))
-            mask = tuple(sorted(name_arm(name) for name in mask))
+            mask = tuple(sorted(backbone_name(name) for name in mask))
         costs, exponent = self.costs, self.cost_exponent
         paid = costs is None or (isinstance(costs, Mapping) and all(v > 0 for v in costs.values()))
         require("costs", costs, "a mapping of names to numbers > 0, or None", paid)
@@ -309,9 +319,9 @@ class Advisor:
         require("cost_exponent", exponent, "a number ≥ 0", sound)
         settled = {
             "errors": estimate_errors(given) if self.errors is None else self.errors,
-            "scores": {name_arm(name): float(value) for name, value in given.items()},
+            "scores": {backbone_name(name): float(value) for name, value in given.items()},
             "survivors": mask if mask is None or isinstance(mask, tuple) else int(mask),
-            "costs": None if costs is None else {name_arm(k): float(costs[k]) for k in costs},
+            "costs": None if costs is None else {backbone_name(k): float(costs[k]) for k in costs},
             "prior_strength": float(strength),
             "exploration": float(part),
             "cost_exponent": float(exponent),
@@ -359,13 +369,15 @@ class Advisor:
                 )
         return self.survivors
 
-    def leaves(self, history: Iterable[Observation], number: int) -> bool:
+    def delegates(self, history: Iterable[Observation], number: int) -> bool:
         """Tell whether a trial is the host's own; never against the user's word."""
         if self.policy != "calibrated" or self.survivors is not None:
             return False  # follow the scores, or stay inside
-        return leaves_to_base(number, seed=self.seed, history=history, scores=self.scores)
+        return delegate_to_base_sampler(
+            number, seed=self.seed, history=history, scores=self.scores
+        )
 
-    def weigh(self, number: int, n_objectives: int) -> list[float] | None:
+    def sample_weights(self, number: int, n_objectives: int) -> list[float] | None:
         """Return random weights of the objectives, so that all of a front is looked for."""
         if n_objectives == 1:
             return None
@@ -377,7 +389,16 @@ class Advisor:
         return calibrate(self.scores, history, prior_strength=self.prior_strength)
 
 
-def rate(values: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> list[float]:
+def make_seed(seed: int | None) -> int:
+    """Check a seed; None: a random one."""
+    is_seed = isinstance(seed, Integral) and not isinstance(seed, bool) and int(seed) >= 0
+    require("seed", seed, "an integer ≥ 0 or None", seed is None or is_seed)
+    return secrets.randbits(63) if seed is None else int(seed)
+
+
+def scalarize(
+    values: Sequence[Sequence[float]], weights: Sequence[float] | None = None
+) -> list[float]:
     """Return one finite number per trial, higher is better.
 
     Parameters
@@ -390,7 +411,7 @@ def rate(values: Sequence[Sequence[float]], weights: Sequence[float] | None = No
 
     Examples
     --------
-    >>> rate([[0.9, -30.0], [0.8, -10.0], [0.7, -20.0]], weights=[0.5, 0.5])
+    >>> scalarize([[0.9, -30.0], [0.8, -10.0], [0.7, -20.0]], weights=[0.5, 0.5])
     [0.6666666666666666, 0.8333333333333334, 0.5]
     """
     if weights is None or not values:

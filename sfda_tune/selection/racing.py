@@ -1,10 +1,10 @@
-"""Racing: few images for all backbones, more images only for those that may still win.
+"""Successive halving: few images for all backbones, more only for those that may be the best.
 
 ==========  ==========================================================================  ==========
 Symbol      Meaning                                                                     Shape
 ==========  ==========================================================================  ==========
 N, m        all images; images seen so far, m = N/16, N/8, N/4, N/2, N
-n, k        backbones in the race; size of the top that is wanted
+n, k        backbones that are left; size of the top that is wanted
 s_i(m)      score of backbone i on the first m images                                   (n,)
 θ_ri        draw r of what its score would be on ever more images                       (R, n)
 e_ri        deviation of bootstrap resample r of its m images from s_i(m)               (R, n)
@@ -13,16 +13,16 @@ g_i         s_i(m) − s_i(m/2), what the last doubling has brought             
 z_ri        standard normal                                                             (R, n)
 ==========  ==========================================================================  ==========
 
-The images are put into one stratified order, so that every stage holds the one before. After each
-stage but the first the final score of a backbone is simulated: m of its N images are known, the
+The images are put into one stratified order, so that every rung holds the one before. After each
+rung but the first the final score of a backbone is simulated: m of its N images are known, the
 others are still to come. θ is from `sfda_tune.selection.uncertainty.shrink`, e from other
 resamples::
 
     f_ri = m/N s_i(m) + (1 − m/N) (θ_ri + √(m/(N−m)) e_ri) + τ √(log₂(N/m)) z_ri
 
 In the order of P_i = (1/R) #{r: f_ri among the k best of f_r} as many leave as are possible while
-in a share of less than (1 − p)/4 of the simulations *any* of those that leave at this stage is
-among the k best: a quarter, since there are several stages. The images alone are not enough: with
+in a share of less than (1 − p)/4 of the simulations *any* of those that leave at this rung is
+among the k best: a quarter, since there are several rungs. The images alone are not enough: with
 further images the metric is fitted anew, and wide or well-trained backbones gain more by it than
 others. How unequal the gains of the last doubling were is measured, and every doubling ahead adds
 its square. Extrapolating each backbone's own gain instead errs far more often: the gains are
@@ -50,20 +50,20 @@ from sfda_tune.selection.uncertainty import bootstrap
 if TYPE_CHECKING:
     from sfda_tune.data.dataset import ImageDataset
 
-__all__ = ["Course", "Race", "chances", "make_stages", "run"]
+__all__ = ["RaceConfig", "RaceResult", "chances", "make_rungs", "run"]
 
-FIRST = 16  # the first stage is 1/16 of the images,
+FIRST = 16  # the first rung is 1/16 of the images,
 PER_CLASS = 3  # or so many images for each class
 
 
 @dataclass(frozen=True)
-class Race:
-    """The terms of a race.
+class RaceConfig:
+    """The parameters of successive halving.
 
     Parameters
     ----------
     top : int, default 5
-        How many of the best backbones the race is to find; the others are ranked roughly.
+        How many of the best backbones are to be found; the others are ranked roughly.
     probability : float in (0, 1), default 0.95
         With which these are those of the full run.
     seed : int, default 0
@@ -87,72 +87,73 @@ class Race:
 
     @property
     def threshold(self) -> float:
-        """Those may leave a stage together of whom any is in the top with a smaller chance."""
-        return (1 - self.probability) / 4  # of several stages
+        """Those may leave a rung together of whom any is in the top with a smaller chance."""
+        return (1 - self.probability) / 4  # of several rungs
 
 
 @dataclass(frozen=True)
-class Course:
-    """How a race went.
+class RaceResult:
+    """Who was left at each rung, and what it took.
 
     Parameters
     ----------
-    stages : tuple of dict
+    rungs : tuple of dict
         ``images``, ``backbones`` that saw them, ``dropped`` after them.
     dropped : dict of str to dict
         Who left: ``images`` seen, ``p_top``, ``value`` on these images, and ``gain``, the median
         of what the backbones that finished have won since.
     n_forward, n_full : int
-        Images × backbones of this race, and of the full run.
+        Images × backbones of this run, and of the full one.
     """
 
-    stages: tuple[dict[str, Any], ...]
+    rungs: tuple[dict[str, Any], ...]
     dropped: dict[str, dict[str, Any]]
     n_forward: int
     n_full: int
 
 
-def make_stages(images: ImageDataset, seed: int = 0) -> list[np.ndarray]:
-    """Return the rows of each stage, sorted; each holds the one before, the last holds all."""
+def make_rungs(images: ImageDataset, seed: int = 0) -> list[np.ndarray]:
+    """Return the rows of each rung, sorted; each holds the one before, the last holds all."""
     N, C = len(images), len(images.classes)
     m = max(-(-N // FIRST), PER_CLASS * C)
-    stages = []
+    rungs = []
     while m < N:
-        stages.append(images.sample_rows(m, seed=seed))
+        rungs.append(images.sample_rows(m, seed=seed))
         m *= 2
-    return [*stages, np.arange(N)]
+    return [*rungs, np.arange(N)]
 
 
 def run(
     names: Sequence[str],
-    stages: Sequence[np.ndarray],
+    rungs: Sequence[np.ndarray],
     labels: np.ndarray,
     measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray]]],
-    race: Race,
-) -> Course:
-    """Race `names` over `stages`.
+    config: RaceConfig,
+) -> RaceResult:
+    """Score `names` on the rungs, fewer of them on each.
 
     Parameters
     ----------
     names : sequence of str
-    stages : sequence of arrays of int
-        See `make_stages`.
+    rungs : sequence of arrays of int
+        See `make_rungs`.
     labels : array of int, shape (n_samples,)
     measure : callable
         ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read
         and, for each backbone that could be scored, their contributions.
-    race : Race
+    config : RaceConfig
 
     Examples
     --------
     >>> rng = np.random.default_rng(0)
     >>> terms = dict(zip("abcd", rng.normal(size=(4, 800)) + [[1.0], [0.9], [0.1], [0.0]]))
-    >>> stages = [np.arange(m) for m in (50, 100, 200, 400, 800)]
-    >>> course = run(
-    ...     "abcd", stages, np.arange(800) % 4,
-    ...     lambda names, rows: (rows, {name: terms[name][rows] for name in names}), Race(top=2),
+    >>> rungs = [np.arange(m) for m in (50, 100, 200, 400, 800)]
+    >>> result = run(
+    ...     "abcd", rungs, np.arange(800) % 4,
+    ...     lambda names, rows: (rows, {name: terms[name][rows] for name in names}),
+    ...     RaceConfig(top=2),
     ... )
-    >>> sorted(course.dropped), course.n_forward / course.n_full
+    >>> sorted(result.dropped), result.n_forward / result.n_full
     (['c', 'd'], 0.5625)
     """
     N, active, n_forward = len(labels), list(names), 0
@@ -160,8 +161,8 @@ def run(
     values: list[dict[str, float]] = []
     log: list[dict[str, Any]] = []
     dropped: dict[str, dict[str, Any]] = {}
-    for rows in stages:
-        if len(active) <= race.top and len(rows) < N:
+    for rows in rungs:
+        if len(active) <= config.top and len(rows) < N:
             continue  # nobody can leave any more: on to all images
         terms: dict[str, np.ndarray] = {}
         readable = rows
@@ -171,26 +172,26 @@ def run(
             readable, new = measure(active, rows)
             terms |= new
             # Where somebody failed, the best of those that left take the places.
-            free = race.top - len(terms)
+            free = config.top - len(terms)
             active = sorted(dropped, key=lambda name: -dropped[name]["p_top"])[: max(free, 0)]
             for name in active:
                 del dropped[name]
         values.append({name: float(np.mean(term)) for name, term in terms.items()})
         out: dict[str, float] = {}
-        if len(values) > 1 and len(rows) < N and len(terms) > race.top:
+        if len(values) > 1 and len(rows) < N and len(terms) > config.top:
             gains = {name: v - values[-2].get(name, v) for name, v in values[-1].items()}
-            known, in_top = _simulate(terms, gains, labels[readable], N, race)
-            out = _losers(known, in_top, race.threshold)
+            known, in_top = _simulate(terms, gains, labels[readable], N, config)
+            out = _losers(known, in_top, config.threshold)
         for name, p in out.items():
             stay = {"images": len(rows), "p_top": p, "value": values[-1][name]}
-            dropped[name] = {**stay, "stage": len(log)}
+            dropped[name] = {**stay, "rung": len(log)}
         log.append({"images": len(rows), "backbones": len(terms), "dropped": sorted(out)})
         active = [name for name in terms if name not in out]
     for left in dropped.values():
-        then = values[left.pop("stage")]
+        then = values[left.pop("rung")]
         gains = [values[-1][name] - then[name] for name in active if name in then]
         left["gain"] = float(np.median(gains or [0.0]))
-    return Course(tuple(log), dropped, n_forward, len(names) * N)
+    return RaceResult(tuple(log), dropped, n_forward, len(names) * N)
 
 
 def chances(
@@ -198,7 +199,7 @@ def chances(
     gains: Mapping[str, float],
     labels: np.ndarray,
     n_samples: int,
-    race: Race,
+    config: RaceConfig,
 ) -> dict[str, float]:
     """P(in the final top), from the scores so far; see the module for the formula.
 
@@ -210,13 +211,13 @@ def chances(
     labels : array of int, shape (m,)
     n_samples : int
         All images, N.
-    race : Race
+    config : RaceConfig
 
     Returns
     -------
     dict of str to float
     """
-    names, in_top = _simulate(per_sample, gains, labels, n_samples, race)
+    names, in_top = _simulate(per_sample, gains, labels, n_samples, config)
     return dict(zip(names, in_top.mean(axis=0).tolist(), strict=True))
 
 
@@ -225,17 +226,17 @@ def _simulate(
     gains: Mapping[str, float],
     labels: np.ndarray,
     N: int,
-    race: Race,
+    config: RaceConfig,
 ) -> tuple[list[str], np.ndarray]:
     """Return names, and who is among the final k best in each simulation, (R, n)."""
-    c = bootstrap({name: per_sample[name] for name in gains}, labels, seed=race.seed)
+    c = bootstrap({name: per_sample[name] for name in gains}, labels, seed=config.seed)
     m, names = len(labels), list(map(str, c.names))
-    rng = np.random.default_rng([race.seed, m])
+    rng = np.random.default_rng([config.seed, m])
     error = rng.permutation(c.resamples - c.score)
     tau = float(np.std([gains[name] for name in names], ddof=1))
     final = m / N * c.score + (1 - m / N) * (c.draws + math.sqrt(m / (N - m)) * error)
     final += tau * math.sqrt(math.log2(N / m)) * rng.standard_normal(error.shape)
-    kth_best = np.partition(final, -race.top, axis=1)[:, -race.top, None]
+    kth_best = np.partition(final, -config.top, axis=1)[:, -config.top, None]
     return names, final >= kth_best
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -13,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.values.files import read_text, say_kind
+from sfda_tune.values.files import parse_csv, read_text, say_kind
 from sfda_tune.values.ranking import FORMAT, Ranking
-from sfda_tune.values.text import printable, read_csv_cell
+from sfda_tune.values.text import printable, read_csv_cell, some
 
 __all__ = ["read_scores", "read_truth"]
 
@@ -78,20 +76,19 @@ def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool)
 
 
 def _from_csv(text: str, where: str, column: str | None, preferred: Sequence[str]) -> Any:
-    delimiter = max(",;\t", key=io.StringIO(text, newline="").readline().count)
-    lines = io.StringIO(text, newline="")  # a cell may hold a line break
-    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     try:
-        header, rows = list(reader.fieldnames or ()), list(enumerate(reader, 2))
-    except csv.Error as error:
+        table = parse_csv(text, foreign=True, strict=False)
+    except ValueError as error:
         raise ValueError(f"{where}: must be CSV ({error}).") from None
+    header, rows = table.columns, list(enumerate(table.rows, 2))
     if not rows or any(cell and _is_number(cell) for cell in header):
         raise ValueError(
             f"{where}: must hold column names, such as name,score, and rows below: {header}."
         )
-    for i, row in rows:
-        if None in row or None in row.values():
-            raise ValueError(f"{where}, row {i}: must have {len(header)} fields like the header.")
+    if uneven := sorted(table.short + table.long):
+        raise ValueError(
+            f"{where}, row {uneven[0] + 2}: must have {len(header)} fields like the header."
+        )
     lower = {cell.lower(): cell for cell in header}
     dataset = lower.get("dataset")
     texts = [c for c in header if c != dataset and not all(_is_number(r[c]) for _, r in rows)]
@@ -154,8 +151,7 @@ def numbers(where: str, values: Any, finite: bool = False) -> dict[Any, float]:
 
 def listed(names: Iterable[Any], limit: int = 4) -> str:
     """Return the first names as text."""
-    names = [printable(name) for name in names]
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "") or "none"
+    return some(map(printable, names), limit) or "none"
 
 
 def pair(scores: Any, truth: Any) -> tuple[list[Any], np.ndarray, np.ndarray, dict[Any, str]]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -35,7 +34,7 @@ from scipy.stats import t as student
 from sfda_tune.values.features import Value, read_only
 from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import some
+from sfda_tune.values.text import is_integer, is_number, some
 
 __all__ = ["Confidence", "bootstrap", "confidence", "find_plausible", "shortlist", "shrink"]
 
@@ -110,7 +109,7 @@ class Confidence(Value):
             If `k` is not one of 1 … ``in_top.shape[1]``.
         """
         most = self.in_top.shape[1]
-        if not _is_int(k) or not 1 <= k <= most:
+        if not is_integer(k, 1, most):
             raise ValueError(f"`k` must be an integer in 1 … {most} but is {k!r}.")
         return dict(zip(self.names, self.in_top[:, k - 1].tolist(), strict=True))
 
@@ -393,7 +392,7 @@ def shortlist(confidence: Confidence, probability: float = 0.95) -> list[Name]:
     >>> shortlist(bootstrap(dict(zip("abc", terms)), np.arange(100) % 2))
     ['c']
     """
-    if not _is_real(probability) or not 0 < probability <= 1:
+    if not is_number(probability) or not 0 < probability <= 1:
         raise ValueError(f"`probability` must lie in (0, 1] but is {probability!r}.")
     stays = confidence.plausible > 1 - probability
     chosen: dict[bytes, Name] = {}  # equal columns once
@@ -580,14 +579,14 @@ def _bootstrap(
     level: float,
 ) -> Confidence:
     """`bootstrap` of rows that are in rank order."""
-    if not _is_int(n_resamples) or n_resamples < 2:
+    if not is_integer(n_resamples, 2):
         raise ValueError(f"`n_resamples` must be an integer ≥ 2 but is {n_resamples!r}.")
-    if not _is_real(level) or not 0 < level < 1:
+    if not is_number(level) or not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1) but is {level!r}; 0.9 means 90 %.")
-    if not _is_int(seed) or seed < 0:
+    if not is_integer(seed, 0):
         raise ValueError(f"`seed` must be an integer ≥ 0 but is {seed!r}.")
     n = len(names)
-    if k is not None and (not _is_int(k) or not 1 <= k <= n):
+    if k is not None and not is_integer(k, 1, n):
         raise ValueError(f"`k` must be None or an integer in 1 … {n} but is {k!r}.")
     y, classes = encode_labels(labels)
     if X.shape[1] != len(y):
@@ -617,7 +616,7 @@ def _bootstrap(
         _in_top(draws)[:, :k],
         pairs.plausible,
         separable,
-        tuple(names[a:b] for a, b in _runs(separable)),
+        tuple(names[a:b] for a, b in find_groups(separable)),
         M,
         draws,
         float(level),
@@ -734,7 +733,7 @@ def _in_top(M: np.ndarray) -> np.ndarray:
     return np.clip(places.cumsum(axis=1) / R, 0.0, 1.0)
 
 
-def _runs(separable: np.ndarray) -> list[tuple[int, int]]:
+def find_groups(separable: np.ndarray) -> list[tuple[int, int]]:
     """Return the maximal runs [a, b) in which no two are separable."""
     n = len(separable)
     above = np.triu(separable, 1)
@@ -802,11 +801,3 @@ def _lengths(X: np.ndarray, labels: Any) -> str:
         "`per_sample` and `labels` must have the same number of images but have "
         f"{X.shape[1]} and {len(labels)}."
     )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -29,10 +29,12 @@ from sfda_tune.values.text import csv_line, json_text
 
 __all__ = [
     "AtLeast",
+    "Table",
     "check",
     "clear_leftovers",
     "digest_file",
     "open_regular",
+    "parse_csv",
     "parse_json",
     "read_json",
     "read_rows",
@@ -158,25 +160,73 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON's")
 
 
+@dataclass(frozen=True)
+class Table:
+    """What a CSV file holds: `rows` by the names of `columns`, and the line on which each ends.
+
+    `short` and `long` are the rows (0 is the first below the header) with less or more fields
+    than the header; what is missing reads as "", what is too much is left out.
+    """
+
+    columns: list[str]
+    rows: list[dict[str, str]]
+    lines: list[int]
+    delimiter: str
+    short: list[int]
+    long: list[int]
+
+
+def parse_csv(text: str, *, foreign: bool = False, strict: bool = True) -> Table:
+    r"""Read CSV that begins with the names of its columns; a `ValueError` if it is none.
+
+    In `foreign` files a semicolon or tab may separate as well, whichever is in the first line most
+    often; blanks about the names, and behind delimiters if the header has some there, belong to
+    the layout. Without `strict`, stray quotes are text, and blanks behind delimiters never count.
+
+    >>> parse_csv("path; label\na.jpg; cat\n", foreign=True).rows
+    [{'path': 'a.jpg', 'label': 'cat'}]
+    """
+    head = io.StringIO(text, newline="").readline()
+    delimiter = max(",;\t", key=head.count) if foreign else ","
+    blanks = not strict or (foreign and f"{delimiter} " in head)
+    options = {"delimiter": delimiter, "skipinitialspace": blanks, "strict": strict}
+    lines = io.StringIO(text, newline="")  # a cell may hold a line break
+    reader: Any = csv.DictReader(lines, **options)
+    table = Table([], [], [], delimiter, [], [])
+    try:
+        names = [name.strip() if foreign else name for name in reader.fieldnames or ()]
+        reader.fieldnames = names
+        table.columns.extend(names)
+        for number, row in enumerate(reader):
+            if any(row.pop(None, ())):
+                table.long.append(number)
+            if None in row.values():
+                table.short.append(number)
+                row = {name: "" if cell is None else cell for name, cell in row.items()}
+            table.rows.append(row)
+            table.lines.append(reader.line_num)
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
+    return table
+
+
 def read_rows(path: str | os.PathLike[str], columns: Iterable[str]) -> list[dict[str, str]]:
     """Read a CSV file in UTF-8 that has `columns`, perhaps among others; else a `ValueError`."""
     columns = list(columns)
     try:
-        lines = io.StringIO(read_text(path, errors="surrogateescape"), newline="")
-        reader = csv.DictReader(lines, restval="", strict=True)
-        if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
+        table = parse_csv(read_text(path, errors="surrogateescape"))
+        if missing := [name for name in columns if name not in table.columns]:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        rows = list(reader)
-        if long := next((n for n, row in enumerate(rows, 2) if None in row), None):
-            raise ValueError(f"row {long} has more fields than its header")
+        if table.long:
+            raise ValueError(f"row {table.long[0] + 2} has more fields than its header")
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ValueError(
             f"{_line(os.fspath(path))}: must be CSV with {', '.join(columns)}, but {_line(why)}."
         ) from error
-    return rows
+    return table.rows
 
 
 @dataclass(frozen=True)

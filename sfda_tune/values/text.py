@@ -9,6 +9,7 @@ back (`csv_line`, `values.write_text`).
 from __future__ import annotations
 
 import json
+import math
 import numbers
 import re
 import unicodedata
@@ -18,10 +19,14 @@ from typing import Any
 __all__ = [
     "csv_line",
     "describe_images",
+    "format_count",
+    "is_integer",
+    "is_number",
     "json_text",
     "one_line",
     "printable",
     "read_csv_cell",
+    "require",
     "some",
 ]
 
@@ -97,6 +102,25 @@ def require(name: str, value: Any, rule: str, holds: Any) -> None:
     """Raise a ValueError that names argument, rule and value, unless the rule `holds`."""
     if not holds:
         raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+
+
+def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Tell whether a value is an integer in [least, most], of Python or NumPy, but no bool.
+
+    >>> is_integer(3, 1), is_integer(True), is_integer(2.0), is_integer(0, 1)
+    (True, False, False, False)
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and least <= int(value) <= most
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a real number, but no bool; NaN and infinity are.
+
+    >>> is_number(2), is_number(math.nan), is_number(False), is_number("2")
+    (True, True, False, False)
+    """
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def format_count(n: float) -> str:

@@ -17,7 +17,7 @@ from sfda_tune import extract, open_dataset, resolve_backbones
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
 from sfda_tune.metrics.sfda import sfda
-from sfda_tune.selection.racing import Race, make_stages, run
+from sfda_tune.selection.racing import RaceConfig, make_rungs, run
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 
@@ -65,10 +65,10 @@ def main() -> None:
                 def measure(names, rows):
                     return rows, {b: terms(b, rows) for b in names}
 
-                stages = make_stages(images, seed)
-                course = run(list(full), stages, images.labels, measure, Race(top, seed=seed))
-                agree.append(not best & set(course.dropped))
-                share.append(course.n_forward / course.n_full)
+                rungs = make_rungs(images, seed)
+                result = run(list(full), rungs, images.labels, measure, RaceConfig(top, seed=seed))
+                agree.append(not best & set(result.dropped))
+                share.append(result.n_forward / result.n_full)
             print(f"| {name} | {top} | {np.mean(agree):.2f} | {np.mean(share):.2f} |", flush=True)
             same += agree
             used += share

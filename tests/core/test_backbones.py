@@ -105,7 +105,7 @@ def test_weights_without_a_config_are_named(toy_zoo, tmp_path):
     shutil.copytree(toy_zoo / "vit", tmp_path / "vit")
     shutil.copytree(toy_zoo / "resnet", tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
-    with pytest.warns(UserWarning, match=r"want of a config\.json beside the weights: bare"):
+    with pytest.warns(UserWarning, match=r"without a config\.json beside the weights: bare"):
         assert list(specs(tmp_path)) == ["vit"]
 
 

@@ -113,12 +113,12 @@ def test_groups_are_maximal_runs_without_a_separable_pair():
     S = np.zeros((5, 5), bool)
     for i, j in [(0, 2), (0, 3), (0, 4), (1, 4), (2, 4)]:
         S[i, j] = S[j, i] = True
-    assert module._runs(S) == [(0, 2), (1, 4), (3, 5)]
+    assert module.find_groups(S) == [(0, 2), (1, 4), (3, 5)]
     S = np.zeros((3, 3), bool)
     S[1, 2] = S[2, 1] = True  # the neighbours are separable, the ends are not
-    assert module._runs(S) == [(0, 2), (2, 3)]
-    assert module._runs(np.zeros((3, 3), bool)) == [(0, 3)]
-    assert module._runs(~np.eye(3, dtype=bool)) == [(0, 1), (1, 2), (2, 3)]
+    assert module.find_groups(S) == [(0, 2), (2, 3)]
+    assert module.find_groups(np.zeros((3, 3), bool)) == [(0, 3)]
+    assert module.find_groups(~np.eye(3, dtype=bool)) == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_intervals_groups_and_probabilities_fit_together():

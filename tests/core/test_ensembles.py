@@ -7,7 +7,7 @@ import pytest
 from sfda_tune import Features
 from sfda_tune.metrics._fisher import Scatter, load
 from sfda_tune.metrics.sfda import sfda
-from sfda_tune.selection.ensembles import Ensemble, _leave_one_out, _t_ens, select_ensemble
+from sfda_tune.selection.ensembles import Ensemble, leave_one_out, select_ensemble, t_ens
 
 METHODS = ("sfda", "greedy")
 
@@ -132,7 +132,7 @@ def test_fisher_features_against_those_of_the_fit():
     fit = S_W.discriminants(0.5, 0.5 * S_W.trace / x.D).fisher_features()
     x_hat = fit.Z + fit.M[fit.y]
     x_hat /= np.linalg.norm(x_hat, axis=1, keepdims=True)
-    F = _leave_one_out("sum", features, y)[1]
+    F = leave_one_out("sum", features, y)[1]
     np.testing.assert_allclose(F @ F.T, x_hat @ x_hat.T, atol=0.05)  # but for a rotation
 
 
@@ -140,13 +140,13 @@ def test_complementarity_by_singular_values():
     hub, y = make_hub()
     chosen = select_ensemble(hub, y, 2, r=0.3)
     a, b = chosen.backbones
-    F = {m: _leave_one_out(m, x, y)[1] for m, x in hub.items()}
+    F = {m: leave_one_out(m, x, y)[1] for m, x in hub.items()}
     norm = {m: np.linalg.norm(np.stack([F[a], F[m]], 1), "nuc", axis=(1, 2)).mean() for m in F}
     T_com = (norm[b] - norm[a]) / (max(norm.values()) - norm[a])
     s = {m: value - 19 / 119 for m, value in chosen.single.items()}
     assert chosen.score[1] == pytest.approx(0.3 * s[b] / s[a] + 0.7 * T_com, abs=1e-9)
     F = [np.array([row]) for row in ([1.0, 0], [1.0, 0], [0, 0], [0, 1.0])]
-    np.testing.assert_allclose(_t_ens([0], np.ones(4), F, 0.0), [0, 0, 0, 1])  # copy, constant
+    np.testing.assert_allclose(t_ens([0], np.ones(4), F, 0.0), [0, 0, 0, 1])  # copy, constant
 
 
 def test_memory_grows_with_the_backbones_and_not_with_their_pairs():

@@ -26,6 +26,7 @@ from sfda_tune.data.decoding import Passing
 from sfda_tune.extraction import pixels, plan
 from sfda_tune.extraction import run as extraction
 from sfda_tune.extraction import worker as workers
+from sfda_tune.extraction.crashes import find_crashing_images
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import Entry, FeatureStore
@@ -130,10 +131,10 @@ def test_runs_side_by_side_do_not_disturb_each_other(dataset, zoo):
         for name, x in result.items():
             np.testing.assert_allclose(x, alone[name], atol=1e-6)
         assert len(counting.count) == 36
-    assert not pixels.BLOCKS
+    assert not pixels.SHARED
 
 
-def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
+def test_pixels_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
     """A process of a pool is not told that a run has ended."""
     worker, left = workers.Worker(CPU, None), []
 
@@ -141,7 +142,7 @@ def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
         (unit,) = units
         for k in range(6):  # as if of six runs
             yield worker(replace(unit, run=f"{unit.run} {k}"))
-            left.append(sum(block.nbytes for _, block in pixels.BLOCKS.values()))
+            left.append(sum(shared.nbytes for _, shared in pixels.SHARED.values()))
 
     one = 36 * 3 * 32 * 32
     monkeypatch.setattr(pixels, "PIXEL_BYTES", 2.5 * one)
@@ -149,24 +150,26 @@ def test_blocks_take_no_more_memory_than_one_may(dataset, zoo, monkeypatch):
     assert left == [one, 2 * one, 2 * one, 2 * one, 2 * one, 2 * one]
     monkeypatch.setattr(pixels, "IDLE", 0.01)
     monkeypatch.setattr(pixels, "_JANITOR", None)
-    with pixels.BLOCKS_LOCK:
+    with pixels.SHARED_LOCK:
         pixels.watch_idle()
     while pixels._JANITOR is not None:
         pixels._JANITOR.join(0.1)
-    assert not pixels.BLOCKS
+    assert not pixels.SHARED
 
 
-def test_neither_shards_nor_blocks_nor_workers_change_anything(dataset, zoo, monkeypatch):
+def test_neither_shards_nor_how_many_at_once_nor_workers_change_anything(
+    dataset, zoo, monkeypatch
+):
     whole = features(run(dataset, zoo))
     monkeypatch.setattr(plan, "SHARD", 8)
     settings = replace(CPU, batch_size=4)
     small = features(run(dataset, zoo, settings))
-    monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)  # one shard per block
-    blocks = features(run(dataset, zoo, settings))
+    monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)  # one shard at once
+    alone = features(run(dataset, zoo, settings))
     workers = features(run(dataset, zoo, replace(settings, workers=2)))
     for name, x in whole.items():
         np.testing.assert_allclose(small[name], x, atol=2e-6)
-        np.testing.assert_array_equal(blocks[name], small[name])  # to the last bit
+        np.testing.assert_array_equal(alone[name], small[name])  # to the last bit
         np.testing.assert_array_equal(workers[name], small[name])
 
 
@@ -229,6 +232,24 @@ def test_threads_and_processes_give_the_same(dataset, zoo, plugged_in):
     for other in others:
         for name, x in other.items():
             np.testing.assert_allclose(x, serial[name.removeprefix("plugged ")], atol=1e-6)
+
+
+def test_images_are_checked_where_plug_ins_are_loaded(dataset, plugged_in):
+    checkpoint, plugin = plugged_in
+    with plugin.open("a") as file:
+        file.write(f"\nwith open({str(plugin.parent / 'seen')!r}, 'a') as f: f.write('x')\n")
+    (backbone,) = resolve_backbones(checkpoint, plugins=[str(plugin)])
+    units = []
+
+    def keep(worker, given):
+        units.extend(given)
+        return map(worker, units)
+
+    run(dataset, [backbone], map_fn=keep)
+    before = (plugin.parent / "seen").stat().st_size
+    some = replace(units[0], dataset=dataset.subset(np.arange(3)))
+    assert find_crashing_images(some, timeout=60) == {}
+    assert (plugin.parent / "seen").stat().st_size == before + 1  # in the child
 
 
 @pytest.fixture
@@ -309,7 +330,7 @@ def test_after_an_interrupt_only_the_unfinished_is_computed(
     stop = StopAfter(after)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, zoo, settings, store=store, progress=stop)
-    assert not pixels.BLOCKS  # the pixels are given back
+    assert not pixels.SHARED  # the pixels are given back
     kept = sum(len(store.get(p.stem).rows) for p, _ in store.entries())
     assert kept >= after - 16
     count = StopAfter(10**9)
@@ -329,7 +350,7 @@ def test_a_damaged_entry_is_computed_again(dataset, zoo, tmp_path):
     np.testing.assert_array_equal(again["convnext"].features.x, first["convnext"].features.x)
 
 
-def test_between_blocks_features_wait_in_the_store(dataset, zoo, tmp_path, monkeypatch):
+def test_between_shards_features_wait_in_the_store(dataset, zoo, tmp_path, monkeypatch):
     whole = features(run(dataset, zoo))
     monkeypatch.setattr(plan, "SHARD", 16)
     monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)
@@ -450,7 +471,7 @@ def apart(monkeypatch, units):
     def run_units(worker, plan):
         for unit in plan:
             units.append(unit)
-            pixels.forget_blocks(unit.run)
+            pixels.forget_pixels(unit.run)
             with monkeypatch.context() as patch:
                 if len(units) == 2:
                     _fail_at(patch, "ant/05.jpg", MemoryError())

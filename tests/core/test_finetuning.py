@@ -342,14 +342,14 @@ def test_the_model_folder_opens_with_timm(tmp_path, name):
     assert sorted(p.name for p in folder.iterdir()) == files
     assert len({(folder / name).stat().st_mode for name in files}) == 1  # as the umask says
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    x = torch.randn(3, *run.half.input_size)
+    x = torch.randn(3, *run.preprocessing.input_size)
     with torch.inference_mode():
         assert torch.equal(plain(x), run.model().module(x))
     config = json.loads((folder / "config.json").read_text())
     assert tuple(config["label_names"]) == data.classes
     assert config["num_classes"] == len(data.classes)
-    assert config["pretrained_cfg"]["mean"] == pytest.approx(run.half.mean)
-    assert config["pretrained_cfg"]["crop_pct"] == run.half.geometry.crop_pct
+    assert config["pretrained_cfg"]["mean"] == pytest.approx(run.preprocessing.mean)
+    assert config["pretrained_cfg"]["crop_pct"] == run.preprocessing.geometry.crop_pct
     story = json.loads((folder / "provenance.json").read_text())
     assert story["config"] == run.config.to_dict()
     assert story["best"] == run.best.to_dict()
@@ -357,7 +357,7 @@ def test_the_model_folder_opens_with_timm(tmp_path, name):
     assert story["versions"]["timm"] == timm.__version__
     loaded = load_model(folder)
     assert loaded.classes == data.classes
-    assert loaded.preprocessing.fingerprint() == run.half.fingerprint()
+    assert loaded.preprocessing.fingerprint() == run.preprocessing.fingerprint()
     p = predict(folder, run.val, device="cpu")
     assert p.sum(1) == pytest.approx(1)
     assert (p.argmax(1) == run.val.labels).mean() == run.best.accuracy
@@ -564,14 +564,14 @@ def test_large_photos_are_shrunk_once_and_small_ones_not(photos):
     (backbone,) = resolve_backbones("demo:resnet_glyphs")
     from sfda_tune.backbones.loading import load
 
-    half = load(backbone)[1]
-    small = shrink(half.geometry, {"scale": (0.7, 1)})
+    preprocessing = load(backbone)[1]
+    small = shrink(preprocessing.geometry, {"scale": (0.7, 1)})
     assert small(Image.new("RGB", (400, 200))).shape == (small.side, 2 * small.side, 3)
     assert small(Image.new("RGB", (9, 8))).shape == (8, 9, 3)
     images = Images(open_dataset(photos), small, 0)
-    view = augmentation(half, {"scale": (0.7, 1)})
+    view = augmentation(preprocessing, {"scale": (0.7, 1)})
     assert view(images[0]).dtype == torch.uint8
-    assert tuple(view(images[0]).shape) == half.input_size
+    assert tuple(view(images[0]).shape) == preprocessing.input_size
 
 
 @pytest.mark.zoo
@@ -587,7 +587,7 @@ def test_real_weights_on_real_photos(tmp_path, name):
     assert run.best.accuracy > 1.5 / 6  # six classes, 40 validation images
     folder = run.save_model(tmp_path)
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    x = torch.randn(2, *run.half.input_size)
+    x = torch.randn(2, *run.preprocessing.input_size)
     with torch.inference_mode():
         assert torch.equal(plain(x), run.model().module(x))
 

@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 from sfda_tune.selection import calibration
 from sfda_tune.selection import policy as module
 from sfda_tune.selection.calibration import Observation, calibrate
-from sfda_tune.selection.policy import POLICIES, choose, leaves_to_base, survivors
+from sfda_tune.selection.policy import POLICIES, choose, delegate_to_base_sampler, survivors
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 
@@ -31,7 +31,7 @@ def test_rating_compares_each_value_with_the_range_once():
             return float(self) > float(other)
 
     values = [[Counted(v)] for v in np.random.default_rng(0).random(300)]
-    assert module.rate([[-math.inf], *values]) == [
+    assert module.scalarize([[-math.inf], *values]) == [
         min(v for v, in values), *(v for v, in values)
     ]  # fmt: skip
     assert Counted.count < 10 * 300
@@ -41,7 +41,7 @@ def seen(name, value, state="complete", **kwargs):
     return Observation(name, state, value, **kwargs)
 
 
-def trials(n=40, seed=0, settings=True):
+def trials(n=40, seed=0, params=True):
     rng = np.random.default_rng(seed)
     history = []
     for state in rng.choice(
@@ -49,8 +49,8 @@ def trials(n=40, seed=0, settings=True):
     ):
         name, value, step, cost, lr = NAMES[int(rng.integers(12))], *rng.uniform(size=4).tolist()
         kwargs = {"cost": cost, "step": step, "feasible": bool(rng.random() < 0.9)}
-        if settings:
-            kwargs["settings"] = {"lr": 10**lr, "opt": "ab"[int(rng.integers(2))]}
+        if params:
+            kwargs["params"] = {"lr": 10**lr, "opt": "ab"[int(rng.integers(2))]}
         value = value if state in ("complete", "pruned") else None
         history.append(seen(name, value, str(state), **kwargs))
     return history
@@ -61,7 +61,7 @@ def follow(truth, n):
     history = []
     for number in range(n):
         name = choose(SCORES, history, number=number)
-        history.append(seen(name, truth[name], settings={}))
+        history.append(seen(name, truth[name], params={}))
     return [o.backbone for o in history]
 
 
@@ -71,10 +71,10 @@ def fit(history=(), errors=None):
 
 # What must not matter ---------------------------------------------------------------------------
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("settings", [True, False])
-def test_order_of_trials_and_names_and_units_do_not_matter(policy, settings):
+@pytest.mark.parametrize("params", [True, False])
+def test_order_of_trials_and_names_and_units_do_not_matter(policy, params):
     for seed in range(10):
-        history = trials(seed=seed, settings=settings)
+        history = trials(seed=seed, params=params)
         kwargs = {"policy": policy, "seed": seed, "number": 7}
         first = choose(SCORES, history, **kwargs)
         mixed = [history[i] for i in np.random.default_rng(seed).permutation(len(history))]
@@ -193,7 +193,7 @@ def test_running_trials_make_batches_differ():
 def test_values_are_compared_as_if_with_the_same_settings():
     lr = {name: [0.1, 0.001][k % 2] for k, name in enumerate(NAMES)}
     value = {n: SCORES[n] / 12 - 2 * (lr[n] == 0.1) for n in NAMES}
-    told = calibrate(SCORES, [seen(n, value[n], settings={"lr": lr[n]}) for n in NAMES])
+    told = calibrate(SCORES, [seen(n, value[n], params={"lr": lr[n]}) for n in NAMES])
     untold = calibrate(SCORES, [seen(n, value[n]) for n in NAMES])
     assert told.kendall_tau > untold.kendall_tau
 
@@ -238,16 +238,19 @@ def test_a_share_of_the_trials_is_left_to_the_base_whatever_they_say(seed, score
     for draw in range(5):
         history, left = trials(seed=draw), 0
         for number in range(100):
-            left += leaves_to_base(number, seed=seed, history=history, scores=scores)
+            left += delegate_to_base_sampler(number, seed=seed, history=history, scores=scores)
             assert left >= (number + 1 - 15) / 8
             assert number >= 8 or not left
 
 
 def test_half_of_the_trials_are_left_while_the_scores_are_not_supported():
     for history, divisor in ((WRONG, 2), (RIGHT, 8)):
-        picks = [leaves_to_base(n, seed=4, history=history, scores=SCORES) for n in range(8, 88)]
+        picks = [
+            delegate_to_base_sampler(n, seed=4, history=history, scores=SCORES)
+            for n in range(8, 88)
+        ]
         assert sum(picks) == 80 / divisor
-    assert sum(leaves_to_base(n, seed=0, share=0.3) for n in range(100)) == 30
+    assert sum(delegate_to_base_sampler(n, seed=0, share=0.3) for n in range(100)) == 30
 
 
 def test_what_the_base_finds_is_found_in_eight_times_its_trials_whatever_the_scores():
@@ -256,7 +259,7 @@ def test_what_the_base_finds_is_found_in_eight_times_its_trials_whatever_the_sco
         best, history, asked = own[-1], [], 0  # which the scores never propose
         while best not in {o.backbone for o in history}:
             number, others = len(history), sorted({*NAMES} - {best})
-            if leaves_to_base(number, seed=seed, history=history, scores=SCORES):
+            if delegate_to_base_sampler(number, seed=seed, history=history, scores=SCORES):
                 name, asked = own[asked], asked + 1
             else:
                 name = choose(SCORES, history, number=number, candidates=others)
@@ -278,7 +281,7 @@ def test_calibration_says_what_the_scores_are_worth():
 
 
 def test_expected_values_have_the_unit_of_the_values():
-    history = [seen(n, 1000 + 100 * s, settings={}) for n, s in SCORES.items()]
+    history = [seen(n, 1000 + 100 * s, params={}) for n, s in SCORES.items()]
     for row in calibrate(SCORES, history).table:
         assert row["mean"] == pytest.approx(row["best"], abs=20)
 
@@ -318,12 +321,12 @@ def test_the_improvement_is_the_integral_and_never_underflows():
         ({"survivors": np.array([])}, "survivors"),
     ],
 )
-def test_an_advisor_names_the_argument_that_is_wrong(wrong, named):
+def test_a_policy_names_the_argument_that_is_wrong(wrong, named):
     with pytest.raises(ValueError, match=f"`{named}` must be"):
-        module.Advisor({"a": 1.0, "b": 2.0}, **wrong)
+        module.BackbonePolicy({"a": 1.0, "b": 2.0}, **wrong)
 
 
-def test_an_advisor_takes_names_in_an_array():
-    advisor = module.Advisor({"a": 1.0, "b": 2.0}, survivors=np.array(["b"]), exploration=0)
-    assert advisor.survivors == ("b",)
-    assert {type(name) for name in advisor.survivors} == {str}
+def test_a_policy_takes_names_in_an_array():
+    policy = module.BackbonePolicy({"a": 1.0, "b": 2.0}, survivors=np.array(["b"]), exploration=0)
+    assert policy.survivors == ("b",)
+    assert {type(name) for name in policy.survivors} == {str}

@@ -5,7 +5,7 @@ import pytest
 
 from sfda_tune import RankingInterruptedError, open_dataset, rank
 from sfda_tune.pipelines.progress import Silent
-from sfda_tune.selection.racing import Race, chances, make_stages, run
+from sfda_tune.selection.racing import RaceConfig, chances, make_rungs, run
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
@@ -19,7 +19,7 @@ def simulate(n=12, N=640, seed=0, spread=1.0):
 
 
 def race_on(terms, labels, **options):
-    stages = make_stages(open_dataset((np.zeros((len(labels), 2, 2), np.uint8), labels.tolist())))
+    rungs = make_rungs(open_dataset((np.zeros((len(labels), 2, 2), np.uint8), labels.tolist())))
     names = [str(i) for i in range(len(terms))]
     asked = []
 
@@ -27,16 +27,16 @@ def race_on(terms, labels, **options):
         asked.append((list(active), rows))
         return rows, {name: terms[int(name)][rows] for name in active}
 
-    return run(names, stages, labels, measure, Race(**options)), asked
+    return run(names, rungs, labels, measure, RaceConfig(**options)), asked
 
 
-def test_stages_are_nested_stratified_and_double():
+def test_rungs_are_nested_stratified_and_double():
     labels = [0] * 600 + [1] * 200
-    stages = make_stages(open_dataset((np.zeros((800, 2, 2), np.uint8), labels)), seed=3)
-    assert [len(rows) for rows in stages] == [50, 100, 200, 400, 800]
-    for few, more in pairwise(stages):
+    rungs = make_rungs(open_dataset((np.zeros((800, 2, 2), np.uint8), labels)), seed=3)
+    assert [len(rows) for rows in rungs] == [50, 100, 200, 400, 800]
+    for few, more in pairwise(rungs):
         assert set(few) < set(more)
-    for rows in stages:
+    for rows in rungs:
         assert np.isclose((rows < 600).mean(), 0.75, atol=0.02)
         assert (np.diff(rows) > 0).all()
 
@@ -46,10 +46,10 @@ def test_the_top_is_that_of_the_full_run():
     wrong, used = 0, []
     for seed in range(20):
         _, terms = simulate(seed=seed)
-        course, _ = race_on(terms, labels, top=3, seed=seed)
+        result, _ = race_on(terms, labels, top=3, seed=seed)
         best = np.argsort(-terms.mean(axis=1))[:3].astype(str)
-        wrong += bool(set(best) & set(course.dropped))
-        used.append(course.n_forward / course.n_full)
+        wrong += bool(set(best) & set(result.dropped))
+        used.append(result.n_forward / result.n_full)
     assert wrong <= 2  # .05 of 20, with room for chance
     assert np.mean(used) < 0.6
 
@@ -57,33 +57,33 @@ def test_the_top_is_that_of_the_full_run():
 def test_backbones_that_are_alike_all_stay():
     rng = np.random.default_rng(0)
     terms = rng.normal(size=(6, 640)) * 0.5 + rng.normal(size=640)
-    course, asked = race_on(terms, np.arange(640) % 4, top=3)
-    assert len(course.dropped) <= 1
+    result, asked = race_on(terms, np.arange(640) % 4, top=3)
+    assert len(result.dropped) <= 1
     assert [len(rows) for _, rows in asked] == [40, 80, 160, 320, 640]
 
 
 def test_whoever_left_sees_no_further_image():
     _, terms = simulate(spread=3.0)
-    course, asked = race_on(terms, np.arange(640) % 4, top=2)
-    assert len(course.dropped) >= 8
-    for name, out in course.dropped.items():
+    result, asked = race_on(terms, np.arange(640) % 4, top=2)
+    assert len(result.dropped) >= 8
+    for name, out in result.dropped.items():
         assert max(len(rows) for active, rows in asked if name in active) == out["images"]
         assert out["p_top"] < 0.0125
     forward = seen = 0
     for active, rows in asked:
         forward += len(active) * (len(rows) - seen)
         seen = len(rows)
-    assert forward == course.n_forward
-    assert course.n_full == 12 * 640
+    assert forward == result.n_forward
+    assert result.n_full == 12 * 640
 
 
 def test_unequal_gains_make_the_race_careful():
     _, terms = simulate(n=4, N=160, spread=0.5)
     labels, names = np.arange(160) % 4, "abcd"
     per_sample = dict(zip(names, terms, strict=True))
-    sure = chances(per_sample, dict.fromkeys(names, 0.1), labels, 1600, Race(top=1))
+    sure = chances(per_sample, dict.fromkeys(names, 0.1), labels, 1600, RaceConfig(top=1))
     gains = dict(zip(names, (0.0, 1.0, -1.0, 0.5), strict=True))
-    unsure = chances(per_sample, gains, labels, 1600, Race(top=1))
+    unsure = chances(per_sample, gains, labels, 1600, RaceConfig(top=1))
     assert max(sure.values()) > max(unsure.values())
     assert min(sure.values()) < min(unsure.values())
     assert sum(unsure.values()) == pytest.approx(1)
@@ -97,18 +97,18 @@ def test_where_a_favourite_fails_those_that_left_come_back():
         good = [name for name in active if not (name == "d" and len(rows) > 40)]
         return rows, {name: terms[name][rows] for name in good}
 
-    stages = [np.arange(m) for m in (20, 40, 80, 160, 320)]
-    course = run("abcd", stages, np.arange(320) % 4, measure, Race(top=1))
-    assert course.stages[1]["dropped"] == ["a", "b", "c"]
-    assert set(course.dropped) == {"a", "b"}
-    assert course.stages[-1] == {"images": 320, "backbones": 1, "dropped": []}
-    assert course.n_forward == 2 * 320 + 2 * 40
+    rungs = [np.arange(m) for m in (20, 40, 80, 160, 320)]
+    result = run("abcd", rungs, np.arange(320) % 4, measure, RaceConfig(top=1))
+    assert result.rungs[1]["dropped"] == ["a", "b", "c"]
+    assert set(result.dropped) == {"a", "b"}
+    assert result.rungs[-1] == {"images": 320, "backbones": 1, "dropped": []}
+    assert result.n_forward == 2 * 320 + 2 * 40
 
 
 @pytest.mark.parametrize("arguments", [{"top": 0}, {"top": True}, {"probability": 1.0}])
-def test_bad_terms(arguments):
+def test_wrong_parameters_are_named(arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must"):
-        Race(**arguments)
+        RaceConfig(**arguments)
 
 
 # Through the public door -------------------------------------------------------------------------

@@ -4,7 +4,9 @@ import pytest
 from sfda_tune import Features, Score, rank, score
 from sfda_tune.metrics.combine import combine, combine_hub
 from sfda_tune.metrics.knn import knn
+from sfda_tune.metrics.nce import nce
 from sfda_tune.metrics.ncti import ncti
+from sfda_tune.metrics.priors import imagenet
 from sfda_tune.metrics.scoring import Scorer
 from sfda_tune.metrics.sfda import sfda
 
@@ -88,17 +90,32 @@ def test_a_failed_backbone_stays_failed_and_does_not_shift_the_others():
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("sfda + nothing", "`metric` must be one of"),
+        ("sfda + nothing", r"a sum of some of etran, (?!.*\b(leep|nce)\b)[^;]* but is 'nothing'"),
         ("sfda + sfda", "`metric` must name each metric once"),
         ("imagenet", "'sfda [+] imagenet'"),
+        (imagenet, "'sfda [+] imagenet'"),
         ("imagenet + params", "must have a term that looks at the images"),
-        ("sfda + leep", "needs logits"),
-        ("sfda +", "`metric` must be one of"),
+        ("sfda + leep", r"logits.*sfda_tune.metrics.leep.leep\(None, labels, logits=…\)"),
+        (nce, "'nce' needs logits, which `rank` does not have; choose one of etran"),
+        ("sfda +", "`metric` must be a sum of"),
+        (7, "`metric` must be a sum of"),
     ],
 )
 def test_combinations_refused(metric, message):
     with pytest.raises(ValueError, match=message):
         Scorer(metric)
+
+
+def test_own_function_may_bear_the_name_of_a_metric():
+    def leep(x, y):
+        return x.mean()
+
+    def ncti(x, y):
+        return x.std()
+
+    (features,) = hub(1)
+    assert score(features, leep).value == pytest.approx(features.x.mean())
+    assert not Scorer(ncti).combined
 
 
 def test_variant_belongs_to_sfda():

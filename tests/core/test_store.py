@@ -10,7 +10,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from sfda_tune.extraction import store as store_module
-from sfda_tune.extraction.store import Entry, FeatureStore, default_root, make_key
+from sfda_tune.extraction.store import (
+    Entry,
+    FeatureStore,
+    default_root,
+    make_key,
+    open_store,
+)
 
 KEY = make_key(["a", "b"], "weights", "preprocessing", "float32")
 
@@ -224,3 +230,21 @@ def test_default_place(monkeypatch, tmp_path):
     monkeypatch.delenv("SFDA_TUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert default_root().name == "sfda_tune"
+
+
+def test_a_bucket_holds_what_a_folder_does(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    bucket, folder = open_store("memory://bucket/of/features"), FeatureStore(tmp_path)
+    assert bucket.get(KEY) is None
+    for store in (bucket, folder):
+        store.put(KEY, entry())
+        found = store.get(KEY)
+        np.testing.assert_array_equal(found.x, entry().x)
+    fs = fsspec.filesystem("memory")
+    (path,) = fs.find("/bucket/of/features")
+    assert path.endswith(f"of/features/{folder.path(KEY).relative_to(tmp_path).as_posix()}")
+    folder.path(KEY).write_bytes(fs.cat_file(path))
+    np.testing.assert_array_equal(folder.get(KEY).x, entry().x)
+    fs.pipe_file(path, b"damaged")
+    assert bucket.get(KEY) is None
+    fs.rm("/bucket", recursive=True)

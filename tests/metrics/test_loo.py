@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from scipy.special import log_softmax
 from sklearn.covariance import ledoit_wolf_shrinkage, oas
 from threadpoolctl import threadpool_limits
 
+from sfda_tune.metrics import _fisher
 from sfda_tune.metrics._fisher import GUARD, NumpyOps, Scatter, TorchOps, load, loo_log_posterior
 from sfda_tune.metrics.sfda import LAMBDAS, TEMPERATURES, _score, sfda
 
@@ -636,3 +639,17 @@ def test_one_copy_of_the_features_and_three_square_matrices(shape, dtype, option
     bound = N * D + 3 * min(N, D) ** 2 + 2 * C * D + 2 * C**2 + 2 * N * C * (N < D)
     overhead = 60 * N / 8 + 16 * N + 2**16  # labels as objects, row order, terms of each sample
     assert N * D < peak < bound + overhead
+
+
+def test_equation_numbers_stand_on_code_and_are_those_of_paper_and_note():
+    folder = Path(_fisher.__file__).parent
+    fisher, sfda_py = ((folder / name).read_text() for name in ("_fisher.py", "sfda.py"))
+    on_code = {
+        number
+        for line in (fisher + sfda_py).splitlines()
+        for number in re.findall(r"\((L?\d)\)", line.partition("  # ")[2])
+    }
+    note = (folder / "leave_one_out.md").read_text()
+    assert set(re.findall(r" \((L\d)\)$", note, re.MULTILINE)) == {n for n in on_code if "L" in n}
+    assert {n for n in on_code if "L" not in n} == {str(n) for n in range(1, 8)}
+    assert set(re.findall(r"^\((\d)\)  ", sfda_py, re.MULTILINE)) >= {"1", "7"}

@@ -50,7 +50,7 @@ def cases(names=tuple(BASES), params=("backbone", "x")):
     return [
         pytest.param(
             (base, param, conditional),
-            id=f"{base}-{param}-{'per-arm' if conditional else 'pooled'}",
+            id=f"{base}-{param}-{'per-backbone' if conditional else 'pooled'}",
             marks=[] if base in QUICK and conditional else [pytest.mark.slow],
         )
         for base in names

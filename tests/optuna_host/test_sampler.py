@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def make_study(sampler=None, **options):
 @pytest.fixture
 def never_left(monkeypatch):
     """No trial is left to the base sampler, so that every backbone is the policy's."""
-    monkeypatch.setattr(decisions, "leaves_to_base", lambda *args, **kwargs: False)
+    monkeypatch.setattr(decisions, "delegate_to_base_sampler", lambda *args, **kwargs: False)
 
 
 # Which backbone, and for whom the rest is drawn --------------------------------------------------
@@ -99,7 +100,7 @@ def test_s3_an_unknown_enqueued_backbone_fails_its_own_trial_only():
         study.optimize(objective, n_trials=1)
     study.optimize(objective, n_trials=2)
     assert [t.state.name for t in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert not study.sampler._draws
+    assert study.sampler.n_in_flight == 0
 
 
 def test_s4_a_retried_trial_keeps_its_backbone():
@@ -127,7 +128,7 @@ def test_s5_the_base_is_not_asked_when_nothing_is_open():
     study.optimize(objective, n_trials=1)
     study.optimize(lambda trial: len(trial.suggest_categorical("one", ["x"])), n_trials=1)
     assert log == []
-    assert not study.sampler._draws
+    assert study.sampler.n_in_flight == 0
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_s12_threads():
     study.optimize(objective, n_trials=200, n_jobs=8)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 200
     assert len(set(pairs(study))) == 200
-    assert not study.sampler._draws
+    assert study.sampler.n_in_flight == 0
 
 
 def test_s13_a_resumed_study_goes_on_as_if_never_stopped(tmp_path):
@@ -253,7 +254,7 @@ def test_s14_pruners_and_the_restricted_study_of_hyperband(policy, make_pruner):
     study.optimize(train, n_trials=15)
     assert {t.state.name for t in study.trials} <= {"COMPLETE", "PRUNED"}
     assert dict(load_ranking(study)) == VALUES
-    assert not study.sampler._draws
+    assert study.sampler.n_in_flight == 0
 
 
 def test_two_storages_with_one_name_both_get_their_ranking():
@@ -411,7 +412,8 @@ def test_s21_survivors_must_be_choices():
 
 def test_s22_scores_that_mislead_are_seen_and_said(monkeypatch):
     said = []
-    monkeypatch.setattr("sfda_tune_optuna.sampler._logger.warning", said.append)
+    logger = logging.getLogger("optuna.sfda_tune_optuna.sampler")
+    monkeypatch.setattr(logger, "warning", said.append)
     study = make_study(SFDASampler({name: -value for name, value in VALUES.items()}, seed=0))
     study.optimize(objective, n_trials=40)
     calibration = study.sampler.calibration(study)
@@ -554,14 +556,21 @@ def test_s25_hooks_reach_the_base_once():
         lambda: PartialFixedSampler({"m": 1}, GridSampler({"n": [0, 1, 2], "m": range(5)})),
     ],
 )
-def test_s26_samplers_with_state_in_the_study_see_all_of_it(make_base):
-    sampler = SFDASampler(VALUES, base_sampler=make_base(), seed=0)
-    study = make_study(sampler)
-    assert sampler._view(study, "a") is study
+def test_s26_samplers_with_state_in_the_study_see_all_of_it(make_base, monkeypatch):
+    base, seen = make_base(), []
+    infer = type(base).infer_relative_search_space
+
+    def spy(self, study, trial):
+        seen.append(study)
+        return infer(self, study, trial)
+
+    monkeypatch.setattr(type(base), "infer_relative_search_space", spy)
+    study = make_study(SFDASampler(VALUES, base_sampler=base, seed=0))
     study.optimize(
         lambda t: VALUES[t.suggest_categorical("backbone", NAMES)] + t.suggest_int("n", 0, 2), 15
     )
-    assert len(study.trials) >= (15 if isinstance(sampler._base, NSGAIISampler) else 3)
+    assert len(study.trials) >= (15 if isinstance(base, NSGAIISampler) else 3)
+    assert set(map(type, seen)) == {optuna.Study}  # and no view of it
     assert all(t.state == TrialState.COMPLETE for t in study.trials)
 
 
@@ -571,7 +580,7 @@ def test_the_base_draws_its_share_jointly(monkeypatch):
     base = spy_on(TPESampler, log, n_startup_trials=2, multivariate=True)
     study = make_study(SFDASampler(VALUES, base_sampler=base, seed=0))
     study.add_trials([make_trial(name, VALUES[name]) for name in NAMES])
-    monkeypatch.setattr(decisions, "leaves_to_base", lambda number, **_: number == 7)
+    monkeypatch.setattr(decisions, "delegate_to_base_sampler", lambda number, **_: number == 7)
     study.optimize(objective, n_trials=3)
     assert log[1] == (7, set(range(7)), {"backbone", "lr"})
     assert log[0][2] <= {"lr"}
@@ -581,9 +590,9 @@ def test_the_base_draws_its_share_jointly(monkeypatch):
 @pytest.mark.parametrize("policy", decisions.POLICIES)
 @pytest.mark.parametrize("survivors", [None, 3])
 def test_only_the_unmasked_calibrated_policy_leaves_trials(policy, survivors, monkeypatch):
-    monkeypatch.setattr(decisions, "leaves_to_base", lambda *args, **kwargs: True)
-    sampler = SFDASampler(VALUES, policy=policy, survivors=survivors, seed=0)
-    assert sampler._leaves(0, []) == (policy == "calibrated" and survivors is None)
+    monkeypatch.setattr(decisions, "delegate_to_base_sampler", lambda *args, **kwargs: True)
+    policy_ = SFDASampler(VALUES, policy=policy, survivors=survivors, seed=0).policy
+    assert policy_.delegates([], 0) == (policy == "calibrated" and survivors is None)
 
 
 def test_every_generator_of_a_custom_sampler_is_keyed():
@@ -713,11 +722,11 @@ def test_one_sampler_may_serve_two_studies():
 
 
 def test_asked_and_never_told_trials_are_forgotten(monkeypatch):
-    monkeypatch.setattr("sfda_tune_optuna.sampler._MAX_DRAWS", 5)
+    monkeypatch.setattr("sfda_tune_optuna.sampler.MAX_IN_FLIGHT", 5)
     study = make_study()
     for _ in range(9):
         study.ask({"backbone": CategoricalDistribution(NAMES), "lr": FloatDistribution(0, 1)})
-    assert len(study.sampler._draws) == 5
+    assert study.sampler.n_in_flight == 5
 
 
 @pytest.mark.parametrize(
@@ -747,5 +756,5 @@ def test_without_a_seed_two_samplers_differ_and_str_is_the_class():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one, two = SFDASampler(VALUES), SFDASampler(VALUES)
-    assert one._entropy != two._entropy
+    assert one.policy.seed != two.policy.seed
     assert str(one) == "SFDASampler"

@@ -273,7 +273,10 @@ def test_failures_count_unless_the_worker_was_killed():
         study.optimize(lambda t: [objective(t), exec("raise MemoryError")][0], n_trials=1)
     trial = study.ask()
     trial.suggest_categorical("backbone", NAMES)
-    trial.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)  # as a heartbeat does
+    storage = trial.storage
+    study_id = storage.get_study_id_from_name(study.study_name)
+    trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+    storage.set_trial_state_values(trial_id, TrialState.FAIL)  # as a heartbeat does
     history = observe(study, study.trials, "backbone")
     assert [o.state for o in history] == ["failed", "failed"]
 
@@ -291,6 +294,6 @@ def test_values_become_higher_is_better_and_finite():
         assert (gated.backbone, gated.state, gated.value) == ("c", "failed", None)
         assert [o.value for o in history] == [sign * v for v in (1.0, 3.0, 3.0, 1.0, 2.0)]
         assert (history[4].state, history[4].step) == ("pruned", None)
-        assert [o.settings for o in history] == [{"lr": 0.01}] * 5
+        assert [o.params for o in history] == [{"lr": 0.01}] * 5
         study.add_trial(make_trial("c", 1.0, intermediate_values={7: 1.0}))
         assert observe(study, study.trials, "backbone")[4].step == 0.5  # 4 of 8 epochs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -18,13 +19,13 @@ from sfda_tune_optuna import (
     BackboneSelectionProblem,
     CalibrationCallback,
     SFDASampler,
+    calibrate_study,
     enqueue_top_k,
     extend_backbones,
     load_ranking,
     save_ranking,
     suggest_backbone,
 )
-from sfda_tune_optuna.__main__ import main
 from sfda_tune_optuna.store import KEY, compare_rankings
 
 from sfda_tune.selection.calibration import estimate_errors
@@ -190,7 +191,8 @@ def test_callback_without_a_ranking_stops_at_once():
 
 def test_callback(monkeypatch):
     said = []
-    monkeypatch.setattr("sfda_tune_optuna.callbacks._logger.info", said.append)
+    logger = logging.getLogger("optuna.sfda_tune_optuna.callbacks")
+    monkeypatch.setattr(logger, "info", said.append)
     study = optuna.create_study(direction="maximize", sampler=SFDASampler(VALUES, seed=0))
     callback = CalibrationCallback(every=4)
     study.optimize(objective, n_trials=10, callbacks=[callback], n_jobs=2)
@@ -200,72 +202,23 @@ def test_callback(monkeypatch):
         CalibrationCallback(every=0)
 
 
-# Command line ------------------------------------------------------------------------------------
+# Studies that `optuna ask` drives ----------------------------------------------------------------
 @pytest.mark.parametrize("journal", [False, True])
-def test_the_command_line_enqueues_for_optuna_ask(journal, tmp_path, capsys):
-    place = tmp_path / "study"
-    storage = f"sqlite:///{place}"
-    if journal:
-        storage = str(place)
-        backend = optuna.storages.journal.JournalFileBackend(storage)
-    optuna.create_study(
-        study_name="s", storage=optuna.storages.JournalStorage(backend) if journal else storage
-    )
-    make_ranking().to_json(tmp_path / "ranking.json")
-    command = [sys.executable, "-m", "sfda_tune_optuna"]
-    where = ["--storage", storage, "--study-name", "s"]
+def test_a_study_of_another_process_is_enqueued_and_calibrated(journal, tmp_path):
+    def load():
+        storage = f"sqlite:///{tmp_path / 'study'}"
+        if journal:
+            backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study"))
+            storage = optuna.storages.JournalStorage(backend)
+        return optuna.create_study(study_name="s", storage=storage, load_if_exists=True)
 
-    def run(*arguments):
-        return subprocess.run(
-            [*command, *arguments, *where], capture_output=True, text=True, check=False
-        )
-
-    done = run("enqueue", "--top-k", "2", "--ranking", str(tmp_path / "ranking.json"))
-    assert (done.returncode, done.stdout) == (0, "a\nb\n"), done.stderr
-    assert main(["enqueue", "--top-k", "3", *where]) == 0  # the ranking is in the study now
-    assert capsys.readouterr().out == "c\n"
-    assert main(["calibrate", *where]) == 0
-    assert capsys.readouterr().out.startswith("slope ")
-
-
-def test_the_command_line_knows_the_parameter_of_the_study(tmp_path, capsys):
-    storage = f"sqlite:///{tmp_path}/s.db"
-    sampler = SFDASampler(VALUES, param_name="net", seed=0)
-    study = optuna.create_study(study_name="s", storage=storage, sampler=sampler)
-    study.optimize(
-        lambda t: VALUES[t.suggest_categorical("net", NAMES)] + t.suggest_float("lr", 0, 1), 3
-    )
-    where = ["--storage", storage, "--study-name", "s"]
-    assert main(["enqueue", "--top-k", "1", *where]) == 0
-    assert study.trials[-1].system_attrs["fixed_params"] == {"net": "a"}
-    assert main(["enqueue", "--top-k", "1", "--param-name", "other", *where]) == 0
-    assert study.trials[-1].system_attrs["fixed_params"] == {"other": "a"}
-    capsys.readouterr()
-    assert main(["calibrate", *where]) == 0
-    assert "3 trials" in capsys.readouterr().out
-
-
-def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
-    storage = f"sqlite:///{tmp_path}/s.db"
-    optuna.create_study(study_name="s", storage=storage)
-    for arguments, message in (
-        (["enqueue", "--study-name", "typo"], "has no study 'typo'"),
-        (["enqueue", "--study-name", "s"], "must hold a ranking but has none"),
-        (["calibrate", "--study-name", "s", "--ranking", "nowhere.json"], "nowhere.json"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main([*arguments, "--storage", storage])
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
-    for place, message in (
-        (str(tmp_path / "typo.log"), "there is no journal file"),
-        (f"sqlite:///{tmp_path}/no/folder.db", "unable to open database file"),
-        ("nosuch://database", "nosuch"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["calibrate", "--study-name", "s", "--storage", place])
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "typo.log").exists()
+    study = load()
+    save_ranking(study, make_ranking(), settings={"param_name": "net"})
+    assert enqueue_top_k(study, make_ranking(), 2, param_name="net") == ["a", "b"]
+    study = load()
+    assert enqueue_top_k(study, load_ranking(study), 3, param_name="net") == ["c"]
+    study.optimize(lambda t: VALUES[t.suggest_categorical("net", NAMES)], 3)
+    assert calibrate_study(load()).n_trials == 3
 
 
 # A table of fine-tuning runs ---------------------------------------------------------------------

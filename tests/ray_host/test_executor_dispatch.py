@@ -100,29 +100,29 @@ def test_who_ends_four_processes_has_failed_and_only_he():
     dispatcher, seen = Dispatcher([bundle]), []
     while dispatcher.unfinished:
         task = dispatcher.next("x")
-        seen.append((task.names, task.paranoid))
+        seen.append((task.names, task.isolated))
         if "guilty" in task.names:
-            dispatcher.fault(task, "died", died=True)
+            dispatcher.record_failure(task, "died", died=True)
         else:
             dispatcher.complete(task, 1.0)
     together = ("a", "guilty", "c")
     assert seen[:2] == [(together, False), (together, True)]  # at once, and the images first
     assert {names for names, _ in seen[2:]} == {("a",), ("guilty",), ("c",)}
     assert sum("guilty" in names for names, _ in seen) == 4
-    assert sum(paranoid for _, paranoid in seen) == 1
+    assert sum(isolated for _, isolated in seen) == 1
     assert dispatcher.failed == {"guilty"}
 
 
 def test_an_error_waits_until_the_end():
     dispatcher = make(2)
     task = dispatcher.next("x")
-    dispatcher.fault(task, "error", died=False)
+    dispatcher.record_failure(task, "error", died=False)
     other = dispatcher.next("x", ahead=False)
     assert other is task  # nothing of `again` is forgotten
-    assert not task.paranoid
-    lost = [dispatcher.fault(task, "error", died=False)]
+    assert not task.isolated
+    lost = [dispatcher.record_failure(task, "error", died=False)]
     while not lost[-1]:
-        lost.append(dispatcher.fault(dispatcher.next("x"), "error", died=False))
+        lost.append(dispatcher.record_failure(dispatcher.next("x"), "error", died=False))
     assert lost == [(), (), ("b0",)]  # with the first: four
 
 
@@ -130,11 +130,11 @@ def test_a_lost_machine_is_no_attempt():
     dispatcher = make(1, attempts=2)
     task = dispatcher.next("x")
     for _ in range(10):
-        assert dispatcher.fault(task, "node", died=True) == ()
-        dispatcher.pardon(task)
+        assert dispatcher.record_failure(task, "node", died=True) == ()
+        dispatcher.reset_attempts(task)
         task = dispatcher.next("x")
     assert task.attempts == 0
-    assert not task.paranoid
+    assert not task.isolated
 
 
 def test_a_lost_machine_is_no_attempt_of_the_parts_either():
@@ -142,21 +142,21 @@ def test_a_lost_machine_is_no_attempt_of_the_parts_either():
     bundle = Bundle(("a", "b"), 1.0, deque([0]))
     dispatcher = Dispatcher([bundle], attempts=3)
     task = dispatcher.next("x")
-    dispatcher.fault(task, "died", died=True)
-    dispatcher.fault(dispatcher.next("x"), "node", died=True)
+    dispatcher.record_failure(task, "died", died=True)
+    dispatcher.record_failure(dispatcher.next("x"), "node", died=True)
     a, b = dispatcher.next("x"), dispatcher.next("x")
     assert (a.names, b.names, a.attempts, b.attempts) == (("a",), ("b",), 2, 2)
-    dispatcher.pardon(task)
+    dispatcher.reset_attempts(task)
     assert (a.attempts, b.attempts) == (1, 1)
-    assert dispatcher.fault(a, "died", died=True) == ()
-    assert dispatcher.fault(dispatcher.next("x"), "died", died=True) == ("a",)
+    assert dispatcher.record_failure(a, "died", died=True) == ()
+    assert dispatcher.record_failure(dispatcher.next("x"), "died", died=True) == ("a",)
 
 
 def test_what_nobody_began_comes_first_and_blameless():
     dispatcher = make(100)
     first, ahead = dispatcher.next("x"), dispatcher.next("x", ahead=True)
     dispatcher.give_back(ahead)
-    dispatcher.fault(first, "died", died=True)
+    dispatcher.record_failure(first, "died", died=True)
     assert [dispatcher.next("y"), dispatcher.next("y")] == [first, ahead]
     assert ahead.attempts == 0
     dispatcher.complete(first, 100.0)  # with what the search for the fault took

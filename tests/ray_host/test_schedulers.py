@@ -17,7 +17,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 from sfda_tune_ray import PerBackboneScheduler, SchedulerStateCallback, SFDAScheduler, SFDASearcher
-from tune_lab import SCORES
+from tune_lab import SCORES, find_metric, find_trials
 
 
 class Controller:
@@ -94,8 +94,9 @@ def test_trap_C03_restored_and_recovered_trials_are_added_again(wrap):
     scheduler.on_trial_add(controller, waiting)
     assert scheduler.choose_trial_to_run(controller) is waiting
     assert controller.stopped == []
-    base = scheduler._base if isinstance(scheduler, SFDAScheduler) else scheduler._groups["a"]
-    assert list(base._trial_info) == [waiting.trial_id]
+    is_one = isinstance(scheduler, SFDAScheduler)
+    base = scheduler.base_scheduler if is_one else scheduler.schedulers["a"]
+    assert find_trials(base) == [waiting.trial_id]
 
 
 @pytest.mark.parametrize("make", [make_asha, HyperBandScheduler, FIFOScheduler])
@@ -110,7 +111,7 @@ def test_trap_C04_C05_C08_C12_wrappers_look_like_what_they_wrap(make):
         given = scheduler.set_search_properties("acc", "max")
         assert given == bare.set_search_properties("acc", "max")
         assert given is (make is not make_asha)  # it has a metric already
-        assert scheduler.metric == scheduler._metric == bare.metric == "acc"
+        assert scheduler.metric == find_metric(scheduler) == bare.metric == "acc"
         assert scheduler.debug_string()
 
 
@@ -168,7 +169,7 @@ def test_survivors_may_shrink_and_trials_without_backbone_pass():
     paused = controller.add("a", Trial.PAUSED)
     assert scheduler.choose_trial_to_run(controller) is other
     assert set(controller.stopped) == {runs, waits, paused}
-    assert list(scheduler._base._trial_info) == [other.trial_id]  # the base heard of both ends
+    assert find_trials(scheduler.base_scheduler) == [other.trial_id]  # it was told of both ends
     with pytest.raises(ValueError, match="`survivors` must be a non-empty collection"):
         scheduler.set_survivors([])
 

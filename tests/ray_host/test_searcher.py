@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import math
 import pickle
@@ -21,9 +22,9 @@ from ray.tune.search import (
 from ray.tune.search.hyperopt import HyperOptSearch
 from ray.tune.search.optuna import OptunaSearch
 from sfda_tune_optuna import SFDASampler
-from sfda_tune_ray import SFDASearcher, _compat, backbone_grid, backbone_space
+from sfda_tune_ray import SFDASearcher, backbone_space
 from sfda_tune_ray.searcher import WHOLE
-from tune_lab import NAMES, SCORES, VALUES
+from tune_lab import NAMES, SCORES, VALUES, find_study
 
 from sfda_tune.selection import policy
 from sfda_tune.values.features import Score
@@ -77,7 +78,12 @@ def spied(**options):
     """Return a searcher, and the log of the copy of the spy that the first trial asks."""
     searcher = make(Spy(), **options)
     searcher.suggest("t0")
-    return searcher, searcher._bases[searcher._records["t0"].key].log
+    return searcher, searcher.base_searchers[searcher.records["t0"].key].log
+
+
+def saved(searcher, folder):
+    searcher.save(str(folder / "state"))
+    return json.loads((folder / "state").read_text())
 
 
 def result(value, iteration=1, **config):
@@ -96,13 +102,20 @@ def drive(searcher, n, first=0, param=lambda config: config["backbone"]):
 
 
 # The same choices as in Optuna --------------------------------------------------------------
+class Refusing(optuna.samplers.RandomSampler):
+    """A base sampler that gives no backbone."""
+
+    def sample_independent(self, study, trial, name, distribution):
+        raise LookupError(f"{name} is left to the base sampler")
+
+
 def make_histories(seed):
     """Feed one random history of finished trials to both hosts."""
     rng = np.random.default_rng(seed)
     options = {"seed": seed, "prior_strength": float(rng.choice([0.5, 1.0, 2.0]))}
     options["policy"] = str(rng.choice(policy.POLICIES))
     options["survivors"] = [None, None, 3, ["b", "d"]][int(rng.integers(4))]
-    sampler, searcher = SFDASampler(SCORES, **options), make(**options)
+    sampler, searcher = SFDASampler(SCORES, base_sampler=Refusing(), **options), make(**options)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for n in range(int(rng.integers(1, 30))):
         name, lr = NAMES[int(rng.integers(6))], float(10 ** rng.uniform(-5, -1))
@@ -112,10 +125,12 @@ def make_histories(seed):
             steps = int(rng.integers(1, 4))
         elif state == "PRUNED":
             state = "COMPLETE"
-        if state == "FAIL":
-            searcher.explain_error(str(n), name, lost=False)
-        else:
-            searcher.on_trial_complete(str(n), result(value, steps, backbone=name, lr=lr))
+        searcher.add_evaluated_point(
+            {"backbone": name, "lr": lr},
+            value,
+            error=state == "FAIL",
+            intermediate_values=[] if state == "FAIL" else [value] * steps,
+        )
         seen = {} if state == "FAIL" else dict.fromkeys(range(steps), value)
         study.add_trial(
             optuna.create_trial(
@@ -129,18 +144,18 @@ def make_histories(seed):
                 intermediate_values=seen,
             )
         )
-    searcher._number = len(study.trials)
     return study, searcher
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_same_history_leads_to_the_same_choice_as_in_optuna(seed):
     study, searcher = make_histories(seed)
-    study.ask()
-    trials = study.get_trials(deepcopy=False)
-    theirs = study.sampler._choose(study, trials[-1], trials)
+    try:
+        theirs = study.ask().suggest_categorical("backbone", NAMES)
+    except LookupError:
+        theirs = None
     searcher.suggest("next")
-    record = searcher._records["next"]
+    record = searcher.records["next"]
     assert (None if record.key == WHOLE else record.backbone) == theirs
     ours = searcher.calibration()
     assert math.isclose(ours.slope, study.sampler.calibration(study).slope)
@@ -160,7 +175,7 @@ def test_closed_loops_are_the_same_as_in_optuna(chosen):
 def test_standard_errors_of_a_ranking_are_used():
     details = {"standard_error": 0.5}
     ranking = Ranking([Score(name, value, details=details) for name, value in SCORES.items()])
-    assert make(scores=ranking)._advisor.errors == dict.fromkeys(NAMES, 0.5)
+    assert make(scores=ranking).policy.errors == dict.fromkeys(NAMES, 0.5)
 
 
 # The base searcher --------------------------------------------------------------------------
@@ -186,19 +201,21 @@ def test_any_base_any_nesting_any_wrapper(base, nested, outside):
     assert names[0] == "a"
     assert len(set(names)) > 2
     assert searcher.calibration().n_trials == 14
-    assert WHOLE in searcher._bases  # trial 8 was the base's own
+    assert WHOLE in searcher.base_searchers  # trial 8 was the base's own
 
 
 def test_the_base_chooses_its_share_and_learns_from_the_others():
     searcher = make(OptunaSearch(seed=0))
     drive(searcher, 20)
-    whole = searcher._bases[WHOLE]._ot_study.trials
+    whole = find_study(searcher.base_searchers[WHOLE]).trials
     assert len(whole) == 20  # its own two, and all others as added points
     assert {len(trial.params) for trial in whole} == {2}
-    arms = sum(len(b._ot_study.trials) for k, b in searcher._bases.items() if k != WHOLE)
-    opened = sum(r.backbone in searcher._bases for r in searcher._records.values())
-    assert arms == opened
-    assert sum(r.key == WHOLE for r in searcher._records.values()) == 2
+    copies = sum(
+        len(find_study(b).trials) for k, b in searcher.base_searchers.items() if k != WHOLE
+    )
+    opened = sum(r.backbone in searcher.base_searchers for r in searcher.records.values())
+    assert copies == opened
+    assert sum(r.key == WHOLE for r in searcher.records.values()) == 2
 
 
 @each_base
@@ -221,19 +238,19 @@ def test_several_objectives(base, tmp_path):
     searcher.on_trial_complete("unknown", {"acc": 1.0})  # half an answer is none
     assert searcher.calibration().n_trials == 24
     if isinstance(inner, OptunaSearch):
-        studies = {key: own._ot_study for key, own in searcher._bases.items()}
+        studies = {key: find_study(own) for key, own in searcher.base_searchers.items()}
         assert sum(len(s.trials) for key, s in studies.items() if key != WHOLE) >= 20
         assert len(studies[WHOLE].best_trials) > 1
     searcher.save(str(tmp_path / "state"))
     again = SFDASearcher(SCORES, base_searcher=copy.deepcopy(inner), seed=9, **aims)
     again.restore(str(tmp_path / "state"))
-    assert again._records == searcher._records
+    assert again.records == searcher.records
     assert again.suggest("next") == searcher.suggest("next")
     # Another experiment is learnt from, too.
     other = SFDASearcher(SCORES, seed=0, **aims)
     other.add_evaluated_point({"backbone": "a", "lr": 0.1}, [0.5, 3.0])
     other.add_evaluated_point({"backbone": "b", "lr": 0.1}, (), error=True)
-    assert [r.values for r in other._records.values()] == [(0.5, -3.0), ()]
+    assert [r.values for r in other.records.values()] == [(0.5, -3.0), ()]
     with pytest.raises(ValueError, match="`value` must be one for each metric"):
         other.add_evaluated_point({"backbone": "a", "lr": 0.1}, 0.5)
 
@@ -257,15 +274,13 @@ def test_the_weights_of_objectives_are_those_of_the_sampler():
 
 
 def test_backbones_start_alike_and_one_base_may_serve_all():
-    searcher = make(policy="greedy", conditional=True)
-    first = {}
-    for k, name in enumerate("abc"):
-        searcher._points, searcher._n_points = [{"backbone": name}], 0
-        first[name] = searcher.suggest(f"t{k}")["lr"]
-    assert len(set(first.values())) == 1
+    searcher = make(points_to_evaluate=[{"backbone": name} for name in "abc"], conditional=True)
+    first = [searcher.suggest(f"t{k}") for k in range(3)]
+    assert [config["backbone"] for config in first] == ["a", "b", "c"]
+    assert len({config["lr"] for config in first}) == 1
     shared = make(OptunaSearch(seed=0), conditional=False)
     drive(shared, 8)
-    assert list(shared._bases) == [""]
+    assert list(shared.base_searchers) == [""]
 
 
 def test_trap_S01_both_ways_of_calling():
@@ -281,11 +296,13 @@ def test_trap_S01_both_ways_of_calling():
 
 
 @pytest.mark.parametrize("answer", [None, Searcher.FINISHED])
-def test_trap_S02_the_bases_answer_is_passed_on_and_nothing_changes(answer):
-    searcher = make(Spy(), points_to_evaluate=[{"backbone": "c"}])
-    searcher._base.answer = answer
+def test_trap_S02_the_bases_answer_is_passed_on_and_nothing_changes(answer, tmp_path):
+    spy = Spy()
+    spy.answer = answer
+    searcher = make(spy, points_to_evaluate=[{"backbone": "c"}])
     assert searcher.suggest("t0") == answer
-    assert (searcher._number, searcher._n_points, searcher._records) == (0, 0, {})
+    state = saved(searcher, tmp_path)
+    assert (state["number"], state["points"], state["records"]) == (0, 0, {})
 
 
 def test_trap_S02_S03_all_failed_is_finished_and_never_an_error():
@@ -308,9 +325,9 @@ def test_trap_S04_S18_unknown_trials_are_known_by_their_config(param):
     searcher.set_search_properties("acc", "max", dict(LR))
     searcher.on_trial_result("new", result(0.6, 1, **{param: "c", "lr": 0.1}))
     searcher.on_trial_complete("new", result(0.7, 2, **{param: "c", "lr": 0.1}))
-    (record,) = searcher._records.values()
-    assert (record.backbone, record.value, record.settings) == ("c", 0.7, {"lr": 0.1})
-    assert searcher._bases == {}
+    (record,) = searcher.records.values()
+    assert (record.backbone, record.value, record.params) == ("c", 0.7, {"lr": 0.1})
+    assert searcher.base_searchers == {}
 
 
 def test_a_nested_parameter_that_is_not_named_is_found():
@@ -320,18 +337,18 @@ def test_a_nested_parameter_that_is_not_named_is_found():
     assert make(space=LR).suggest("t0")["backbone"] == "a"  # not among the parameters at all
 
 
-def test_trap_S05_an_unknown_error_is_counted_and_may_be_explained():
+def test_trap_S05_an_unknown_error_is_counted_and_may_be_explained(tmp_path):
     searcher = make(max_failures=1)
     searcher.on_trial_complete("new", error=True)
-    assert searcher._unattributed == 1
+    assert saved(searcher, tmp_path)["unattributed"] == 1
     searcher.explain_error("new", "a", lost=False)
-    assert "a" not in searcher._find_candidates()
+    assert "a" not in searcher.find_candidates()
 
 
 def test_trap_S06_nothing_depends_on_intermediate_results():
     searcher, log = spied()
     searcher.on_trial_complete("t0")  # stopped while it was pending
-    assert searcher._records["t0"].state == "lost"
+    assert searcher.records["t0"].state == "lost"
     assert log[-1] == ("complete", "t0", None, False)
     assert searcher.calibration().n_trials == 0
     searcher.suggest("t1")
@@ -352,7 +369,7 @@ def test_trap_S07_early_stopped_trials_are_lower_bounds():
 def policy_history(searcher):
     from sfda_tune_ray.history import observe
 
-    return observe(searcher._records.values())
+    return observe(searcher.records.values())
 
 
 @pytest.mark.parametrize("mode", ["max", "min"])
@@ -365,11 +382,11 @@ def test_trap_S08_diverged_trials(value, mode):
     searcher.on_trial_complete("t1", result(0.5, 3))
     assert all(o.value is None or math.isfinite(o.value) for o in policy_history(searcher))
     assert math.isfinite(searcher.calibration().slope)
-    assert "a" in searcher._find_candidates()
+    assert "a" in searcher.find_candidates()
     with_optuna = make(OptunaSearch(seed=0))
     with_optuna.suggest("t0")
     with_optuna.on_trial_complete("t0", result(value))
-    (trial,) = with_optuna._bases["a"]._ot_study.trials
+    (trial,) = find_study(with_optuna.base_searchers["a"]).trials
     assert trial.state == optuna.trial.TrialState.FAIL
 
 
@@ -381,17 +398,17 @@ def test_trap_S09_S19_every_report_counts_once():
     for value in (0.5, 0.6, math.nan):
         searcher.on_trial_complete("t0", result(value, 4))
     searcher.on_trial_complete("t0", error=True)
-    assert searcher._records["t0"].value == 0.6  # the last finite one
+    assert searcher.records["t0"].value == 0.6  # the last finite one
     assert sum(entry[0] == "complete" for entry in log) == 1
     searcher.suggest("t1")
     for _ in range(2):
         searcher.on_trial_complete("t1", error=True)
-    assert sum(r.state == "failed" for r in searcher._records.values()) == 1
+    assert sum(r.state == "failed" for r in searcher.records.values()) == 1
     searcher.on_trial_complete("t1", result(0.7, 4))
-    assert searcher._records["t1"].state == "complete"
+    assert searcher.records["t1"].state == "complete"
 
 
-def test_failing_after_reports_is_the_fault_of_a_setting():
+def test_failing_after_reports_is_the_fault_of_a_parameter():
     searcher = make(max_failures=1, survivors=["a"])
     searcher.suggest("t0")
     searcher.on_trial_result("t0", result(0.5))
@@ -399,14 +416,14 @@ def test_failing_after_reports_is_the_fault_of_a_setting():
     assert policy_history(searcher) == []
     searcher.suggest("t1")
     searcher.on_trial_complete("t1", error=True)
-    assert "a" in searcher._find_candidates()  # it did run once
+    assert "a" in searcher.find_candidates()  # it did run once
 
 
 def test_trap_S10_a_report_without_the_metric_is_no_evidence():
     searcher, log = spied()
     searcher.on_trial_result("t0", {"training_iteration": 1})
     searcher.on_trial_complete("t0", {"training_iteration": 1})
-    assert searcher._records["t0"].state == "lost"
+    assert searcher.records["t0"].state == "lost"
     assert [entry[0] for entry in log] == ["suggest", "complete"]
 
 
@@ -428,7 +445,10 @@ def test_trap_S11_S12_metric_mode_and_space_are_set_once():
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"backbone": backbone_grid(SCORES)}, "must not hold a grid_search .* `backbone_grid`"),
+        (
+            {"backbone": tune.grid_search(NAMES)},
+            "must not hold a grid_search .* without a search_alg",
+        ),
         ({"backbone": "a", "lr": tune.grid_search([1, 2])}, "but 'lr' is one"),
         ({"backbone": tune.uniform(0, 1)}, "`backbone` must be a tune.choice"),
         ({"backbone": tune.choice(["x", "y"])}, "must hold the choices .* has none of"),
@@ -466,7 +486,7 @@ def test_trap_S15_a_base_with_a_space_of_its_own_stays_active():
 def test_trap_S16_without_other_domains_the_base_is_left_alone(base):
     searcher = make(base(), {"backbone": tune.choice(NAMES), "const": 1}, policy="greedy")
     assert drive(searcher, 3)[0] == {"backbone": "a"}
-    assert searcher._bases == {}
+    assert searcher.base_searchers == {}
 
 
 def test_trap_S17_the_base_is_asked_once_for_a_trial():
@@ -485,7 +505,7 @@ def test_trap_S18_a_bare_optuna_search_would_crash():
 
 @pytest.mark.parametrize("name", ["AxSearch", "BayesOptSearch"])
 def test_trap_S21_outdated_searchers_are_named(name, monkeypatch):
-    monkeypatch.setattr(_compat.importlib.metadata, "version", lambda package: "3.4.0")
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "3.4.0")
     with pytest.raises(ValueError, match=f"{name} fails with .* 3.4.0; install"):
         SFDASearcher(SCORES, base_searcher=type(name, (Spy,), {})())
 
@@ -511,19 +531,19 @@ def test_trap_W01_W03_W04_tune_saves_and_restores_our_state(wrap, tmp_path):
     SearchGenerator(wrap(searcher)).save_to_dir(str(tmp_path), "now")
     fresh = SFDASearcher(SCORES, base_searcher=OptunaSearch(seed=0))
     SearchGenerator(wrap(fresh)).restore_from_dir(str(tmp_path))
-    assert fresh._records == searcher._records
+    assert fresh.records == searcher.records
     assert fresh.suggest("t3") == searcher.suggest("t3")
 
 
-def test_trap_W06_repeated_trials_count_once():
+def test_trap_W06_repeated_trials_count_once(tmp_path):
     searcher = SFDASearcher(SCORES, seed=0)
     outer = Repeater(searcher, 2)
     outer.set_search_properties("acc", "max", {"backbone": backbone_space(SCORES), **LR})
     for k in range(4):
         assert outer.suggest(f"t{k}")["__trial_index__"] == k % 2
         outer.on_trial_complete(f"t{k}", result=result(0.5 + k / 10))
-    assert [round(r.value, 3) for r in searcher._records.values()] == [0.55, 0.75]
-    assert searcher._number == 2
+    assert [round(r.value, 3) for r in searcher.records.values()] == [0.55, 0.75]
+    assert saved(searcher, tmp_path)["number"] == 2
 
 
 def test_trap_C10_pauses_are_handed_through():
@@ -536,7 +556,7 @@ def test_trap_C10_pauses_are_handed_through():
     limiter = ConcurrencyLimiter(searcher, 2)
     limiter.on_pause("t0")
     limiter.on_unpause("t0")  # which it does not have
-    assert searcher._bases["a"].log[-1] == ("pause", "t0")
+    assert searcher.base_searchers["a"].log[-1] == ("pause", "t0")
     assert searcher.set_max_concurrency(3) is False
 
 
@@ -549,7 +569,7 @@ def test_points_come_first_and_may_be_partial(base):
     assert [c["backbone"] for c in configs[:3]] == ["c", "a", "b"]
     assert [c["lr"] for c in configs[:2]] == [0.01, 0.02]
     if isinstance(base(), OptunaSearch):  # it learns what really ran, not what it proposed
-        trials = searcher._bases["c"]._ot_study.trials
+        trials = find_study(searcher.base_searchers["c"]).trials
         assert [(t.state.name, t.params["lr"] == 0.01) for t in trials] == [
             ("FAIL", False), ("COMPLETE", True),
         ]  # fmt: skip
@@ -566,14 +586,12 @@ def test_trap_T02_a_restored_searcher_goes_on_alike(base, told, tmp_path):
     searcher = make(base(), space, max_failures=5)
     drive(searcher, 10)
     searcher.suggest("live")
-    searcher.save(str(tmp_path / "state"))
-    state = json.loads((tmp_path / "state").read_text())
-    assert state["number"] == 11
+    assert saved(searcher, tmp_path)["number"] == 11
     again = SFDASearcher(SCORES, base_searcher=base(), seed=99)
     if told:
         again.set_search_properties("acc", "max", space)
     again.restore(str(tmp_path / "state"))
-    assert again._records == searcher._records
+    assert again.records == searcher.records
     again.on_trial_complete("live", result(0.5))
     searcher.on_trial_complete("live", result(0.5))
     assert drive(again, 12, 20) == drive(searcher, 12, 20)
@@ -588,7 +606,7 @@ def test_a_base_that_cannot_be_saved_is_made_anew(tmp_path):
     again.on_trial_result("t0", result(0.5))
     again.on_trial_complete("t0", result(0.5))
     assert again.calibration().n_trials == 1
-    assert again._bases == {}
+    assert again.base_searchers == {}
 
 
 def test_states_of_others_are_refused(tmp_path):

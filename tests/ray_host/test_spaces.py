@@ -1,4 +1,4 @@
-"""Spaces, points and resources, in Ray's own searchers."""
+"""Spaces and resources, in Ray's own searchers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ray import tune
-from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.hyperopt import HyperOptSearch
 from ray.tune.search.optuna import OptunaSearch
 from scipy.stats import chisquare
-from sfda_tune_ray import backbone_grid, backbone_resources, backbone_space, warm_start_points
+from sfda_tune_ray import backbone_resources, backbone_space
 
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
@@ -26,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_best_first_without_failures():
     assert backbone_space(SCORES).categories == ["top", "mid", "low"]
-    assert backbone_grid(SCORES, 2) == {"grid_search": ["top", "mid"]}
+    assert backbone_space(SCORES, 2).categories == ["top", "mid"]
     with pytest.raises(ValueError, match="`ranking` must hold at least one scored backbone"):
         backbone_space(Ranking([Score("a", error="OSError: no weights")]))
     with pytest.raises(ValueError, match="`top_k` must be an integer ≥ 1 or None, but is 0"):
-        backbone_grid(SCORES, 0)
+        backbone_space(SCORES, 0)
     with pytest.raises(ValueError, match="`temperature` must be a number > 0"):
         backbone_space(SCORES, temperature=0)
 
@@ -46,28 +45,6 @@ def test_trap_S22_weights_are_obeyed_by_random_search_and_ignored_by_models():
     (distribution,) = OptunaSearch.convert_search_space({"backbone": space}).values()
     assert distribution.choices == ("top", "mid", "low")
     assert HyperOptSearch.convert_search_space({"backbone": space})["backbone"].name == "switch"
-
-
-@pytest.mark.parametrize("name", ["backbone", "model/backbone"])
-@pytest.mark.parametrize("make", [HyperOptSearch, BasicVariantGenerator, OptunaSearch])
-def test_warm_starts_work_in_all_searchers(name, make):
-    points = warm_start_points(SCORES, 2, param_name=name, defaults={"lr": 0.01})
-    space = {"lr": tune.uniform(0, 1), "backbone": backbone_space(SCORES)}
-    if "/" in name:
-        space = {"lr": tune.uniform(0, 1), "model": {"backbone": backbone_space(SCORES)}}
-        if make is OptunaSearch:
-            points = [{"lr": p["lr"], name: p["model"]["backbone"]} for p in points]
-    if make is BasicVariantGenerator:
-        from ray.tune.search.variant_generator import _get_preset_variants
-
-        configs = [next(_get_preset_variants({"config": space}, p))[1]["config"] for p in points]
-    else:
-        searcher = make(points_to_evaluate=points)
-        searcher.set_search_properties("acc", "max", space)
-        configs = [searcher.suggest(str(k)) for k in range(2)]
-    found = [c["model"]["backbone"] if "/" in name else c["backbone"] for c in configs]
-    assert found == ["top", "mid"]
-    assert [c["lr"] for c in configs] == [0.01, 0.01]
 
 
 def test_trap_T06_resources_follow_size_batch_and_measured_memory():

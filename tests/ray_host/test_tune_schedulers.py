@@ -17,10 +17,22 @@ from sfda_tune_ray import (
     SchedulerStateCallback,
     SFDAScheduler,
     SFDASearcher,
-    backbone_grid,
     backbone_space,
 )
-from tune_lab import NAMES, SCORES, VALUES, find_searcher, fit, make_tuner, restore, run, train
+from tune_lab import (
+    NAMES,
+    SCORES,
+    VALUES,
+    find_config,
+    find_rungs,
+    find_searcher,
+    find_study,
+    fit,
+    make_tuner,
+    restore,
+    run,
+    train,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
@@ -34,7 +46,7 @@ def test_trap_C02_C13_C15_C17_vetoed_trials_never_start_and_results_work(tmp_pat
     base_scheduler = ASHAScheduler(max_t=2) if base == "asha" else HyperBandScheduler(max_t=2)
     scheduler = SFDAScheduler(SCORES, keep=2, base_scheduler=base_scheduler)
     results = fit(
-        train, tmp_path, {"backbone": backbone_grid(SCORES, 4), "folder": str(tmp_path)},
+        train, tmp_path, {"backbone": tune.grid_search(NAMES[:4]), "folder": str(tmp_path)},
         scheduler=scheduler, **MAX,
     )  # fmt: skip
     assert not results.errors
@@ -53,7 +65,7 @@ def test_trap_C14_C16_a_veto_counts_as_a_sample_and_as_pruned(tmp_path):
         scheduler=SFDAScheduler(["a"]), **MAX,
     )  # fmt: skip
     assert [r.metrics.get("acc") for r in results] == [None, VALUES["a"]]
-    assert [t.state.name for t in base._ot_study.trials] == ["PRUNED", "COMPLETE"]
+    assert [t.state.name for t in find_study(base).trials] == ["PRUNED", "COMPLETE"]
 
 
 DRIVER = """
@@ -115,10 +127,8 @@ def test_trap_C18_T01_T03_a_killed_driver_is_restored(tmp_path, ray_cluster):
     assert len(results) == 5
     assert not results.errors
     searcher = find_searcher(tuner)
-    assert [r.state for r in searcher._records.values()] == ["complete"] * 5
+    assert [r.state for r in searcher.records.values()] == ["complete"] * 5
     assert searcher.calibration().n_trials == 5
-    told = [t for base in searcher._bases.values() for t in base._ot_study.trials]
+    told = [t for base in searcher.base_searchers.values() for t in find_study(base).trials]
     assert [t.state.name for t in told] == ["COMPLETE"] * 5
-    scheduler = tuner._local_tuner._tune_config.scheduler
-    ((_, rung),) = [r for r in scheduler._base._brackets[0]._rungs if r[0] == 1]
-    assert len(rung) == 5
+    assert len(find_rungs(find_config(tuner).scheduler.base_scheduler)[1]) == 5

@@ -108,9 +108,9 @@ def test_trap_S18_S19_errored_trials_come_back(tmp_path, how):
     after = find_searcher(tuner)
     assert after is not searcher
     assert after.calibration().n_trials == 2
-    states = sorted(r.state for r in after._records.values())
+    states = sorted(r.state for r in after.records.values())
     assert states == ["complete"] * 2 + (["failed"] * 2 if how == "restart_errored" else [])
-    assert len(after._find_candidates()) == 2  # no longer in quarantine
+    assert len(after.find_candidates()) == 2  # no longer in quarantine
 
 
 def test_trap_S09_a_killed_trial_goes_on_from_its_checkpoint(tmp_path):
@@ -123,7 +123,7 @@ def test_trap_S09_a_killed_trial_goes_on_from_its_checkpoint(tmp_path):
     marks = (tmp_path / "a").read_text().split("\n")[:-1]
     assert [mark.split(" ", 1)[1] for mark in marks] == ["from 0", "from 2"]
     assert results[0].metrics["training_iteration"] == 4
-    (record,) = searcher._records.values()
+    (record,) = searcher.records.values()
     assert (record.state, record.iterations, record.value) == ("complete", 4, VALUES["a"])
 
 
@@ -134,7 +134,7 @@ def test_a_dead_machine_is_not_the_backbones_fault(tmp_path):
         callbacks=[SchedulerStateCallback(searcher=searcher)], **MAX,
     )  # fmt: skip
     assert len(results.errors) == 2
-    assert [r.state for r in searcher._records.values()] == ["lost", "lost"]
+    assert [r.state for r in searcher.records.values()] == ["lost", "lost"]
 
 
 def test_trap_S11_an_empty_space_needs_metric_and_mode_here(tmp_path):
@@ -162,8 +162,8 @@ def test_trap_S12_T02_restore_gives_the_saved_searcher_and_space(tmp_path):
     tuner = restore(tmp_path, train)
     run(tuner)
     again = find_searcher(tuner)
-    assert again._records == searcher._records
-    assert again._number == 2
+    assert again.records == searcher.records
+    assert len(again.records) == 2
     assert again.suggest("next") == searcher.suggest("next")
     assert np.isclose(again.calibration().slope, searcher.calibration().slope)
 

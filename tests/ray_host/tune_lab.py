@@ -103,7 +103,32 @@ def restore(folder, trainable, **options):
         return tune.Tuner.restore(str(folder / "run"), trainable, **options)
 
 
+# What Ray keeps to itself ------------------------------------------------------------------------
+def find_config(tuner):
+    """Return the `TuneConfig` that a tuner really used: restored ones are copies."""
+    return tuner._local_tuner._tune_config
+
+
 def find_searcher(tuner):
-    """Return the searcher that a tuner really used: restored ones are copies."""
-    searcher = tuner._local_tuner._tune_config.search_alg
+    searcher = find_config(tuner).search_alg
     return getattr(searcher, "searcher", searcher)
+
+
+def find_study(searcher):
+    """Return the study of an `OptunaSearch`."""
+    return searcher._ot_study
+
+
+def find_metric(scheduler):
+    """Return the metric as some of Tune reads it."""
+    return scheduler._metric
+
+
+def find_trials(scheduler):
+    """Return the ids of the trials that an ASHA knows."""
+    return list(scheduler._trial_info)
+
+
+def find_rungs(scheduler):
+    """Return what an ASHA has recorded, by milestone."""
+    return dict(scheduler._brackets[0]._rungs)

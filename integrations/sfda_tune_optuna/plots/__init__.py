@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 
-from sfda_tune.selection.calibration import Calibration, estimate_errors
+from sfda_tune.selection.calibration import estimate_errors
 from sfda_tune.selection.policy import survivors
 from sfda_tune_optuna.history import observe
 from sfda_tune_optuna.store import SFDAWarning, load_ranking, read_scores
@@ -188,7 +188,7 @@ def get_ranking_info(study: Study, ranking: Mapping[str, float] | None, top: int
 def get_calibration_info(study: Study, ranking: Mapping[str, float] | None) -> CalibrationInfo:
     """Collect what `plot_proxy_calibration` draws."""
     calibration = calibrate_study(study, ranking)
-    rows = [row for row in calibration.table if row["best"] is not None]
+    rows = calibration.reached
     if not rows:
         warnings.warn("The study has no complete trial to draw.", SFDAWarning, stacklevel=3)
     z = {row["backbone"]: row["z"] for row in calibration.table}
@@ -203,30 +203,10 @@ def get_calibration_info(study: Study, ranking: Mapping[str, float] | None) -> C
         tuple(row["z"] for row in rows),
         tuple(_show(study, row["best"]) for row in rows),
         others,
-        _fit_line(study, calibration, rows),
-        _write_title(calibration),
+        tuple((z, _show(study, value)) for z, value in calibration.fit_line()),
+        f"Scores against values: {calibration.describe_slope()}, "
+        f"{calibration.n_backbones} backbones".replace(" Kendall", "<br>Kendall"),  # two lines
     )
-
-
-def _write_title(calibration: Calibration) -> str:
-    low, high = calibration.slope_interval
-    return (
-        f"Scores against values: slope {calibration.slope:.2f} [{low:.2f}, {high:.2f}],<br>"
-        f"Kendall's tau {calibration.kendall_tau:.2f}, {calibration.n_backbones} backbones"
-    )
-
-
-def _fit_line(
-    study: Study, calibration: Calibration, rows: list[dict[str, Any]]
-) -> tuple[tuple[float, float], ...]:
-    """Return the two ends of the fitted line, in the units of the values."""
-    if len(rows) < 3:
-        return ()
-    mean_z = sum(row["z"] for row in rows) / len(rows)
-    mean = sum(row["best"] for row in rows) / len(rows)
-    slope = calibration.slope * calibration.scale
-    ends = (min(row["z"] for row in rows), max(row["z"] for row in rows))
-    return tuple((z, _show(study, mean + slope * (z - mean_z))) for z in ends)
 
 
 def _show(study: Study, utility: float) -> float:
