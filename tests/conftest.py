@@ -192,6 +192,7 @@ def forked() -> Iterator[Callable[..., Any]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in own.items():
             patch.setenv(name, value)
+        patch.delenv("COLUMNS", raising=False)  # consoles read it once, when they are imported
         ensure_running()
     children = []
 
