@@ -195,7 +195,7 @@ def forked() -> Iterator[Callable[..., Any]]:
         for name in (
             "COLUMNS",
             "LINES",
-        ):  # of readline, unknown to `os.environ`; a console keeps them
+        ):  # readline's, which `os.environ` lacks; consoles keep them
             os.unsetenv(name)
         ensure_running()
     children = []
