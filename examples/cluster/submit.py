@@ -30,7 +30,14 @@ def main() -> None:
     if o.pip:
         environment["pip"] = ["sfda-tune[ray]"]
     client = JobSubmissionClient(o.dashboard)
-    job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+    for attempt in range(60):
+        try:
+            job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+            break
+        except RuntimeError as error:  # of a cluster that has only just started
+            if "No available agent" not in str(error) or attempt == 59:
+                raise
+            time.sleep(2)
     while not (status := client.get_job_status(job)).is_terminal():
         time.sleep(2)
     print(client.get_job_logs(job))
