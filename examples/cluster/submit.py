@@ -16,6 +16,18 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 HERE = Path(__file__).resolve().parent
 
 
+def submit(client: JobSubmissionClient, command: str, environment: dict) -> str:
+    """Submit a job; a cluster that has only just started has no agent for it yet."""
+    for _ in range(60):
+        try:
+            return client.submit_job(entrypoint=command, runtime_env=environment)
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            time.sleep(2)
+    raise SystemExit("the cluster has no agent that takes jobs; look at its dashboard")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dashboard")
@@ -30,14 +42,7 @@ def main() -> None:
     if o.pip:
         environment["pip"] = ["sfda-tune[ray]"]
     client = JobSubmissionClient(o.dashboard)
-    for attempt in range(60):
-        try:
-            job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
-            break
-        except RuntimeError as error:  # of a cluster that has only just started
-            if "No available agent" not in str(error) or attempt == 59:
-                raise
-            time.sleep(2)
+    job = submit(client, shlex.join(command), environment)
     while not (status := client.get_job_status(job)).is_terminal():
         time.sleep(2)
     print(client.get_job_logs(job))
