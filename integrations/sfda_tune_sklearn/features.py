@@ -9,11 +9,12 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted
 
 from sfda_tune.backbones import loading
-from sfda_tune.backbones import specs as zoo
+from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore
+from sfda_tune.values.features import Backbone
 from sfda_tune_sklearn.images import as_dataset, read_images
 
 __all__ = ["BackboneFeatures"]
@@ -111,8 +112,8 @@ class BackboneFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             )
         return x
 
-    def _open(self) -> zoo.Backbone:
-        found = zoo.resolve_backbones(self.backbone, plugins=self.plugins)
+    def _open(self) -> Backbone:
+        found = resolve_backbones(self.backbone, plugins=self.plugins)
         if len(found) > 1:
             names = ", ".join(b.name for b in found[:3])
             raise ValueError(

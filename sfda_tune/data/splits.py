@@ -62,18 +62,14 @@ def split_images(
 @contextmanager
 def _say_once() -> Iterator[None]:
     """Let a warning through once: each part that is opened says what holds for all of them."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
+    said: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             yield
-        except DatasetError as error:
-            problem = error
-        else:
-            problem = None
-    for w in {(str(w.message), w.category): w for w in said}.values():
-        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-    if problem is not None:
-        raise problem
+    finally:
+        for w in {(str(w.message), w.category): w for w in said}.values():
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:

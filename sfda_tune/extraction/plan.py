@@ -37,7 +37,7 @@ class Unit:
     max_unreadable: float  # images, in the whole data set
     crashing: Mapping[int, str] = field(default_factory=dict)  # row of `dataset` → why not to read
     retry: bool = False  # then a part may be in the store
-    switches: Mapping[str, Any] = field(default_factory=dict)  # Pillow's, see `images`
+    switches: Mapping[str, Any] = field(default_factory=dict)  # Pillow's, see `data.decoding`
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 
 from sfda_tune.backbones.devices import resolve_device
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.data.copies import CopiesWarning, find_alike, find_twins, group_twins
+from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.opening import open_dataset
@@ -182,7 +182,7 @@ def rank(
     with executor or nullcontext(), as_progress(progress) as bar:
         if executor is not None:  # whose devices are known now
             settings = replace(settings, device=executor.resolve_device(device))
-        copies = _Copies(whole, codes, twins.kept)
+        copies = _Copies(whole, codes, twins)
         run = _RankingRun(images, candidates, settings, store, map_fn, executor, scorer, copies)
         try:
             if race:
@@ -237,9 +237,9 @@ def rank(
 class _Copies:
     """The copies of images that a ranking leaves out: equal files first, then equal pixels."""
 
-    def __init__(self, whole: ImageDataset, codes: np.ndarray, kept: np.ndarray) -> None:
-        self.whole, self.codes, self.kept = whole, codes, kept  # `kept`: rows that are extracted
-        self.twins = find_twins(whole, codes)
+    def __init__(self, whole: ImageDataset, codes: np.ndarray, twins: Twins) -> None:
+        self.whole, self.codes, self.twins = whole, codes, twins
+        self.kept = twins.kept  # rows that are extracted
         self.pixels: dict[int, str] = {}  # row of the whole → digest
         self.rows: Any = None  # that were compared last
         self.dropped: Any = ()  # of these

@@ -32,6 +32,7 @@ import numpy as np
 from scipy.stats import binomtest, kendalltau, pearsonr, rankdata, spearmanr
 
 from sfda_tune.selection.tables import TooFewError, numbers, pair
+from sfda_tune.values.text import is_integer
 
 Values: TypeAlias = Mapping[Any, Any] | Sequence[Any] | np.ndarray
 Truths: TypeAlias = Mapping[str, Mapping[str, float]]
@@ -131,7 +132,7 @@ def _best_pick(scores: Values, truth: Values, k: int) -> tuple[np.ndarray, np.nd
 
 
 def _whole(name: str, x: Any, most: float = math.inf) -> int:
-    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or not 1 <= x <= most:
+    if not is_integer(x, 1, most):
         raise ValueError(f"`{name}` must be an integer in [1, {most}] but is {x!r}.")
     return int(x)
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from sfda_tune.values.features import Score, Value, read_only
 from sfda_tune.values.files import check, parse_json, read_text, write_text
-from sfda_tune.values.text import csv_line, format_count, json_text, printable
+from sfda_tune.values.text import csv_line, format_count, is_integer, json_text, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,7 +157,7 @@ class Ranking(Value, Mapping[str, float]):
             # by its name, when it is asked for: values import nothing that lies above them
             judge = importlib.import_module("sfda_tune.selection.uncertainty")
             return [str(name) for name in judge.shortlist(judge.confidence(self), probability)]
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        if k is None or not is_integer(k, 1):
             raise ValueError(f"`k` must be an integer ≥ 1 but is {k!r}.")
         return [s.backbone for s in self.scores if s.error is None][: int(k)]
 

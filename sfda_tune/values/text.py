@@ -3,7 +3,7 @@ r"""Text from elsewhere on its way out: names of files, classes and backbones, e
 What is shown goes through `printable`, whatever shows it; what is kept stays as it is. A name that
 is no UTF-8 is kept with its bytes as surrogates, as `os.fsdecode` gives them: JSON writes these as
 ``\udc..`` (`json_text`), CSV as the bytes themselves, which ``errors="surrogateescape"`` reads
-back (`csv_line`, `values.write_text`).
+back (`csv_line`, `files.write_text`).
 """
 
 from __future__ import annotations
