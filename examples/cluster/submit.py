@@ -18,14 +18,20 @@ HERE = Path(__file__).resolve().parent
 
 def submit(client: JobSubmissionClient, command: str, environment: dict) -> str:
     """Submit a job; a cluster that has only just started has no agent for it yet."""
-    for _ in range(60):
+    end = time.monotonic() + 60
+    while True:
         try:
             return client.submit_job(entrypoint=command, runtime_env=environment)
         except RuntimeError as error:
             if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > end:
+                raise SystemExit(
+                    "the cluster has no agent that takes jobs. Where another Ray runs on the same "
+                    "machine, it holds the agent's port: give `ray start` one of its own by "
+                    "--dashboard-agent-listen-port."
+                ) from error
             time.sleep(2)
-    raise SystemExit("the cluster has no agent that takes jobs; look at its dashboard")
 
 
 def main() -> None:

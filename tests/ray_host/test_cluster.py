@@ -112,6 +112,8 @@ def test_a_job_on_a_cluster_with_a_token(environment, tmp_path):
     head = [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     head += ["--include-dashboard=true", f"--dashboard-port={dashboard}"]
     head += ["--dashboard-host=127.0.0.1", "--disable-usage-stats"]
+    # other tests run a Ray at the same time, which has the agent's usual port
+    head += [f"--dashboard-agent-listen-port={find_port()}"]
     head += [f"--temp-dir={os.environ['RAY_TMPDIR']}/job"]
     submit = [sys.executable, ROOT / "examples/cluster/submit.py", f"http://127.0.0.1:{dashboard}"]
 
