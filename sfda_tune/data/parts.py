@@ -33,6 +33,9 @@ _MORE_COLUMNS = ("splits", "datasplit", "dataset", "phase", "usage", "part", "tr
 _VAGUE = ("group", "groups", "mode", "role", "stage", "purpose", "type", "kind")  # names only
 _DOUBTFUL = ("valid", "validity")  # of the validation, or good
 _TRUE, _FALSE = {"true", "1", "1.0", "yes", "y", "t"}, {"false", "0", "0.0", "no", "n", "f"}
+_NAMELESS = "name no training, validation or test part"
+_EMPTY = {"", "nan", "none"}
+_CODES = {*_TRUE, *_FALSE, *_SHORT, "2", "2.0", "3", "3.0"}  # what three parts may be numbered
 
 
 def part_of(name: str) -> str | None:
@@ -107,17 +110,20 @@ def read_parts(
             continue
         said = ["" if value is None else str(value).strip() for value in cells(column)]
         distinct = Counter(said)
+        may_be_codes = len(distinct) > 1 and {v.casefold() for v in distinct} <= _CODES | _EMPTY
         truths = {v.casefold() for v in distinct} & (_TRUE | _FALSE)
         if flag and truths and word not in _DOUBTFUL:
             _check_full(distinct, column, where)
         if flag and {v.casefold() for v in distinct} <= _TRUE | _FALSE:
             flags[column] = flag, [v.casefold() in _TRUE for v in said]
         elif word in _VAGUE:
-            known = {v: part_of(v) for v in distinct}
+            known = {v: _SHORT.get(v.casefold()) or part_of(v) for v in distinct}
             if all(known.values()) and "train" in known.values():
                 found[column] = said, [str(known[v]) for v in said]
-            elif any(known.values()):
+            elif any(map(part_of, distinct)) or all(map(hint_at, distinct)):
                 _leave(column, distinct, "not all name a training, validation or test part", where)
+            elif may_be_codes:
+                _leave(column, distinct, _NAMELESS, where)
         elif flag and (truths or any(map(part_of, distinct))):
             _leave(column, distinct, "are not all true or false", where)
         elif not flag:
@@ -125,8 +131,8 @@ def read_parts(
             if any(known.values()):
                 _check_full(distinct, column, where)
                 found[column] = said, [known[v] or v for v in said]
-            elif word in _COLUMNS and len(distinct) > 1:
-                _leave(column, distinct, "name no training, validation or test part", where)
+            elif may_be_codes or (word in _COLUMNS and len(distinct) > 1):
+                _leave(column, distinct, _NAMELESS, where)
     doubtful = [column for column in flags if _letters(column) in _DOUBTFUL]
     if doubtful and len({part for part, _ in flags.values()}) == 1:
         for column in doubtful:
@@ -158,7 +164,7 @@ def _leave(column: str, values: Iterable[str], why: str, where: str) -> None:
 
 
 def _check_full(distinct: Mapping[str, int], column: str, where: str) -> None:
-    empty = sum(n for value, n in distinct.items() if value.casefold() in ("", "nan", "none"))
+    empty = sum(n for value, n in distinct.items() if value.casefold() in _EMPTY)
     if empty:
         raise ValueError(
             f"{where}, column {column!r}, must name the part of every row, but {empty} of "

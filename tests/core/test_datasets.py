@@ -1550,6 +1550,11 @@ def test_hugging_face_splits_by_other_names(hf):
         ("valid", [0, 0, 0, 1], False),
         ("group", ["train", "train", "b", "test"], False),
         ("testing", [0, 0, 0.5, 1], False),
+        ("role", ["tr", "tr", "tr", "te"], True),
+        ("group", [0, 0, 0, 1], False),
+        ("Stage", ["yes", "", "no", "no"], False),
+        ("phase", [1, 1, 2, 3], False),
+        ("type", ["seg_train", "seg_train", "seg_train", "seg_test"], False),
     ],
 )
 def test_columns_of_truths_or_vague_names_are_used_or_said(tmp_path, head, cells, used):
@@ -1564,6 +1569,14 @@ def test_columns_of_truths_or_vague_names_are_used_or_said(tmp_path, head, cells
         with pytest.warns(UserWarning, match=f"the column '{head}' is not used, for its values"):
             assert len(open_dataset(path)) == 8
         assert len(open_dataset(path, split="all")) == 8
+
+
+def test_columns_of_vague_names_that_say_something_else(tmp_path):
+    rows: list[Any] = [["path", "label", "group", "type", "kind"]]
+    for k in range(8):
+        write(tmp_path / f"{k}.png")
+        rows.append([f"{k}.png", "ab"[k % 2], k, "jpg", 1])
+    assert len(open_dataset(table(tmp_path / "t.csv", rows))) == 8  # nothing to say
 
 
 def test_valid_beside_another_part_is_one(tmp_path):
