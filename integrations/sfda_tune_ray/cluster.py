@@ -11,6 +11,7 @@ import secrets
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -99,6 +100,7 @@ _BEFORE: dict[str, str | None] = {}
 
 def _start(options: dict[str, Any]) -> None:
     from ray._private import ray_constants
+    from ray._private.node import Node
 
     ours = {
         "RAY_AUTH_MODE": "token",
@@ -117,7 +119,10 @@ def _start(options: dict[str, Any]) -> None:
             raise RuntimeError(
                 f"Ray would listen on {found}, not on 127.0.0.1 only; it was stopped"
             )
-    except BaseException:
+    except BaseException as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if isinstance(node := frame.f_locals.get("self"), Node):  # interrupted as it started
+                node.kill_all_processes(check_alive=False)
         ray.shutdown()
         _restore()
         raise
@@ -149,9 +154,11 @@ def _same_signals() -> Iterator[None]:
     """Keep the handler of SIGTERM, which `ray.init` replaces."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if main and handler is not None:
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if main and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def count_places(num_gpus: float, num_cpus: float) -> int:

@@ -10,6 +10,7 @@ now and then, so the last trials might be missing. Trials are numbered as Tune b
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ TERMS = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGUSR1") if hasattr(signal, n)]  # Tune's own
+ALARM = getattr(signal, "SIGALRM", signal.SIGINT)  # Windows lacks it
 MORE = 1000  # trials, where only the time ends a search
 
 # Tune pickles callbacks and stoppers; what they report to stays in this process.
@@ -73,7 +75,7 @@ def _tune(job: Job) -> list[Trial]:
     job.update_trials(_read_all(job))
     if _is_done(job):
         return _read_all(job)
-    with connect(job.storage), _quietly(), end_at_once():
+    with _connect(job), _quietly(), end_at_once():
         _JOBS[job.name] = job
         try:
             while not _is_done(job):
@@ -84,7 +86,47 @@ def _tune(job: Job) -> list[Trial]:
 
 
 tune.spreads = True  # type: ignore[attr-defined]  # needs no helper processes
-tune.seconds_to_end = 8.0  # type: ignore[attr-defined]  # Tune gives actors 5 s to end
+tune.seconds_to_end = 8.0  # type: ignore[attr-defined]  # or to begin, if the time ends before
+
+
+@contextmanager
+def _connect(job: Job) -> Iterator[None]:
+    """Be connected to Ray, or not if the time ends before: to start it may take half a minute."""
+    with ExitStack() as stack:
+        with suppress(_TimeIsOver), _until(job.is_over):
+            stack.enter_context(connect(job.storage))
+        yield
+
+
+class _TimeIsOver(BaseException):
+    """Not for Ray to catch."""
+
+
+@contextmanager
+def _until(is_over: Callable[[], bool]) -> Iterator[None]:
+    """Raise `_TimeIsOver` inside, whatever runs there; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise _TimeIsOver
+
+    def watch() -> None:
+        while not left.wait(0.2):
+            if is_over():
+                _thread.interrupt_main(ALARM)
+                return
+
+    left, thread = threading.Event(), threading.Thread(target=watch, daemon=True)
+    before = signal.signal(ALARM, interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+        signal.signal(ALARM, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager
@@ -216,7 +258,12 @@ def _share_gpu(job: Job) -> float:
     """
     if not ray.cluster_resources().get("GPU", 0):
         return 0
-    memory = ray.get(ray.remote(num_gpus=1, num_cpus=0)(_measure_memory).remote())
+    asked = ray.remote(num_gpus=1, num_cpus=0)(_measure_memory).remote()
+    while not ray.wait([asked], timeout=0.5)[0]:  # others may have them all
+        if job.is_over():
+            ray.cancel(asked)
+            return 1
+    memory = ray.get(asked)
     if memory is None or not (job.folder / "ranking.json").is_file():
         return 1
     ranking = Ranking.from_json(job.folder / "ranking.json")
@@ -225,8 +272,8 @@ def _share_gpu(job: Job) -> float:
         if d.name == "batch_size":
             sizes = [int(n) for n in d.choices or (d.high,)]
     need = backbone_resources(ranking, gpu_memory=memory, batch_size=max(sizes))
-    asked = (need({"backbone": name}).required_resources["GPU"] for name in job.scores)
-    return max(asked, default=1)
+    shares = (need({"backbone": name}).required_resources["GPU"] for name in job.scores)
+    return max(shares, default=1)
 
 
 def _measure_memory() -> int | None:

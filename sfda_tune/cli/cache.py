@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from sfda_tune.cli.options import CacheDir, Debug
-from sfda_tune.cli.terminal import output, print_table
+from sfda_tune.cli.terminal import messages, output, print_table
 from sfda_tune.pipelines.terminal import say, text
 
 cache_app = typer.Typer(help="Look at the kept features, or delete them.", no_args_is_help=True)
@@ -49,4 +50,7 @@ def clear_cache(
 def _store(cache: str | None) -> Any:
     from sfda_tune.extraction.store import open_store
 
-    return open_store(cache)
+    store = open_store(cache)
+    if isinstance(store.root, Path) and not store.root.exists():
+        say(messages, f"there is no folder {store.root}")
+    return store

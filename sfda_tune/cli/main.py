@@ -25,6 +25,7 @@ from sfda_tune.cli.terminal import (
     print_error,
     show_warning,
 )
+from sfda_tune.pipelines.clock import counting
 from sfda_tune.pipelines.terminal import hang_up, say, spell_out
 
 app = typer.Typer(
@@ -80,7 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
         if sign is not None and signal.getsignal(sign) != signal.SIG_IGN:
             signal.signal(sign, _on_terminate)
     try:
-        code = app(spread_lists(arguments), prog_name="sfda-tune", standalone_mode=False)
+        with counting():
+            code = app(spread_lists(arguments), prog_name="sfda-tune", standalone_mode=False)
     except UsageError as error:
         print_error(f"{error.format_message()} (see `sfda-tune --help`)")
         sys.exit(2)

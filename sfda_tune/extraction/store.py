@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sfda_tune.values.files import check, clear_leftovers, open_regular, write_bytes
+from sfda_tune.values.files import check, check_folder, clear_leftovers, open_regular, write_bytes
 
 __all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
 
@@ -113,8 +113,7 @@ class FeatureStore:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).expanduser())
-        if self.root.exists() and not self.root.is_dir():
-            raise ValueError(f"`cache` must be a folder but {str(self.root)!r} is a file.")
+        check_folder("cache", self.root)
 
     def path(self, key: str) -> Path:
         """Return where the entry of a key is or would be."""

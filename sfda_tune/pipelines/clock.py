@@ -9,15 +9,30 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from sfda_tune.values.files import AtLeast, read_json, write_text
 
-__all__ = ["Beat", "Clock"]
+__all__ = ["Beat", "Clock", "counting"]
 
 logger = logging.getLogger(__name__)
+_BEGUN: ContextVar[float | None] = ContextVar("_BEGUN", default=None)
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Have a `Clock` that is made inside count from here: to import torch takes seconds.
+
+    Of several the outermost holds: for who types a command, its time begins there.
+    """
+    token = _BEGUN.set(_BEGUN.get() or time.monotonic())
+    try:
+        yield
+    finally:
+        _BEGUN.reset(token)
 
 
 class Beat:
@@ -65,7 +80,7 @@ class Clock:
     """
 
     def __init__(self, file: Path, known: float = 0.0) -> None:
-        self._file, self._begun = file, time.monotonic()
+        self._file, self._begun = file, _BEGUN.get() or time.monotonic()
         self._before = max(known, self._read())
 
     def __call__(self) -> float:

@@ -12,6 +12,7 @@ from sfda_tune.finetuning.config import MONITORS
 from sfda_tune.pipelines.budget import parse_budget
 from sfda_tune.pipelines.spaces import open_space
 from sfda_tune.values.features import Backbone
+from sfda_tune.values.files import check_folder
 from sfda_tune.values.redaction import redact
 from sfda_tune.values.text import require
 
@@ -141,5 +142,4 @@ def _check_apart(images: Any, out: Path) -> None:
 def _check_out(out: Path) -> None:
     if any(0xDC80 <= ord(c) <= 0xDCFF for c in str(out)):  # safetensors cannot read there
         raise ValueError(f"`out` must be a name in UTF-8 but is {str(out)!r}.")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"`out` must be a folder but {str(out)!r} is a file.")
+    check_folder("out", out)

@@ -12,7 +12,7 @@ import numpy as np
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.finetuning.models import predict
-from sfda_tune.values.files import check, read_json, write_csv, write_json
+from sfda_tune.values.files import check, read_json, say_kind, write_csv, write_json
 from sfda_tune.values.formats import FOUND, SEARCH
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import describe_images
@@ -76,11 +76,15 @@ class SearchResult:
         """
         folder = Path(folder)
         path = folder / "search.json"
-        summary = read_json(path, SEARCH) if path.is_file() else {}
+        if os.path.lexists(path):
+            summary = read_json(path, SEARCH)
+            why = f"has status {summary.get('status')!r}"
+        else:
+            summary, why = {}, "holds no search.json" if folder.is_dir() else say_kind(folder)
         if summary.get("status") not in ("done", "budget spent"):
             raise ValueError(
-                f"`folder` must be that of a finished search but {str(folder)!r} has status "
-                f"{summary.get('status')!r}; run `sfda-tune search` with --out, to the end."
+                f"`folder` must be that of a finished search but {str(folder)!r} {why}; run "
+                "`sfda-tune search` with --out, to the end."
             )
         check(summary, FOUND, "search.json")
         return cls(folder, summary, Ranking.from_json(folder / "ranking.json"))

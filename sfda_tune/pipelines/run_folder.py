@@ -82,7 +82,7 @@ class RunFolder:
         """
         path.mkdir(parents=True, exist_ok=True)
         file, known = path / "search.json", 0.0
-        if file.is_file():
+        if os.path.lexists(file):  # what is none is refused
             known = read_json(file, STATE)["seconds"]["total"]
         return cls(path, Clock(path / "seconds.json", known), progress or NullProgress())
 
@@ -141,7 +141,7 @@ class RunFolder:
     @property
     def splits(self) -> dict[str, Any] | None:
         """What splits.json holds; None if the search has not begun."""
-        if not (self.path / "config.json").is_file():  # it is written last
+        if not os.path.lexists(self.path / "config.json"):  # it is written last
             return None
         return read_json(self.path / "splits.json", SPLITS)
 
@@ -183,7 +183,7 @@ class RunFolder:
 def begin(folder: RunFolder, inputs: Inputs, measure: Callable[[], Costs]) -> None:
     """Begin the folder, or check that it is of this search; `measure` is called if need be."""
     arguments, path = _describe(inputs), folder.path / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         getattr(inputs.engine, "check_storage", lambda url: None)(inputs.config.storage)
         _create(folder, inputs, arguments, measure())
         return

@@ -16,6 +16,7 @@ from typing import Any
 
 from sfda_tune.backbones.devices import resolve_device
 from sfda_tune.finetuning.images import own_randomness
+from sfda_tune.pipelines.clock import counting
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.progress import SearchProgress, as_progress
 from sfda_tune.pipelines.result import SearchResult
@@ -138,6 +139,7 @@ def search(
         progress=progress,
     )  # fmt: skip
     with (
+        counting(),
         _as_found(device),
         share_cores(workers),
         without_secrets(storage),

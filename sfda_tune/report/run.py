@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sfda_tune.report.plots import STATES
-from sfda_tune.values.files import check, open_regular, read_json, read_rows
+from sfda_tune.values.files import check, open_regular, read_json, read_rows, say_kind
 from sfda_tune.values.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import read_csv_cell
@@ -51,11 +51,13 @@ def read_run(source: str | os.PathLike[str]) -> Run:
     path = Path(source)
     if path.is_file():
         return Run(_read_ranking(path))
-    search, is_ranked = _read(path / "search.json", SEARCH), (path / "ranking.json").is_file()
+    search = _read(path / "search.json", SEARCH)
+    is_ranked = os.path.lexists(path / "ranking.json")
     if not search and not is_ranked:
+        why = "is a folder without either" if path.is_dir() else say_kind(path)
         raise ValueError(
             f"{os.fspath(path)!r} must be a ranking.json, or the folder of a search with its "
-            "search.json, but is neither; see `sfda-tune search --out`."
+            f"search.json, but {why}; see `sfda-tune search --out`."
         )
     predictions = _read_predictions(path / "test_predictions.csv")
     entries = _read(path / "hardest" / "hardest.json", [object])

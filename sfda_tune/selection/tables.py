@@ -51,9 +51,9 @@ def _read(path: Any, column: str | None, preferred: Sequence[str], finite: bool)
     except ValueError as error:
         raise ValueError(f"{where}: must be text in UTF-8 ({error}).") from None
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{where}: must be a file of scores but {say_kind(where)}.") from None
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        why = f"cannot be read ({error.strerror})" if os.path.isfile(where) else say_kind(where)
+        raise kind(f"{where}: must be a file of scores but {why}.") from None
     if not text:
         raise ValueError(f"{where}: must hold scores or accuracies but is empty.")
     if text[0] not in "{[":

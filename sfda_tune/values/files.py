@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from sfda_tune.values.text import csv_line, json_text
+from sfda_tune.values.text import csv_line, json_text, printable
 
 __all__ = [
     "AtLeast",
     "Table",
     "check",
+    "check_folder",
     "clear_leftovers",
     "digest_file",
     "open_regular",
@@ -86,11 +87,20 @@ def say_kind(path: str | os.PathLike[str]) -> str:
     """Say what is in the place of a file: "is a FIFO", "does not exist", …."""
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:
-        return "does not exist" if isinstance(error, FileNotFoundError) else _line(str(error))
+    except FileNotFoundError:
+        return "is a link to nothing" if os.path.islink(path) else "does not exist"
+    except (OSError, ValueError) as error:  # a loop of links; a name that can be none
+        return f"cannot be opened ({_line(getattr(error, 'strerror', None) or str(error))})"
     if stat.S_ISDIR(mode):
         return "is a folder"
     return f"is {next((text for test, text in _KINDS if test(mode)), 'a file')}"
+
+
+def check_folder(argument: str, path: str | os.PathLike[str]) -> None:
+    """Refuse what is there but no folder."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        where = printable(os.fspath(path))
+        raise ValueError(f"`{argument}` must be a folder but {where!r} {say_kind(path)}.")
 
 
 _BINARY = getattr(os, "O_BINARY", 0)

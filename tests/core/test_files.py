@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import socket
 import stat
@@ -10,7 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from sfda_tune.extraction.store import FeatureStore
 from sfda_tune.finetuning.checkpoints import write_tensors
+from sfda_tune.pipelines.config import SearchConfig
+from sfda_tune.pipelines.result import SearchResult
+from sfda_tune.pipelines.run_folder import RunFolder
+from sfda_tune.report.run import read_run
+from sfda_tune.selection.tables import read_scores
 from sfda_tune.values.files import (
     check,
     clear_leftovers,
@@ -196,3 +203,37 @@ def test_what_is_no_json_is_one_line(tmp_path, text):
     with pytest.raises(ValueError, match=r"x\.json: .*restore it") as caught:
         read_json(tmp_path / "x.json", {"a": float})
     assert "\n" not in str(caught.value)
+
+
+def config_with_out(out):
+    given = dict.fromkeys(f.name for f in dataclasses.fields(SearchConfig))
+    given |= {"workers": 1, "objective": "accuracy", "metric": "accuracy", "plugins": ()}
+    return SearchConfig(**given | {"max_unreadable": 0.1, "out": out})
+
+
+DOORS = [SearchResult.open, read_run, FeatureStore, read_scores, config_with_out]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_says_what_is_in_the_place_of_what_it_opens(door, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    kinds = {
+        "fifo": "is a FIFO",
+        "loop": r"cannot be opened \(Too many levels of symbolic links\)",
+        "dangling": "is a link to nothing",
+        "/dev/null": "is a device",
+        "missing": "does not exist",
+    }
+    for name, said in kinds.items():
+        if name != "missing" or door not in (FeatureStore, config_with_out):  # they make it
+            with pytest.raises((ValueError, FileNotFoundError), match=said):
+                door(tmp_path / name)
+
+
+@pytest.mark.parametrize("door", [SearchResult.open, read_run, RunFolder.open])
+def test_every_door_says_what_is_in_the_place_of_a_file(door, tmp_path):
+    os.mkfifo(tmp_path / "search.json")
+    with pytest.raises(ValueError, match=r"search\.json: is a FIFO"):
+        door(tmp_path)

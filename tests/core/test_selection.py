@@ -33,7 +33,7 @@ from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.finetuning.run import finetune
 from sfda_tune.pipelines.budget import Budget, Workload
-from sfda_tune.pipelines.clock import Beat, Clock
+from sfda_tune.pipelines.clock import Beat, Clock, counting
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Trial, run_trial
 from sfda_tune.pipelines.inputs import open_inputs
@@ -505,6 +505,18 @@ def test_seconds_are_added_up_over_processes_without_the_pauses(tmp_path):
     assert first() == pytest.approx(second(), abs=5)
     (tmp_path / "seconds.json").write_text('{"seconds": Infinity}')  # damaged
     assert Clock(tmp_path / "seconds.json")() < 100
+
+
+def test_seconds_count_from_the_call_on(tmp_path):
+    """To import torch takes seconds, which the budget is to hold."""
+    with counting():
+        begun = time.monotonic()
+        with counting():  # of a search that a command called
+            while time.monotonic() == begun:
+                pass
+            clock = Clock(tmp_path / "seconds.json")
+            assert clock() >= time.monotonic() - begun > 0
+    assert Clock(tmp_path / "seconds.json")() < time.monotonic() - begun
 
 
 def test_a_beat_goes_on_after_a_failure(caplog):

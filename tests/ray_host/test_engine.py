@@ -126,6 +126,50 @@ def test_trials_without_time_for_an_epoch(two_places, tmp_path):
     assert len({t.worker for t in trials}) < 4  # small trials share a process
 
 
+def test_busy_gpus_do_not_outlast_the_time(two_places, tmp_path):
+    import ray
+
+    hog = ray.remote(num_gpus=4, num_cpus=0)(type("Hog", (), {"ready": lambda self: True})).remote()
+    assert ray.get(hog.ready.remote())
+    end = time.monotonic() + 1
+    job = Job(
+        "study", tmp_path, {"a": 1.0}, default_space(100), ("maximize",), 3, 1, None, 0,
+        train=iter, train_factory=lambda: iter, update_trials=lambda trials: None,
+        is_over=lambda: time.monotonic() > end,
+    )  # fmt: skip
+    try:
+        assert tune(job) == []
+    finally:
+        ray.kill(hog)
+
+
+@pytest.mark.slow
+def test_ray_is_not_started_to_the_end_if_the_time_is_over_before(tmp_path):
+    """Nor does anything of it stay, in a process that goes on."""
+    code = f"""
+        import psutil, ray, signal
+        from pathlib import Path
+        from sfda_tune.pipelines.engines import Job
+        from sfda_tune.pipelines.spaces import default_space
+        from sfda_tune_ray.engine import tune
+
+        job = Job(
+            "study", Path({str(tmp_path)!r}), {{"a": 1.0}}, default_space(100), ("maximize",), 3,
+            1, "local", 0, train=iter, train_factory=None, update_trials=lambda trials: None,
+            is_over=lambda replies=iter([False]): next(replies, True),
+        )
+        ray._private.worker.connect = None  # what follows the start of the processes
+        before = [signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)]
+        assert tune(job) == []
+        after = [signal.getsignal(s) for s in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)]
+        assert before == after and not ray.is_initialized()
+        assert not psutil.wait_procs(psutil.Process().children(), 30)[1]
+    """
+    environment = os.environ | {"RAY_AUTH_MODE": ""}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    subprocess.run(command, env=environment, check=True, timeout=100)
+
+
 @pytest.mark.slow
 def test_two_objectives_give_a_front(two_places, tmp_path):
     data = {"cache": tmp_path / "cache", "out": tmp_path / "run", "engine": "ray"}
