@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import sfda_tune
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.finetuning.config import FinetuneConfig
-from sfda_tune.finetuning.models import PROVENANCE, Model, load_model, predict, write_model
+from sfda_tune.finetuning.models import Model, load_model, predict, write_model
 from sfda_tune.finetuning.run import finetune
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check, read_json, write_text
@@ -239,8 +238,6 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         folder = Path(folder)
         (folder / "model").mkdir(parents=True, exist_ok=True)
         write_model(self._backbone, self.model_, folder / "model")
-        about = json.dumps(self.model_.provenance, indent=1)
-        write_text(folder / "model" / PROVENANCE, about + "\n")
         self.ranking_.to_json(folder / "ranking.json")
         write_text(folder / "classifier.json", text + "\n")
         return folder

@@ -34,11 +34,21 @@ from sfda_tune.values.text import some
 if TYPE_CHECKING:
     from sfda_tune.data.dataset import ImageDataset
 
-__all__ = ["BATCH", "Loader", "count_cores", "count_workers", "cut", "is_in_memory", "patience"]
+__all__ = [
+    "BATCH",
+    "Loader",
+    "count_cores",
+    "count_workers",
+    "cut",
+    "is_in_memory",
+    "patience",
+    "telling",
+]
 
 BATCH = 16  # images that one process decodes at a time
 AHEAD = 2  # batches that are made ahead, per process or thread
 TICK = 1.0  # seconds between two looks at those who make them
+_TELL: list[Callable[[str], object]] = []
 
 
 def patience() -> float:
@@ -57,6 +67,19 @@ def patience() -> float:
             f"but is {text!r}."
         )
     return seconds
+
+
+@contextlib.contextmanager
+def telling(tell: Callable[[str], object]) -> Iterator[None]:
+    """Have `tell` called with the name of each image before a thread of this process decodes it.
+
+    And with "" when a batch is made: so others know which image this process died of.
+    """
+    _TELL.append(tell)
+    try:
+        yield
+    finally:
+        _TELL.remove(tell)
 
 
 def is_in_memory(dataset: ImageDataset) -> bool:
@@ -219,8 +242,12 @@ class _Thread:
         for key in keys:
             self.at = key
             self.beats += 1
+            for tell in _TELL:
+                tell(self.items.name(key))
             made.append(self.items[key])
         self.at = None
+        for tell in _TELL:
+            tell("")
         return self.collate(made)
 
     def kill(self) -> None:

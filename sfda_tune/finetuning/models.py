@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +24,7 @@ from sfda_tune.data.loader import Loader, cut, is_in_memory
 from sfda_tune.finetuning.checkpoints import read_tensors, write_tensors
 from sfda_tune.values import formats
 from sfda_tune.values.features import Backbone
-from sfda_tune.values.files import read_json, replacing, unfinished
+from sfda_tune.values.files import digest_file, read_json, replacing, unfinished, write_text
 from sfda_tune.values.text import one_line
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def load_model(
     Raises
     ------
     BackboneError
-        If there is no such model, or it needs `backbone` or `plugins`.
+        If there is no such model, it is damaged, or it needs `backbone` or `plugins`.
     """
     folder = Path(folder)
     try:
@@ -98,7 +100,15 @@ def load_model(
             f"{PROVENANCE}; open other timm checkpoints with timm.create_model('local-dir:…')."
         ) from None
     classes = tuple(provenance["classes"])
-    if (folder / "config.json").is_file():
+    written, found = provenance.get("digests"), _digests(folder, classes)
+    if written not in (None, found):  # None: an earlier version wrote it
+        odd = {*dict(written.items() ^ found.items())}
+        raise BackboneError(
+            f"{str(folder)!r} does not hold the model that was written: {', '.join(sorted(odd))} "
+            'changed or missing; restore it. If you changed it yourself, delete "digests" from '
+            f"{PROVENANCE}."
+        )
+    if (folder / CONFIG).is_file():
         backbone = Backbone(folder.name, f"local-dir:{folder}", plugins=tuple(plugins))
     elif backbone is None:
         raise BackboneError(
@@ -216,7 +226,7 @@ def _images(images: Any) -> ImageDataset:
     return ImageDataset("images", items, np.zeros(len(items), np.int64), ("",))
 
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def with_head(
@@ -285,7 +295,23 @@ def probabilities(logits: torch.Tensor) -> np.ndarray:
 
 
 def write_model(backbone: Backbone, model: Model, folder: Path) -> None:
-    """Write weights and, for a network of timm's, its ``config.json``."""
+    """Write weights, for a network of timm's its ``config.json``, and the provenance."""
+    _write_network(backbone, model, folder)
+    if model.provenance:
+        provenance = {**model.provenance, "digests": _digests(folder, model.classes)}
+        write_text(folder / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
+
+
+def _digests(folder: Path, classes: tuple[str, ...]) -> dict[str, str]:
+    text = json.dumps(classes).encode()
+    files = [folder / name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
+    return {
+        "classes": hashlib.blake2b(text, digest_size=20).hexdigest(),
+        **{file.name: digest_file(file) for file in files},
+    }
+
+
+def _write_network(backbone: Backbone, model: Model, folder: Path) -> None:
     from timm.models import save_for_hf
 
     module: Any = model.module
@@ -300,6 +326,6 @@ def write_model(backbone: Backbone, model: Model, folder: Path) -> None:
         more["architecture"] = name.partition(".")[0]
     with unfinished(folder) as new:
         save_for_hf(module, str(new), model_config=more, safe_serialization=True)
-        for file in (WEIGHTS, "config.json"):
+        for file in (WEIGHTS, CONFIG):
             with replacing(folder / file) as whole:
                 os.replace(new / file, whole)

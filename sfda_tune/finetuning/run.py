@@ -60,7 +60,6 @@ from sfda_tune.finetuning.images import (
     train_loader,
 )
 from sfda_tune.finetuning.models import (
-    PROVENANCE,
     Model,
     forward,
     probabilities,
@@ -70,7 +69,7 @@ from sfda_tune.finetuning.models import (
 from sfda_tune.finetuning.optimizers import make_optimizer
 from sfda_tune.finetuning.shared import SharedWork
 from sfda_tune.values.features import Backbone
-from sfda_tune.values.files import AtLeast, check, write_text
+from sfda_tune.values.files import AtLeast, check
 from sfda_tune.values.formats import NUMBERS
 
 if TYPE_CHECKING:
@@ -246,13 +245,12 @@ class FineTuning(Iterator[Epoch]):
 
         ``model.safetensors``; ``config.json`` in timm's form with architecture, preprocessing and
         class names, so that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` opens it;
-        ``provenance.json`` with data set, configuration, versions and all epochs. A network that
+        ``provenance.json`` with data set, configuration, versions, epochs, digests. A network that
         is none of timm's has no ``config.json``: `load_model` needs its Backbone then.
         """
         model, folder = self.model(), Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_model(self.backbone, model, folder)
-        write_text(folder / PROVENANCE, json.dumps(model.provenance, indent=1) + "\n")
         return folder
 
     def _provenance(self) -> dict[str, Any]:

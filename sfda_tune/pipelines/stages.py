@@ -87,7 +87,7 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
             raise
         finally:
             for worker in workers:
-                worker.terminate()
+                worker.process.terminate()
 
 
 def work(config: SearchConfig, number: int) -> None:

@@ -165,7 +165,7 @@ SPLITS: dict[Any, Any] = {
     "copies?": [[AtLeast(0, int)]],
 }
 EXPERIMENTS = [{"trials": [str], "end": TEXT, "n_trials": (int, None)}]
-PROVENANCE: dict[Any, Any] = {"classes": [str], "backbone": object}
+PROVENANCE: dict[Any, Any] = {"classes": [str], "backbone": object, "digests?": {str: str}}
 CLASSIFIER: dict[Any, Any] = {
     "params": {str: object},
     "classes": [(str, int, float, bool)],

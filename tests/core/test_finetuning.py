@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -331,6 +332,32 @@ def test_pixels_in_memory_or_not_give_the_same_result(monkeypatch):
 
 
 # ---- what it writes
+
+
+def test_a_flipped_bit_in_a_model_is_noticed(tmp_path):
+    folder = train(epochs=0).save_model(tmp_path / "model")
+    model, rng = load_model(folder), np.random.default_rng(0)
+    for name in ("config.json", "model.safetensors", "provenance.json"):
+        content = (folder / name).read_bytes()
+        for place in rng.integers(len(content), size=15):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            (folder / name).write_bytes(damaged)
+            if name != "provenance.json":
+                with pytest.raises(BackboneError, match=rf"was written: {name} changed"):
+                    load_model(folder)
+            else:
+                with suppress(ValueError):  # or it is about what no prediction depends on
+                    assert load_model(folder).classes == model.classes
+        (folder / name).write_bytes(content)
+    told = json.loads((folder / "provenance.json").read_text())
+    changed = {**told, "classes": told["classes"][::-1]}
+    (folder / "provenance.json").write_text(json.dumps(changed))
+    with pytest.raises(BackboneError, match="classes changed or missing"):
+        load_model(folder)
+    del told["digests"]  # of an earlier version
+    (folder / "provenance.json").write_text(json.dumps(told))
+    assert load_model(folder).classes == model.classes
 
 
 @pytest.mark.parametrize("name", ["resnet_glyphs", "vit_glyphs", "convnext_glyphs"])

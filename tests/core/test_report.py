@@ -411,7 +411,7 @@ def test_a_broken_file_is_named(folder, name, content):
 
 
 def test_what_is_no_run_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="is neither"):
+    with pytest.raises(ValueError, match="is a folder without either"):
         write_report(tmp_path)
     search = json.loads((folder / "search.json").read_text(encoding="utf-8"))
     for wrong in (3, {"number": 0}, search["trials"][0] | {"state": "odd"},

@@ -26,6 +26,7 @@ from sfda_tune import Backbone, BackboneError, open_dataset
 from sfda_tune.backbones import demo
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import get_switches
+from sfda_tune.data.loader import Loader, cut
 from sfda_tune.data.splits import split_images
 from sfda_tune.finetuning import models as predictions
 from sfda_tune.finetuning import run as finetuning
@@ -51,7 +52,7 @@ from sfda_tune.pipelines.trials import (
     find_front,
     seconds_per_epoch,
 )
-from sfda_tune.pipelines.workers import start_workers
+from sfda_tune.pipelines.workers import await_workers, start_workers
 from sfda_tune.values.redaction import redact, without_secrets
 from sfda_tune.values.text import read_csv_cell
 
@@ -342,8 +343,8 @@ def test_workers_have_pillow_s_switches(tmp_path, monkeypatch):
     config = config_of("digits", out=tmp_path, workers=3, trials=1)
     workers = start_workers(config, lambda job: (), note_switches)
     for worker in workers:
-        worker.join()
-    assert [w.exitcode for w in workers] == [0, 0]
+        worker.process.join()
+    assert [w.process.exitcode for w in workers] == [0, 0]
     for number in (1, 2):
         assert json.loads((tmp_path / f"{number}.json").read_text()) == get_switches() != {}
 
@@ -572,6 +573,27 @@ def test_a_worker_that_fails_is_said(tmp_path):
     assert len(found.trials) == 2
     assert found.summary["status"] == "done"
     assert "worker 1 was ended by signal 9" in found.summary["warnings"][0]
+
+
+def die_of_an_image(config, number):
+    class Deadly:
+        def name(self, key):
+            return f"{key}.png"
+
+        def __getitem__(self, key):
+            if key == 3:
+                os.kill(os.getpid(), signal.SIGSEGV)
+
+    list(Loader(Deadly(), cut(5), list))
+
+
+def test_a_worker_that_dies_of_an_image_is_said(tmp_path):
+    folder = RunFolder.open(tmp_path)
+    (tmp_path / "search.json").write_text('{"seconds": {"total": 0}}')
+    config = config_of("digits", out=tmp_path, workers=2, trials=1)
+    workers = start_workers(config, lambda job: (), die_of_an_image)
+    with pytest.warns(UserWarning, match=r"by signal 11 while it decoded 3\.png; move it away"):
+        await_workers(workers, folder, Budget(None, folder.now), lambda: 0.0)
 
 
 def test_a_worker_writes_why_it_fails(tmp_path):

@@ -129,7 +129,11 @@ def test_trials_without_time_for_an_epoch(two_places, tmp_path):
 def test_busy_gpus_do_not_outlast_the_time(two_places, tmp_path):
     import ray
 
-    hog = ray.remote(num_gpus=4, num_cpus=0)(type("Hog", (), {"ready": lambda self: True})).remote()
+    class Hog:
+        def ready(self):
+            return True
+
+    hog = ray.remote(num_gpus=4, num_cpus=0)(Hog).remote()
     assert ray.get(hog.ready.remote())
     end = time.monotonic() + 1
     job = Job(
