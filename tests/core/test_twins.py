@@ -86,7 +86,9 @@ def test_copies_change_neither_scores_nor_winner(photos, toy_zoo, tmp_path, metr
     assert [d.message for d in diagnose(again)] == [d.message for d in diagnose(twice)]
 
 
-@pytest.mark.parametrize("options", [{}, {"race": True, "top": 1}, {"ensemble": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"race": True, "top": 1}, {"ensemble": 2}, {"precision": "bfloat16"}]
+)
 def test_the_same_pixels_in_other_files_are_copies(photos, toy_zoo, tmp_path, options):
     alone = rank(photos, toy_zoo, **CPU, **options)
     root = tmp_path / "photos"

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import ray
 from executor_lab import FullStore, Item, Load
+from PIL import Image
 from sfda_tune_ray import RayExecutor, cluster
 from sfda_tune_ray import executor as module
 
 import sfda_tune
 from sfda_tune import DatasetError, RankingInterruptedError
 from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.data.copies import CopiesWarning
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction import plan
@@ -523,3 +525,22 @@ def test_a_bucket_holds_whole_entries_or_none(dataset, zoo):
     assert store.get("0" * 40) is None
     with pytest.raises(ValueError, match="cannot be opened"):
         open_store("nonsense://bucket")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_pixels_in_other_files_are_copies_here_and_there(
+    photos, toy_zoo, tmp_path, executor, precision
+):
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    for file in sorted(root.glob("*/*"))[::3]:
+        with Image.open(file) as image:
+            image.convert("RGB").save(file.with_name(f"{file.stem}_again.bmp"))
+    how = {"precision": precision, "cache": False}
+    with pytest.warns(CopiesWarning, match="images are exact copies of others"):
+        here = sfda_tune.rank(root, toy_zoo, device="cpu", **how)
+    with pytest.warns(CopiesWarning, match="images are exact copies of others"):
+        there = sfda_tune.rank(root, toy_zoo, executor=executor, **how)
+    assert len(here.info["copies"]) == len(list(root.glob("*/*_again.bmp")))
+    assert there.info["copies"] == here.info["copies"]
+    assert dict(there) == pytest.approx(dict(here), rel=1e-4)

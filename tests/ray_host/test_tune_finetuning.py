@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
+from PIL import Image, ImageFile
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from sfda_tune_ray import SFDASearcher, backbone_space, finetune_trainable
@@ -44,3 +46,29 @@ def test_wrong_configurations_are_named():
         train({"m": {"backbone": "demo:resnet_glyphs"}, "lr": 0.1})
     with pytest.raises(ValueError, match=r"must be the name of one of .*, but is 'demo:\*glyphs'"):
         train({"backbone": "demo:*glyphs"})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("where", "switch", "value", "fails"),
+    [
+        (ImageFile, "LOAD_TRUNCATED_IMAGES", True, False),
+        (ImageFile, "LOAD_TRUNCATED_IMAGES", False, True),
+        (Image, "MAX_IMAGE_PIXELS", 20, True),
+    ],
+)
+def test_trials_have_pillow_s_switches(
+    ray_cluster, tmp_path, monkeypatch, where, switch, value, fails
+):
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 40, 40, 3), np.uint8)
+    for k, image in enumerate(pixels):
+        file = tmp_path / "photos" / "ab"[k % 2] / f"{k}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+        if switch == "LOAD_TRUNCATED_IMAGES":
+            file.write_bytes(file.read_bytes()[:-300])
+    monkeypatch.setattr(where, switch, value)
+    trainable = finetune_trainable(str(tmp_path / "photos"), config={"epochs": 0})
+    results = run(make_tuner(trainable, tmp_path, {"backbone": "demo:resnet_glyphs"}))
+    assert [error is not None for error in results.errors] == [True] * fails
