@@ -64,7 +64,8 @@ def parc(features: Any, labels: Any, *, max_samples: int = 2000) -> MetricResult
     rounding errors of the label correlations, which shifts its value by up to some hundredths.
     A row without variance has correlation 0 to all others; constant features score 0. The subset
     is every so-many-th sample of each class, along a fixed direction in feature space: the same
-    each time, but not the same images for different backbones.
+    each time, but not the same images for different backbones. If that is one of each class at
+    most, it is every so-many-th class.
 
     *Cost*: n²D + n² log n for the n = min(N, max_samples) samples used; about 40n² bytes.
 
@@ -89,6 +90,12 @@ def parc(features: Any, labels: Any, *, max_samples: int = 2000) -> MetricResult
     X, y = data.X, data.y
     if max_samples < data.N:  # rows are sorted by class: every so-many-th takes a share of each
         kept = np.linspace(0, data.N - 1, max_samples).astype(int)
+        if (
+            np.diff(y[kept]) > 0
+        ).all() and data.counts.max() > 1:  # one of each: take whole classes
+            n_classes = max(2, max_samples // data.counts.max())
+            some = np.linspace(0, data.C - 1, n_classes).astype(int)
+            kept = np.flatnonzero(np.isin(y, some))
         X, y = X[kept], y[kept]
     if not (y[1:] == y[:-1]).any():
         raise ValueError(

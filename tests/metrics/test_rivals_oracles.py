@@ -228,6 +228,17 @@ def test_parc_takes_a_share_of_each_class():
         parc(X[:20], np.arange(20))
 
 
+def test_parc_takes_whole_classes_where_they_are_many_and_small():
+    rng = np.random.default_rng(0)
+    y, centres = np.repeat(np.arange(60), 2), rng.normal(size=(60, 16))
+    x = centres[y] + 0.5 * rng.normal(size=(120, 16))
+    found = parc(x, y, max_samples=30)
+    assert found.details["n_used"] == 30
+    assert found.value > 0.1
+    other = rng.permutation(120)
+    assert parc(x[other], y[other], max_samples=30).value == pytest.approx(found.value)
+
+
 # --- discriminants ----------------------------------------------------------------------------
 
 
