@@ -49,12 +49,15 @@ def _fit_full(X: np.ndarray, n_components: int, seed: int) -> tuple[csr_array, i
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
-    with warnings.catch_warnings():  # fewer different rows than components
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        state = np.random.RandomState(seed)  # as scikit-learn has it
-        kmeans: Any = KMeans(n_components, n_init=cast(Any, 1), random_state=state)
-        labels = kmeans.fit(X).labels_
     N = len(X)
+    if n_components == N:  # each row is a cluster, which k-means takes minutes to find out
+        labels = np.unique(X, axis=0, return_inverse=True)[1].reshape(-1)
+    else:
+        with warnings.catch_warnings():  # fewer different rows than components
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            state = np.random.RandomState(seed)  # as scikit-learn has it
+            kmeans: Any = KMeans(n_components, n_init=cast(Any, 1), random_state=state)
+            labels = kmeans.fit(X).labels_
     theta = csr_array((np.ones(N), (np.arange(N), labels)), shape=(N, n_components))
     before, fit, step = -math.inf, _maximise(X, theta), 0
     while step < MAX_ITER:
