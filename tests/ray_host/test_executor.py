@@ -536,9 +536,10 @@ def test_the_same_pixels_in_other_files_are_copies_here_and_there(
     for file in sorted(root.glob("*/*"))[::3]:
         with Image.open(file) as image:
             image.convert("RGB").save(file.with_name(f"{file.stem}_again.bmp"))
-    how = {"precision": precision, "cache": False}
+    how = {"precision": precision, "cache": tmp_path / "here"}
     with pytest.warns(CopiesWarning, match="images are exact copies of others"):
         here = sfda_tune.rank(root, toy_zoo, device="cpu", **how)
+    how["cache"] = tmp_path / "there"
     with pytest.warns(CopiesWarning, match="images are exact copies of others"):
         there = sfda_tune.rank(root, toy_zoo, executor=executor, **how)
     assert len(here.info["copies"]) == len(list(root.glob("*/*_again.bmp")))
