@@ -35,7 +35,6 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from sfda_tune.data.decoding import UNREADABLE
 from sfda_tune.extraction.crashes import find_crashing_images
 from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_at_once
 from sfda_tune.extraction.worker import Worker
+from sfda_tune.values.text import is_integer, is_number, require
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
 
@@ -277,10 +277,10 @@ class RayExecutor:
             "image_seconds": image_seconds,
             "attempts": attempts,
         }.items():
-            kind: Any = Integral if name in ("actors", "attempts") else Real
-            if value is not None and not (isinstance(value, kind) and value > 0):
-                rule = "a positive integer" if kind is Integral else "positive"
-                raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+            if name in ("actors", "attempts"):
+                require(name, value, "an integer ≥ 1", value is None or is_integer(value, 1))
+            else:
+                require(name, value, "positive", value is None or (is_number(value) and value > 0))
         x = num_gpus or 0.0
         x = 1 / x if 0 < x < 1 else x
         if not 0 <= x < math.inf or abs(x - round(x)) > 1e-6:

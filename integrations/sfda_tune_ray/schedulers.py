@@ -11,7 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import backbone_name
+from sfda_tune.selection.calibration import backbone_name, scores_by_name
 from sfda_tune_ray import _compat
 
 __all__ = ["PerBackboneScheduler", "SFDAScheduler"]
@@ -58,8 +58,7 @@ class SFDAScheduler(TrialScheduler):
         self._vetoed: set[str] = set()  # trials that the base does not know
         given = ranking_or_survivors
         if isinstance(given, Mapping):
-            scores = {backbone_name(name): float(score) for name, score in given.items()}
-            given = decisions.survivors(scores, keep)
+            given = decisions.survivors(scores_by_name(given), keep)
         self.set_survivors(given)
 
     @property

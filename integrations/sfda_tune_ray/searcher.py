@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,7 @@ from sfda_tune.selection.calibration import Calibration, backbone_name
 from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_seed
 from sfda_tune.values.files import check, read_json, write_text
 from sfda_tune.values.formats import SEARCHER
-from sfda_tune.values.text import require
+from sfda_tune.values.text import integer, require
 from sfda_tune_ray import _compat
 from sfda_tune_ray.history import Record, observe, plain
 
@@ -151,9 +151,7 @@ class SFDASearcher(Searcher):
         require("mode", mode, "min, max or None, or a list of these", mode is None or known)
         is_name = isinstance(param_name, str) and all(param_name.split("/"))
         require("param_name", param_name, 'a name, nested ones as "model/backbone"', is_name)
-        is_count = isinstance(max_failures, Integral) and not isinstance(max_failures, bool)
-        is_count = is_count and int(max_failures) >= 1
-        require("max_failures", max_failures, "an integer ≥ 1", is_count)
+        self._max_failures = integer("max_failures", max_failures, 1)
         points = list(points_to_evaluate or [])
         dicts = all(isinstance(point, Mapping) for point in points)
         require("points_to_evaluate", points, "a list of dicts", dicts)
@@ -175,7 +173,6 @@ class SFDASearcher(Searcher):
         self._spaces = {backbone_name(name): dict(space) for name, space in (spaces or {}).items()}
         self._conditional = bool(conditional)
         self._points = [_compat.flatten_dict(dict(point)) for point in points]
-        self._max_failures = int(max_failures)
         # Known once Tune has passed on the search space
         self._space: dict[str, Any] | None = None
         self._choices: dict[str, Any] = {}

@@ -675,24 +675,3 @@ class LeaveOneOut:
             delta += self.log_counts  # the N − 1 of the priors cancels
             delta[x.ops.asarray(np.arange(len(y))), y] = self.own[rows]
             yield rows, x.ops.log_softmax(delta)  # (L5)
-
-
-def loo_log_posterior(x: Samples, shrinkage: float) -> np.ndarray:
-    """All log p'(c|x_n), (N, C): rows in the caller's order, columns in that of the classes.
-
-    −inf where the class has no other sample. `x` is taken as it is, call `x.normalize` before.
-    """
-    out = x.ops.zeros(x.N, x.C)
-    with np.errstate(under="ignore"):
-        for rows, log_p in Scatter(x).leave_one_out(shrinkage).log_posterior():
-            out[rows] = log_p
-    return x.unsorted(out)
-
-
-def posterior(x: Samples, shrinkage: float) -> np.ndarray:
-    """p(c|x_n) of regularised LDA with S̃ = (1−λ)S_W + λ(tr S_W/D)I, in the caller's row order."""
-    S_W = Scatter(x)
-    out = x.ops.zeros(x.N, x.C)
-    for rows, log_p in S_W.discriminants(shrinkage, shrinkage * S_W.trace / x.D).log_posterior():
-        out[rows] = x.ops.exp(log_p)
-    return x.unsorted(out)

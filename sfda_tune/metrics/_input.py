@@ -18,11 +18,10 @@ import numpy as np
 from scipy.linalg import eigh
 
 from sfda_tune.values.labels import encode_labels
-from sfda_tune.values.text import is_integer, is_number, require
+from sfda_tune.values.text import is_number, require
 
 __all__ = [
     "Data", "as_matrix", "encode", "load", "load_logits", "narrow", "pca", "positive", "triangle",
-    "whole",
 ]  # fmt: skip
 
 LARGEST = 1e75  # of |feature|: the squares of squares stay finite in float64
@@ -206,12 +205,6 @@ def positive(name: str, value: Any, most: float = np.inf) -> float:
     rule = "a number > 0" if most == np.inf else f"a number in (0, {most:g}]"
     require(name, value, rule, is_number(value) and 0 < value <= most and value < np.inf)
     return float(value)
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """Check an option that must be an integer ≥ least."""
-    require(name, value, f"an integer ≥ {least}", is_integer(value, least))
-    return int(value)
 
 
 def triangle(A: np.ndarray) -> np.ndarray:

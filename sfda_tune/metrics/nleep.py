@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics._input import load, narrow, pca, whole
+from sfda_tune.metrics._input import load, narrow, pca
 from sfda_tune.metrics._mixture import fit_mixture
 from sfda_tune.metrics.leep import log_expected_prediction
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import integer
 
 __all__ = ["nleep"]
 
@@ -95,7 +96,7 @@ def nleep(
     >>> nleep(noise + centres, labels).value > nleep(noise, labels).value
     True
     """
-    components_per_class = whole("components_per_class", components_per_class, 1)
+    components_per_class = integer("components_per_class", components_per_class, 1)
     if covariance not in ("full", "diag", "spherical"):
         raise ValueError(
             f"`covariance` must be one of 'full', 'diag', 'spherical' but is {covariance!r}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,11 @@ from sfda_tune.values.files import LARGEST_NUMBER
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import require
 
-__all__ = ["Calibration", "Observation", "backbone_name", "calibrate", "estimate_errors"]
+__all__ = [
+    "Calibration", "Observation", "backbone_name", "calibrate", "estimate_errors",
+    "scores_by_name",
+]  # fmt: skip
+
 STATES = ("complete", "pruned", "failed", "running")
 
 # Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
@@ -162,6 +167,14 @@ def calibrate(
 def backbone_name(choice: Any) -> str:
     """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
     return str(choice) if isinstance(choice, str) else repr(choice)  # never an `np.str_`
+
+
+def scores_by_name(scores: Any, argument: str = "ranking") -> dict[str, float]:
+    """Return the scores of a Ranking or a mapping by `backbone_name`; else raise a ValueError."""
+    require(argument, scores, "a Ranking or a mapping", isinstance(scores, Mapping))
+    for name, value in scores.items():
+        require(f"{argument}[{name!r}]", value, "a number", isinstance(value, Real))
+    return {backbone_name(name): float(value) for name, value in scores.items()}
 
 
 def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:

@@ -46,11 +46,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.selection.uncertainty import bootstrap
+from sfda_tune.values.text import integer
 
 if TYPE_CHECKING:
     from sfda_tune.data.dataset import ImageDataset
 
-__all__ = ["RaceConfig", "RaceResult", "chances", "make_rungs", "run"]
+__all__ = ["RaceConfig", "RaceResult", "make_rungs", "run", "simulate"]
 
 FIRST = 16  # the first rung is 1/16 of the images,
 PER_CLASS = 3  # or so many images for each class
@@ -80,8 +81,7 @@ class RaceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1:
-            raise ValueError(f"`top` must be an integer ≥ 1 but is {self.top!r}.")
+        object.__setattr__(self, "top", integer("top", self.top, 1))
         if not 0 < self.probability < 1:
             raise ValueError(f"`probability` must lie in (0, 1) but is {self.probability!r}.")
 
@@ -180,7 +180,7 @@ def run(
         out: dict[str, float] = {}
         if len(values) > 1 and len(rows) < N and len(terms) > config.top:
             gains = {name: v - values[-2].get(name, v) for name, v in values[-1].items()}
-            known, in_top = _simulate(terms, gains, labels[readable], N, config)
+            known, in_top = simulate(terms, gains, labels[readable], N, config)
             out = _losers(known, in_top, config.threshold)
         for name, p in out.items():
             stay = {"images": len(rows), "p_top": p, "value": values[-1][name]}
@@ -194,41 +194,18 @@ def run(
     return RaceResult(tuple(log), dropped, n_forward, len(names) * N)
 
 
-def chances(
-    per_sample: Mapping[str, np.ndarray],
-    gains: Mapping[str, float],
-    labels: np.ndarray,
-    n_samples: int,
-    config: RaceConfig,
-) -> dict[str, float]:
-    """P(in the final top), from the scores so far; see the module for the formula.
-
-    Parameters
-    ----------
-    per_sample : mapping of str to array, shape (m,)
-    gains : mapping of str to float
-        What the last doubling of the images has added to each score.
-    labels : array of int, shape (m,)
-    n_samples : int
-        All images, N.
-    config : RaceConfig
-
-    Returns
-    -------
-    dict of str to float
-    """
-    names, in_top = _simulate(per_sample, gains, labels, n_samples, config)
-    return dict(zip(names, in_top.mean(axis=0).tolist(), strict=True))
-
-
-def _simulate(
+def simulate(
     per_sample: Mapping[str, np.ndarray],
     gains: Mapping[str, float],
     labels: np.ndarray,
     N: int,
     config: RaceConfig,
 ) -> tuple[list[str], np.ndarray]:
-    """Return names, and who is among the final k best in each simulation, (R, n)."""
+    """Return names, and who is among the final k best in each simulation, (R, n).
+
+    From the contributions of the images so far, (m,) for each backbone, and from the `gains` that
+    the last doubling of the images has brought; see the module for the formula.
+    """
     c = bootstrap({name: per_sample[name] for name in gains}, labels, seed=config.seed)
     m, names = len(labels), list(map(str, c.names))
     rng = np.random.default_rng([config.seed, m])

@@ -34,7 +34,7 @@ from scipy.stats import t as student
 from sfda_tune.values.features import Value, read_only
 from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import is_integer, is_number, some
+from sfda_tune.values.text import integer, is_number, some
 
 __all__ = ["Confidence", "bootstrap", "confidence", "find_plausible", "shortlist", "shrink"]
 
@@ -108,10 +108,8 @@ class Confidence(Value):
         ValueError
             If `k` is not one of 1 … ``in_top.shape[1]``.
         """
-        most = self.in_top.shape[1]
-        if not is_integer(k, 1, most):
-            raise ValueError(f"`k` must be an integer in 1 … {most} but is {k!r}.")
-        return dict(zip(self.names, self.in_top[:, k - 1].tolist(), strict=True))
+        column = integer("k", k, 1, self.in_top.shape[1]) - 1
+        return dict(zip(self.names, self.in_top[:, column].tolist(), strict=True))
 
     def difference(self, a: Name, b: Name) -> tuple[float, float]:
         """Return the paired interval of score(a) − score(b), for a pair chosen beforehand.
@@ -579,15 +577,12 @@ def _bootstrap(
     level: float,
 ) -> Confidence:
     """`bootstrap` of rows that are in rank order."""
-    if not is_integer(n_resamples, 2):
-        raise ValueError(f"`n_resamples` must be an integer ≥ 2 but is {n_resamples!r}.")
+    n_resamples, seed = integer("n_resamples", n_resamples, 2), integer("seed", seed, 0)
+    n = len(names)
+    if k is not None:
+        integer("k", k, 1, n)
     if not is_number(level) or not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1) but is {level!r}; 0.9 means 90 %.")
-    if not is_integer(seed, 0):
-        raise ValueError(f"`seed` must be an integer ≥ 0 but is {seed!r}.")
-    n = len(names)
-    if k is not None and not is_integer(k, 1, n):
-        raise ValueError(f"`k` must be None or an integer in 1 … {n} but is {k!r}.")
     y, classes = encode_labels(labels)
     if X.shape[1] != len(y):
         raise ValueError(_lengths(X, y))
@@ -597,7 +592,7 @@ def _bootstrap(
             f"`labels` must give some class two images but all {len(classes)} classes have one; "
             "nothing can be resampled. Pass classes, not names of images."
         )
-    M, resolution = _resample(X, y, n_c, int(n_resamples), int(seed))
+    M, resolution = _resample(X, y, n_c, n_resamples, seed)
     score = np.ascontiguousarray(X).mean(axis=1)  # any other layout is added up otherwise
     low, high = np.quantile(M, [(1 - level) / 2, (1 + level) / 2], axis=0)
     dof = int((n_c - 1).sum())
@@ -606,7 +601,7 @@ def _bootstrap(
     delta, sigma = pairs.delta, pairs.sigma
     sure = np.abs(delta) > c[:, None] * sigma
     separable = np.abs(delta) > c_all * sigma
-    draws = shrink(score, M, seed=int(seed))
+    draws = shrink(score, M, seed=seed)
     rank_interval = [1 + (sure & (delta < 0)).sum(axis=1), n - (sure & (delta > 0)).sum(axis=1)]
     return Confidence(
         names,

@@ -29,7 +29,7 @@ import numpy as np
 
 from sfda_tune.values.features import Score, Value, read_only
 from sfda_tune.values.files import check, parse_json, read_text, write_text
-from sfda_tune.values.text import csv_line, format_count, is_integer, json_text, printable
+from sfda_tune.values.text import csv_line, format_count, integer, json_text, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,9 +157,8 @@ class Ranking(Value, Mapping[str, float]):
             # by its name, when it is asked for: values import nothing that lies above them
             judge = importlib.import_module("sfda_tune.selection.uncertainty")
             return [str(name) for name in judge.shortlist(judge.confidence(self), probability)]
-        if k is None or not is_integer(k, 1):
-            raise ValueError(f"`k` must be an integer ≥ 1 but is {k!r}.")
-        return [s.backbone for s in self.scores if s.error is None][: int(k)]
+        k = integer("k", k, 1)
+        return [s.backbone for s in self.scores if s.error is None][:k]
 
     # Written and read -----------------------------------------------------------------------
     def records(self) -> list[dict[str, Any]]:
