@@ -35,17 +35,8 @@ FORMAT = "sfda_tune.features/2"  # raise the number when what an entry means cha
 SUFFIX = ".safetensors"
 # Protocols that know no folders: to make one would look at the whole bucket, or make a bucket.
 OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
-
-
-COUNT = (int, None)
-INFO = {
-    "backbone?": str,
-    "n_params?": COUNT,
-    "forward_seconds?": float,
-    "device?": str,
-    "peak_memory?": COUNT,
-    "peak_batch?": COUNT,
-}
+INFO = {"backbone?": str, "device?": str, "forward_seconds?": float}
+INFO |= dict.fromkeys(("n_params?", "peak_memory?", "peak_batch?"), (int, None))
 # What reading a damaged entry raises; JSON may be nested more deeply than Python's stack.
 DAMAGED = (SafetensorError, OSError, ValueError, KeyError, RecursionError)
 
@@ -170,10 +161,7 @@ class FeatureStore:
 
     def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Iterate over the files of all entries."""
-        yield from self._files(f"*{SUFFIX}")
-
-    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in sorted(self.root.glob(f"features/??/{pattern}")):
+        for path in sorted(self.root.glob(f"features/??/*{SUFFIX}")):
             with contextlib.suppress(FileNotFoundError):  # another process clears it
                 if path.is_file():
                     yield path, path.stat()
@@ -286,7 +274,8 @@ class RemoteStore(FeatureStore):
                 "address, the credentials and the network, or pass a folder."
             ) from error
 
-    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+    def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Refuse: to list a bucket may take hours."""
         raise ValueError(f"{self.root} is managed with the tools of its host, not from here.")
 
 

@@ -77,16 +77,9 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "MONITORS",
-    "DivergedError",
-    "Epoch",
-    "FineTuning",
-    "FinetuneConfig",
-    "OutOfTimeError",
-    "SharedWork",
-    "finetune",
-    "measure",
-]
+    "MONITORS", "DivergedError", "Epoch", "FineTuning", "FinetuneConfig", "OutOfTimeError",
+    "SharedWork", "finetune", "measure",
+]  # fmt: skip
 
 T = TypeVar("T")
 

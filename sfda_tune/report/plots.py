@@ -69,22 +69,17 @@ def plot_ranking(ranking: Mapping[str, float], *, top: int = 30, ax: Axes | None
 
     `ranking` is a `Ranking`, or a mapping of str to float, then without intervals.
     """
-    from sfda_tune.selection.uncertainty import confidence
+    from sfda_tune.selection.uncertainty import find_confidence
 
     order = sorted((n for n in ranking if math.isfinite(ranking[n])), key=lambda n: -ranking[n])
     names = order[:top][::-1]
     ax = _axes(ax, 1.2 + 0.28 * len(names))
     values, places = np.array([ranking[name] for name in names]), np.arange(len(names))
     xerr = None
-    if isinstance(ranking, Ranking):
-        try:
-            c = confidence(ranking)
-        except ValueError:  # no mean over images, or nothing was scored
-            pass
-        else:
-            between = dict(zip(c.names, c.score_interval, strict=True))
-            ends = np.array([between.get(n, (ranking[n],) * 2) for n in names])
-            xerr = np.abs(ends - values[:, None]).T
+    if isinstance(ranking, Ranking) and (c := find_confidence(ranking)):
+        between = dict(zip(c.names, c.score_interval, strict=True))
+        ends = np.array([between.get(n, (ranking[n],) * 2) for n in names])
+        xerr = np.abs(ends - values[:, None]).T
     ax.errorbar(values, places, xerr=xerr, fmt="o", color=OKABE_ITO["blue"], capsize=3)
     ax.set_yticks(places, names, parse_math=False)
     ax.set_xlabel(getattr(ranking, "metric", "") or "score")

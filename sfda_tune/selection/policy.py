@@ -63,14 +63,9 @@ from sfda_tune.selection.calibration import (
 from sfda_tune.values.text import integer, is_integer, require, some
 
 __all__ = [
-    "BackbonePolicy",
-    "choose",
-    "delegate_to_base_sampler",
-    "find_backed_off",
-    "make_seed",
-    "scalarize",
-    "survivors",
-]
+    "BackbonePolicy", "choose", "delegate_to_base_sampler", "find_backed_off", "make_seed",
+    "scalarize", "survivors",
+]  # fmt: skip
 
 POLICIES = ("calibrated", "prior", "greedy")
 _WEIGHTS = 3  # a random stream beside those of the hosts

@@ -36,7 +36,10 @@ from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, some
 
-__all__ = ["Confidence", "bootstrap", "confidence", "find_plausible", "shortlist", "shrink"]
+__all__ = [
+    "Confidence", "bootstrap", "confidence", "find_confidence", "find_plausible", "shortlist",
+    "shrink",
+]  # fmt: skip
 
 Name: TypeAlias = str | int
 
@@ -360,6 +363,14 @@ def confidence(
         )
     result = _bootstrap(tuple(names), X[:, rows], labels[rows], n_resamples, seed, k, level)
     return replace(result, n_fixed=int((~many).sum()))
+
+
+def find_confidence(ranking: Ranking) -> Confidence | None:
+    """Return `confidence`; None if the metric is no mean over images, or nothing was scored."""
+    try:
+        return confidence(ranking)
+    except ValueError:
+        return None
 
 
 def shortlist(confidence: Confidence, probability: float = 0.95) -> list[Name]:

@@ -10,20 +10,9 @@ from typing import Any
 from sfda_tune.values.files import AtLeast
 
 __all__ = [
-    "CLASSIFIER",
-    "CONFIG",
-    "ENVIRONMENT",
-    "EXPERIMENTS",
-    "FOUND",
-    "HARD_IMAGE",
-    "PROVENANCE",
-    "RANKING",
-    "RECORD",
-    "SEARCH",
-    "SEARCHER",
-    "STATE",
-    "TRIAL",
-]
+    "CLASSIFIER", "CONFIG", "ENVIRONMENT", "EXPERIMENTS", "FOUND", "HARD_IMAGE", "PROVENANCE",
+    "RANKING", "RECORD", "SEARCH", "SEARCHER", "STATE", "TRIAL",
+]  # fmt: skip
 
 COUNT = (AtLeast(0), None)
 NUMBER = (float, None)

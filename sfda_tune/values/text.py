@@ -17,19 +17,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "csv_line",
-    "describe_images",
-    "format_count",
-    "integer",
-    "is_integer",
-    "is_number",
-    "json_text",
-    "one_line",
-    "printable",
-    "read_csv_cell",
-    "require",
-    "some",
-]
+    "csv_line", "describe_images", "format_count", "integer", "is_integer", "is_number",
+    "json_text", "one_line", "printable", "read_csv_cell", "require", "some",
+]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full width
