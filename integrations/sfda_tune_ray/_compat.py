@@ -27,11 +27,26 @@ from ray.tune.search.sample import Categorical, Domain, Quantized, _BackwardsCom
 from ray.tune.search.variant_generator import assign_value, parse_spec_vars
 
 __all__ = [
-    "Categorical", "Domain", "Weighted", "add_point", "assign_value", "brings_space",
-    "check_base_scheduler", "check_base_searcher", "copy_searcher", "end_at_once", "flatten_dict",
-    "is_lost", "pack_space", "parse_spec_vars", "read_scheduler", "stop_unstarted",
-    "unflatten_dict", "unpack_space", "write_scheduler",
-]  # fmt: skip
+    "Categorical",
+    "Domain",
+    "Weighted",
+    "add_point",
+    "assign_value",
+    "brings_space",
+    "check_base_scheduler",
+    "check_base_searcher",
+    "copy_searcher",
+    "end_at_once",
+    "flatten_dict",
+    "is_lost",
+    "pack_space",
+    "parse_spec_vars",
+    "read_scheduler",
+    "stop_unstarted",
+    "unflatten_dict",
+    "unpack_space",
+    "write_scheduler",
+]
 
 # Searchers of Ray 2.60 that fail with newer versions of what they wrap, from this major on.
 _OUTDATED = {"AxSearch": ("ax-platform", 1), "BayesOptSearch": ("bayesian-optimization", 2)}

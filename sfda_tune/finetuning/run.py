@@ -77,9 +77,16 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "MONITORS", "DivergedError", "Epoch", "FineTuning", "FinetuneConfig", "OutOfTimeError",
-    "SharedWork", "finetune", "measure",
-]  # fmt: skip
+    "MONITORS",
+    "DivergedError",
+    "Epoch",
+    "FineTuning",
+    "FinetuneConfig",
+    "OutOfTimeError",
+    "SharedWork",
+    "finetune",
+    "measure",
+]
 
 T = TypeVar("T")
 
