@@ -28,7 +28,6 @@ from sfda_tune.values.files import digest_file
 __all__ = ["fingerprint"]
 
 
-# What the features depend on --------------------------------------------------------------------
 def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
     """Return a digest of all that a backbone's features depend on, apart from the images.
 

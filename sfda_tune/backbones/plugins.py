@@ -18,7 +18,6 @@ class BackboneError(ValueError):
     """A backbone spec that cannot be understood, or a backbone that cannot be opened."""
 
 
-# Plug-ins ---------------------------------------------------------------------------------------
 _PLUGINS: dict[str, ModuleType] = {}
 _PLUGIN_LOCK = threading.RLock()
 

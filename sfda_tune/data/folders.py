@@ -42,9 +42,6 @@ def _check_folder_names(names: Iterable[str], where: str) -> None:
         )
 
 
-# ---- folders
-
-
 def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 

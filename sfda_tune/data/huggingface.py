@@ -19,8 +19,6 @@ from sfda_tune.data.parts import choose, choose_rows, part_of, read_parts
 from sfda_tune.data.tables import as_cell, find_column
 from sfda_tune.values.text import one_line, printable
 
-# ---- Hugging Face
-
 
 def open_hub(
     spec: str,

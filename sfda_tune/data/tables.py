@@ -22,9 +22,6 @@ IMAGE_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", 
 LABEL_COLUMNS = ("label", "class", "target", "category", "y")
 
 
-# ---- tables
-
-
 def find_column(
     argument: str, given: str | None, columns: Iterable[str], where: str, typed: Sequence[str] = ()
 ) -> str:

@@ -21,7 +21,6 @@ from sfda_tune.extraction.plan import Unit
 __all__ = ["find_crashing_images"]
 
 
-# Images that end the process --------------------------------------------------------------------
 CRASH_REASON = (
     "a process that decodes it "  # then what becomes of it; how such an image is known again
 )

@@ -36,13 +36,13 @@ _INFO: dict[str, MetricInfo] = {}
 
 @overload
 def register_metric(
-    function: F, *, name: str | None = ..., needs: str | Sequence[str] = ..., **about: str
+    function: F, *, name: str | None = ..., needs: str | Sequence[str] = ..., **about: Any
 ) -> F: ...
 
 
 @overload
 def register_metric(
-    *, name: str | None = ..., needs: str | Sequence[str] = ..., **about: str
+    *, name: str | None = ..., needs: str | Sequence[str] = ..., **about: Any
 ) -> Callable[[F], F]: ...
 
 

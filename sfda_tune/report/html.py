@@ -49,7 +49,6 @@ COSTS = (  # name, words, whether more is better
 )
 
 
-# Write -------------------------------------------------------------------------------------------
 def write_report(
     source: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> Path:

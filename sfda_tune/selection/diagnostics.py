@@ -93,7 +93,6 @@ def _count(n: int, singular: str, plural: str) -> str:
     return f"{n} {singular if n == 1 else plural}"
 
 
-# Diagnostics -------------------------------------------------------------------------------------
 def _failed(ranking: Ranking) -> Diagnostic | None:
     if not ranking.failed:
         return None
