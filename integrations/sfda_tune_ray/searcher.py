@@ -65,15 +65,12 @@ class SFDASearcher(Searcher):
         Lists are several objectives, with their modes: give them here, not in ``TuneConfig``, and
         no scheduler that compares values. Every trial weighs them anew
         (`sfda_tune.selection.policy.scalarize`), so that all of the front is looked for.
-    policy : {"calibrated", "prior", "greedy"}, default "calibrated"
-        See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
-        searcher.
-    prior_strength : float, default 1.0
-        How many trials the scores weigh before the first trial; 0 ignores them.
+    policy, prior_strength, exploration, cost_exponent
+        See `sfda_tune.selection.policy.choose`. Only the policy "calibrated" leaves trials to the
+        base searcher.
     survivors : int or collection of str, optional
-        Mask: only the best so many, or the named ones, are tried.
-    exploration : float in [0, 1], default 0.05
-        How often a trial steps outside `survivors`; 0 makes the mask strict.
+        Mask: only the best so many, or the named ones, are tried, but for the share `exploration`
+        of the trials.
     spaces : mapping of str to dict, optional
         Parameters that only some backbones have: ``{"vit": {"drop_path": tune.uniform(0, 0.3)}}``.
     conditional : bool, default True
@@ -84,8 +81,6 @@ class SFDASearcher(Searcher):
     costs : mapping of str to float, optional
         Cost of a trial of each backbone, in any unit, such as `Ranking.costs`; default:
         the times of its trials.
-    cost_exponent : float, default 0.0
-        How much costs count; 0 is not at all.
     max_failures : int, default 3
         A backbone that never reported anything and failed so often is not tried again; a trial
         whose machine died does not count if `SchedulerStateCallback` knows this searcher. When no

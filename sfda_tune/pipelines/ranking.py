@@ -29,6 +29,7 @@ from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.racing import RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -200,18 +201,12 @@ def rank(
     if run.unreadable:
         names = [images.item_name(row) for row in sorted(run.unreadable)]
         passing = [why for why in run.unreadable.values() if isinstance(why, Passing)]
-        warnings.warn(
-            f"{len(names)} of {len(images)} images could not be read and were left out: "
-            + ", ".join(names[:5])
-            + (", …" if len(names) > 5 else "")
-            + (
-                f"; {len(passing)} for a reason that may pass ({passing[0]}): the next run reads "
-                "them again"
-                if passing
-                else ""
-            ),
-            stacklevel=2,
-        )
+        text = f"{len(names)} of {len(images)} images could not be read and were left out: "
+        text += some(names)
+        if passing:
+            text += f"; {len(passing)} for a reason that may pass ({passing[0]}): the next run "
+            text += "reads them again"
+        warnings.warn(text, stacklevel=2)
     copies = run.copies.twins.describe(whole)
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
@@ -220,7 +215,12 @@ def rank(
     if report is not None:
         info["executor"] = report
     if result is not None:
-        info["race"] = _report(result, top)
+        info["race"] = {
+            "top": top,
+            "stages": list(result.rungs),
+            "forward_passes": result.n_forward,
+            "full_run": result.n_full,
+        }
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
     ranking = Ranking(
@@ -376,15 +376,6 @@ class _RankingRun:
             return {}
         chosen = select_ensemble(hub, None, min(k, len(hub)))
         return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
-
-
-def _report(result: RaceResult, top: int) -> dict[str, Any]:
-    return {
-        "top": top,
-        "stages": list(result.rungs),
-        "forward_passes": result.n_forward,
-        "full_run": result.n_full,
-    }
 
 
 def _renumber(extraction: Extraction, rows: np.ndarray) -> Extraction:

@@ -44,7 +44,6 @@ import secrets
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ from sfda_tune.selection.calibration import (
     log_improvement,
     scores_by_name,
 )
-from sfda_tune.values.text import integer, is_integer, require, some
+from sfda_tune.values.text import integer, is_integer, is_number, require, some
 
 __all__ = [
     "BackbonePolicy", "choose", "delegate_to_base_sampler", "find_backed_off", "make_seed",
@@ -124,9 +123,7 @@ def choose(
     >>> choose(scores), choose(scores, [Observation("vit", "failed")])
     ('vit', 'resnet')
     """
-    require("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
-    require("exploration", exploration, "in [0, 1]", 0 <= exploration <= 1)
-    require("cost_exponent", cost_exponent, "a number ≥ 0", 0 <= cost_exponent < math.inf)
+    _check_options(policy, prior_strength, exploration, cost_exponent)
     names = sorted(set(scores if candidates is None else candidates))
     require("candidates", names, "the host's choices, at least one", names)
     history = list(history)
@@ -153,6 +150,14 @@ def choose(
         gain[stays == (is_outside and not stays.all())] = -np.inf
     best = np.flatnonzero(gain >= gain.max() - 1e-12)
     return names[int(best[noise[best].argmax()])]
+
+
+def _check_options(policy: Any, prior_strength: Any, exploration: Any, cost_exponent: Any) -> None:
+    require("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
+    for name, value in {"prior_strength": prior_strength, "cost_exponent": cost_exponent}.items():
+        require(name, value, "a number ≥ 0", is_number(value) and 0 <= value < math.inf)
+    is_share = is_number(exploration) and 0 <= exploration <= 1
+    require("exploration", exploration, "in [0, 1]", is_share)
 
 
 def survivors(scores: Mapping[str, float], keep: int | None = None) -> tuple[str, ...]:
@@ -261,31 +266,25 @@ class BackbonePolicy:
     def __post_init__(self) -> None:
         given: Any = self.scores
         scores = scores_by_name(given, "scores")
-        require("policy", self.policy, f"one of {', '.join(POLICIES)}", self.policy in POLICIES)
-        strength, part = self.prior_strength, self.exploration
+        _check_options(self.policy, self.prior_strength, self.exploration, self.cost_exponent)
         mask: Any = self.survivors
-        strong = isinstance(strength, Real) and 0 <= strength < math.inf
-        require("prior_strength", strength, "a number ≥ 0", strong)
-        require("exploration", part, "in [0, 1]", isinstance(part, Real) and 0 <= part <= 1)
         if isinstance(mask, str) or not hasattr(mask, "__len__"):  # else names; an array, too
             count = mask is None or is_integer(mask, 1)
             require("survivors", mask, "an integer ≥ 1, names or None", count)
         else:
             require("survivors", mask, "an integer ≥ 1, names or None", len(mask))
             mask = tuple(sorted(backbone_name(name) for name in mask))
-        costs, exponent = self.costs, self.cost_exponent
+        costs = self.costs
         paid = costs is None or (isinstance(costs, Mapping) and all(v > 0 for v in costs.values()))
         require("costs", costs, "a mapping of names to numbers > 0, or None", paid)
-        sound = isinstance(exponent, Real) and 0 <= exponent < math.inf
-        require("cost_exponent", exponent, "a number ≥ 0", sound)
         settled = {
             "errors": estimate_errors(given) if self.errors is None else self.errors,
             "scores": scores,
             "survivors": mask if mask is None or isinstance(mask, tuple) else int(mask),
             "costs": None if costs is None else {backbone_name(k): float(costs[k]) for k in costs},
-            "prior_strength": float(strength),
-            "exploration": float(part),
-            "cost_exponent": float(exponent),
+            "prior_strength": float(self.prior_strength),
+            "exploration": float(self.exploration),
+            "cost_exponent": float(self.cost_exponent),
         }
         for name, value in settled.items():
             object.__setattr__(self, name, value)
