@@ -18,8 +18,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "optunahub":
         raise
     raise ModuleNotFoundError(
-        "BackboneSelectionProblem needs optunahub: pip install optunahub",
-        name="optunahub",
+        "BackboneSelectionProblem needs optunahub: pip install optunahub", name="optunahub"
     ) from error
 
 __all__ = ["BackboneSelectionProblem"]

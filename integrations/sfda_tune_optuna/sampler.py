@@ -254,11 +254,7 @@ class SFDASampler(BaseSampler):
         return value
 
     def after_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Tell the base sampler; forget the trial; say once if the scores mislead."""
         if state == TrialState.FAIL:  # a killed worker cannot say so: its trial is no evidence

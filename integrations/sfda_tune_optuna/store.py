@@ -31,10 +31,7 @@ class SFDAWarning(UserWarning):
 
 
 def save_ranking(
-    study: Study,
-    ranking: Mapping[Any, float],
-    *,
-    settings: Mapping[str, Any] | None = None,
+    study: Study, ranking: Mapping[Any, float], *, settings: Mapping[str, Any] | None = None
 ) -> None:
     """Write a ranking, without its per-image terms, to the study's user attributes.
 

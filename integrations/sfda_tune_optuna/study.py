@@ -178,10 +178,7 @@ def extend_backbones(
 
 
 def calibrate_study(
-    study: Study,
-    ranking: Mapping[Any, float] | None = None,
-    *,
-    param_name: str | None = None,
+    study: Study, ranking: Mapping[Any, float] | None = None, *, param_name: str | None = None
 ) -> Calibration:
     """Compare a ranking, by default the saved one, with the trials of a study."""
     ranking = load_ranking(study) if ranking is None else ranking

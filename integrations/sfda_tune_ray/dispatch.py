@@ -97,24 +97,21 @@ def make_bundles(
     names = sorted((n for n in sizes if missing[n]), key=lambda n: (-cost[n], n))
     work = sum((cost[n] + DECODING) * len(missing[n]) for n in names)
     largest = work / (UNITS_PER_ACTOR * actors)
-    bundles: list[Bundle] = []
-    open_: dict[Hashable, list[str]] = {}
-    for name in [*names, None]:
-        groups = [sizes[name][0]] if name is not None else list(open_)
-        for key in groups:
-            group = open_.get(key, [])
-            new = [*group, name] if name is not None else group
-            full = len(new) > 1 and (
-                4 * sum(sizes[n][1] for n in new) > memory
-                or DECODING + sum(cost[n] for n in new) > largest
-            )
-            if group and (full or name is None):
-                todo = deque(sorted(frozenset().union(*(missing[n] for n in group))))
-                total = DECODING + sum(cost[n] for n in group)
-                bundles.append(Bundle(tuple(group), total, todo))
-                open_[key] = []
-            if name is not None:
-                open_.setdefault(key, []).append(name)
+    groups: list[list[str]] = []
+    latest: dict[Hashable, list[str]] = {}  # by key: what the next backbone joins
+    for name in names:
+        group = latest.get(sizes[name][0])
+        if group is None or (
+            4 * sum(sizes[n][1] for n in [*group, name]) > memory
+            or DECODING + sum(cost[n] for n in [*group, name]) > largest
+        ):
+            group = latest[sizes[name][0]] = []
+            groups.append(group)
+        group.append(name)
+    bundles = []
+    for group in groups:
+        todo = deque(sorted(frozenset().union(*(missing[n] for n in group))))
+        bundles.append(Bundle(tuple(group), DECODING + sum(cost[n] for n in group), todo))
     return sorted(bundles, key=lambda b: -b.cost * len(b.todo))
 
 
@@ -233,12 +230,10 @@ class Dispatcher:
             return names
         parts = [task]
         if task.attempts > 1 and len(names) > 1:
-            parts = []
-            for name in names:
-                self._number += 1
-                part = Task(self._number, task.bundle, (name,), task.shards, task.attempts)
-                parts.append(part)
-            task.parts = parts
+            about = task.shards, task.attempts
+            numbered = enumerate(names, self._number + 1)
+            parts = task.parts = [Task(n, task.bundle, (name,), *about) for n, name in numbered]
+            self._number += len(parts)
         if died:
             self.again.extendleft(reversed(parts))
         else:

@@ -547,12 +547,7 @@ class SFDASearcher(Searcher):
         return self._bases[key]
 
     def _tell(
-        self,
-        trial_id: str,
-        old: Record,
-        new: Record,
-        result: dict[str, Any] | None,
-        error: bool,
+        self, trial_id: str, old: Record, new: Record, result: dict[str, Any] | None, error: bool
     ) -> None:
         """Pass the end of a trial on: to the base searcher that proposed it, and to others."""
         asked = None

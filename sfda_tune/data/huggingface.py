@@ -21,11 +21,7 @@ from sfda_tune.values.text import one_line, printable
 
 
 def open_hub(
-    spec: str,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    least: int,
+    spec: str, split: str | None, image_column: str | None, label_column: str | None, least: int
 ) -> ImageDataset:
     """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder."""
     datasets, text = need("datasets", "'hf:'"), spec[3:]

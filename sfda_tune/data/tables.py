@@ -50,11 +50,7 @@ def as_cell(value: Any, base: str) -> str | bytes | None:
 
 
 def open_table(
-    spec: Any,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    least: int,
+    spec: Any, split: str | None, image_column: str | None, label_column: str | None, least: int
 ) -> ImageDataset:
     """Open a CSV or Parquet file."""
     path = absolute(spec)

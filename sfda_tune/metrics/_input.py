@@ -79,12 +79,7 @@ class Data:
 
     def details(self) -> dict[str, Any]:
         """Sizes and dtype."""
-        return {
-            "n_samples": self.N,
-            "n_dims": self.D,
-            "n_classes": self.C,
-            "dtype": self.dtype,
-        }
+        return {"n_samples": self.N, "n_dims": self.D, "n_classes": self.C, "dtype": self.dtype}
 
 
 def load(features: Any, labels: Any, name: str = "features") -> Data:

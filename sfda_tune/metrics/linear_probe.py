@@ -151,12 +151,7 @@ class _Fold:
         """Fill in the held-out log-probabilities and decisions; tell whether it converged."""
         n = len(self.X)
         self.theta, converged = fit_softmax(
-            self.X,
-            self.y,
-            len(self.classes),
-            1 / (C * n),
-            start=self.theta,
-            tolerance=TOLERANCE,
+            self.X, self.y, len(self.classes), 1 / (C * n), start=self.theta, tolerance=TOLERANCE
         )
         p = log_softmax(self.X_test @ self.theta[:-1] + self.theta[-1], axis=1)
         right[self.test] = self.classes[p.argmax(axis=1)] == self.y_test

@@ -149,10 +149,7 @@ HARD_IMAGE: dict[Any, Any] = {
     "predicted": str,
     "p_label": NUMBER,
 }
-SPLITS: dict[Any, Any] = {
-    "left_out?": {str: [AtLeast(0, int)]},
-    "copies?": [[AtLeast(0, int)]],
-}
+SPLITS: dict[Any, Any] = {"left_out?": {str: [AtLeast(0, int)]}, "copies?": [[AtLeast(0, int)]]}
 EXPERIMENTS = [{"trials": [str], "end": TEXT, "n_trials": (int, None)}]
 PROVENANCE: dict[Any, Any] = {"classes": [str], "backbone": object}
 CLASSIFIER: dict[Any, Any] = {
