@@ -10,7 +10,7 @@ import numpy as np
 
 from sfda_tune.backbones.devices import check_precision
 from sfda_tune.values.features import Backbone, Features
-from sfda_tune.values.text import integer
+from sfda_tune.values.text import integer, require
 
 __all__ = ["PRECISIONS", "Extraction", "Map", "Settings"]
 
@@ -59,10 +59,8 @@ class Settings:
     max_unreadable: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"`precision` must be one of {', '.join(PRECISIONS)} but is {self.precision!r}."
-            )
+        rule = f"one of {', '.join(PRECISIONS)}"
+        require("precision", self.precision, rule, self.precision in PRECISIONS)
         check_precision(self.precision, self.device)
         for name, least in (("batch_size", 1), ("workers", 0)):
             value = getattr(self, name)

@@ -17,6 +17,7 @@ from typing import Any
 
 from sfda_tune.backbones.loading import read_config, timm_name
 from sfda_tune.finetuning.trainer import find_specs
+from sfda_tune.values.lazy import import_optional
 from sfda_tune.values.text import integer
 
 __all__ = ["to_autogluon", "to_ludwig"]
@@ -85,15 +86,11 @@ def to_autogluon(
         return result
     n_trials = len(names) if n_trials is None else integer("n_trials", n_trials, 1)
     if choice is None:
-        try:
-            from autogluon.common import space  # type: ignore[import]
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "to_autogluon with k > 1 makes a search space of AutoGluon's: pip install "
-                "autogluon.multimodal, or pass `choice`, as lambda *names: tune.choice(names)",
-                name=error.name,
-            ) from error
-        choice = space.Categorical
+        advice = (
+            "to_autogluon with k > 1 makes a search space of AutoGluon's: pip install "
+            "autogluon.multimodal, or pass `choice`, as lambda *names: tune.choice(names)"
+        )
+        choice = import_optional("autogluon.common.space", advice).Categorical
     assert choice is not None
     result["hyperparameters"][key] = choice(*names)
     result["hyperparameter_tune_kwargs"] = {

@@ -29,7 +29,7 @@ from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.racing import RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import some
+from sfda_tune.values.text import integer, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -161,11 +161,8 @@ def rank(
             f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
             "leave race out, or take 'sfda'."
         )
-    if ensemble is not None and not 1 <= ensemble <= len(candidates):
-        raise ValueError(
-            f"`ensemble` must be an integer from 1 to {len(candidates)}, the number of backbones, "
-            f"but is {ensemble!r}."
-        )
+    if ensemble is not None:
+        ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
         dataset, split=split, image_column=image_column, label_column=label_column
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.lazy import import_optional
 from sfda_tune.values.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -216,11 +217,5 @@ def _axes(ax: Axes | None, height: float = 4.0) -> Axes:
 
 def import_figure() -> Any:
     """Return matplotlib's `Figure`; ImportError says what to install."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "sfda_tune.report.plots needs matplotlib: pip install 'sfda-tune[report]'.",
-            name=error.name,
-        ) from error
-    return Figure
+    advice = "sfda_tune.report.plots needs matplotlib: pip install 'sfda-tune[report]'."
+    return import_optional("matplotlib.figure", advice).Figure

@@ -1,4 +1,4 @@
-"""Names that a package hands out, while the modules that define them are imported when used."""
+"""Modules that are imported when they are used: a package's own, and those not everybody has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["hand_out"]
+__all__ = ["hand_out", "import_optional"]
 
 
 def hand_out(
@@ -24,3 +24,11 @@ def hand_out(
         return value
 
     return get, lambda: sorted({*vars(sys.modules[package]), *home})
+
+
+def import_optional(module: str, advice: str) -> Any:
+    """Import a module that not everybody has, or say in a ModuleNotFoundError what to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(advice, name=error.name) from error

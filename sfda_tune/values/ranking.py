@@ -29,6 +29,7 @@ import numpy as np
 
 from sfda_tune.values.features import Score, Value, read_only
 from sfda_tune.values.files import check, parse_json, read_text, write_text
+from sfda_tune.values.lazy import import_optional
 from sfda_tune.values.text import csv_line, format_count, integer, json_text, printable
 
 if TYPE_CHECKING:
@@ -253,12 +254,8 @@ class Ranking(Value, Mapping[str, float]):
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return `records` as a `pandas.DataFrame` (needs pandas: extra ``data``)."""
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Ranking.to_dataframe needs pandas: pip install 'sfda-tune[data]'"
-            ) from error
+        advice = "Ranking.to_dataframe needs pandas: pip install 'sfda-tune[data]'"
+        pd = import_optional("pandas", advice)
         return pd.DataFrame.from_records(self.records(), columns=list(_COLUMNS))
 
     def cells(self) -> list[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from optuna.study import Study
 
 from sfda_tune.selection.calibration import estimate_errors, scores_by_name
 from sfda_tune.selection.policy import survivors
+from sfda_tune.values.lazy import import_optional
 from sfda_tune_optuna.history import observe
 from sfda_tune_optuna.store import SFDAWarning, load_ranking
 from sfda_tune_optuna.study import calibrate_study, find_param_name
@@ -215,12 +216,7 @@ def _show(study: Study, utility: float) -> float:
 
 
 def _import_plotly() -> Any:
-    try:
-        import plotly.graph_objects
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "This figure needs plotly: pip install plotly, or use "
-            "sfda_tune_optuna.plots.matplotlib.",
-            name=error.name,
-        ) from error
-    return plotly.graph_objects
+    return import_optional(
+        "plotly.graph_objects",
+        "This figure needs plotly: pip install plotly, or use sfda_tune_optuna.plots.matplotlib.",
+    )
