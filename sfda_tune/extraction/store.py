@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from sfda_tune.values.files import check, clear_leftovers, open_regular, write_bytes
+from sfda_tune.values.files import clear_leftovers, open_regular, parse_json, write_bytes
 
 __all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
 
@@ -37,8 +38,10 @@ SUFFIX = ".safetensors"
 OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
 INFO = {"backbone?": str, "device?": str, "forward_seconds?": float}
 INFO |= dict.fromkeys(("n_params?", "peak_memory?", "peak_batch?"), (int, None))
-# What reading a damaged entry raises; JSON may be nested more deeply than Python's stack.
-DAMAGED = (SafetensorError, OSError, ValueError, KeyError, RecursionError)
+HEADER = {name: {"shape": [int]} for name in ("x", "rows")}
+HEADER |= {"__metadata__": dict.fromkeys(("format", "key", "digest", "unreadable", "info"), str)}
+# What reading a damaged entry raises
+DAMAGED = (SafetensorError, OSError, ValueError, KeyError)
 
 
 class UnreachableError(OSError):
@@ -114,8 +117,7 @@ class FeatureStore:
     def get(self, key: str) -> Entry | None:
         """Return an entry, or None if there is no sound one."""
         try:
-            with self._reading(key) as path:
-                return _read(path, key)
+            return _parse(self._read(key), key)
         except FileNotFoundError:
             return None
         except UnreachableError:
@@ -124,12 +126,13 @@ class FeatureStore:
             logger.warning("ignoring the cache file %s: %s", self.path(key), error)
             return None
 
-    @contextlib.contextmanager
-    def _reading(self, key: str) -> Iterator[Path]:
+    def _read(self, key: str) -> bytes:
         path = self.path(key)
-        yield path
+        with open_regular(path) as file:
+            content = file.read()
         with contextlib.suppress(OSError):  # a read-only store
             os.utime(path)  # last use, for `clear(older_than=…)`
+        return content
 
     def put(self, key: str, entry: Entry) -> None:
         """Write an entry; another process that writes the same key does no harm.
@@ -139,8 +142,6 @@ class FeatureStore:
         OSError
             If the folder cannot be written, for instance on a full disk.
         """
-        from safetensors.numpy import save
-
         x, rows = np.ascontiguousarray(entry.x), np.ascontiguousarray(entry.rows)
         header = {
             "format": FORMAT,
@@ -171,8 +172,10 @@ class FeatureStore:
         totals: dict[str, dict[str, int]] = {}
         for path, stat in self.entries():
             try:
-                with _open(path) as file:
-                    n, name = _count(file), str(_info(file.metadata()).get("backbone", "?"))
+                with open_regular(path) as file:
+                    header = _read_header(file)
+                n, info = header["rows"]["shape"][0], header["__metadata__"]["info"]
+                name = parse_json(info, INFO).get("backbone", "?")
             except DAMAGED:
                 n, name = 0, "(damaged or foreign)"
             total = totals.setdefault(name, {"entries": 0, "images": 0, "bytes": 0})
@@ -242,13 +245,10 @@ class RemoteStore(FeatureStore):
         """Return the place of an entry below the root."""
         return Path("features") / key[:2] / f"{key}{SUFFIX}"
 
-    @contextlib.contextmanager
-    def _reading(self, key: str) -> Iterator[Path]:
+    def _read(self, key: str) -> bytes:
         fs, path = self._place(key)
-        with tempfile.TemporaryDirectory() as folder:  # safetensors reads files, and no others
-            with self._speaking():
-                fs.get_file(path, copy := os.path.join(folder, "entry"))
-            yield Path(copy)
+        with self._speaking():
+            return fs.cat_file(path)
 
     def _write(self, key: str, content: bytes) -> None:
         fs, path = self._place(key)
@@ -280,43 +280,27 @@ class RemoteStore(FeatureStore):
 
 
 # One entry --------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    with open_regular(path), safe_open(path, framework="numpy") as file:
-        yield file
+def _read_header(file: IO[bytes]) -> dict[str, Any]:
+    """Return what a safetensors file says of itself, at its beginning; the arrays are not read."""
+    size = int.from_bytes(file.read(8), "little")
+    return parse_json(file.read(min(size, 1 << 24)).decode(), HEADER)
 
 
-def _count(file: Any) -> int:
-    """Return the number of rows, if the arrays are such as an entry has; they are not read yet."""
-    x, rows = file.get_slice("x"), file.get_slice("rows")
-    if (x.get_dtype(), rows.get_dtype()) != ("F32", "I64"):
-        raise ValueError("its arrays are of other types than an entry's")
-    if len(x.get_shape()) != 2 or rows.get_shape() != x.get_shape()[:1]:
-        raise ValueError("its arrays have other shapes than an entry's")
-    return rows.get_shape()[0]
-
-
-def _info(header: Mapping[str, str] | None) -> dict[str, Any]:
-    info = json.loads((header or {})["info"])
-    check(info, INFO, "info")
-    return info
-
-
-def _read(path: Path, key: str) -> Entry:
-    with _open(path) as file:
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT or header.get("key") != key:
-            raise ValueError("it is not an entry of this key")
-        _count(file)
-        x, rows = file.get_tensor("x"), file.get_tensor("rows")
-    if header.get("digest") != _digest(x, rows, header):
+def _parse(content: bytes, key: str) -> Entry:
+    header = _read_header(io.BytesIO(content))["__metadata__"]
+    if header["format"] != FORMAT or header["key"] != key:
+        raise ValueError("it is not an entry of this key")
+    arrays = load(content)
+    x, rows = arrays["x"], arrays["rows"]
+    if header["digest"] != _digest(x, rows, header):
         raise ValueError("its content is damaged")
-    unreadable = json.loads(header["unreadable"])
-    check(unreadable, {str: str}, "unreadable")
+    if (x.dtype, rows.dtype) != (np.float32, np.int64) or (x.ndim, rows.shape) != (2, x.shape[:1]):
+        raise ValueError("its arrays are not those of an entry")
+    unreadable = parse_json(header["unreadable"], {str: str})
     told = np.sort([*rows, *map(int, unreadable)])
     if (np.diff(rows) <= 0).any() or not np.array_equal(told, np.arange(len(told))):
         raise ValueError("its rows are not those of a shard")
-    return Entry(x, rows, unreadable, _info(header))
+    return Entry(x, rows, unreadable, parse_json(header["info"], INFO))
 
 
 def _digest(x: np.ndarray, rows: np.ndarray, header: Mapping[str, str]) -> str:
