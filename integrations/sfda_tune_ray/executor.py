@@ -67,7 +67,6 @@ class ActorInfo:
 
     node: str
     host: str
-    pid: int
     memory: int  # bytes, for networks and pixels
     reaches_store: bool
 
@@ -111,13 +110,14 @@ class _Extractor:
         return ActorInfo(
             context.get_node_id(),
             ray.util.get_node_ip_address(),
-            os.getpid(),
             int(memory),
             marker is None or os.path.exists(marker),
         )
 
     def run(self, worker: Worker, units: list[Unit], isolated: float | None) -> _Result:
         """Run the units of one bundle on the same shards; first check its images if `isolated`."""
+        import torch
+
         started = time.perf_counter()
         old = self._worker
         if old is None or (old.settings, old.store) != (worker.settings, worker.store):
@@ -140,7 +140,7 @@ class _Extractor:
                 raise RuntimeError(f"{unit.backbone.name} called sys.exit") from error
             if "out of memory" in (outcome.error or "") and len(resident) > 1:
                 resident.clear()
-                _free()
+                torch.cuda.empty_cache()
                 outcome = worker(unit)
             if outcome.error is not None and not is_working(worker.settings.device):
                 os._exit(1)  # every later call would fail, too
@@ -173,13 +173,6 @@ def _check_mount(unit: Unit) -> None:
             f"{os.fspath(paths[0])!r} is not there on the machine {ray.util.get_node_ip_address()}"
             "; every machine of the cluster must have the images under the same path"
         )
-
-
-def _free() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # The driver -------------------------------------------------------------------------------------
@@ -322,7 +315,9 @@ class RayExecutor:
         self._depth -= 1
         if not self._depth:
             try:
-                self._release()
+                for state in list(self._states):
+                    self._dismiss(state)
+                self._forget_marker()
             finally:
                 self._stack.close()
 
@@ -374,7 +369,11 @@ class RayExecutor:
             try:
                 self._alone = time.monotonic() + PATIENCE
                 self._scale_up(worker)
-                self._await_first()
+                while not any(m.info for m in self._states):
+                    pings = {m.ping: m for m in self._states}
+                    for ref in ray.wait(list(pings), timeout=TICK)[0]:
+                        self._on_actor_ready(pings[ref])
+                    self._warn_if_alone()
                 yield from _PlanRun(self, worker, plan, names).outcomes()
             finally:
                 self._counts["seconds"] += time.monotonic() - started
@@ -410,13 +409,6 @@ class RayExecutor:
     def _ping(self, handle: Any) -> Any:
         marker = str(self._marker) if self._marker else None
         return handle.ping.options(max_task_retries=-1).remote(marker)
-
-    def _await_first(self) -> None:
-        while not any(m.info for m in self._states):
-            pings = {m.ping: m for m in self._states}
-            for ref in ray.wait(list(pings), timeout=TICK)[0]:
-                self._on_actor_ready(pings[ref])
-            self._warn_if_alone()
 
     def _warn_if_alone(self) -> None:
         now = time.monotonic()
@@ -462,11 +454,6 @@ class RayExecutor:
         state.mark_unavailable()
         with contextlib.suppress(Exception):  # Ray itself may be gone
             ray.kill(state.handle)
-
-    def _release(self) -> None:
-        for state in list(self._states):
-            self._dismiss(state)
-        self._forget_marker()
 
     def _forget_marker(self) -> None:
         self._store = None

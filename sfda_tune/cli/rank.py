@@ -123,6 +123,7 @@ def rank(
         fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
     from sfda_tune.data.copies import CopiesWarning
+    from sfda_tune.pipelines.progress import Bar
 
     executor = None if ray is None else _ray(ray)
     interrupted = False
@@ -147,7 +148,7 @@ def rank(
             cache=False if no_cache else cache or True,
             plugins=imports or (),
             executor=executor,
-            progress=False if quiet else _bar(),
+            progress=False if quiet else Bar(messages),
             race=race,
             top=top,
             ensemble=ensemble,
@@ -179,12 +180,6 @@ def _ray(address: str) -> Any:
             raise
         fail("--ray needs Ray: pip install 'sfda-tune[ray]'")
     return integration.RayExecutor(address or None)
-
-
-def _bar() -> Any:
-    from sfda_tune.pipelines.progress import Bar
-
-    return Bar(messages)
 
 
 def _write(ranking: Ranking, out: Path) -> str | None:
