@@ -305,8 +305,9 @@ class _RankingRun:
             for extraction in found:
                 for part, spent in extraction.seconds.items():
                     self.seconds[part] += spent
-                if rows is not None:
-                    extraction = _renumber(extraction, rows)
+                if rows is not None:  # as the whole data set numbers them
+                    bad = {int(rows[row]): why for row, why in extraction.unreadable.items()}
+                    extraction = replace(extraction, rows=rows[extraction.rows], unreadable=bad)
                 self.unreadable |= extraction.unreadable
                 name = extraction.backbone.name
                 if seen is not None:
@@ -373,12 +374,6 @@ class _RankingRun:
             return {}
         chosen = select_ensemble(hub, None, min(k, len(hub)))
         return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
-
-
-def _renumber(extraction: Extraction, rows: np.ndarray) -> Extraction:
-    """Name the rows of an extraction from a part of the data set as the whole does."""
-    unreadable = {int(rows[row]): why for row, why in extraction.unreadable.items()}
-    return replace(extraction, rows=rows[extraction.rows], unreadable=unreadable)
 
 
 def _join(old: Extraction | None, new: Extraction) -> Extraction:
