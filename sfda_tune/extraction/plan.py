@@ -174,8 +174,6 @@ def shards_at_once(preprocessings: Iterable[Preprocessing], memory: int | None =
     import psutil
 
     distinct = {p.key: p for p in preprocessings}
-    per_image = 0
-    for p in distinct.values():
-        per_image += pixels.bytes_per_image(p)
+    per_image = sum(map(pixels.bytes_per_image, distinct.values()))
     budget = min(pixels.PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
     return max(1, budget // max(SHARD * per_image, 1))

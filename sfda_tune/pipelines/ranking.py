@@ -207,8 +207,7 @@ def rank(
     copies = run.copies.twins.describe(whole)
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
-    info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
-    info |= copies
+    info = run.info(samples, seed) | copies
     if report is not None:
         info["executor"] = report
     if result is not None:
@@ -364,6 +363,30 @@ class _RankingRun:
         n = len(self.images) - len(self.unreadable) - len(self.copies.dropped)
         return {name: s for name, s in self.scores.items() if s.error or s.n_samples == n}
 
+    def info(self, samples: int | None, seed: int) -> dict[str, Any]:
+        """Return what was ranked, and how."""
+        images, versions = self.images, {}
+        for package in ("sfda-tune", "torch", "timm", "numpy", "scipy", "pillow"):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:  # run from a source tree
+                versions[package] = "unknown"
+        return {
+            "dataset": images.name,
+            "n_samples": len(images) if self.rows is None else len(self.rows),
+            "n_classes": len(images.classes),
+            "classes": list(images.classes),
+            "samples": samples,
+            "seed": seed,
+            "device": self.settings.device,
+            "precision": self.settings.precision,
+            "unreadable": {
+                images.item_name(r): self.unreadable[r] for r in sorted(self.unreadable)
+            },
+            "seconds": self.seconds,
+            "versions": versions,
+        }
+
     def ensemble(self, k: int) -> dict[str, Any]:
         """Choose `k` of the backbones that were scored on all images."""
         names = [
@@ -414,33 +437,3 @@ def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
 
 def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and bool((a == b).all())
-
-
-def _info(
-    images: ImageDataset,
-    settings: Settings,
-    seed: int,
-    samples: int | None,
-    seconds: dict[str, float],
-    unreadable: dict[int, str],
-    rows: Any,
-) -> dict[str, Any]:
-    versions = {}
-    for package in ("sfda-tune", "torch", "timm", "numpy", "scipy", "pillow"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
-            versions[package] = "unknown"
-    return {
-        "dataset": images.name,
-        "n_samples": len(images) if rows is None else len(rows),
-        "n_classes": len(images.classes),
-        "classes": list(images.classes),
-        "samples": samples,
-        "seed": seed,
-        "device": settings.device,
-        "precision": settings.precision,
-        "unreadable": {images.item_name(row): why for row, why in sorted(unreadable.items())},
-        "seconds": seconds,
-        "versions": versions,
-    }
