@@ -48,7 +48,7 @@ from sfda_tune.data.decoding import UNREADABLE
 from sfda_tune.extraction.crashes import find_crashing_images
 from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_at_once
 from sfda_tune.extraction.worker import Worker
-from sfda_tune.values.text import is_integer, is_number, require
+from sfda_tune.values.text import integer, is_number, require
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
 
@@ -261,19 +261,16 @@ class RayExecutor:
         attempts: int = 4,
         options: dict[str, Any] | None = None,
     ) -> None:
-        for name, value in {
-            "actors": actors,
-            "cpus_per_actor": cpus_per_actor,
-            "memory": memory,
-            "unit_seconds": unit_seconds,
-            "deadline": deadline,
-            "image_seconds": image_seconds,
-            "attempts": attempts,
-        }.items():
-            if name in ("actors", "attempts"):
-                require(name, value, "an integer ≥ 1", value is None or is_integer(value, 1))
-            else:
-                require(name, value, "positive", value is None or (is_number(value) and value > 0))
+        self.address, self.actors, self.memory = address, actors, memory
+        self.num_gpus, self.cpus_per_actor = num_gpus, cpus_per_actor
+        self.unit_seconds, self.deadline, self.attempts = unit_seconds, deadline, attempts
+        self.image_seconds, self.options = image_seconds, dict(options or {})
+        for name in ("actors", "attempts"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, integer(name, value, 1))
+        for name in ("cpus_per_actor", "memory", "unit_seconds", "deadline", "image_seconds"):
+            if (value := getattr(self, name)) is not None:
+                require(name, value, "positive", is_number(value) and value > 0)
         x = num_gpus or 0.0
         x = 1 / x if 0 < x < 1 else x
         if not 0 <= x < math.inf or abs(x - round(x)) > 1e-6:
@@ -281,10 +278,6 @@ class RayExecutor:
                 f"`num_gpus` must be 0, 1/n or a whole number but is {num_gpus!r}; take 0.5 or "
                 "0.25."
             )
-        self.address, self.actors, self.memory = address, actors, memory
-        self.num_gpus, self.cpus_per_actor = num_gpus, cpus_per_actor
-        self.unit_seconds, self.deadline, self.attempts = unit_seconds, deadline, attempts
-        self.image_seconds, self.options = image_seconds, dict(options or {})
         self._depth, self._stack = 0, ExitStack()
         self._gpus, self._cpus = 0.0, 1.0
         self._states: list[ActorState] = []
