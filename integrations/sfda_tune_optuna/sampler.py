@@ -383,13 +383,8 @@ class SFDASampler(BaseSampler):
             ]
             n_done = sum(t.state.is_finished() for t in own)
             is_alone = all(t.state != TrialState.RUNNING for t in own)  # else two are the n-th
-            key = [
-                self.policy.seed,
-                _BACKBONE,
-                n_done,
-                n_drawn,
-                0 if is_alone else trial.number + 1,
-            ]
+            key = [self.policy.seed, _BACKBONE, n_done, n_drawn]
+            key.append(0 if is_alone else trial.number + 1)
         with self._lock:
             return _compat.fork_sampler(self._base, key)
 
