@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sfda_tune.cli.options import CacheDir, Debug, Imports
 from sfda_tune.cli.terminal import check_out, fail, messages, show_ranking, split_commas
 from sfda_tune.pipelines.terminal import say
-
-if TYPE_CHECKING:
-    from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.ranking import Ranking
 
 
 def rank(

@@ -11,12 +11,11 @@ import typer
 from rich.table import Table
 
 from sfda_tune.pipelines.terminal import Terminal, say, text
-from sfda_tune.values.ranking import HEADINGS
+from sfda_tune.values.ranking import HEADINGS, Ranking
 from sfda_tune.values.text import printable
 
 if TYPE_CHECKING:
     from sfda_tune.selection.uncertainty import Confidence
-    from sfda_tune.values.ranking import Ranking
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's; recent typers bring their own click
 output = Terminal()  # results, on standard output

@@ -92,9 +92,8 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"count": shorten, "duration": _duration, "number": _number}
+    env.filters |= {"count": shorten, "soft": _soften, "duration": _duration, "number": _number}
     env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
-    env.filters["soft"] = _soften
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
     script = (HERE / "report.js").read_text("utf-8")
