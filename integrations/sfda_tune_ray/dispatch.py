@@ -26,23 +26,12 @@ DECODING = 5e6  # what decoding an image costs, in parameters × (pixels / 224²
 
 @dataclass(eq=False)
 class Bundle:
-    """Backbones that share pixels and a process.
-
-    Parameters
-    ----------
-    names : tuple of str
-    cost : float
-        Of one shard, in any unit; a measurement in seconds replaces it.
-    todo : deque of int
-        Shards that nobody has yet.
-    most : int
-        Shards whose pixels fit into memory at a time.
-    """
+    """Backbones that share pixels and a process."""
 
     names: tuple[str, ...]
-    cost: float
-    todo: deque[int]
-    most: int = 1
+    cost: float  # of one shard, in any unit; a measurement in seconds replaces it
+    todo: deque[int]  # shards that nobody has yet
+    most: int = 1  # shards whose pixels fit into memory at a time
     seconds: float | None = None  # of one shard, as measured
     actors: int = 0
 
@@ -117,20 +106,11 @@ def make_bundles(
 
 @dataclass(eq=False)
 class Dispatcher:
-    """Hands out tasks, and takes back those that went wrong.
-
-    Parameters
-    ----------
-    bundles : sequence of Bundle
-    seconds : float
-        What a unit is to take.
-    attempts : int
-        After so many faults the backbones of a unit have failed.
-    """
+    """Hands out tasks, and takes back those that went wrong."""
 
     bundles: Sequence[Bundle]
-    seconds: float = 15.0
-    attempts: int = 4
+    seconds: float = 15.0  # what a unit is to take
+    attempts: int = 4  # after so many faults the backbones of a unit have failed
     n_actors: int = 1
     again: deque[Task] = field(default_factory=deque)
     failed: set[str] = field(default_factory=set)

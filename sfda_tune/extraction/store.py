@@ -74,23 +74,12 @@ def make_key(images: Iterable[str], weights: str, preprocessing: str, precision:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Features of one backbone on one shard.
+    """Features of one backbone on one shard."""
 
-    Parameters
-    ----------
-    x : array of float32, shape (n_readable, n_dims)
-    rows : array of int64, shape (n_readable,)
-        Position in the shard of each row of `x`; what is missing could not be read.
-    unreadable : mapping of str to str
-        Position in the shard → reason, for the others.
-    info : mapping of str to JSON value
-        Backbone, parameters, seconds: shown, never used as a key.
-    """
-
-    x: np.ndarray
-    rows: np.ndarray
-    unreadable: Mapping[str, str] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
+    x: np.ndarray  # float32, (n_readable, n_dims)
+    rows: np.ndarray  # int64, (n_readable,): position in the shard of each row of `x`
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # position of the others → reason
+    info: Mapping[str, Any] = field(default_factory=dict)  # JSON values, shown, never a key
 
 
 @dataclass(frozen=True)

@@ -93,23 +93,14 @@ class RaceConfig:
 
 @dataclass(frozen=True)
 class RaceResult:
-    """Who was left at each rung, and what it took.
+    """Who was left at each rung, and what it took."""
 
-    Parameters
-    ----------
-    rungs : tuple of dict
-        ``images``, ``backbones`` that saw them, ``dropped`` after them.
-    dropped : dict of str to dict
-        Who left: ``images`` seen, ``p_top``, ``value`` on these images, and ``gain``, the median
-        of what the backbones that finished have won since.
-    n_forward, n_full : int
-        Images × backbones of this run, and of the full one.
-    """
-
-    rungs: tuple[dict[str, Any], ...]
+    rungs: tuple[dict[str, Any], ...]  # images, backbones that saw them, dropped after them
+    # Who left: images seen, p_top, value on these images, and gain, the median of what the
+    # backbones that finished have won since
     dropped: dict[str, dict[str, Any]]
-    n_forward: int
-    n_full: int
+    n_forward: int  # images × backbones of this run,
+    n_full: int  # and of the full one
 
 
 def make_rungs(images: ImageDataset, seed: int = 0) -> list[np.ndarray]:
