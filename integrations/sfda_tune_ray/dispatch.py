@@ -57,26 +57,12 @@ def make_bundles(
     memory: float,
     actors: int,
 ) -> list[Bundle]:
-    """Put backbones that share their pixels together, as many as one process bears.
+    """Put backbones that share pixels together, as many as one process bears; most work first.
 
-    Parameters
-    ----------
-    sizes : mapping of str to (key, parameters, pixels)
-        Backbones with equal keys share pixels; pixels are those of one input, height × width.
-    missing : mapping of str to frozenset of int
-        Shards that each backbone lacks.
-    memory : float
-        Bytes that the weights of a bundle may take.
-    actors : int
-        A bundle is kept so small that there are units enough for all.
+    `sizes` are (key, parameters, pixels of one input) by backbone: those with equal keys share
+    pixels. `missing` are the shards that each lacks, `memory` the bytes that the weights of a
+    bundle may take; a bundle is kept so small that there are units enough for all `actors`.
 
-    Returns
-    -------
-    list of Bundle
-        Most work first.
-
-    Examples
-    --------
     >>> sizes = {"large": (224, 9e7, 224**2), "small": (224, 1e7, 224**2), "wide": (384, 1e7, 9e4)}
     >>> everything = dict.fromkeys(sizes, frozenset(range(100)))
     >>> [b.names for b in make_bundles(sizes, everything, memory=1e9, actors=2)]
@@ -137,12 +123,8 @@ class Dispatcher:
     def next(self, actor: Any, *, ahead: bool = False) -> Task | None:
         """Return the next task of an actor, or None.
 
-        Parameters
-        ----------
-        actor : hashable
-        ahead : bool
-            It still works on another: it gets one only while there is plenty, because at the end
-            an idle actor would do it sooner.
+        One that still works on another (`ahead`) gets one only while there is plenty: at the end
+        an idle actor would do it sooner.
         """
         if self.again and not ahead:
             task = self.again.popleft()

@@ -61,12 +61,8 @@ def default_root() -> Path:
 def make_key(images: Iterable[str], weights: str, preprocessing: str, precision: str) -> str:
     """Return the key of an entry: a digest of all that its features depend on.
 
-    Parameters
-    ----------
-    images : iterable of str
-        Content digest of each image, in order.
-    weights, preprocessing, precision : str
-        Fingerprints of the backbone and of its preprocessing; name of the precision.
+    These are the content digests of the images, in order, the fingerprints of the backbone and of
+    its preprocessing, and the name of the precision.
     """
     text = json.dumps([FORMAT, list(images), weights, preprocessing, precision])
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()

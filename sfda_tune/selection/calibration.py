@@ -33,33 +33,19 @@ RUNS, FAILS = 0.1, 0.02  # Beta prior: a backbone runs or does not, so one failu
 
 @dataclass(frozen=True)
 class Observation:
-    """One trial, as evidence.
-
-    Parameters
-    ----------
-    backbone : str
-    state : {"complete", "pruned", "failed", "running"}
-        Failed: it gave no value and hardly would another time (out of memory). So does a complete
-        trial whose value is missing or not finite.
-    value : float, optional
-        Higher is better. Of a pruned trial the last one reported: a lower bound of the final one.
-    cost : float, optional
-        Seconds.
-    step : float, optional
-        Part of the full budget, in (0, 1], at which a pruned value was seen; else taken as ½.
-    feasible : bool, default True
-        An infeasible trial counts as if its value were the worst of all.
-    params : mapping of str to object, optional
-        The other parameters. If given, values are compared as if all trials had had the best
-        ones; and where nothing else varies, a second trial of a backbone is worthless.
-    """
+    """One trial, as evidence."""
 
     backbone: str
+    # One of STATES. "failed": it gave no value and hardly would another time (out of memory); so
+    # does a complete trial whose value is missing or not finite
     state: str
+    # Higher is better. Of a pruned trial the last one reported: a lower bound of the final one
     value: float | None = None
-    cost: float | None = None
-    step: float | None = None
-    feasible: bool = True
+    cost: float | None = None  # seconds
+    step: float | None = None  # part of the full budget, at which a pruned value was seen; or ½
+    feasible: bool = True  # an infeasible trial counts as if its value were the worst of all
+    # The others. If given, values are compared as if all trials had had the best ones; and where
+    # nothing else varies, a second trial of a backbone is worthless
     params: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -22,22 +22,11 @@ SATURATED = 1 - 1e-6
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A sign that a ranking deserves a second look.
+    """A sign that a ranking deserves a second look."""
 
-    Parameters
-    ----------
-    kind : str
-        ``"failed"``, ``"ties"``, ``"few_samples"``, ``"width"``, ``"small_classes"``,
-        ``"shrinkage"``, ``"unreadable"`` or ``"copies"``.
-    severity : {"warning", "note"}
-        A warning means that the order itself may be wrong.
-    message : str
-        One sentence: what it is, and what to do.
-    """
-
-    kind: str
-    severity: Severity
-    message: str
+    kind: str  # see `diagnose`
+    severity: Severity  # a warning means that the order itself may be wrong
+    message: str  # one sentence: what it is, and what to do
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.message}"

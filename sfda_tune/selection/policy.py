@@ -190,15 +190,9 @@ def delegate_to_base_sampler(
     are thus the host's, and (N − 9)/2 if the trials never supported the scores: what its sampler
     finds in T trials of its own is found in at most 8 T + 15, or 2 T + 9, whatever the scores.
 
-    Parameters
-    ----------
-    number, seed : int ≥ 0
-        Of the trial and of the study; the seed shifts the count.
-    history, scores
-        As of `choose`; without them s > 0 is taken for granted.
+    `number` is that of the trial; the `seed` of the study shifts the count. Without `scores`, s > 0
+    is taken for granted.
 
-    Examples
-    --------
     >>> [n for n in range(30) if delegate_to_base_sampler(n, seed=0)]
     [8, 16, 24]
     """
@@ -357,18 +351,11 @@ def make_seed(seed: int | None) -> int:
 def scalarize(
     values: Sequence[Sequence[float]], weights: Sequence[float] | None = None
 ) -> list[float]:
-    """Return one finite number per trial, higher is better.
+    """Return one finite number per trial, higher is better, from values (n_trials, n_objectives).
 
-    Parameters
-    ----------
-    values : sequence of sequences of float, (n_trials, n_objectives)
-        Higher is better; not NaN.
-    weights : sequence of float, (n_objectives,), optional
-        The number is the weighted mean of the ranks, in (0, 1]. Default: it is the first
-        objective, infinite ones cut to the range of the others.
+    With `weights` (n_objectives,) it is the weighted mean of the ranks, in (0, 1]; else the first
+    objective, infinite ones cut to the range of the others.
 
-    Examples
-    --------
     >>> scalarize([[0.9, -30.0], [0.8, -10.0], [0.7, -20.0]], weights=[0.5, 0.5])
     [0.6666666666666666, 0.8333333333333334, 0.5]
     """

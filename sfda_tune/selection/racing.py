@@ -59,26 +59,11 @@ PER_CLASS = 3  # or so many images for each class
 
 @dataclass(frozen=True)
 class RaceConfig:
-    """The parameters of successive halving.
+    """The parameters of successive halving; a ValueError names one that is out of range."""
 
-    Parameters
-    ----------
-    top : int, default 5
-        How many of the best backbones are to be found; the others are ranked roughly.
-    probability : float in (0, 1), default 0.95
-        With which these are those of the full run.
-    seed : int, default 0
-        Of the order of the images and of the resamples.
-
-    Raises
-    ------
-    ValueError
-        Naming the argument, the rule and the value.
-    """
-
-    top: int = 5
-    probability: float = 0.95
-    seed: int = 0
+    top: int = 5  # of the best backbones are to be found; the others are ranked roughly
+    probability: float = 0.95  # with which these are those of the full run
+    seed: int = 0  # of the order of the images and of the resamples
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "top", integer("top", self.top, 1))
@@ -121,21 +106,11 @@ def run(
     measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray]]],
     config: RaceConfig,
 ) -> RaceResult:
-    """Score `names` on the rungs, fewer of them on each.
+    """Score `names` on the rungs of `make_rungs`, fewer of them on each.
 
-    Parameters
-    ----------
-    names : sequence of str
-    rungs : sequence of arrays of int
-        See `make_rungs`.
-    labels : array of int, shape (n_samples,)
-    measure : callable
-        ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read
-        and, for each backbone that could be scored, their contributions.
-    config : RaceConfig
+    ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read and,
+    for each backbone that could be scored, their contributions.
 
-    Examples
-    --------
     >>> rng = np.random.default_rng(0)
     >>> terms = dict(zip("abcd", rng.normal(size=(4, 800)) + [[1.0], [0.9], [0.1], [0.0]]))
     >>> rungs = [np.arange(m) for m in (50, 100, 200, 400, 800)]

@@ -421,17 +421,8 @@ def find_plausible(
     where they are not: the smallest sets with probability .95 held the best in as few as .30
     (by the resamples as they are) or .72 (by the draws of `shrink`) of the data sets.
 
-    Parameters
-    ----------
-    score : array of float64, shape (n,)
-    resamples : array of float64, shape (R, n)
-        Draws whose deviations from `score` are as the errors of `score`, jointly.
-    dof : int, optional
-        Degrees of freedom behind σ, if it is not known.
-
-    Returns
-    -------
-    array of float64, shape (n,)
+    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly; `dof`
+    are the degrees of freedom behind σ, if it is not known.
 
     References
     ----------
@@ -473,16 +464,8 @@ def shrink(score: np.ndarray, resamples: np.ndarray, *, seed: int = 0) -> np.nda
     Where the best come close to a bound, and where all are equal, P(best) is seldom above .4, and
     too high where it is; elsewhere it is about right (``rank_intervals.md``).
 
-    Parameters
-    ----------
-    score : array of float64, shape (n,)
-    resamples : array of float64, shape (R, n)
-        Draws whose deviations from `score` are as the errors of `score`, jointly.
-    seed : int, default 0
-
-    Returns
-    -------
-    array of float64, shape (R, n)
+    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly; so is
+    what is returned, about the true scores.
 
     References
     ----------
