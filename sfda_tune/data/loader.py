@@ -91,29 +91,15 @@ def cut(n: int, size: int = BATCH) -> list[range]:
 
 
 class Loader:
-    """Makes batches of items in order; may be iterated again and again.
+    """Yields (keys, value) of batches of items, in order; may be iterated again and again.
 
-    Parameters
-    ----------
-    items : object
-        ``items[key]`` makes one item; ``items.name(key)`` is what to call it in messages.
-    batches : iterable of sequence
-        Keys of each batch.
-    collate : callable
-        Makes one value of the items of a batch.
-    workers : int
-        Processes. With 0, a thread of this process makes each batch when it is asked for.
-    threads : int
-        Make batches ahead in so many threads, where there may be no processes: an actor may
-        neither fork (CUDA, gRPC) nor spawn.
-    direct : bool
-        There is nothing to decode: make each batch at once, in the caller's thread.
-    prepare : sequence of callable
-        What the processes call first, each without arguments; importable by its name.
+    ``items[key]`` makes one item, ``items.name(key)`` is what to call it in messages; `collate`
+    makes one value of the items of a batch.
 
-    Yields
-    ------
-    (keys, value)
+    `workers` processes make batches ahead; they call what is in `prepare` first, each importable
+    by its name. With 0, a thread of this process makes each batch when it is asked for; or so many
+    `threads` make them ahead, where there may be no processes: an actor may neither fork (CUDA,
+    gRPC) nor spawn. `direct`: there is nothing to decode, so that the caller's thread makes them.
     """
 
     def __init__(

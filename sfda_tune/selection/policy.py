@@ -190,8 +190,8 @@ def delegate_to_base_sampler(
     are thus the host's, and (N − 9)/2 if the trials never supported the scores: what its sampler
     finds in T trials of its own is found in at most 8 T + 15, or 2 T + 9, whatever the scores.
 
-    `number` is that of the trial; the `seed` of the study shifts the count. Without `scores`, s > 0
-    is taken for granted.
+    `number` is that of the trial; the `seed` of the study shifts the count. Without `scores`,
+    s > 0 is taken for granted.
 
     >>> [n for n in range(30) if delegate_to_base_sampler(n, seed=0)]
     [8, 16, 24]

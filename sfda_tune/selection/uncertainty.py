@@ -421,8 +421,8 @@ def find_plausible(
     where they are not: the smallest sets with probability .95 held the best in as few as .30
     (by the resamples as they are) or .72 (by the draws of `shrink`) of the data sets.
 
-    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly; `dof`
-    are the degrees of freedom behind σ, if it is not known.
+    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly;
+    `dof` are the degrees of freedom behind σ, if it is not known.
 
     References
     ----------
@@ -464,8 +464,8 @@ def shrink(score: np.ndarray, resamples: np.ndarray, *, seed: int = 0) -> np.nda
     Where the best come close to a bound, and where all are equal, P(best) is seldom above .4, and
     too high where it is; elsewhere it is about right (``rank_intervals.md``).
 
-    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly; so is
-    what is returned, about the true scores.
+    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly; the
+    result is (R, n), too.
 
     References
     ----------
