@@ -524,7 +524,8 @@ class SFDASearcher(Searcher):
             own = {str(k): self._spaces.get(backbone) for k, backbone in enumerate(self._choices)}
             own = {k: copy.deepcopy(space) for k, space in own.items() if space}
             return config | ({OWN: own} if own else {})
-        _remove(config, self._path)
+        if isinstance(parent := _read(config, self._path[:-1]), dict):
+            parent.pop(self._path[-1], None)
         for path in _find_paths(self._spaces.get(key, {})):
             _write(config, path, copy.deepcopy(_read(self._spaces[key], path)))
         return config
@@ -678,12 +679,6 @@ def _write(config: dict[str, Any], path: Sequence[Any], value: Any) -> None:
     for part in path[:-1]:
         config = config.setdefault(part, {})
     config[path[-1]] = value
-
-
-def _remove(config: dict[str, Any], path: Sequence[Any]) -> None:
-    parent = _read(config, path[:-1])
-    if isinstance(parent, dict):
-        parent.pop(path[-1], None)
 
 
 def _find_paths(space: Mapping[str, Any]) -> list[tuple[str, ...]]:

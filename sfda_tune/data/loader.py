@@ -265,7 +265,8 @@ class _Process:
     def died(self) -> DatasetError:
         self.process.join(1.0)
         code = self.process.exitcode
-        how = f"code {code}" if code is None or code >= 0 else _signal_name(-code)
+        signals = {-number: number.name for number in signal.Signals}
+        how = signals.get(code, f"code {code}")
         where = f" while it decoded {self.items.name(self.at)}" if self.at is not None else ""
         return DatasetError(
             f"a decoding process died{where} ({how}): either this image crashes the decoder (move "
@@ -285,13 +286,6 @@ class _Process:
         with contextlib.suppress(ValueError, AssertionError):  # nothing is left
             self.process.join(5.0)
             self.process.close()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _start(
