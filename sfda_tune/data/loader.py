@@ -266,7 +266,7 @@ class _Process:
         self.process.join(1.0)
         code = self.process.exitcode
         signals = {-number: number.name for number in signal.Signals}
-        how = signals.get(code, f"code {code}")
+        how = signals.get(code or 0, f"code {code}")
         where = f" while it decoded {self.items.name(self.at)}" if self.at is not None else ""
         return DatasetError(
             f"a decoding process died{where} ({how}): either this image crashes the decoder (move "
