@@ -20,8 +20,9 @@ Nothing heavy is imported until it is used: ``import sfda_tune`` loads neither t
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sfda_tune.values.lazy import hand_out
 
 if TYPE_CHECKING:
     from sfda_tune.backbones.plugins import BackboneError
@@ -39,52 +40,26 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Backbone": "values.features",
-    "BackboneError": "backbones.plugins",
-    "DatasetError": "data.checks",
-    "Features": "values.features",
-    "ImageDataset": "data.dataset",
-    "MetricResult": "values.features",
-    "Ranking": "values.ranking",
-    "RankingInterruptedError": "pipelines.ranking",
-    "Score": "values.features",
-    "extract": "extraction.run",
-    "open_dataset": "data.opening",
-    "rank": "pipelines.ranking",
-    "resolve_backbones": "backbones.specs",
-    "score": "metrics.scoring",
-    "search": "pipelines.search",
-    "select_ensemble": "selection.ensembles",
-}
-
 __all__ = [
-    "Backbone",
-    "BackboneError",
-    "DatasetError",
-    "Features",
-    "ImageDataset",
-    "MetricResult",
-    "Ranking",
-    "RankingInterruptedError",
-    "Score",
-    "extract",
-    "open_dataset",
-    "rank",
-    "resolve_backbones",
-    "score",
-    "search",
-    "select_ensemble",
-]
+    "Backbone", "BackboneError", "DatasetError", "Features", "ImageDataset", "MetricResult",
+    "Ranking", "RankingInterruptedError", "Score", "extract", "open_dataset", "rank",
+    "resolve_backbones", "score", "search", "select_ensemble",
+]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sfda_tune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"sfda_tune.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = hand_out(
+    __name__,
+    {
+        "backbones.plugins": "BackboneError",
+        "backbones.specs": "resolve_backbones",
+        "data.checks": "DatasetError",
+        "data.dataset": "ImageDataset",
+        "data.opening": "open_dataset",
+        "extraction.run": "extract",
+        "metrics.scoring": "score",
+        "pipelines.ranking": "RankingInterruptedError rank",
+        "pipelines.search": "search",
+        "selection.ensembles": "select_ensemble",
+        "values.features": "Backbone Features MetricResult Score",
+        "values.ranking": "Ranking",
+    },
+)

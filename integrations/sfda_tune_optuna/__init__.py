@@ -19,8 +19,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 try:
     import optuna  # noqa: F401
@@ -31,6 +30,7 @@ except ModuleNotFoundError as error:
         "sfda_tune_optuna needs Optuna: pip install 'sfda-tune[optuna]'", name="optuna"
     ) from error
 
+from sfda_tune.values.lazy import hand_out
 from sfda_tune_optuna.callbacks import CalibrationCallback
 from sfda_tune_optuna.pruner import SFDAPruner, gate
 from sfda_tune_optuna.sampler import SFDASampler
@@ -49,38 +49,18 @@ if TYPE_CHECKING:
     from sfda_tune_optuna.plots import plot_backbone_ranking, plot_proxy_calibration
 
 __all__ = [
-    "BackboneSelectionProblem",
-    "CalibrationCallback",
-    "SFDAPruner",
-    "SFDASampler",
-    "SFDAWarning",
-    "calibrate_study",
-    "enqueue_top_k",
-    "extend_backbones",
-    "gate",
-    "hp_space",
-    "load_ranking",
-    "plot_backbone_ranking",
-    "plot_proxy_calibration",
-    "publish_to_dashboard",
-    "save_ranking",
+    "BackboneSelectionProblem", "CalibrationCallback", "SFDAPruner", "SFDASampler", "SFDAWarning",
+    "calibrate_study", "enqueue_top_k", "extend_backbones", "gate", "hp_space", "load_ranking",
+    "plot_backbone_ranking", "plot_proxy_calibration", "publish_to_dashboard", "save_ranking",
     "suggest_backbone",
-]
+]  # fmt: skip
 
 # They need plotly, optuna-dashboard or optunahub, which a worker does not.
-_LAZY = {
-    "BackboneSelectionProblem": "benchmark",
-    "plot_backbone_ranking": "plots",
-    "plot_proxy_calibration": "plots",
-    "publish_to_dashboard": "dashboard",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'sfda_tune_optuna' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sfda_tune_optuna.{_LAZY[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = hand_out(
+    __name__,
+    {
+        "benchmark": "BackboneSelectionProblem",
+        "dashboard": "publish_to_dashboard",
+        "plots": "plot_backbone_ranking plot_proxy_calibration",
+    },
+)

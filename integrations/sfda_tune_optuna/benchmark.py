@@ -18,8 +18,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "optunahub":
         raise
     raise ModuleNotFoundError(
-        "BackboneSelectionProblem needs optunahub: pip install optunahub",
-        name="optunahub",
+        "BackboneSelectionProblem needs optunahub: pip install optunahub", name="optunahub"
     ) from error
 
 __all__ = ["BackboneSelectionProblem"]
@@ -81,7 +80,7 @@ class BackboneSelectionProblem(BaseProblem):
     ) -> None:
         runs: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
         columns = (backbone, *params, value, *([seconds] if seconds else []), *(where or {}))
-        for row in _read_rows(table):
+        for row in read_rows(table, ()) if isinstance(table, (str, os.PathLike)) else table:
             missing = [column for column in columns if column not in row]
             if missing:
                 raise ValueError(f"`table` must have the columns {columns} but lacks {missing}.")
@@ -143,12 +142,6 @@ class BackboneSelectionProblem(BaseProblem):
         if key not in self._runs:
             raise ValueError(f"`params` must be a point of `search_space` but is {dict(params)}.")
         return self._runs[key]
-
-
-def _read_rows(table: Any) -> Iterable[Mapping[str, Any]]:
-    if not isinstance(table, (str, os.PathLike)):
-        return table
-    return read_rows(table, ())
 
 
 def _parse(value: Any) -> Any:

@@ -7,6 +7,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from sfda_tune.selection.calibration import Calibration
+from sfda_tune.values.text import integer
 from sfda_tune_optuna.store import load_ranking
 from sfda_tune_optuna.study import calibrate_study, summarise
 
@@ -47,9 +48,7 @@ class CalibrationCallback:
     """
 
     def __init__(self, every: int = 5, dashboard: bool = False) -> None:
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"`every` must be an integer ≥ 1 but is {every!r}.")
-        self.every = every
+        self.every = integer("every", every, 1)
         self.dashboard = dashboard
         self.calibration: Calibration | None = None
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from optuna.study import Study
 
 from sfda_tune.selection.calibration import Calibration
+from sfda_tune.values.lazy import import_optional
 from sfda_tune_optuna.plots import _show, plot_backbone_ranking, plot_proxy_calibration
 from sfda_tune_optuna.store import load_ranking
 from sfda_tune_optuna.study import calibrate_study, summarise
@@ -42,24 +43,19 @@ def publish_to_dashboard(
     >>> "| 1 | vit | 3.1 |" in get_note(study)
     True
     """
-    try:
-        from optuna_dashboard import get_note, save_note, save_plotly_graph_object
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "publish_to_dashboard needs optuna-dashboard: pip install optuna-dashboard plotly",
-            name=error.name,
-        ) from error
+    advice = "publish_to_dashboard needs optuna-dashboard: pip install optuna-dashboard plotly"
+    dashboard = import_optional("optuna_dashboard", advice)
     ranking = load_ranking(study) if ranking is None else ranking
     calibration = calibrate_study(study, ranking)
     figure = plot_backbone_ranking(study, ranking=ranking)
-    save_plotly_graph_object(study, figure, graph_object_id="sfda-ranking")
+    dashboard.save_plotly_graph_object(study, figure, graph_object_id="sfda-ranking")
     if calibration.n_trials:
         figure = plot_proxy_calibration(study, ranking=ranking)
-        save_plotly_graph_object(study, figure, graph_object_id="sfda-calibration")
-    before, _, rest = get_note(study).partition(BEGIN)
+        dashboard.save_plotly_graph_object(study, figure, graph_object_id="sfda-calibration")
+    before, _, rest = dashboard.get_note(study).partition(BEGIN)
     after = rest.partition(END)[2]
     note = "\n\n".join([BEGIN, _write_note(study, calibration, top), END])
-    save_note(study, f"{before.rstrip()}\n\n{note}\n{after}".lstrip())
+    dashboard.save_note(study, f"{before.rstrip()}\n\n{note}\n{after}".lstrip())
 
 
 def _write_note(study: Study, calibration: Calibration, top: int) -> str:

@@ -51,23 +51,10 @@ def observe(
 ) -> list[Observation]:
     """Translate trials to observations, higher values being better.
 
-    Parameters
-    ----------
-    study : Study
-        Only its directions are used.
-    trials : iterable of FrozenTrial
-    param_name : str
-        The parameter that holds the backbone.
-    weights : sequence of float, optional
-        Of the objectives, see `sfda_tune.selection.policy.scalarize`.
-    leave_out : int, default -1
-        Number of the trial that is being sampled.
-
-    Returns
-    -------
-    list of Observation
-        None for a trial whose worker was killed, or that failed after it had reported values. One
-        that was stopped for its backbone alone has failed: it would be stopped another time.
+    Of the study only the directions are used; `weights` are of the objectives, see
+    `sfda_tune.selection.policy.scalarize`; the trial `leave_out` is the one being sampled. A trial
+    whose worker was killed, or that failed after it had reported values, is no evidence. One that
+    was stopped for its backbone alone has failed: it would be stopped another time.
     """
     directions = study.directions
     signs = [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in directions]

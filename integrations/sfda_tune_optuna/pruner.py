@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from numbers import Integral
 from typing import Any
 
 import optuna
@@ -12,10 +11,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import backbone_name
+from sfda_tune.selection.calibration import backbone_name, scores_by_name
 from sfda_tune_optuna._compat import flag_trial
 from sfda_tune_optuna.history import GATED
-from sfda_tune_optuna.store import read_scores
 
 __all__ = ["SFDAPruner", "find_survivors", "gate"]
 
@@ -153,9 +151,7 @@ def find_survivors(
         return frozenset(backbone_name(name) for name in given)
     if keep is None:
         raise ValueError("`keep` must say how many of the scored backbones survive but is None.")
-    if isinstance(keep, bool) or not isinstance(keep, Integral) or keep < 1:
-        raise ValueError(f"`keep` must be an integer ≥ 1 but is {keep!r}.")
-    best = frozenset(decisions.survivors(read_scores(given), int(keep)))
+    best = frozenset(decisions.survivors(scores_by_name(given), keep))
     if not best:
         raise ValueError("`survivors_or_ranking` must hold a finite score but holds none.")
     return best

@@ -254,11 +254,7 @@ class SFDASampler(BaseSampler):
         return value
 
     def after_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Tell the base sampler; forget the trial; say once if the scores mislead."""
         if state == TrialState.FAIL:  # a killed worker cannot say so: its trial is no evidence
@@ -387,13 +383,8 @@ class SFDASampler(BaseSampler):
             ]
             n_done = sum(t.state.is_finished() for t in own)
             is_alone = all(t.state != TrialState.RUNNING for t in own)  # else two are the n-th
-            key = [
-                self.policy.seed,
-                _BACKBONE,
-                n_done,
-                n_drawn,
-                0 if is_alone else trial.number + 1,
-            ]
+            key = [self.policy.seed, _BACKBONE, n_done, n_drawn]
+            key.append(0 if is_alone else trial.number + 1)
         with self._lock:
             return _compat.fork_sampler(self._base, key)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from optuna.study import Study
 
-from sfda_tune.selection.calibration import backbone_name, estimate_errors
+from sfda_tune.selection.calibration import estimate_errors, scores_by_name
 from sfda_tune.values.features import Score
 from sfda_tune.values.files import AtLeast, check, parse_json
 from sfda_tune.values.formats import RECORD
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import some
 from sfda_tune_optuna._compat import read_study_attrs, write_study_attr
 
 __all__ = ["SFDAWarning", "load_ranking", "save_ranking"]
@@ -29,18 +30,8 @@ class SFDAWarning(UserWarning):
     """Something about the ranking of a study that its user should know."""
 
 
-def read_scores(ranking: Mapping[Any, float]) -> dict[str, float]:
-    """Return the scores by name."""
-    if not isinstance(ranking, Mapping):
-        raise ValueError(f"`ranking` must be a Ranking or a mapping but is {ranking!r}.")
-    return {backbone_name(name): float(value) for name, value in ranking.items()}
-
-
 def save_ranking(
-    study: Study,
-    ranking: Mapping[Any, float],
-    *,
-    settings: Mapping[str, Any] | None = None,
+    study: Study, ranking: Mapping[Any, float], *, settings: Mapping[str, Any] | None = None
 ) -> None:
     """Write a ranking, without its per-image terms, to the study's user attributes.
 
@@ -134,8 +125,7 @@ def compare_rankings(study: Study, ranking: Mapping[Any, float]) -> str | None:
         ("scores differently", sorted(n for n in before.keys() & after if before[n] != after[n])),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            parts.append(f"{what} {', '.join(names[:3])}{more}")
+            parts.append(f"{what} {some(names, 3)}")
     if old["metric"] != new["metric"]:
         parts.append(f"has the metric {new['metric']!r} instead of {old['metric']!r}")
     for key in sorted(old["info"].keys() | new["info"].keys()):
@@ -150,7 +140,7 @@ _DATA = ("dataset", "n_samples", "n_classes", "samples", "seed", "fingerprint")
 
 
 def _pack(ranking: Mapping[Any, float], settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    scores = read_scores(ranking)
+    scores = scores_by_name(ranking)
     record: dict[str, Any] = {
         "version": VERSION,
         "metric": "",

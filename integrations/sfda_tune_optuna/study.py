@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
-from numbers import Integral
 from typing import Any
 
 import optuna
@@ -14,12 +13,13 @@ from optuna.trial import TrialState
 
 from sfda_tune.selection import calibration
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import Calibration, backbone_name
+from sfda_tune.selection.calibration import Calibration, backbone_name, scores_by_name
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import integer
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.history import find_choices, observe
-from sfda_tune_optuna.store import load_ranking, load_record, read_scores, save_ranking
+from sfda_tune_optuna.store import load_ranking, load_record, save_ranking
 
 __all__ = ["calibrate_study", "enqueue_top_k", "extend_backbones", "suggest_backbone"]
 
@@ -102,10 +102,8 @@ def enqueue_top_k(
     >>> enqueue_top_k(study, {"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, k=2)
     []
     """
-    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
-        raise ValueError(f"`k` must be an integer ≥ 1 but is {k!r}.")
     enqueued = []
-    for name in decisions.survivors(read_scores(ranking), int(k)):
+    for name in decisions.survivors(scores_by_name(ranking), integer("k", k, 1)):
         before = len(study.get_trials(deepcopy=False))
         study.enqueue_trial({param_name: name, **(params or {})}, skip_if_exists=skip_if_exists)
         if len(study.get_trials(deepcopy=False)) > before:
@@ -180,16 +178,13 @@ def extend_backbones(
 
 
 def calibrate_study(
-    study: Study,
-    ranking: Mapping[Any, float] | None = None,
-    *,
-    param_name: str | None = None,
+    study: Study, ranking: Mapping[Any, float] | None = None, *, param_name: str | None = None
 ) -> Calibration:
     """Compare a ranking, by default the saved one, with the trials of a study."""
     ranking = load_ranking(study) if ranking is None else ranking
-    scores = read_scores(ranking)
     name = param_name or find_param_name(study)
-    return calibration.calibrate(scores, observe(study, study.get_trials(deepcopy=False), name))
+    history = observe(study, study.get_trials(deepcopy=False), name)
+    return calibration.calibrate(scores_by_name(ranking), history)
 
 
 def summarise(calibration: Calibration) -> str:

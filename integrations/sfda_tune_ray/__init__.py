@@ -17,9 +17,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sfda_tune.values.lazy import hand_out
 
 if importlib.util.find_spec("ray") is None:
     raise ModuleNotFoundError("sfda_tune_ray needs Ray: pip install 'sfda-tune[ray]'", name="ray")
@@ -33,39 +34,22 @@ if TYPE_CHECKING:
     from sfda_tune_ray.trainable import finetune_trainable
     from sfda_tune_ray.trainer import hp_space
 
-# Imported when used: extraction needs no Tune, and Ray reads its environment when it is imported.
-_HOME = {
-    "PerBackboneScheduler": "schedulers",
-    "RayExecutor": "executor",
-    "SFDAScheduler": "schedulers",
-    "SFDASearcher": "searcher",
-    "SchedulerStateCallback": "callbacks",
-    "backbone_resources": "spaces",
-    "backbone_space": "spaces",
-    "finetune_trainable": "trainable",
-    "hp_space": "trainer",
-}
-
 __all__ = [
-    "PerBackboneScheduler",
-    "RayExecutor",
-    "SFDAScheduler",
-    "SFDASearcher",
-    "SchedulerStateCallback",
-    "backbone_resources",
-    "backbone_space",
-    "finetune_trainable",
+    "PerBackboneScheduler", "RayExecutor", "SFDAScheduler", "SFDASearcher",
+    "SchedulerStateCallback", "backbone_resources", "backbone_space", "finetune_trainable",
     "hp_space",
-]
+]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'sfda_tune_ray' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"sfda_tune_ray.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+# Imported when used: extraction needs no Tune, and Ray reads its environment when it is imported.
+__getattr__, __dir__ = hand_out(
+    __name__,
+    {
+        "callbacks": "SchedulerStateCallback",
+        "executor": "RayExecutor",
+        "schedulers": "PerBackboneScheduler SFDAScheduler",
+        "searcher": "SFDASearcher",
+        "spaces": "backbone_resources backbone_space",
+        "trainable": "finetune_trainable",
+        "trainer": "hp_space",
+    },
+)

@@ -27,19 +27,10 @@ __all__ = ["connect", "count_places", "share_cpus"]
 def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
     """Be connected to Ray, and undo on leaving only what was done on entering.
 
-    Parameters
-    ----------
-    address : str, optional
-        ``"local"`` starts a Ray on this machine; ``"auto"``, ``"host:6379"`` or ``"ray://…"``
-        connect to a cluster that runs. Default: the connection there is, else ``RAY_ADDRESS``
-        (set in a Ray job), else ``"local"``.
-    **options
-        For `ray.init`.
-
-    Yields
-    ------
-    bool
-        Whether the Ray is ours.
+    The `address` ``"local"`` starts a Ray on this machine; ``"auto"``, ``"host:6379"`` or
+    ``"ray://…"`` connect to a cluster that runs. Default: the connection there is, else
+    ``RAY_ADDRESS`` (set in a Ray job), else ``"local"``. The `options` are for `ray.init`. Yields
+    whether the Ray is ours.
 
     Raises
     ------

@@ -26,23 +26,12 @@ DECODING = 5e6  # what decoding an image costs, in parameters × (pixels / 224²
 
 @dataclass(eq=False)
 class Bundle:
-    """Backbones that share pixels and a process.
-
-    Parameters
-    ----------
-    names : tuple of str
-    cost : float
-        Of one shard, in any unit; a measurement in seconds replaces it.
-    todo : deque of int
-        Shards that nobody has yet.
-    most : int
-        Shards whose pixels fit into memory at a time.
-    """
+    """Backbones that share pixels and a process."""
 
     names: tuple[str, ...]
-    cost: float
-    todo: deque[int]
-    most: int = 1
+    cost: float  # of one shard, in any unit; a measurement in seconds replaces it
+    todo: deque[int]  # shards that nobody has yet
+    most: int = 1  # shards whose pixels fit into memory at a time
     seconds: float | None = None  # of one shard, as measured
     actors: int = 0
 
@@ -68,26 +57,12 @@ def make_bundles(
     memory: float,
     actors: int,
 ) -> list[Bundle]:
-    """Put backbones that share their pixels together, as many as one process bears.
+    """Put backbones that share pixels together, as many as one process bears; most work first.
 
-    Parameters
-    ----------
-    sizes : mapping of str to (key, parameters, pixels)
-        Backbones with equal keys share pixels; pixels are those of one input, height × width.
-    missing : mapping of str to frozenset of int
-        Shards that each backbone lacks.
-    memory : float
-        Bytes that the weights of a bundle may take.
-    actors : int
-        A bundle is kept so small that there are units enough for all.
+    `sizes` are (key, parameters, pixels of one input) by backbone: those with equal keys share
+    pixels. `missing` are the shards that each lacks, `memory` the bytes that the weights of a
+    bundle may take; a bundle is kept so small that there are units enough for all `actors`.
 
-    Returns
-    -------
-    list of Bundle
-        Most work first.
-
-    Examples
-    --------
     >>> sizes = {"large": (224, 9e7, 224**2), "small": (224, 1e7, 224**2), "wide": (384, 1e7, 9e4)}
     >>> everything = dict.fromkeys(sizes, frozenset(range(100)))
     >>> [b.names for b in make_bundles(sizes, everything, memory=1e9, actors=2)]
@@ -97,43 +72,31 @@ def make_bundles(
     names = sorted((n for n in sizes if missing[n]), key=lambda n: (-cost[n], n))
     work = sum((cost[n] + DECODING) * len(missing[n]) for n in names)
     largest = work / (UNITS_PER_ACTOR * actors)
-    bundles: list[Bundle] = []
-    open_: dict[Hashable, list[str]] = {}
-    for name in [*names, None]:
-        groups = [sizes[name][0]] if name is not None else list(open_)
-        for key in groups:
-            group = open_.get(key, [])
-            new = [*group, name] if name is not None else group
-            full = len(new) > 1 and (
-                4 * sum(sizes[n][1] for n in new) > memory
-                or DECODING + sum(cost[n] for n in new) > largest
-            )
-            if group and (full or name is None):
-                todo = deque(sorted(frozenset().union(*(missing[n] for n in group))))
-                total = DECODING + sum(cost[n] for n in group)
-                bundles.append(Bundle(tuple(group), total, todo))
-                open_[key] = []
-            if name is not None:
-                open_.setdefault(key, []).append(name)
+    groups: list[list[str]] = []
+    latest: dict[Hashable, list[str]] = {}  # by key: what the next backbone joins
+    for name in names:
+        group = latest.get(sizes[name][0])
+        if group is None or (
+            4 * sum(sizes[n][1] for n in [*group, name]) > memory
+            or DECODING + sum(cost[n] for n in [*group, name]) > largest
+        ):
+            group = latest[sizes[name][0]] = []
+            groups.append(group)
+        group.append(name)
+    bundles = []
+    for group in groups:
+        todo = deque(sorted(frozenset().union(*(missing[n] for n in group))))
+        bundles.append(Bundle(tuple(group), DECODING + sum(cost[n] for n in group), todo))
     return sorted(bundles, key=lambda b: -b.cost * len(b.todo))
 
 
 @dataclass(eq=False)
 class Dispatcher:
-    """Hands out tasks, and takes back those that went wrong.
-
-    Parameters
-    ----------
-    bundles : sequence of Bundle
-    seconds : float
-        What a unit is to take.
-    attempts : int
-        After so many faults the backbones of a unit have failed.
-    """
+    """Hands out tasks, and takes back those that went wrong."""
 
     bundles: Sequence[Bundle]
-    seconds: float = 15.0
-    attempts: int = 4
+    seconds: float = 15.0  # what a unit is to take
+    attempts: int = 4  # after so many faults the backbones of a unit have failed
     n_actors: int = 1
     again: deque[Task] = field(default_factory=deque)
     failed: set[str] = field(default_factory=set)
@@ -160,12 +123,8 @@ class Dispatcher:
     def next(self, actor: Any, *, ahead: bool = False) -> Task | None:
         """Return the next task of an actor, or None.
 
-        Parameters
-        ----------
-        actor : hashable
-        ahead : bool
-            It still works on another: it gets one only while there is plenty, because at the end
-            an idle actor would do it sooner.
+        One that still works on another (`ahead`) gets one only while there is plenty: at the end
+        an idle actor would do it sooner.
         """
         if self.again and not ahead:
             task = self.again.popleft()
@@ -233,12 +192,10 @@ class Dispatcher:
             return names
         parts = [task]
         if task.attempts > 1 and len(names) > 1:
-            parts = []
-            for name in names:
-                self._number += 1
-                part = Task(self._number, task.bundle, (name,), task.shards, task.attempts)
-                parts.append(part)
-            task.parts = parts
+            about = task.shards, task.attempts
+            numbered = enumerate(names, self._number + 1)
+            parts = task.parts = [Task(n, task.bundle, (name,), *about) for n, name in numbered]
+            self._number += len(parts)
         if died:
             self.again.extendleft(reversed(parts))
         else:

@@ -35,7 +35,6 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from sfda_tune.data.decoding import UNREADABLE
 from sfda_tune.extraction.crashes import find_crashing_images
 from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_at_once
 from sfda_tune.extraction.worker import Worker
+from sfda_tune.values.text import integer, is_number, require
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
 
@@ -67,7 +67,6 @@ class ActorInfo:
 
     node: str
     host: str
-    pid: int
     memory: int  # bytes, for networks and pixels
     reaches_store: bool
 
@@ -111,13 +110,14 @@ class _Extractor:
         return ActorInfo(
             context.get_node_id(),
             ray.util.get_node_ip_address(),
-            os.getpid(),
             int(memory),
             marker is None or os.path.exists(marker),
         )
 
     def run(self, worker: Worker, units: list[Unit], isolated: float | None) -> _Result:
         """Run the units of one bundle on the same shards; first check its images if `isolated`."""
+        import torch
+
         started = time.perf_counter()
         old = self._worker
         if old is None or (old.settings, old.store) != (worker.settings, worker.store):
@@ -140,7 +140,7 @@ class _Extractor:
                 raise RuntimeError(f"{unit.backbone.name} called sys.exit") from error
             if "out of memory" in (outcome.error or "") and len(resident) > 1:
                 resident.clear()
-                _free()
+                torch.cuda.empty_cache()
                 outcome = worker(unit)
             if outcome.error is not None and not is_working(worker.settings.device):
                 os._exit(1)  # every later call would fail, too
@@ -173,13 +173,6 @@ def _check_mount(unit: Unit) -> None:
             f"{os.fspath(paths[0])!r} is not there on the machine {ray.util.get_node_ip_address()}"
             "; every machine of the cluster must have the images under the same path"
         )
-
-
-def _free() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # The driver -------------------------------------------------------------------------------------
@@ -268,19 +261,16 @@ class RayExecutor:
         attempts: int = 4,
         options: dict[str, Any] | None = None,
     ) -> None:
-        for name, value in {
-            "actors": actors,
-            "cpus_per_actor": cpus_per_actor,
-            "memory": memory,
-            "unit_seconds": unit_seconds,
-            "deadline": deadline,
-            "image_seconds": image_seconds,
-            "attempts": attempts,
-        }.items():
-            kind: Any = Integral if name in ("actors", "attempts") else Real
-            if value is not None and not (isinstance(value, kind) and value > 0):
-                rule = "a positive integer" if kind is Integral else "positive"
-                raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+        self.address, self.actors, self.memory = address, actors, memory
+        self.num_gpus, self.cpus_per_actor = num_gpus, cpus_per_actor
+        self.unit_seconds, self.deadline, self.attempts = unit_seconds, deadline, attempts
+        self.image_seconds, self.options = image_seconds, dict(options or {})
+        for name in ("actors", "attempts"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, integer(name, value, 1))
+        for name in ("cpus_per_actor", "memory", "unit_seconds", "deadline", "image_seconds"):
+            if (value := getattr(self, name)) is not None:
+                require(name, value, "positive", is_number(value) and value > 0)
         x = num_gpus or 0.0
         x = 1 / x if 0 < x < 1 else x
         if not 0 <= x < math.inf or abs(x - round(x)) > 1e-6:
@@ -288,10 +278,6 @@ class RayExecutor:
                 f"`num_gpus` must be 0, 1/n or a whole number but is {num_gpus!r}; take 0.5 or "
                 "0.25."
             )
-        self.address, self.actors, self.memory = address, actors, memory
-        self.num_gpus, self.cpus_per_actor = num_gpus, cpus_per_actor
-        self.unit_seconds, self.deadline, self.attempts = unit_seconds, deadline, attempts
-        self.image_seconds, self.options = image_seconds, dict(options or {})
         self._depth, self._stack = 0, ExitStack()
         self._gpus, self._cpus = 0.0, 1.0
         self._states: list[ActorState] = []
@@ -322,7 +308,9 @@ class RayExecutor:
         self._depth -= 1
         if not self._depth:
             try:
-                self._release()
+                for state in list(self._states):
+                    self._dismiss(state)
+                self._forget_marker()
             finally:
                 self._stack.close()
 
@@ -374,7 +362,11 @@ class RayExecutor:
             try:
                 self._alone = time.monotonic() + PATIENCE
                 self._scale_up(worker)
-                self._await_first()
+                while not any(m.info for m in self._states):
+                    pings = {m.ping: m for m in self._states}
+                    for ref in ray.wait(list(pings), timeout=TICK)[0]:
+                        self._on_actor_ready(pings[ref])
+                    self._warn_if_alone()
                 yield from _PlanRun(self, worker, plan, names).outcomes()
             finally:
                 self._counts["seconds"] += time.monotonic() - started
@@ -410,13 +402,6 @@ class RayExecutor:
     def _ping(self, handle: Any) -> Any:
         marker = str(self._marker) if self._marker else None
         return handle.ping.options(max_task_retries=-1).remote(marker)
-
-    def _await_first(self) -> None:
-        while not any(m.info for m in self._states):
-            pings = {m.ping: m for m in self._states}
-            for ref in ray.wait(list(pings), timeout=TICK)[0]:
-                self._on_actor_ready(pings[ref])
-            self._warn_if_alone()
 
     def _warn_if_alone(self) -> None:
         now = time.monotonic()
@@ -462,11 +447,6 @@ class RayExecutor:
         state.mark_unavailable()
         with contextlib.suppress(Exception):  # Ray itself may be gone
             ray.kill(state.handle)
-
-    def _release(self) -> None:
-        for state in list(self._states):
-            self._dismiss(state)
-        self._forget_marker()
 
     def _forget_marker(self) -> None:
         self._store = None

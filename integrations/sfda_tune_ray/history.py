@@ -15,44 +15,21 @@ __all__ = ["Record", "observe"]
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one trial; JSON values only.
-
-    Parameters
-    ----------
-    backbone : str
-    state : {"running", "complete", "failed", "lost"}
-        Complete: it ended without an error, by itself or early. Lost: its end says nothing of the
-        backbone, for instance stopped before it began, or its machine died.
-    value : float, optional
-        The last metric, higher is better; NaN if it diverged.
-    others : tuple of float
-        The further metrics, if there are several, likewise.
-    seconds : float, optional
-    iterations : int
-        How often it has reported; 0: never, or nobody said.
-    params : mapping of str to JSON value
-        The other searched parameters, flat.
-    key : str, optional
-        Of the searcher that was asked for it, see `SFDASearcher`; None: none was.
-    told : bool
-        Whether its end was told, to that searcher if there is one.
-    changed : bool
-        Whether the trial differs from what that searcher proposed.
-    foreign : bool
-        Whether it was not suggested: begun anew by ``Tuner.restore`` under another id.
-    """
+    """What is known of one trial; JSON values only."""
 
     backbone: str
+    # "running", "complete" (it ended without an error, by itself or early), "failed", or "lost":
+    # its end says nothing of the backbone, which was stopped before it began, or lost its machine
     state: str = "running"
-    value: float | None = None
-    others: tuple[float, ...] = ()
+    value: float | None = None  # the last metric, higher is better; NaN if it diverged
+    others: tuple[float, ...] = ()  # the further metrics, if there are several, likewise
     seconds: float | None = None
-    iterations: int = 0
-    params: Mapping[str, Any] = field(default_factory=dict)
-    key: str | None = None
-    told: bool = False
-    changed: bool = False
-    foreign: bool = False
+    iterations: int = 0  # how often it has reported; 0: never, or nobody said
+    params: Mapping[str, Any] = field(default_factory=dict)  # the others that are searched, flat
+    key: str | None = None  # of the searcher that was asked for it, see `SFDASearcher`
+    told: bool = False  # whether its end was told, to that searcher if there is one
+    changed: bool = False  # whether the trial differs from what that searcher proposed
+    foreign: bool = False  # not suggested: begun anew by ``Tuner.restore`` under another id
 
     @property
     def values(self) -> tuple[float, ...]:

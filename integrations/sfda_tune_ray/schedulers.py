@@ -11,13 +11,46 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import backbone_name
+from sfda_tune.selection.calibration import backbone_name, scores_by_name
 from sfda_tune_ray import _compat
 
 __all__ = ["PerBackboneScheduler", "SFDAScheduler"]
 
 
-class SFDAScheduler(TrialScheduler):
+class _Wrapper(TrialScheduler):
+    """What asks another scheduler, `_base`, and tells of it as its own."""
+
+    def __init__(self, base: TrialScheduler, param_name: str) -> None:
+        super().__init__()
+        _compat.check_base_scheduler(base)
+        self._base, self._path = base, param_name.split("/")
+
+    @property
+    def metric(self) -> Any:
+        """The base's metric."""
+        return self._base.metric
+
+    @property
+    def _metric(self) -> Any:  # some of Tune reads it directly
+        return self._base.metric
+
+    @property
+    def supports_buffered_results(self) -> bool:
+        """As the base."""
+        return self._base.supports_buffered_results
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Pass on; the answer is the base's."""
+        return self._base.set_search_properties(metric, mode, **spec)
+
+    def _find_backbone(self, trial: Trial) -> str | None:
+        value: Any = trial.config
+        for part in self._path:
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return None if value is None else backbone_name(value)
+
+
+class SFDAScheduler(_Wrapper):
     """Stop trials of non-survivors before they cost an actor; else do what another scheduler does.
 
     For those who keep their own search algorithm or grid; `SFDASearcher` rather does not suggest
@@ -51,15 +84,11 @@ class SFDAScheduler(TrialScheduler):
         base_scheduler: TrialScheduler | None = None,
         param_name: str = "backbone",
     ) -> None:
-        super().__init__()
-        self._base = FIFOScheduler() if base_scheduler is None else base_scheduler
-        _compat.check_base_scheduler(self._base)
-        self._path = param_name.split("/")
+        super().__init__(base_scheduler or FIFOScheduler(), param_name)
         self._vetoed: set[str] = set()  # trials that the base does not know
         given = ranking_or_survivors
         if isinstance(given, Mapping):
-            scores = {backbone_name(name): float(score) for name, score in given.items()}
-            given = decisions.survivors(scores, keep)
+            given = decisions.survivors(scores_by_name(given), keep)
         self.set_survivors(given)
 
     @property
@@ -79,24 +108,6 @@ class SFDAScheduler(TrialScheduler):
                 f"`survivors` must be a non-empty collection of names, but is {survivors!r}."
             )
         self._survivors = frozenset(backbone_name(name) for name in survivors)
-
-    @property
-    def metric(self) -> Any:
-        """The base's metric."""
-        return self._base.metric
-
-    @property
-    def _metric(self) -> Any:  # some of Tune reads it directly
-        return self._base.metric
-
-    @property
-    def supports_buffered_results(self) -> bool:
-        """As the base."""
-        return self._base.supports_buffered_results
-
-    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
-        """Pass on; the answer is the base's."""
-        return self._base.set_search_properties(metric, mode, **spec)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Note non-survivors: they cannot be stopped yet."""
@@ -152,11 +163,11 @@ class SFDAScheduler(TrialScheduler):
             _compat.write_scheduler(self._base, state["base"])
 
     def _is_out(self, trial: Trial) -> bool:
-        backbone = _find_backbone(trial, self._path)
+        backbone = self._find_backbone(trial)
         return backbone is not None and backbone not in self._survivors
 
 
-class PerBackboneScheduler(TrialScheduler):
+class PerBackboneScheduler(_Wrapper):
     """Give every backbone a scheduler of its own, so that slow starters are not stopped.
 
     Under one ASHA small networks, which learn fast, stop large ones at the first rung. Here trials
@@ -181,16 +192,13 @@ class PerBackboneScheduler(TrialScheduler):
     def __init__(
         self, factory: Callable[[], TrialScheduler], *, param_name: str = "backbone"
     ) -> None:
-        super().__init__()
         if not callable(factory):
             raise ValueError(
                 "`factory` must return a new scheduler for each backbone but is one itself, "
                 f"{factory!r}; write `lambda: {type(factory).__name__}(...)`."
             )
+        super().__init__(factory(), param_name)
         self._factory = factory
-        self._template = factory()
-        _compat.check_base_scheduler(self._template)
-        self._path = param_name.split("/")
         self._groups: dict[str, TrialScheduler] = {}
         self._properties: tuple[Any, Any, dict[str, Any]] | None = None
 
@@ -199,24 +207,10 @@ class PerBackboneScheduler(TrialScheduler):
         """The schedulers, by backbone."""
         return MappingProxyType(self._groups)
 
-    @property
-    def metric(self) -> Any:
-        """The metric of the schedulers."""
-        return self._template.metric
-
-    @property
-    def _metric(self) -> Any:
-        return self._template.metric
-
-    @property
-    def supports_buffered_results(self) -> bool:
-        """As the schedulers."""
-        return self._template.supports_buffered_results
-
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Pass on, to later ones too."""
         self._properties = (metric, mode, spec)
-        return self._template.set_search_properties(metric, mode, **spec)
+        return super().set_search_properties(metric, mode, **spec)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Pass on, unless `Tuner.restore` adds a finished trial again."""
@@ -275,7 +269,7 @@ class PerBackboneScheduler(TrialScheduler):
         return getattr(self._find_group(name), hook)(view, trial, *rest)
 
     def _find_name(self, trial: Trial) -> str:
-        return _find_backbone(trial, self._path) or ""
+        return self._find_backbone(trial) or ""
 
     def _find_group(self, name: str) -> TrialScheduler:
         if name not in self._groups:
@@ -301,10 +295,3 @@ class _View:
 
     def get_live_trials(self) -> set[Trial]:
         return {trial for trial in self._controller.get_live_trials() if self._has(trial)}
-
-
-def _find_backbone(trial: Trial, path: list[str]) -> str | None:
-    value: Any = trial.config
-    for part in path:
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None else backbone_name(value)

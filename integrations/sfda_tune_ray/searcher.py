@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral, Real
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,7 @@ from sfda_tune.selection.calibration import Calibration, backbone_name
 from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_seed
 from sfda_tune.values.files import check, read_json, write_text
 from sfda_tune.values.formats import SEARCHER
-from sfda_tune.values.text import require
+from sfda_tune.values.text import integer, require
 from sfda_tune_ray import _compat
 from sfda_tune_ray.history import Record, observe, plain
 
@@ -65,15 +65,12 @@ class SFDASearcher(Searcher):
         Lists are several objectives, with their modes: give them here, not in ``TuneConfig``, and
         no scheduler that compares values. Every trial weighs them anew
         (`sfda_tune.selection.policy.scalarize`), so that all of the front is looked for.
-    policy : {"calibrated", "prior", "greedy"}, default "calibrated"
-        See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
-        searcher.
-    prior_strength : float, default 1.0
-        How many trials the scores weigh before the first trial; 0 ignores them.
+    policy, prior_strength, exploration, cost_exponent
+        See `sfda_tune.selection.policy.choose`. Only the policy "calibrated" leaves trials to the
+        base searcher.
     survivors : int or collection of str, optional
-        Mask: only the best so many, or the named ones, are tried.
-    exploration : float in [0, 1], default 0.05
-        How often a trial steps outside `survivors`; 0 makes the mask strict.
+        Mask: only the best so many, or the named ones, are tried, but for the share `exploration`
+        of the trials.
     spaces : mapping of str to dict, optional
         Parameters that only some backbones have: ``{"vit": {"drop_path": tune.uniform(0, 0.3)}}``.
     conditional : bool, default True
@@ -84,8 +81,6 @@ class SFDASearcher(Searcher):
     costs : mapping of str to float, optional
         Cost of a trial of each backbone, in any unit, such as `Ranking.costs`; default:
         the times of its trials.
-    cost_exponent : float, default 0.0
-        How much costs count; 0 is not at all.
     max_failures : int, default 3
         A backbone that never reported anything and failed so often is not tried again; a trial
         whose machine died does not count if `SchedulerStateCallback` knows this searcher. When no
@@ -151,9 +146,7 @@ class SFDASearcher(Searcher):
         require("mode", mode, "min, max or None, or a list of these", mode is None or known)
         is_name = isinstance(param_name, str) and all(param_name.split("/"))
         require("param_name", param_name, 'a name, nested ones as "model/backbone"', is_name)
-        is_count = isinstance(max_failures, Integral) and not isinstance(max_failures, bool)
-        is_count = is_count and int(max_failures) >= 1
-        require("max_failures", max_failures, "an integer ≥ 1", is_count)
+        self._max_failures = integer("max_failures", max_failures, 1)
         points = list(points_to_evaluate or [])
         dicts = all(isinstance(point, Mapping) for point in points)
         require("points_to_evaluate", points, "a list of dicts", dicts)
@@ -175,7 +168,6 @@ class SFDASearcher(Searcher):
         self._spaces = {backbone_name(name): dict(space) for name, space in (spaces or {}).items()}
         self._conditional = bool(conditional)
         self._points = [_compat.flatten_dict(dict(point)) for point in points]
-        self._max_failures = int(max_failures)
         # Known once Tune has passed on the search space
         self._space: dict[str, Any] | None = None
         self._choices: dict[str, Any] = {}
@@ -532,7 +524,8 @@ class SFDASearcher(Searcher):
             own = {str(k): self._spaces.get(backbone) for k, backbone in enumerate(self._choices)}
             own = {k: copy.deepcopy(space) for k, space in own.items() if space}
             return config | ({OWN: own} if own else {})
-        _remove(config, self._path)
+        if isinstance(parent := _read(config, self._path[:-1]), dict):
+            parent.pop(self._path[-1], None)
         for path in _find_paths(self._spaces.get(key, {})):
             _write(config, path, copy.deepcopy(_read(self._spaces[key], path)))
         return config
@@ -555,12 +548,7 @@ class SFDASearcher(Searcher):
         return self._bases[key]
 
     def _tell(
-        self,
-        trial_id: str,
-        old: Record,
-        new: Record,
-        result: dict[str, Any] | None,
-        error: bool,
+        self, trial_id: str, old: Record, new: Record, result: dict[str, Any] | None, error: bool
     ) -> None:
         """Pass the end of a trial on: to the base searcher that proposed it, and to others."""
         asked = None
@@ -691,12 +679,6 @@ def _write(config: dict[str, Any], path: Sequence[Any], value: Any) -> None:
     for part in path[:-1]:
         config = config.setdefault(part, {})
     config[path[-1]] = value
-
-
-def _remove(config: dict[str, Any], path: Sequence[Any]) -> None:
-    parent = _read(config, path[:-1])
-    if isinstance(parent, dict):
-        parent.pop(path[-1], None)
 
 
 def _find_paths(space: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from ray.tune import PlacementGroupFactory
 
-from sfda_tune.selection.calibration import backbone_name
+from sfda_tune.selection.calibration import backbone_name, scores_by_name
 from sfda_tune.selection.policy import survivors
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import integer
 from sfda_tune_ray import _compat
 
 __all__ = ["backbone_resources", "backbone_space"]
@@ -47,7 +47,10 @@ def backbone_space(
     >>> backbone_space({"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, 2).categories
     ['vit', 'resnet']
     """
-    scores, names = _find_best(ranking, top_k)
+    scores = scores_by_name(ranking)
+    names = list(survivors(scores, None if top_k is None else integer("top_k", top_k, 1)))
+    if not names:
+        raise ValueError("`ranking` must hold at least one scored backbone, but holds none.")
     space = _compat.Categorical(names).uniform()
     if temperature is not None:
         if not 0 < temperature < math.inf:
@@ -126,15 +129,3 @@ def backbone_resources(
         return PlacementGroupFactory([{"CPU": cpus, "GPU": share}])
 
     return require
-
-
-def _find_best(
-    ranking: Mapping[Any, float], top_k: int | None
-) -> tuple[dict[str, float], list[str]]:
-    if top_k is not None and not (isinstance(top_k, Integral) and top_k > 0):
-        raise ValueError(f"`top_k` must be an integer ≥ 1 or None, but is {top_k!r}.")
-    scores = {backbone_name(name): float(score) for name, score in ranking.items()}
-    names = list(survivors(scores, top_k))
-    if not names:
-        raise ValueError("`ranking` must hold at least one scored backbone, but holds none.")
-    return scores, names

@@ -180,12 +180,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         """Return probabilities, float64 of shape (n_images, n_classes), in the order of X."""
         check_is_fitted(self)
         images = as_dataset(read_images(self, X, fit=False))
-        p = predict(
-            self.model_,
-            images,
-            device=self.device,
-            precision=self.precision,
-        )
+        p = predict(self.model_, images, device=self.device, precision=self.precision)
         bad = np.flatnonzero(np.isnan(p).any(axis=1))
         if len(bad):
             raise ValueError(

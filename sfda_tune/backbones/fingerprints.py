@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.backbones.identity import files_behind, identify, is_installed, version_of
-from sfda_tune.backbones.loading import (
-    create,
-    files_in,
-    is_weights,
-    load,
-    read_config,
-    timm_name,
-)
+from sfda_tune.backbones.loading import create, files_in, is_weights, load, read_config, timm_name
 from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.values.features import Backbone
@@ -28,7 +22,6 @@ from sfda_tune.values.files import digest_file
 __all__ = ["fingerprint"]
 
 
-# What the features depend on --------------------------------------------------------------------
 def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
     """Return a digest of all that a backbone's features depend on, apart from the images.
 
@@ -157,7 +150,7 @@ def _cached_file(name: str) -> str | None:
         if config.hf_hub_filename:
             file_names = [config.hf_hub_filename]
     file_names += ["model.safetensors", "pytorch_model.bin"]
-    names = [name for given in file_names for name in (_safe_name(given), given)]
+    names = [n for name in file_names for n in (re.sub(r"\.bin$", ".safetensors", name), name)]
     if hub_id and (file := _from_hub(hub_id, names)):
         return file
     if isinstance(url, str) and url:
@@ -177,11 +170,3 @@ def _from_hub(hub_id: str, names: list[str]) -> str | None:
         if isinstance(file, str):
             return file
     return None
-
-
-def _safe_name(file_name: str) -> str:
-    return (
-        file_name.removesuffix(".bin") + ".safetensors"
-        if file_name.endswith(".bin")
-        else file_name
-    )

@@ -50,16 +50,9 @@ _PROCESS = uuid.uuid4().hex
 def identify(value: Any, what: str = "", by_shape: Iterable[Any] = ()) -> str:
     """Return a digest of what `value` computes.
 
-    Parameters
-    ----------
-    value : object
-    what : str
-        Its name in the warning, should it hold what cannot be compared.
-    by_shape : iterable of tensors
-        Of these, only type and shape count.
+    Of the tensors `by_shape` only type and shape count. A warning calls it `what`, should it hold
+    what cannot be compared.
 
-    Examples
-    --------
     >>> def power(n):
     ...     return lambda x: x**n
     >>> identify(power(2)) == identify(power(2)), identify(power(2)) == identify(power(3))

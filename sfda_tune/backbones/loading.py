@@ -88,7 +88,6 @@ def _say_whose(config: Mapping[str, Any]) -> str:
     )
 
 
-# Backbones to networks --------------------------------------------------------------------------
 def describe(backbone: Backbone) -> Description:
     """Find out parameters, width and preprocessing, without loading weights.
 

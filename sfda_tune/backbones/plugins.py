@@ -18,7 +18,6 @@ class BackboneError(ValueError):
     """A backbone spec that cannot be understood, or a backbone that cannot be opened."""
 
 
-# Plug-ins ---------------------------------------------------------------------------------------
 _PLUGINS: dict[str, ModuleType] = {}
 _PLUGIN_LOCK = threading.RLock()
 
@@ -26,15 +25,8 @@ _PLUGIN_LOCK = threading.RLock()
 def load_plugin(source: str | os.PathLike[str]) -> ModuleType:
     """Run a Python file, or import a module, that registers further architectures with timm.
 
-    Parameters
-    ----------
-    source : str or path
-        ``"my_models.py"``, ``"path/to/my_models.py"`` or ``"package.my_models"``. A file is run
-        once per process; files beside it can be imported by it.
-
-    Returns
-    -------
-    module
+    `source` is ``"my_models.py"``, ``"path/to/my_models.py"`` or ``"package.my_models"``. A file
+    is run once per process; files beside it can be imported by it.
 
     Raises
     ------

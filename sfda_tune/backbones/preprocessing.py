@@ -32,24 +32,15 @@ LARGEST_SIDE = 4096  # pixels of a backbone's input; the largest of timm is 1,02
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image is resized and cropped; equal geometries share their decoded images.
+    """How an image is resized and cropped, in timm's terms; equal ones share decoded images."""
 
-    Parameters
-    ----------
-    input_size : (channels, height, width)
-    interpolation, crop_mode : str
-        In timm's terms.
-    crop_pct : float
-        Side of the crop / side of the resized image.
-    fill : tuple of float, default ()
-        Mean colour that timm pads with; only for ``crop_mode="border"``.
-    """
-
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, int, int]  # channels, height, width
     interpolation: str
-    crop_pct: float
+    crop_pct: float  # side of the crop / side of the resized image
     crop_mode: str
-    fill: tuple[float, ...] = ()
+    fill: tuple[
+        float, ...
+    ] = ()  # mean colour that timm pads with, for ``crop_mode="border"`` only
 
     def build(self) -> Callable[[Image.Image], torch.Tensor]:
         """Return the transform from an RGB image to a uint8 tensor (channels, height, width)."""
@@ -72,21 +63,14 @@ class Geometry:
 
 @dataclass(frozen=True, eq=False)
 class Preprocessing:
-    """Everything between a decoded RGB image and a backbone's input batch.
+    """Everything between a decoded RGB image and a backbone's input batch."""
 
-    Parameters
-    ----------
-    geometry : Geometry or None
-        None for a transform of the user's own.
-    mean, std : tuple of float, one per channel
-        In units of 0 … 1. Empty if `transform` does it.
-    transform : callable or None
-        RGB `PIL.Image` to a float tensor (channels, height, width); replaces all of the above.
-    """
-
-    geometry: Geometry | None
-    mean: tuple[float, ...] = ()
+    geometry: Geometry | None  # None for a transform of the user's own
+    mean: tuple[
+        float, ...
+    ] = ()  # one per channel, in units of 0 … 1; empty if `transform` does it
     std: tuple[float, ...] = ()
+    # RGB `PIL.Image` to a float tensor (channels, height, width); replaces all of the above
     transform: Callable[[Any], torch.Tensor] | None = None
 
     @classmethod

@@ -23,7 +23,6 @@ import difflib
 import fnmatch
 import functools
 import glob as globbing
-import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -39,10 +38,7 @@ from sfda_tune.values.text import printable
 
 __all__ = ["resolve_backbones"]
 
-logger = logging.getLogger(__name__)
 
-
-# Specs to backbones -----------------------------------------------------------------------------
 def resolve_backbones(specs: Any, *, plugins: Iterable[str] = ()) -> list[Backbone]:
     """Expand specs to backbones, without loading or fetching any weights.
 

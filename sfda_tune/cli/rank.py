@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sfda_tune.cli.options import CacheDir, Debug, Imports
 from sfda_tune.cli.terminal import check_out, fail, messages, show_ranking, split_commas
 from sfda_tune.pipelines.terminal import say
-
-if TYPE_CHECKING:
-    from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.ranking import Ranking
 
 
 def rank(
@@ -123,6 +121,7 @@ def rank(
         fail("--cache and --no-cache exclude each other; leave one out.")
     import sfda_tune
     from sfda_tune.data.copies import CopiesWarning
+    from sfda_tune.pipelines.progress import Bar
 
     executor = None if ray is None else _ray(ray)
     interrupted = False
@@ -147,7 +146,7 @@ def rank(
             cache=False if no_cache else cache or True,
             plugins=imports or (),
             executor=executor,
-            progress=False if quiet else _bar(),
+            progress=False if quiet else Bar(messages),
             race=race,
             top=top,
             ensemble=ensemble,
@@ -179,12 +178,6 @@ def _ray(address: str) -> Any:
             raise
         fail("--ray needs Ray: pip install 'sfda-tune[ray]'")
     return integration.RayExecutor(address or None)
-
-
-def _bar() -> Any:
-    from sfda_tune.pipelines.progress import Bar
-
-    return Bar(messages)
 
 
 def _write(ranking: Ranking, out: Path) -> str | None:

@@ -11,12 +11,11 @@ import typer
 from rich.table import Table
 
 from sfda_tune.pipelines.terminal import Terminal, say, text
-from sfda_tune.values.ranking import HEADINGS
+from sfda_tune.values.ranking import HEADINGS, Ranking
 from sfda_tune.values.text import printable
 
 if TYPE_CHECKING:
     from sfda_tune.selection.uncertainty import Confidence
-    from sfda_tune.values.ranking import Ranking
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's; recent typers bring their own click
 output = Terminal()  # results, on standard output
@@ -34,11 +33,12 @@ def split_commas(specs: list[str] | None) -> list[str]:
 def show_ranking(ranking: Ranking) -> None:
     """Print the table, what is known of its order, and what makes it doubtful."""
     from sfda_tune.selection.diagnostics import diagnose
+    from sfda_tune.selection.uncertainty import find_confidence
 
     info = ranking.info
     title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
     table = Table(title=text(f"{title}; {ranking.metric}"), title_justify="left")
-    c = _confidence(ranking)
+    c = find_confidence(ranking)
     sure = {} if c is None else _sure(c)
     widths = [len(printable(name)) for name in ranking]
     shown = _columns(widths, [*HEADINGS[:3], *_SURE[: 2 * bool(sure)]])
@@ -72,15 +72,6 @@ def show_ranking(ranking: Ranking) -> None:
 
 
 _SURE = ("90% ranks", "P(best)")
-
-
-def _confidence(ranking: Ranking) -> Confidence | None:
-    from sfda_tune.selection.uncertainty import confidence
-
-    try:
-        return confidence(ranking)
-    except ValueError:  # the metric is no mean over images, or nothing was scored
-        return None
 
 
 def _sure(c: Confidence) -> dict[str, dict[str, str]]:

@@ -18,9 +18,6 @@ from sfda_tune.values.text import some
 _CHANNELS = (1, 3, 4)
 
 
-# ---- arrays
-
-
 def _as_array(value: Any, ndim: int) -> Any:
     """Turn a tensor into an array, channels last; leave anything else as it is."""
     if not hasattr(value, "detach"):

@@ -36,9 +36,6 @@ def close_matches(path: str) -> str:
     return found and f"; perhaps {found}"
 
 
-# ---- helpers
-
-
 def refuse(form: str, **options: Any) -> None:
     """Raise if an option is given that means nothing for this form."""
     given = [f"`{name}`" for name, value in options.items() if value is not None]

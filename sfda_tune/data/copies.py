@@ -39,21 +39,13 @@ class CopiesWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class Twins:
-    """The copies in a data set.
+    """The copies in a data set."""
 
-    Parameters
-    ----------
-    kept : array of int
-        Rows of one copy of each image, sorted.
-    copies : dict of int to int
-        The other rows, each with the kept one.
-    torn : dict of int to tuple of str
-        Kept rows of images that stand in several classes, with these.
-    """
-
-    kept: np.ndarray
-    copies: dict[int, int]
-    torn: dict[int, tuple[str, ...]]
+    kept: np.ndarray  # rows of one copy of each image, sorted
+    copies: dict[int, int]  # the other rows, each with the kept one
+    torn: dict[
+        int, tuple[str, ...]
+    ]  # kept rows of images that stand in several classes, and these
 
     def describe(self, images: ImageDataset) -> dict[str, Any]:
         """Return the copies and the images in several classes by name: JSON values."""

@@ -42,9 +42,6 @@ def _check_folder_names(names: Iterable[str], where: str) -> None:
         )
 
 
-# ---- folders
-
-
 def is_image(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in EXTENSIONS
 
@@ -64,7 +61,7 @@ def _walk(
 
     def leave_out(name: Any, why: str | None) -> None:
         if not silent:
-            warnings.warn(f"{str(name)!r} is left out: {why}", UserWarning, stacklevel=3)
+            warnings.warn(f"{str(name)!r} is left out: {why}", stacklevel=3)
 
     def fail(error: OSError) -> None:
         leave_out(error.filename, error.strerror)
@@ -177,7 +174,6 @@ def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
             warnings.warn(
                 f"{where} has the parts {some(map(repr, parts))}; left out is what lies beside "
                 f"them: {' and '.join(what)}.",
-                UserWarning,
                 stacklevel=2,
             )
     elif split not in (None, "all"):
@@ -205,10 +201,10 @@ def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
             text = (
                 f"{some(map(repr, hidden))} in {top!r} are left out: hidden folders with images."
             )
-            warnings.warn(text, UserWarning, stacklevel=2)
+            warnings.warn(text, stacklevel=2)
         if loose:
             text = f"{loose} images directly in {top!r} are left out: they are in no class folder."
-            warnings.warn(text, UserWarning, stacklevel=2)
+            warnings.warn(text, stacklevel=2)
         for label in folders:
             found: list[str] = []
             folder = os.path.join(top, label)
@@ -228,9 +224,9 @@ def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
         )
     if empty:
         text = f"class folders without images are left out ({some(map(repr, empty))})"
-        warnings.warn(f"{where}: {len(empty)} {text}.", UserWarning, stacklevel=2)
+        warnings.warn(f"{where}: {len(empty)} {text}.", stacklevel=2)
     if doubt := _doubt_classes(inside):
-        warnings.warn(f"{where}: {doubt}", UserWarning, stacklevel=2)
+        warnings.warn(f"{where}: {doubt}", stacklevel=2)
     _check_folder_names(labels, where)
     hint = " Put the images of each class into a sub-folder of their own."
     inner = os.path.join(tops[0], labels[0])

@@ -19,15 +19,9 @@ from sfda_tune.data.parts import choose, choose_rows, part_of, read_parts
 from sfda_tune.data.tables import as_cell, find_column
 from sfda_tune.values.text import one_line, printable
 
-# ---- Hugging Face
-
 
 def open_hub(
-    spec: str,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    least: int,
+    spec: str, split: str | None, image_column: str | None, label_column: str | None, least: int
 ) -> ImageDataset:
     """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder."""
     datasets, text = need("datasets", "'hf:'"), spec[3:]

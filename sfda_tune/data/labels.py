@@ -99,7 +99,6 @@ def encode(
         warnings.warn(
             f"{where} has classes whose names differ only in case, or in how their letters are "
             f"encoded ({some(map(ascii, alike))}); if they are the same, give them one name.",
-            UserWarning,
             stacklevel=2,
         )
     code = {name: n for n, name in enumerate(classes)}

@@ -114,29 +114,15 @@ def cut(n: int, size: int = BATCH) -> list[range]:
 
 
 class Loader:
-    """Makes batches of items in order; may be iterated again and again.
+    """Yields (keys, value) of batches of items, in order; may be iterated again and again.
 
-    Parameters
-    ----------
-    items : object
-        ``items[key]`` makes one item; ``items.name(key)`` is what to call it in messages.
-    batches : iterable of sequence
-        Keys of each batch.
-    collate : callable
-        Makes one value of the items of a batch.
-    workers : int
-        Processes. With 0, a thread of this process makes each batch when it is asked for.
-    threads : int
-        Make batches ahead in so many threads, where there may be no processes: an actor may
-        neither fork (CUDA, gRPC) nor spawn.
-    direct : bool
-        There is nothing to decode: make each batch at once, in the caller's thread.
-    prepare : sequence of callable
-        What the processes call first, each without arguments; importable by its name.
+    ``items[key]`` makes one item, ``items.name(key)`` is what to call it in messages; `collate`
+    makes one value of the items of a batch.
 
-    Yields
-    ------
-    (keys, value)
+    `workers` processes make batches ahead; they call what is in `prepare` first, each importable
+    by its name. With 0, a thread of this process makes each batch when it is asked for; or so many
+    `threads` make them ahead, where there may be no processes: an actor may neither fork (CUDA,
+    gRPC) nor spawn. `direct`: there is nothing to decode, so that the caller's thread makes them.
     """
 
     def __init__(
@@ -306,7 +292,8 @@ class _Process:
     def died(self) -> DatasetError:
         self.process.join(1.0)
         code = self.process.exitcode
-        how = f"code {code}" if code is None or code >= 0 else _signal_name(-code)
+        signals = {-number: number.name for number in signal.Signals}
+        how = signals.get(code or 0, f"code {code}")
         where = f" while it decoded {self.items.name(self.at)}" if self.at is not None else ""
         return DatasetError(
             f"a decoding process died{where} ({how}): either this image crashes the decoder (move "
@@ -326,13 +313,6 @@ class _Process:
         with contextlib.suppress(ValueError, AssertionError):  # nothing is left
             self.process.join(5.0)
             self.process.close()
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _start(

@@ -6,7 +6,6 @@ numpy and Pillow only; whatever else a form needs is imported by it.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +22,6 @@ from sfda_tune.data.torchvision import open_map
 
 __all__ = ["open_dataset", "open_part"]
 
-logger = logging.getLogger(__name__)
 _FORMS = (
     "'digits'; a folder with one sub-folder per class (or train/ and val/ with such sub-folders); "
     "a .csv, .tsv or .parquet table of paths and labels; 'hf:NAME' or 'hf:NAME:CONFIG'; a Hugging "

@@ -22,9 +22,6 @@ IMAGE_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", 
 LABEL_COLUMNS = ("label", "class", "target", "category", "y")
 
 
-# ---- tables
-
-
 def find_column(
     argument: str, given: str | None, columns: Iterable[str], where: str, typed: Sequence[str] = ()
 ) -> str:
@@ -53,11 +50,7 @@ def as_cell(value: Any, base: str) -> str | bytes | None:
 
 
 def open_table(
-    spec: Any,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    least: int,
+    spec: Any, split: str | None, image_column: str | None, label_column: str | None, least: int
 ) -> ImageDataset:
     """Open a CSV or Parquet file."""
     path = absolute(spec)

@@ -24,9 +24,6 @@ from sfda_tune.values.text import one_line
 logger = logging.getLogger(__name__)
 
 
-# ---- torchvision
-
-
 def _map_item(dataset: Any, row: int) -> Any:
     return as_item(dataset[row][0], "the image")
 

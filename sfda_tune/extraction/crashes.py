@@ -21,7 +21,6 @@ from sfda_tune.extraction.plan import Unit
 __all__ = ["find_crashing_images"]
 
 
-# Images that end the process --------------------------------------------------------------------
 CRASH_REASON = (
     "a process that decodes it "  # then what becomes of it; how such an image is known again
 )
@@ -39,16 +38,9 @@ def find_crashing_images(
     """Decode the rows of a unit in child processes and return those that end theirs, with why.
 
     A child tells each row before it reads it; when it dies the last row told is guilty, and
-    another child goes on behind it.
-
-    Parameters
-    ----------
-    unit : Unit
-        Its `crashing` is known already and not read again.
-    timeout : float
-        Seconds without a word after which a row counts as one that hangs.
-    dumps : callable
-        Must pickle the data set and its transforms for `pickle.load`.
+    another child goes on behind it. What the unit knows as `crashing` is not read again; a row
+    without a word for `timeout` seconds counts as one that hangs; `dumps` must pickle the data set
+    and its transforms for `pickle.load`.
     """
     found, start = dict(unit.crashing), 0
     while True:

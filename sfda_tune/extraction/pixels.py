@@ -89,22 +89,15 @@ def _collate(items: list[tuple[list[Any], str | None, float]]) -> tuple[Any, ...
 
 
 class SharedPixels:
-    """Decoded images of some rows, for several preprocessings, filled as far as somebody asked.
+    """Decoded images of a unit, for its preprocessings, filled as far as somebody asked.
 
     Several threads may read it; the one that needs more rows fills it for all.
     """
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        preprocessings: Sequence[Preprocessing],
-        settings: Settings,
-        plugins: Sequence[str],
-        *,
-        pin: bool,
-        crashing: Mapping[int, str],
-        threads: int | None = None,
+        self, unit: Unit, settings: Settings, *, pin: bool, threads: int | None = None
     ) -> None:
+        dataset, preprocessings = unit.dataset, unit.preprocessings
         self.n = len(dataset)
         self.keys = [one.key for one in preprocessings]
         self.filled = self.users = 0
@@ -116,13 +109,13 @@ class SharedPixels:
         self._faults: dict[Any, str] = {}
         self._lock = threading.Lock()
         self._batches: Iterator[Any] | None = None
-        self._decoder = Decoder(dataset, preprocessings, crashing)
+        self._decoder = Decoder(dataset, preprocessings, unit.crashing)
         workers = count_workers(dataset, settings.workers) if threads is None else 0
         self._options: dict[str, Any] = {
             "workers": workers,
             "threads": threads or 0,
             "direct": not workers and is_in_memory(dataset),
-            "prepare": [partial(load_plugin, plugin) for plugin in plugins],
+            "prepare": [partial(load_plugin, plugin) for plugin in unit.backbone.plugins],
         }
 
     def rows(
@@ -225,15 +218,7 @@ def lend_pixels(
     with SHARED_LOCK:
         number, shared = SHARED.pop(unit.run, (-1, None))
         if shared is None or number != unit.number:
-            shared = SharedPixels(
-                unit.dataset,
-                unit.preprocessings,
-                settings,
-                unit.backbone.plugins,
-                pin=pin,
-                crashing=unit.crashing,
-                threads=threads,
-            )
+            shared = SharedPixels(unit, settings, pin=pin, threads=threads)
         SHARED[unit.run] = unit.number, shared  # the last used at the end
         shared.users += 1
         while len(SHARED) > 1 and sum(s.nbytes for _, s in SHARED.values()) > PIXEL_BYTES:

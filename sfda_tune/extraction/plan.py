@@ -72,37 +72,17 @@ class BackboneJob:
 
 @dataclass(eq=False)
 class Plan:
-    """What is missing: which backbones on which shards; cut into units by who runs it.
+    """What is missing: which backbones on which shards; cut into units by who runs it."""
 
-    Parameters
-    ----------
-    run : str
-        Unique name.
-    dataset : ImageDataset
-    jobs : dict of str to job
-        By name of the backbone.
-    shards : list of (start, stop)
-        Rows of the data set.
-    images : list of str
-        Content digests.
-    missing : dict of str to frozenset of int
-        Backbone → shards.
-    max_unreadable : float
-        So many images, in the whole data set.
-    failed : set of str
-        Backbones that get no further unit.
-    crashing : dict of int to str
-        Row of the data set → why it must not be read; an executor adds those it found.
-    """
-
-    run: str
+    run: str  # unique name
     dataset: ImageDataset
-    jobs: dict[str, Any]
-    shards: list[tuple[int, int]]
-    images: list[str]
-    missing: dict[str, frozenset[int]]
-    max_unreadable: float
-    failed: set[str] = field(default_factory=set)
+    jobs: dict[str, Any]  # by name of the backbone
+    shards: list[tuple[int, int]]  # start and stop, rows of the data set
+    images: list[str]  # content digests
+    missing: dict[str, frozenset[int]]  # backbone → shards
+    max_unreadable: float  # images, in the whole data set
+    failed: set[str] = field(default_factory=set)  # backbones that get no further unit
+    # Row of the data set → why it must not be read; an executor adds those it found
     crashing: dict[int, str] = field(default_factory=dict)
 
     def preprocessing(self, name: str) -> Preprocessing:
@@ -174,8 +154,6 @@ def shards_at_once(preprocessings: Iterable[Preprocessing], memory: int | None =
     import psutil
 
     distinct = {p.key: p for p in preprocessings}
-    per_image = 0
-    for p in distinct.values():
-        per_image += pixels.bytes_per_image(p)
+    per_image = sum(map(pixels.bytes_per_image, distinct.values()))
     budget = min(pixels.PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
     return max(1, budget // max(SHARD * per_image, 1))

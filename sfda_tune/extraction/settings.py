@@ -10,6 +10,7 @@ import numpy as np
 
 from sfda_tune.backbones.devices import check_precision
 from sfda_tune.values.features import Backbone, Features
+from sfda_tune.values.text import integer, require
 
 __all__ = ["PRECISIONS", "Extraction", "Map", "Settings"]
 
@@ -58,15 +59,13 @@ class Settings:
     max_unreadable: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"`precision` must be one of {', '.join(PRECISIONS)} but is {self.precision!r}."
-            )
+        rule = f"one of {', '.join(PRECISIONS)}"
+        require("precision", self.precision, rule, self.precision in PRECISIONS)
         check_precision(self.precision, self.device)
         for name, least in (("batch_size", 1), ("workers", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
-                raise ValueError(f"`{name}` must be an integer ≥ {least} but is {value!r}.")
+            if value is not None:
+                object.__setattr__(self, name, integer(name, value, least))
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(
                 f"`max_unreadable` must lie in 0 … 1 but is {self.max_unreadable!r}; it is the "

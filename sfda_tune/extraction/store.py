@@ -12,20 +12,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
-from sfda_tune.values.files import check, check_folder, clear_leftovers, open_regular, write_bytes
+from sfda_tune.values.files import (
+    check_folder,
+    clear_leftovers,
+    open_regular,
+    parse_json,
+    write_bytes,
+)
 
 __all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
 
@@ -35,19 +42,12 @@ FORMAT = "sfda_tune.features/2"  # raise the number when what an entry means cha
 SUFFIX = ".safetensors"
 # Protocols that know no folders: to make one would look at the whole bucket, or make a bucket.
 OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
-
-
-COUNT = (int, None)
-INFO = {
-    "backbone?": str,
-    "n_params?": COUNT,
-    "forward_seconds?": float,
-    "device?": str,
-    "peak_memory?": COUNT,
-    "peak_batch?": COUNT,
-}
-# What reading a damaged entry raises; JSON may be nested more deeply than Python's stack.
-DAMAGED = (SafetensorError, OSError, ValueError, KeyError, RecursionError)
+INFO = {"backbone?": str, "device?": str, "forward_seconds?": float}
+INFO |= dict.fromkeys(("n_params?", "peak_memory?", "peak_batch?"), (int, None))
+HEADER = {name: {"shape": [int]} for name in ("x", "rows")}
+HEADER |= {"__metadata__": dict.fromkeys(("format", "key", "digest", "unreadable", "info"), str)}
+# What reading a damaged entry raises
+DAMAGED = (SafetensorError, OSError, ValueError, KeyError)
 
 
 class UnreachableError(OSError):
@@ -67,12 +67,8 @@ def default_root() -> Path:
 def make_key(images: Iterable[str], weights: str, preprocessing: str, precision: str) -> str:
     """Return the key of an entry: a digest of all that its features depend on.
 
-    Parameters
-    ----------
-    images : iterable of str
-        Content digest of each image, in order.
-    weights, preprocessing, precision : str
-        Fingerprints of the backbone and of its preprocessing; name of the precision.
+    These are the content digests of the images, in order, the fingerprints of the backbone and of
+    its preprocessing, and the name of the precision.
     """
     text = json.dumps([FORMAT, list(images), weights, preprocessing, precision])
     return hashlib.blake2b(text.encode(), digest_size=20).hexdigest()
@@ -80,23 +76,12 @@ def make_key(images: Iterable[str], weights: str, preprocessing: str, precision:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Features of one backbone on one shard.
+    """Features of one backbone on one shard."""
 
-    Parameters
-    ----------
-    x : array of float32, shape (n_readable, n_dims)
-    rows : array of int64, shape (n_readable,)
-        Position in the shard of each row of `x`; what is missing could not be read.
-    unreadable : mapping of str to str
-        Position in the shard → reason, for the others.
-    info : mapping of str to JSON value
-        Backbone, parameters, seconds: shown, never used as a key.
-    """
-
-    x: np.ndarray
-    rows: np.ndarray
-    unreadable: Mapping[str, str] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
+    x: np.ndarray  # float32, (n_readable, n_dims)
+    rows: np.ndarray  # int64, (n_readable,): position in the shard of each row of `x`
+    unreadable: Mapping[str, str] = field(default_factory=dict)  # position of the others → reason
+    info: Mapping[str, Any] = field(default_factory=dict)  # JSON values, shown, never a key
 
 
 @dataclass(frozen=True)
@@ -122,8 +107,7 @@ class FeatureStore:
     def get(self, key: str) -> Entry | None:
         """Return an entry, or None if there is no sound one."""
         try:
-            with self._reading(key) as path:
-                return _read(path, key)
+            return _parse(self._read(key), key)
         except FileNotFoundError:
             return None
         except UnreachableError:
@@ -132,12 +116,13 @@ class FeatureStore:
             logger.warning("ignoring the cache file %s: %s", self.path(key), error)
             return None
 
-    @contextlib.contextmanager
-    def _reading(self, key: str) -> Iterator[Path]:
+    def _read(self, key: str) -> bytes:
         path = self.path(key)
-        yield path
+        with open_regular(path) as file:
+            content = file.read()
         with contextlib.suppress(OSError):  # a read-only store
             os.utime(path)  # last use, for `clear(older_than=…)`
+        return content
 
     def put(self, key: str, entry: Entry) -> None:
         """Write an entry; another process that writes the same key does no harm.
@@ -147,8 +132,6 @@ class FeatureStore:
         OSError
             If the folder cannot be written, for instance on a full disk.
         """
-        from safetensors.numpy import save
-
         x, rows = np.ascontiguousarray(entry.x), np.ascontiguousarray(entry.rows)
         header = {
             "format": FORMAT,
@@ -169,10 +152,7 @@ class FeatureStore:
 
     def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Iterate over the files of all entries."""
-        yield from self._files(f"*{SUFFIX}")
-
-    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-        for path in sorted(self.root.glob(f"features/??/{pattern}")):
+        for path in sorted(self.root.glob(f"features/??/*{SUFFIX}")):
             with contextlib.suppress(FileNotFoundError):  # another process clears it
                 if path.is_file():
                     yield path, path.stat()
@@ -182,8 +162,10 @@ class FeatureStore:
         totals: dict[str, dict[str, int]] = {}
         for path, stat in self.entries():
             try:
-                with _open(path) as file:
-                    n, name = _count(file), str(_info(file.metadata()).get("backbone", "?"))
+                with open_regular(path) as file:
+                    header = _read_header(file)
+                n, info = header["rows"]["shape"][0], header["__metadata__"]["info"]
+                name = parse_json(info, INFO).get("backbone", "?")
             except DAMAGED:
                 n, name = 0, "(damaged or foreign)"
             total = totals.setdefault(name, {"entries": 0, "images": 0, "bytes": 0})
@@ -253,13 +235,10 @@ class RemoteStore(FeatureStore):
         """Return the place of an entry below the root."""
         return Path("features") / key[:2] / f"{key}{SUFFIX}"
 
-    @contextlib.contextmanager
-    def _reading(self, key: str) -> Iterator[Path]:
+    def _read(self, key: str) -> bytes:
         fs, path = self._place(key)
-        with tempfile.TemporaryDirectory() as folder:  # safetensors reads files, and no others
-            with self._speaking():
-                fs.get_file(path, copy := os.path.join(folder, "entry"))
-            yield Path(copy)
+        with self._speaking():
+            return fs.cat_file(path)
 
     def _write(self, key: str, content: bytes) -> None:
         fs, path = self._place(key)
@@ -285,48 +264,33 @@ class RemoteStore(FeatureStore):
                 "address, the credentials and the network, or pass a folder."
             ) from error
 
-    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+    def entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Refuse: to list a bucket may take hours."""
         raise ValueError(f"{self.root} is managed with the tools of its host, not from here.")
 
 
 # One entry --------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    with open_regular(path), safe_open(path, framework="numpy") as file:
-        yield file
+def _read_header(file: IO[bytes]) -> dict[str, Any]:
+    """Return what a safetensors file says of itself, at its beginning; the arrays are not read."""
+    size = int.from_bytes(file.read(8), "little")
+    return parse_json(file.read(min(size, 1 << 24)).decode(), HEADER)
 
 
-def _count(file: Any) -> int:
-    """Return the number of rows, if the arrays are such as an entry has; they are not read yet."""
-    x, rows = file.get_slice("x"), file.get_slice("rows")
-    if (x.get_dtype(), rows.get_dtype()) != ("F32", "I64"):
-        raise ValueError("its arrays are of other types than an entry's")
-    if len(x.get_shape()) != 2 or rows.get_shape() != x.get_shape()[:1]:
-        raise ValueError("its arrays have other shapes than an entry's")
-    return rows.get_shape()[0]
-
-
-def _info(header: Mapping[str, str] | None) -> dict[str, Any]:
-    info = json.loads((header or {})["info"])
-    check(info, INFO, "info")
-    return info
-
-
-def _read(path: Path, key: str) -> Entry:
-    with _open(path) as file:
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT or header.get("key") != key:
-            raise ValueError("it is not an entry of this key")
-        _count(file)
-        x, rows = file.get_tensor("x"), file.get_tensor("rows")
-    if header.get("digest") != _digest(x, rows, header):
+def _parse(content: bytes, key: str) -> Entry:
+    header = _read_header(io.BytesIO(content))["__metadata__"]
+    if header["format"] != FORMAT or header["key"] != key:
+        raise ValueError("it is not an entry of this key")
+    arrays = load(content)
+    x, rows = arrays["x"], arrays["rows"]
+    if header["digest"] != _digest(x, rows, header):
         raise ValueError("its content is damaged")
-    unreadable = json.loads(header["unreadable"])
-    check(unreadable, {str: str}, "unreadable")
+    if (x.dtype, rows.dtype) != (np.float32, np.int64) or (x.ndim, rows.shape) != (2, x.shape[:1]):
+        raise ValueError("its arrays are not those of an entry")
+    unreadable = parse_json(header["unreadable"], {str: str})
     told = np.sort([*rows, *map(int, unreadable)])
     if (np.diff(rows) <= 0).any() or not np.array_equal(told, np.arange(len(told))):
         raise ValueError("its rows are not those of a shard")
-    return Entry(x, rows, unreadable, _info(header))
+    return Entry(x, rows, unreadable, parse_json(header["info"], INFO))
 
 
 def _digest(x: np.ndarray, rows: np.ndarray, header: Mapping[str, str]) -> str:

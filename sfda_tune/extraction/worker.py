@@ -138,12 +138,7 @@ class Worker:
                 outcome.n_decoded = shared.filled - filled
 
     def _forward(
-        self,
-        unit: Unit,
-        outcome: Outcome,
-        forward: _Forward,
-        shared: SharedPixels,
-        shard: range,
+        self, unit: Unit, outcome: Outcome, forward: _Forward, shared: SharedPixels, shard: range
     ) -> _Shard:
         """Compute the rows of a shard; on a GPU only begin to."""
         seconds, start, stop = outcome.seconds, shard.start, shard.stop
@@ -166,9 +161,8 @@ class Worker:
                 pixels = shared.pixels(unit.preprocessing.key, rows)
                 if forward.device.type == "cuda" and not parts:
                     with _MOVES:
-                        base = _reset_peak(forward.device)
-                        parts.append(forward(pixels))
-                        peak = _read_peak(forward, base, len(rows))
+                        part, peak = forward.measure(pixels)
+                    parts.append(part)
                 else:
                     parts.append(forward(pixels))
                 good.append(rows - start)
@@ -294,6 +288,16 @@ class _Forward:
                 torch.cuda.empty_cache()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def measure(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
+        """Compute on a GPU, and return the bytes that a batch took at most beside the weights."""
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.device)
+        base = torch.cuda.memory_allocated(self.device)
+        features = self(pixels)
+        peak = torch.cuda.max_memory_allocated(self.device) - base
+        return features, {"peak_memory": peak, "peak_batch": min(self.batch_size, len(pixels))}
+
     def _run(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
@@ -357,22 +361,6 @@ def _is_lasting(entry: Entry, images: Sequence[str]) -> bool:
         isinstance(why, Passing) and images[int(row)] != UNREADABLE
         for row, why in entry.unreadable.items()
     )
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Begin to watch the memory of a GPU; return what it holds already."""
-    import torch
-
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def _read_peak(forward: _Forward, base: int, n: int) -> dict[str, int]:
-    """Return what a batch of `n` took at most beyond `base`, in bytes."""
-    import torch
-
-    peak = torch.cuda.max_memory_allocated(forward.device) - base
-    return {"peak_memory": peak, "peak_batch": min(forward.batch_size, n)}
 
 
 def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:

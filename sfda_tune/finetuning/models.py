@@ -33,17 +33,9 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "PROVENANCE",
-    "WEIGHTS",
-    "Model",
-    "forward",
-    "load_model",
-    "predict",
-    "predict_batches",
-    "probabilities",
-    "with_head",
-    "write_model",
-]
+    "PROVENANCE", "WEIGHTS", "Model", "forward", "load_model", "predict", "predict_batches",
+    "probabilities", "with_head", "write_model",
+]  # fmt: skip
 
 PROVENANCE = "provenance.json"
 

@@ -55,9 +55,7 @@ class SharedWork:
         images = self._images.pop(full, None) or make()  # they hold `owner`
         if images.kept is not None:
             self._images[full] = images
-        while len(self._images) > 1 and self._size() > pixels.PIXEL_BYTES:
-            self._images.popitem(last=False)
+        kept = self._images
+        while len(kept) > 1 and sum(i.nbytes for i in kept.values()) > pixels.PIXEL_BYTES:
+            kept.popitem(last=False)
         return images
-
-    def _size(self) -> int:
-        return sum(images.nbytes for images in self._images.values())

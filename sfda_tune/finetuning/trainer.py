@@ -11,7 +11,7 @@ from typing import Any
 
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import is_integer, require, some
+from sfda_tune.values.text import integer, some
 
 __all__ = ["ModelInit", "TrainerSpace"]
 
@@ -26,8 +26,7 @@ def find_specs(
     What has no spec, because it exists in this process only, or no translation is left out, with a
     warning.
     """
-    if k is not None:
-        k = positive("k", k, 1)
+    k = None if k is None else integer("k", k, 1)
     if isinstance(ranking, Ranking):
         scores = [s for s in ranking.scores if s.error is None]
         specs = {s.backbone: str(s.details.get("spec", s.backbone)) for s in scores}
@@ -52,13 +51,6 @@ def find_specs(
     if lost:
         warnings.warn(f"left out, for they cannot be opened by name: {some(lost)}", stacklevel=3)
     return found
-
-
-def positive(name: str, value: int | None, default: int) -> int:
-    if value is None:
-        return default
-    require(name, value, "an integer ≥ 1", is_integer(value, 1))
-    return int(value)
 
 
 # Hugging Face Trainer ---------------------------------------------------------------------------

@@ -32,13 +32,8 @@ This form is stationary in a, so that an error in a enters squared. The textbook
 [μ_j·μ_k − …]/ρ was rejected: it loses log₁₀(1/λ) digits.
 
 The leave-one-out posterior divides by 1 − āh. For N < D this is of the order of λ, and the
-difference would have lost all digits at λ = 1e-8. The dual path has it as a product instead: Z
-sums to zero within classes, hence HZ = 0, A and H commute, and with A' = A + tr(S_W)·H
-
-    1 − ā_n h_n = n_c/(n_c−1)·ρ·( [A'⁻¹]_nn − 1/(n_c(ρ + tr S_W)) ),   h_n = N·[GA'⁻¹]_nn.
-
-A' replaces the C eigenvalues of A that are ρ by tr(S_W) and is well conditioned where Z has rank
-N − C. A'⁻¹Z = A⁻¹Z, so that everything above remains true of it.
+difference would have lost all digits at λ = 1e-8; ``leave_one_out.md`` has the product (L6) that
+the dual path takes instead, from A' = A + tr(S_W)·H. A'⁻¹Z = A⁻¹Z, so all this holds for A', too.
 
 Comments ``# (7)`` bear the numbers of the paper, listed in ``sfda.py``; ``# (L3)`` those of
 ``leave_one_out.md``, the note on the leave-one-out posterior.
@@ -675,24 +670,3 @@ class LeaveOneOut:
             delta += self.log_counts  # the N − 1 of the priors cancels
             delta[x.ops.asarray(np.arange(len(y))), y] = self.own[rows]
             yield rows, x.ops.log_softmax(delta)  # (L5)
-
-
-def loo_log_posterior(x: Samples, shrinkage: float) -> np.ndarray:
-    """All log p'(c|x_n), (N, C): rows in the caller's order, columns in that of the classes.
-
-    −inf where the class has no other sample. `x` is taken as it is, call `x.normalize` before.
-    """
-    out = x.ops.zeros(x.N, x.C)
-    with np.errstate(under="ignore"):
-        for rows, log_p in Scatter(x).leave_one_out(shrinkage).log_posterior():
-            out[rows] = log_p
-    return x.unsorted(out)
-
-
-def posterior(x: Samples, shrinkage: float) -> np.ndarray:
-    """p(c|x_n) of regularised LDA with S̃ = (1−λ)S_W + λ(tr S_W/D)I, in the caller's row order."""
-    S_W = Scatter(x)
-    out = x.ops.zeros(x.N, x.C)
-    for rows, log_p in S_W.discriminants(shrinkage, shrinkage * S_W.trace / x.D).log_posterior():
-        out[rows] = x.ops.exp(log_p)
-    return x.unsorted(out)

@@ -18,11 +18,10 @@ import numpy as np
 from scipy.linalg import eigh
 
 from sfda_tune.values.labels import encode_labels
-from sfda_tune.values.text import is_integer, is_number, require
+from sfda_tune.values.text import is_number, require
 
 __all__ = [
     "Data", "as_matrix", "encode", "load", "load_logits", "narrow", "pca", "positive", "triangle",
-    "whole",
 ]  # fmt: skip
 
 LARGEST = 1e75  # of |feature|: the squares of squares stay finite in float64
@@ -80,12 +79,7 @@ class Data:
 
     def details(self) -> dict[str, Any]:
         """Sizes and dtype."""
-        return {
-            "n_samples": self.N,
-            "n_dims": self.D,
-            "n_classes": self.C,
-            "dtype": self.dtype,
-        }
+        return {"n_samples": self.N, "n_dims": self.D, "n_classes": self.C, "dtype": self.dtype}
 
 
 def load(features: Any, labels: Any, name: str = "features") -> Data:
@@ -206,12 +200,6 @@ def positive(name: str, value: Any, most: float = np.inf) -> float:
     rule = "a number > 0" if most == np.inf else f"a number in (0, {most:g}]"
     require(name, value, rule, is_number(value) and 0 < value <= most and value < np.inf)
     return float(value)
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """Check an option that must be an integer ≥ least."""
-    require(name, value, f"an integer ≥ {least}", is_integer(value, least))
-    return int(value)
 
 
 def triangle(A: np.ndarray) -> np.ndarray:

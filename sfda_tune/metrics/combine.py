@@ -24,9 +24,7 @@ METHODS = ("rank", "minmax")
 
 
 def combine(
-    *scores: Mapping[str, float],
-    weights: Sequence[float] | None = None,
-    method: str = "rank",
+    *scores: Mapping[str, float], weights: Sequence[float] | None = None, method: str = "rank"
 ) -> dict[str, float]:
     """Average several scores of the same backbones, after bringing them to one scale.
 

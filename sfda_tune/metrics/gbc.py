@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics._input import load, pca, whole
+from sfda_tune.metrics._input import load, pca
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import integer
 
 __all__ = ["gbc"]
 
@@ -82,7 +83,7 @@ def gbc(features: Any, labels: Any, *, n_components: int = 64) -> MetricResult:
     >>> f"{gbc(noise + centres, labels).value:.3f} against {gbc(noise, labels).value:.3f}"
     '-1.876 against -5.871'
     """
-    n_components = whole("n_components", n_components, 1)
+    n_components = integer("n_components", n_components, 1)
     data = load(features, labels)
     X, variances = pca(data.X - data.X.mean(axis=0), n_components)
     K = X.shape[1]

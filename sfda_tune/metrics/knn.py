@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics._input import load, whole
+from sfda_tune.metrics._input import load
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import integer
 
 __all__ = ["knn"]
 
@@ -83,7 +84,7 @@ def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricR
     >>> f"{knn(noise + centres, labels).value:.3f} against {knn(noise, labels).value:.3f}"
     '0.887 against 0.307'
     """
-    grid = [whole("k", k, 1) for k in (k if isinstance(k, Sequence) else [k])]
+    grid = [integer("k", k, 1) for k in (k if isinstance(k, Sequence) else [k])]
     if not grid:
         raise ValueError(f"`k` must hold at least one integer but is {k!r}; try (1, 5, 20).")
     data = load(features, labels)

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from sfda_tune.metrics._input import Data, load, positive, whole
+from sfda_tune.metrics._input import Data, load, positive
 from sfda_tune.metrics._linear import fit_softmax
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import integer
 
 __all__ = ["linear_probe"]
 
@@ -93,7 +94,7 @@ def linear_probe(
     >>> linear_probe(noise + centres, labels).value > linear_probe(noise, labels).value + 0.3
     True
     """
-    n_folds = whole("n_folds", n_folds, 2)
+    n_folds = integer("n_folds", n_folds, 2)
     Cs = sorted(positive("grid", C) for C in grid)
     if not Cs:
         raise ValueError(f"`grid` must hold at least one number but is {grid!r}; try (0.01, 1).")
@@ -150,12 +151,7 @@ class _Fold:
         """Fill in the held-out log-probabilities and decisions; tell whether it converged."""
         n = len(self.X)
         self.theta, converged = fit_softmax(
-            self.X,
-            self.y,
-            len(self.classes),
-            1 / (C * n),
-            start=self.theta,
-            tolerance=TOLERANCE,
+            self.X, self.y, len(self.classes), 1 / (C * n), start=self.theta, tolerance=TOLERANCE
         )
         p = log_softmax(self.X_test @ self.theta[:-1] + self.theta[-1], axis=1)
         right[self.test] = self.classes[p.argmax(axis=1)] == self.y_test

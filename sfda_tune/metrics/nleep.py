@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics._input import load, narrow, pca, whole
+from sfda_tune.metrics._input import load, narrow, pca
 from sfda_tune.metrics._mixture import fit_mixture
 from sfda_tune.metrics.leep import log_expected_prediction
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import integer, require
 
 __all__ = ["nleep"]
 
@@ -95,11 +96,9 @@ def nleep(
     >>> nleep(noise + centres, labels).value > nleep(noise, labels).value
     True
     """
-    components_per_class = whole("components_per_class", components_per_class, 1)
-    if covariance not in ("full", "diag", "spherical"):
-        raise ValueError(
-            f"`covariance` must be one of 'full', 'diag', 'spherical' but is {covariance!r}."
-        )
+    components_per_class = integer("components_per_class", components_per_class, 1)
+    is_known = covariance in ("full", "diag", "spherical")
+    require("covariance", covariance, "one of 'full', 'diag', 'spherical'", is_known)
     data = load(features, labels)
     X, variances = pca(narrow(data.X - data.X.mean(axis=0)), min(data.N, data.D))
     kept = int(np.searchsorted(np.cumsum(variances), 0.8 * variances.sum())) + 1

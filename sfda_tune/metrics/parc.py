@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics._input import load, whole
+from sfda_tune.metrics._input import load
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import integer
 
 __all__ = ["parc"]
 
@@ -85,7 +86,7 @@ def parc(features: Any, labels: Any, *, max_samples: int = 2000) -> MetricResult
     >>> f"{parc(noise + centres, labels).value:.3f} against {parc(noise, labels).value:.3f}"
     '0.441 against -0.013'
     """
-    max_samples = whole("max_samples", max_samples, 3)
+    max_samples = integer("max_samples", max_samples, 3)
     data = load(features, labels)
     X, y = data.X, data.y
     if max_samples < data.N:  # rows are sorted by class: every so-many-th takes a share of each

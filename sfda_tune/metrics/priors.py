@@ -17,64 +17,23 @@ from sfda_tune.values.ranking import Ranking
 __all__ = ["PRIORS", "imagenet", "imagenet_prior", "params", "params_prior"]
 
 
-def imagenet(features: Any, labels: Any) -> NoReturn:
-    """Refuse: ImageNet accuracy cannot be computed from features.
+def _named(name: str, call: str) -> Callable[[Any, Any], NoReturn]:
+    """Return what stands for a prior among the metrics; it refuses to compute from features."""
 
-    See `imagenet_prior`, which looks it up by name.
+    def refuse(features: Any, labels: Any) -> NoReturn:
+        raise ValueError(
+            f"{name!r} needs a prior: it is looked up by the name of the backbone, not computed "
+            f"from features and labels; call `{call}` and put it beside other scores with "
+            "`combine`."
+        )
 
-    Parameters
-    ----------
-    features, labels : ignored
-
-    Raises
-    ------
-    ValueError
-        Always.
-
-    References
-    ----------
-    S. Kornblith, J. Shlens, Q. Le: Do Better ImageNet Models Transfer Better? CVPR 2019,
-    https://arxiv.org/abs/1805.08974
-
-    Examples
-    --------
-    >>> from sfda_tune.metrics import get_metric
-    >>> get_metric("imagenet")([[0.0], [1.0]], [0, 1])
-    Traceback (most recent call last):
-    ValueError: 'imagenet' needs a prior: it is looked up by the name of the backbone, ...
-    """
-    _refuse("imagenet", "imagenet_prior(names, path=...)")
+    refuse.__name__ = refuse.__qualname__ = name
+    refuse.__doc__ = f"Refuse: see `{call}`."
+    return refuse
 
 
-def params(features: Any, labels: Any) -> NoReturn:
-    """Refuse: the number of parameters cannot be computed from features.
-
-    See `params_prior`.
-
-    Parameters
-    ----------
-    features, labels : ignored
-
-    Raises
-    ------
-    ValueError
-        Always.
-
-    Examples
-    --------
-    >>> from sfda_tune.metrics import get_metric
-    >>> get_metric("params")([[0.0], [1.0]], [0, 1])
-    Traceback (most recent call last):
-    ValueError: 'params' needs a prior: it is looked up by the name of the backbone, ...
-    """
-    _refuse("params", "params_prior(ranking)")
-
-
-def _refuse(name: str, call: str) -> NoReturn:
-    raise ValueError(
-        f"{name!r} needs a prior: it is looked up by the name of the backbone, not computed from "
-        f"features and labels; call `{call}` and put it beside other scores with `combine`."
-    )
+imagenet = _named("imagenet", "imagenet_prior(names, path=...)")
+params = _named("params", "params_prior(ranking)")
 
 
 def imagenet_prior(
@@ -110,6 +69,9 @@ def imagenet_prior(
 
     References
     ----------
+    S. Kornblith, J. Shlens, Q. Le: Do Better ImageNet Models Transfer Better? CVPR 2019,
+    https://arxiv.org/abs/1805.08974
+
     The file that ships, ``imagenet.csv``, holds four columns of ``results/results-imagenet.csv``,
     https://github.com/huggingface/pytorch-image-models at aa4b5850 (R. Wightman, Apache-2.0).
 

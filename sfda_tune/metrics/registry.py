@@ -36,24 +36,13 @@ _INFO: dict[str, MetricInfo] = {}
 
 @overload
 def register_metric(
-    function: F,
-    *,
-    name: str | None = None,
-    needs: str | Sequence[str] = "features",
-    cost: str = "",
-    source: str = "",
-    misleads: str = "",
+    function: F, *, name: str | None = ..., needs: str | Sequence[str] = ..., **about: Any
 ) -> F: ...
 
 
 @overload
 def register_metric(
-    *,
-    name: str | None = None,
-    needs: str | Sequence[str] = "features",
-    cost: str = "",
-    source: str = "",
-    misleads: str = "",
+    *, name: str | None = ..., needs: str | Sequence[str] = ..., **about: Any
 ) -> Callable[[F], F]: ...
 
 
@@ -62,9 +51,7 @@ def register_metric(
     *,
     name: str | None = None,
     needs: str | Sequence[str] = "features",
-    cost: str = "",
-    source: str = "",
-    misleads: str = "",
+    **about: str,
 ) -> F | Callable[[F], F]:
     """Give a metric a name, as a decorator with or without arguments.
 
@@ -76,8 +63,9 @@ def register_metric(
         The function's own name by default.
     needs : str or sequence of str, default "features"
         Of ``"features"``, ``"logits"``, ``"hub"``, ``"prior"``; see `MetricInfo`.
-    cost, source, misleads : str, default ""
-        For `describe_metrics`: flops or order, paper and venue, when the value is wrong.
+    **about
+        ``cost``, ``source``, ``misleads``, texts for `describe_metrics`: flops or order, paper
+        and venue, when the value is wrong.
 
     Returns
     -------
@@ -123,7 +111,7 @@ def register_metric(
                 "choose another one with `name=`."
             )
         METRICS[key] = function
-        _INFO[key] = MetricInfo(key, needs, cost, source, misleads)
+        _INFO[key] = MetricInfo(key, needs, **about)
         return function
 
     return register if function is None else register(function)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sfda_tune.backbones.loading import read_config, timm_name
-from sfda_tune.finetuning.trainer import find_specs, positive
+from sfda_tune.finetuning.trainer import find_specs
+from sfda_tune.values.lazy import import_optional
+from sfda_tune.values.text import integer
 
 __all__ = ["to_autogluon", "to_ludwig"]
 
@@ -82,17 +84,13 @@ def to_autogluon(
     if len(names) == 1:
         result["hyperparameters"][key] = names[0]
         return result
-    n_trials = positive("n_trials", n_trials, len(names))
+    n_trials = len(names) if n_trials is None else integer("n_trials", n_trials, 1)
     if choice is None:
-        try:
-            from autogluon.common import space  # type: ignore[import]
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "to_autogluon with k > 1 makes a search space of AutoGluon's: pip install "
-                "autogluon.multimodal, or pass `choice`, as lambda *names: tune.choice(names)",
-                name=error.name,
-            ) from error
-        choice = space.Categorical
+        advice = (
+            "to_autogluon with k > 1 makes a search space of AutoGluon's: pip install "
+            "autogluon.multimodal, or pass `choice`, as lambda *names: tune.choice(names)"
+        )
+        choice = import_optional("autogluon.common.space", advice).Categorical
     assert choice is not None
     result["hyperparameters"][key] = choice(*names)
     result["hyperparameter_tune_kwargs"] = {
@@ -150,15 +148,15 @@ def to_ludwig(
         "output_features": [{"name": label, "type": "category"}],
     }
     if len(names) > 1:
-        space = {"space": "grid_search", "values": names}
+        space, n = {"space": "grid_search", "values": names}, 1
         if n_trials is not None:
-            space = {"space": "choice", "categories": names}
+            space, n = {"space": "choice", "categories": names}, integer("n_trials", n_trials, 1)
         config["hyperopt"] = {
             "goal": "maximize",
             "metric": "accuracy",
             "output_feature": label,
             "parameters": {f"{image}.encoder.model_name": space},
             "search_alg": {"type": "variant_generator"},
-            "executor": {"type": "ray", "num_samples": positive("n_trials", n_trials, 1)},
+            "executor": {"type": "ray", "num_samples": n},
         }
     return config

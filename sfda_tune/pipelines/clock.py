@@ -70,13 +70,8 @@ class Clock:
     """Seconds that a search has taken, in all processes that were part of it, without pauses.
 
     They stand in a file, so that who goes on, or joins, begins where the others are: to the
-    second, if `write` is called that often, also after a kill.
-
-    Parameters
-    ----------
-    file : Path
-    known : float
-        Seconds that are known from elsewhere.
+    second, if `write` is called that often, also after a kill. `known` are seconds that are known
+    from elsewhere.
     """
 
     def __init__(self, file: Path, known: float = 0.0) -> None:

@@ -14,7 +14,7 @@ from sfda_tune.pipelines.spaces import open_space
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check_folder
 from sfda_tune.values.redaction import redact
-from sfda_tune.values.text import require
+from sfda_tune.values.text import integer, require
 
 __all__ = ["SearchConfig"]
 
@@ -112,9 +112,8 @@ def _plain(value: Any) -> Any:
 def _check_numbers(c: SearchConfig) -> None:
     g: Mapping[str, Any] = vars(c)
     for name in ("trials", "workers", "keep", "epochs", "samples"):
-        is_count = isinstance(g[name], int) and not isinstance(g[name], bool)
-        optional = g[name] is None and name not in ("workers", "keep")
-        require(name, g[name], "an integer ≥ 1", optional or (is_count and g[name] >= 1))
+        if g[name] is not None or name in ("workers", "keep"):
+            c._set(name, integer(name, g[name], 1))
     for name in ("max_params", "max_latency"):
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")

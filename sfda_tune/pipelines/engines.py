@@ -24,17 +24,9 @@ from sfda_tune.values.files import read_json
 from sfda_tune.values.formats import TRIAL
 
 __all__ = [
-    "DIED",
-    "GROUP",
-    "NO_TIME",
-    "Engine",
-    "Job",
-    "OutOfTimeError",
-    "Trial",
-    "load_engine",
-    "read_trial",
-    "run_trial",
-]
+    "DIED", "GROUP", "NO_TIME", "Engine", "Job", "OutOfTimeError", "Trial", "load_engine",
+    "read_trial", "run_trial",
+]  # fmt: skip
 
 GROUP = "sfda_tune.engines"
 # Errors of trials that say nothing of their backbones.

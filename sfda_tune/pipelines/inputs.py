@@ -53,9 +53,7 @@ class Inputs:
 
 
 def open_inputs(
-    config: SearchConfig,
-    splits: Mapping[str, Any] | None,
-    check: Callable[[], None] | None = None,
+    config: SearchConfig, splits: Mapping[str, Any] | None, check: Callable[[], None] | None = None
 ) -> Inputs:
     """Open what a search works on; `splits` is what splits.json holds, None if it begins.
 

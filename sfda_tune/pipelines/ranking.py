@@ -29,6 +29,7 @@ from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.racing import RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import integer, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -160,11 +161,8 @@ def rank(
             f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
             "leave race out, or take 'sfda'."
         )
-    if ensemble is not None and not 1 <= ensemble <= len(candidates):
-        raise ValueError(
-            f"`ensemble` must be an integer from 1 to {len(candidates)}, the number of backbones, "
-            f"but is {ensemble!r}."
-        )
+    if ensemble is not None:
+        ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
         dataset, split=split, image_column=image_column, label_column=label_column
     )
@@ -200,27 +198,25 @@ def rank(
     if run.unreadable:
         names = [images.item_name(row) for row in sorted(run.unreadable)]
         passing = [why for why in run.unreadable.values() if isinstance(why, Passing)]
-        warnings.warn(
-            f"{len(names)} of {len(images)} images could not be read and were left out: "
-            + ", ".join(names[:5])
-            + (", …" if len(names) > 5 else "")
-            + (
-                f"; {len(passing)} for a reason that may pass ({passing[0]}): the next run reads "
-                "them again"
-                if passing
-                else ""
-            ),
-            stacklevel=2,
-        )
+        text = f"{len(names)} of {len(images)} images could not be read and were left out: "
+        text += some(names)
+        if passing:
+            text += f"; {len(passing)} for a reason that may pass ({passing[0]}): the next run "
+            text += "reads them again"
+        warnings.warn(text, stacklevel=2)
     copies = run.copies.twins.describe(whole)
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
-    info = _info(images, settings, seed, samples, run.seconds, run.unreadable, run.rows)
-    info |= copies
+    info = run.info(samples, seed) | copies
     if report is not None:
         info["executor"] = report
     if result is not None:
-        info["race"] = _report(result, top)
+        info["race"] = {
+            "top": top,
+            "stages": list(result.rungs),
+            "forward_passes": result.n_forward,
+            "full_run": result.n_full,
+        }
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
     ranking = Ranking(
@@ -308,8 +304,9 @@ class _RankingRun:
             for extraction in found:
                 for part, spent in extraction.seconds.items():
                     self.seconds[part] += spent
-                if rows is not None:
-                    extraction = _renumber(extraction, rows)
+                if rows is not None:  # as the whole data set numbers them
+                    bad = {int(rows[row]): why for row, why in extraction.unreadable.items()}
+                    extraction = replace(extraction, rows=rows[extraction.rows], unreadable=bad)
                 self.unreadable |= extraction.unreadable
                 name = extraction.backbone.name
                 if seen is not None:
@@ -366,6 +363,30 @@ class _RankingRun:
         n = len(self.images) - len(self.unreadable) - len(self.copies.dropped)
         return {name: s for name, s in self.scores.items() if s.error or s.n_samples == n}
 
+    def info(self, samples: int | None, seed: int) -> dict[str, Any]:
+        """Return what was ranked, and how."""
+        images, versions = self.images, {}
+        for package in ("sfda-tune", "torch", "timm", "numpy", "scipy", "pillow"):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:  # run from a source tree
+                versions[package] = "unknown"
+        return {
+            "dataset": images.name,
+            "n_samples": len(images) if self.rows is None else len(self.rows),
+            "n_classes": len(images.classes),
+            "classes": list(images.classes),
+            "samples": samples,
+            "seed": seed,
+            "device": self.settings.device,
+            "precision": self.settings.precision,
+            "unreadable": {
+                images.item_name(r): self.unreadable[r] for r in sorted(self.unreadable)
+            },
+            "seconds": self.seconds,
+            "versions": versions,
+        }
+
     def ensemble(self, k: int) -> dict[str, Any]:
         """Choose `k` of the backbones that were scored on all images."""
         names = [
@@ -376,21 +397,6 @@ class _RankingRun:
             return {}
         chosen = select_ensemble(hub, None, min(k, len(hub)))
         return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
-
-
-def _report(result: RaceResult, top: int) -> dict[str, Any]:
-    return {
-        "top": top,
-        "stages": list(result.rungs),
-        "forward_passes": result.n_forward,
-        "full_run": result.n_full,
-    }
-
-
-def _renumber(extraction: Extraction, rows: np.ndarray) -> Extraction:
-    """Name the rows of an extraction from a part of the data set as the whole does."""
-    unreadable = {int(rows[row]): why for row, why in extraction.unreadable.items()}
-    return replace(extraction, rows=rows[extraction.rows], unreadable=unreadable)
 
 
 def _join(old: Extraction | None, new: Extraction) -> Extraction:
@@ -431,33 +437,3 @@ def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
 
 def _same(a: Any, b: Any) -> bool:
     return len(a) == len(b) and bool((a == b).all())
-
-
-def _info(
-    images: ImageDataset,
-    settings: Settings,
-    seed: int,
-    samples: int | None,
-    seconds: dict[str, float],
-    unreadable: dict[int, str],
-    rows: Any,
-) -> dict[str, Any]:
-    versions = {}
-    for package in ("sfda-tune", "torch", "timm", "numpy", "scipy", "pillow"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree
-            versions[package] = "unknown"
-    return {
-        "dataset": images.name,
-        "n_samples": len(images) if rows is None else len(rows),
-        "n_classes": len(images.classes),
-        "classes": list(images.classes),
-        "samples": samples,
-        "seed": seed,
-        "device": settings.device,
-        "precision": settings.precision,
-        "unreadable": {images.item_name(row): why for row, why in sorted(unreadable.items())},
-        "seconds": seconds,
-        "versions": versions,
-    }

@@ -29,16 +29,7 @@ OURS = ("epochs", "monitor", "precision", "seed", "val_fraction")  # arguments o
 
 @dataclass(frozen=True)
 class Dimension:
-    """One field: a range of numbers, or choices; a single choice is a constant.
-
-    Parameters
-    ----------
-    name : str
-    low, high : float
-        Both integers: so is the value.
-    log : bool, default False
-    choices : tuple, optional
-    """
+    """One field: a range of numbers (integers if both ends are), or choices."""
 
     name: str
     low: float = math.nan

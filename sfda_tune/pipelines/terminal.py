@@ -16,15 +16,8 @@ from sfda_tune.values.text import printable
 __all__ = ["Terminal", "hang_up", "say", "spell_out", "text"]
 
 _SPELLINGS = {
-    "–": "-",
-    "×": "x",
-    "…": "...",
-    "≥": ">=",
-    "≤": "<=",
-    "›": ">",
-    "—": "-",
-    "\xa0": " ",
-}
+    "–": "-", "—": "-", "×": "x", "…": "...", "≥": ">=", "≤": "<=", "›": ">", "\xa0": " ",
+}  # fmt: skip
 
 
 class Terminal(Console):

@@ -14,16 +14,9 @@ import numpy as np
 from sfda_tune.pipelines.engines import Trial
 
 __all__ = [
-    "best_epoch",
-    "estimate_everything",
-    "find_best",
-    "find_front",
-    "of_backbone",
-    "seconds_per_epoch",
-    "signed",
-    "sort_key",
-    "summarise",
-]
+    "best_epoch", "estimate_everything", "find_best", "find_front", "of_backbone",
+    "seconds_per_epoch", "signed", "sort_key", "summarise",
+]  # fmt: skip
 
 
 def signed(value: float, metric: str) -> float:

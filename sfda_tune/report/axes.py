@@ -11,7 +11,6 @@ from typing import Any
 from sfda_tune.values.text import format_count
 
 
-# Compute -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Axis:
     """A scale from numbers to per cent of the width or height.

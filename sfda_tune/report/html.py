@@ -27,7 +27,7 @@ from sfda_tune.selection.calibration import Calibration, Observation, calibrate
 from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.selection.tables import listed
-from sfda_tune.selection.uncertainty import Confidence, confidence, shortlist
+from sfda_tune.selection.uncertainty import Confidence, find_confidence, shortlist
 from sfda_tune.values.files import write_text
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import describe_images, printable
@@ -36,17 +36,8 @@ __all__ = ["render", "save_plots", "write_report"]
 
 HERE = Path(__file__).parent
 COLOURS = (
-    "page",
-    "card",
-    "ink",
-    "muted",
-    "link",
-    "complete",
-    "pruned",
-    "failed",
-    "running",
-    "front",
-)
+    "page", "card", "ink", "muted", "link", "complete", "pruned", "failed", "running", "front",
+)  # fmt: skip
 THEMES = {  # the first five for text, the others for marks
     "light": "#ffffff #f3f5f7 #1b1e22 #555c64 #005a8c #0072B2 #CC79A7 #D55E00 #6b737c #009E73",
     "dark": "#15181c #20252b #e8eaed #a8b0b8 #7cc4f0 #56B4E9 #CC79A7 #E69F00 #8d969e #2ec79b",
@@ -58,7 +49,6 @@ COSTS = (  # name, words, whether more is better
 )
 
 
-# Write -------------------------------------------------------------------------------------------
 def write_report(
     source: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
 ) -> Path:
@@ -102,13 +92,12 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"count": shorten, "duration": _duration, "number": _number}
+    env.filters |= {"count": shorten, "soft": _soften, "duration": _duration, "number": _number}
     env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
-    env.filters["soft"] = _soften
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
     script = (HERE / "report.js").read_text("utf-8")
-    sure = _confidence(run.ranking)
+    sure = find_confidence(run.ranking)
     return env.get_template("report.html.j2").render(
         run=run,
         search=run.search or {},
@@ -161,13 +150,6 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     return files
 
 
-def _confidence(ranking: Ranking) -> Confidence | None:
-    try:
-        return confidence(ranking)
-    except ValueError:  # the metric is no mean over images, or nothing was scored
-        return None
-
-
 def _rows(ranking: Ranking, sure: Confidence | None) -> list[dict[str, Any]]:
     """Return one row per scored backbone: `Ranking.records` and `Confidence.records`."""
     known = {r["backbone"]: r for r in sure.records()} if sure else {}
@@ -187,7 +169,7 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
     if search and search.get("status") not in ("done", "budget spent"):
         text = f"The search is not done (state: {search.get('status')}); run it again to go on."
         found.append(("warning", text))
-    found += [("warning", f"{_capital(note)}.") for note in search.get("notes") or ()]
+    found += [("warning", f"{note[:1].upper()}{note[1:]}.") for note in search.get("notes") or ()]
     if search.get("decision"):
         found.append(("note", str(search["decision"])))
     if sure:
@@ -212,10 +194,6 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
         if empty := [c for c in classes if c not in set(labels)]:
             found.append(("note", f"Classes without a test image: {listed(empty, 8)}"))
     return sorted(found, key=lambda pair: pair[0] != "warning")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _costs(run: Run, key: str) -> dict[str, float]:
@@ -394,9 +372,8 @@ def _soften(name: Any) -> Any:
 
 
 def _words(key: Any) -> str:
-    return (
-        str(key).replace("_", " ").replace("macro f1", "macro-F1").replace("log loss", "log-loss")
-    )
+    text = str(key).replace("_", " ")
+    return text.replace("macro f1", "macro-F1").replace("log loss", "log-loss")
 
 
 def _number(value: Any) -> str:

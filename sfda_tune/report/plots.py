@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.lazy import import_optional
 from sfda_tune.values.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -69,22 +70,17 @@ def plot_ranking(ranking: Mapping[str, float], *, top: int = 30, ax: Axes | None
 
     `ranking` is a `Ranking`, or a mapping of str to float, then without intervals.
     """
-    from sfda_tune.selection.uncertainty import confidence
+    from sfda_tune.selection.uncertainty import find_confidence
 
     order = sorted((n for n in ranking if math.isfinite(ranking[n])), key=lambda n: -ranking[n])
     names = order[:top][::-1]
     ax = _axes(ax, 1.2 + 0.28 * len(names))
     values, places = np.array([ranking[name] for name in names]), np.arange(len(names))
     xerr = None
-    if isinstance(ranking, Ranking):
-        try:
-            c = confidence(ranking)
-        except ValueError:  # no mean over images, or nothing was scored
-            pass
-        else:
-            between = dict(zip(c.names, c.score_interval, strict=True))
-            ends = np.array([between.get(n, (ranking[n],) * 2) for n in names])
-            xerr = np.abs(ends - values[:, None]).T
+    if isinstance(ranking, Ranking) and (c := find_confidence(ranking)):
+        between = dict(zip(c.names, c.score_interval, strict=True))
+        ends = np.array([between.get(n, (ranking[n],) * 2) for n in names])
+        xerr = np.abs(ends - values[:, None]).T
     ax.errorbar(values, places, xerr=xerr, fmt="o", color=OKABE_ITO["blue"], capsize=3)
     ax.set_yticks(places, names, parse_math=False)
     ax.set_xlabel(getattr(ranking, "metric", "") or "score")
@@ -221,11 +217,5 @@ def _axes(ax: Axes | None, height: float = 4.0) -> Axes:
 
 def import_figure() -> Any:
     """Return matplotlib's `Figure`; ImportError says what to install."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "sfda_tune.report.plots needs matplotlib: pip install 'sfda-tune[report]'.",
-            name=error.name,
-        ) from error
-    return Figure
+    advice = "sfda_tune.report.plots needs matplotlib: pip install 'sfda-tune[report]'."
+    return import_optional("matplotlib.figure", advice).Figure

@@ -38,7 +38,6 @@ class Run:
         return -1 if (self.search or {}).get("metric") == "log_loss" else 1
 
 
-# Read --------------------------------------------------------------------------------------------
 def read_run(source: str | os.PathLike[str]) -> Run:
     """Read the folder of a search, finished or not, or the file of a ranking.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,11 @@ from sfda_tune.values.files import LARGEST_NUMBER
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import require
 
-__all__ = ["Calibration", "Observation", "backbone_name", "calibrate", "estimate_errors"]
+__all__ = [
+    "Calibration", "Observation", "backbone_name", "calibrate", "estimate_errors",
+    "scores_by_name",
+]  # fmt: skip
+
 STATES = ("complete", "pruned", "failed", "running")
 
 # Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
@@ -28,33 +33,19 @@ RUNS, FAILS = 0.1, 0.02  # Beta prior: a backbone runs or does not, so one failu
 
 @dataclass(frozen=True)
 class Observation:
-    """One trial, as evidence.
-
-    Parameters
-    ----------
-    backbone : str
-    state : {"complete", "pruned", "failed", "running"}
-        Failed: it gave no value and hardly would another time (out of memory). So does a complete
-        trial whose value is missing or not finite.
-    value : float, optional
-        Higher is better. Of a pruned trial the last one reported: a lower bound of the final one.
-    cost : float, optional
-        Seconds.
-    step : float, optional
-        Part of the full budget, in (0, 1], at which a pruned value was seen; else taken as ½.
-    feasible : bool, default True
-        An infeasible trial counts as if its value were the worst of all.
-    params : mapping of str to object, optional
-        The other parameters. If given, values are compared as if all trials had had the best
-        ones; and where nothing else varies, a second trial of a backbone is worthless.
-    """
+    """One trial, as evidence."""
 
     backbone: str
+    # One of STATES. "failed": it gave no value and hardly would another time (out of memory); so
+    # does a complete trial whose value is missing or not finite
     state: str
+    # Higher is better. Of a pruned trial the last one reported: a lower bound of the final one
     value: float | None = None
-    cost: float | None = None
-    step: float | None = None
-    feasible: bool = True
+    cost: float | None = None  # seconds
+    step: float | None = None  # part of the full budget, at which a pruned value was seen; or ½
+    feasible: bool = True  # an infeasible trial counts as if its value were the worst of all
+    # The others. If given, values are compared as if all trials had had the best ones; and where
+    # nothing else varies, a second trial of a backbone is worthless
     params: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -162,6 +153,14 @@ def calibrate(
 def backbone_name(choice: Any) -> str:
     """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
     return str(choice) if isinstance(choice, str) else repr(choice)  # never an `np.str_`
+
+
+def scores_by_name(scores: Any, argument: str = "ranking") -> dict[str, float]:
+    """Return the scores of a Ranking or a mapping by `backbone_name`; else raise a ValueError."""
+    require(argument, scores, "a Ranking or a mapping", isinstance(scores, Mapping))
+    for name, value in scores.items():
+        require(f"{argument}[{name!r}]", value, "a number", isinstance(value, Real))
+    return {backbone_name(name): float(value) for name, value in scores.items()}
 
 
 def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:

@@ -14,28 +14,19 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import some
 
 __all__ = ["Diagnostic", "diagnose"]
+Severity = Literal["warning", "note"]
+_Found = tuple[Severity, str] | None
 IN_SAMPLE = ("sfda (official)", "sfda (paper)", "hscore", "transrate")
 SATURATED = 1 - 1e-6
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """A sign that a ranking deserves a second look.
+    """A sign that a ranking deserves a second look."""
 
-    Parameters
-    ----------
-    kind : str
-        ``"failed"``, ``"ties"``, ``"few_samples"``, ``"width"``, ``"small_classes"``,
-        ``"shrinkage"``, ``"unreadable"`` or ``"copies"``.
-    severity : {"warning", "note"}
-        A warning means that the order itself may be wrong.
-    message : str
-        One sentence: what it is, and what to do.
-    """
-
-    kind: str
-    severity: Literal["warning", "note"]
-    message: str
+    kind: str  # see `diagnose`
+    severity: Severity  # a warning means that the order itself may be wrong
+    message: str  # one sentence: what it is, and what to do
 
     def __str__(self) -> str:
         return f"{self.severity}: {self.message}"
@@ -76,30 +67,29 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     warning: 2 backbones have the score 0.5 exactly: a, b; use another metric to tell them apart.
     """
     scores = [s for s in ranking.scores if s.error is None]
-    checks = (
-        _failed(ranking),
-        _ties(ranking, scores),
-        _few_samples(ranking, scores),
-        _width(scores),
-        _small_classes(ranking),
-        _shrinkage(scores),
-        _unreadable(ranking),
-        _copies(ranking),
-    )
-    return sorted((d for d in checks if d), key=lambda d: d.severity != "warning")
+    checks = {
+        "failed": _failed(ranking),
+        "ties": _ties(ranking, scores),
+        "few_samples": _few_samples(ranking, scores),
+        "width": _width(scores),
+        "small_classes": _small_classes(ranking),
+        "shrinkage": _shrinkage(scores),
+        "unreadable": _unreadable(ranking),
+        "copies": _copies(ranking),
+    }
+    diagnostics = (Diagnostic(kind, *found) for kind, found in checks.items() if found)
+    return sorted(diagnostics, key=lambda d: d.severity != "warning")
 
 
 def _count(n: int, singular: str, plural: str) -> str:
     return f"{n} {singular if n == 1 else plural}"
 
 
-# Diagnostics -------------------------------------------------------------------------------------
-def _failed(ranking: Ranking) -> Diagnostic | None:
+def _failed(ranking: Ranking) -> _Found:
     if not ranking.failed:
         return None
     name, error = next(iter(ranking.failed.items()))
-    return Diagnostic(
-        "failed",
+    return (
         "warning",
         f"{len(ranking.failed)} of {_count(len(ranking), 'backbone', 'backbones')} could not be "
         f"scored ({some(ranking.failed)}; {name}: {error}); the best may be among them, so fix "
@@ -107,29 +97,28 @@ def _failed(ranking: Ranking) -> Diagnostic | None:
     )
 
 
-def _ties(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None:
+def _ties(ranking: Ranking, scores: Sequence[Score]) -> _Found:
     values = [s.value for s in scores]
     bounded = all(0 <= value <= 1 + 1e-9 for value in values)  # else 1 is a score like any other
     full = [s.backbone for s in scores if bounded and s.value > SATURATED]
     if len(full) > 1:
         advice = "use variant='loo'" if ranking.metric in IN_SAMPLE[:2] else "use another metric"
         what = f"{len(full)} backbones score more than 1 − 1e-6 and are tied"
-        return Diagnostic("ties", "warning", f"{what}: {some(full)}; {advice} or more images.")
+        return "warning", f"{what}: {some(full)}; {advice} or more images."
     equal = {v: [s.backbone for s in scores if s.value == v] for v in values}
     tied = [(v, names) for v, names in equal.items() if len(names) > 1]
     if not tied:
         return None
     value, names = tied[0]
     more = f" (and {_count(len(tied) - 1, 'other tie', 'other ties')})" if len(tied) > 1 else ""
-    return Diagnostic(
-        "ties",
+    return (
         "warning",
         f"{len(names)} backbones have the score {value:.6g} exactly{more}: {some(names)}; "
         "use another metric to tell them apart.",
     )
 
 
-def _few_samples(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None:
+def _few_samples(ranking: Ranking, scores: Sequence[Score]) -> _Found:
     fitted = ranking.metric in IN_SAMPLE
     wide = [
         s for s in scores if s.details.get("in_sample", fitted) and 0 < s.n_samples < 5 * s.n_dims
@@ -138,8 +127,7 @@ def _few_samples(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None
         return None
     s = max(wide, key=lambda s: s.n_dims)
     advice = "use variant='loo'" if ranking.metric in IN_SAMPLE[:2] else "use a held-out metric"
-    return Diagnostic(
-        "few_samples",
+    return (
         "warning",
         f"{_count(len(wide), 'backbone has', 'backbones have')} fewer than 5 images per feature "
         f"(widest: {s.backbone}, {s.n_samples} images for width {s.n_dims}) while the metric "
@@ -148,22 +136,21 @@ def _few_samples(ranking: Ranking, scores: Sequence[Score]) -> Diagnostic | None
     )
 
 
-def _width(scores: Sequence[Score]) -> Diagnostic | None:
+def _width(scores: Sequence[Score]) -> _Found:
     pairs = np.array([(s.value, s.n_dims) for s in scores if s.n_dims > 0])
     if len(pairs) < 5 or (np.ptp(pairs, axis=0) == 0).any():
         return None
     rho = np.corrcoef(rankdata(pairs, axis=0).T)[0, 1]
     if not rho > 0.6:
         return None
-    return Diagnostic(
-        "width",
+    return (
         "note",
         f"the scores follow the feature width (Spearman {rho:.2f} over {len(pairs)} backbones); "
         "compare backbones of one width, or check the order with a held-out metric.",
     )
 
 
-def _small_classes(ranking: Ranking) -> Diagnostic | None:
+def _small_classes(ranking: Ranking) -> _Found:
     if ranking.labels is None or not len(ranking.labels):
         return None
     classes = list(ranking.info.get("classes") or ())
@@ -173,8 +160,7 @@ def _small_classes(ranking: Ranking) -> Diagnostic | None:
     if not small:
         return None
     small.sort(key=lambda pair: pair[0])
-    return Diagnostic(
-        "small_classes",
+    return (
         "warning" if small[0][0] < 2 else "note",
         f"{_count(len(small), 'class has', 'classes have')} fewer than 5 images "
         f"({some(f'{name}: {size}' for size, name in small)}); add images or leave "
@@ -182,7 +168,7 @@ def _small_classes(ranking: Ranking) -> Diagnostic | None:
     )
 
 
-def _shrinkage(scores: Sequence[Score]) -> Diagnostic | None:
+def _shrinkage(scores: Sequence[Score]) -> _Found:
     low, high = [], []
     for s in scores:
         lam = s.details.get("lambda")
@@ -195,32 +181,30 @@ def _shrinkage(scores: Sequence[Score]) -> Diagnostic | None:
         parts.append(f"at the lower bound (nothing is shrunk: overfits) for {some(low)}")
     if high:
         parts.append(f"at 1 (the covariance is ignored) for {some(high)}")
-    return Diagnostic(
-        "shrinkage",
+    return (
         "note",
         f"the shrinkage λ is {' and '.join(parts)}, because its rule depends on the scale of the "
         "features; use variant='loo' or fix `shrinkage`.",
     )
 
 
-def _unreadable(ranking: Ranking) -> Diagnostic | None:
+def _unreadable(ranking: Ranking) -> _Found:
     files = ranking.info.get("unreadable")
     if not files:
         return None
-    return Diagnostic(
-        "unreadable",
+    return (
         "note",
         f"{_count(len(files), 'image', 'images')} could not be read and took no part "
         f"({some(files)}); repair or remove {'it' if len(files) == 1 else 'them'}.",
     )
 
 
-def _copies(ranking: Ranking) -> Diagnostic | None:
+def _copies(ranking: Ranking) -> _Found:
     said = tell_copies(ranking.info)
     if not said:
         return None
     severity = "warning" if ranking.info.get("several_classes") else "note"
-    return Diagnostic("copies", severity, "; ".join(said) + ".")
+    return severity, "; ".join(said) + "."
 
 
 def tell_copies(about: Mapping[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from sfda_tune.metrics._fisher import EPS, Scatter, load
 from sfda_tune.metrics.sfda import LAM, TEMPERATURES
 from sfda_tune.values.features import Features, Value
 from sfda_tune.values.labels import encode_labels
-from sfda_tune.values.text import is_integer, is_number
+from sfda_tune.values.text import integer, is_number, require
 
 __all__ = ["Ensemble", "select_ensemble"]
 
@@ -252,12 +252,8 @@ def _checked(hub: Any, labels: Any, k: Any, method: Any, r: Any) -> tuple[list[s
             f"`features_by_backbone` must map names to features but is {hub!r:.60}; "
             'pass {"resnet": x_resnet, "vit": x_vit}.'
         )
-    if not is_integer(k, 1, len(hub)):
-        raise ValueError(
-            f"`k` must be an integer from 1 to {len(hub)}, the number of backbones, but is {k!r}."
-        )
-    if method not in ("sfda", "greedy"):
-        raise ValueError(f"`method` must be 'sfda' or 'greedy' but is {method!r}.")
+    integer("k", k, 1, len(hub))
+    require("method", method, "'sfda' or 'greedy'", method in ("sfda", "greedy"))
     if not is_number(r) or not 0 <= r <= 1:
         raise ValueError(f"`r` must be a number in [0, 1] but is {r!r}; 0.5 is the paper's.")
     labelled = {name: hub[name].y for name in sorted(hub) if isinstance(hub[name], Features)}

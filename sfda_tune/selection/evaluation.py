@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ import numpy as np
 from scipy.stats import binomtest, kendalltau, pearsonr, rankdata, spearmanr
 
 from sfda_tune.selection.tables import TooFewError, numbers, pair
-from sfda_tune.values.text import is_integer
+from sfda_tune.values.text import integer
 
 Values: TypeAlias = Mapping[Any, Any] | Sequence[Any] | np.ndarray
 Truths: TypeAlias = Mapping[str, Mapping[str, float]]
@@ -123,18 +123,12 @@ def _best_pick(scores: Values, truth: Values, k: int) -> tuple[np.ndarray, np.nd
     order the i-th best of them (0-based) leads the r with chance C(m−1−i, r−1) / C(m, r).
     """
     _, s, t, _ = pair(scores, truth)
-    k = min(_whole("k", k), len(s))
+    k = min(integer("k", k, 1), len(s))
     border = np.sort(s)[-k]
     sure, open_ = t[s > border], np.sort(t[s == border])[::-1]
     m, r = len(open_), k - len(sure)
     chance = np.array([math.comb(m - 1 - i, r - 1) / math.comb(m, r) for i in range(m)])
     return np.maximum(open_, sure.max(initial=-np.inf)), chance, t.max()
-
-
-def _whole(name: str, x: Any, most: float = math.inf) -> int:
-    if not is_integer(x, 1, most):
-        raise ValueError(f"`{name}` must be an integer in [1, {most}] but is {x!r}.")
-    return int(x)
 
 
 def relative_at_k(scores: Values, truth: Values, k: int = 1) -> float:
@@ -191,7 +185,7 @@ def permutation_p_value(scores: Values, truth: Values, *, n: int = 1000, seed: i
     """
     _, s, t, _ = pair(scores, truth)
     s, t = np.array([s, t])[:, np.lexsort((s, t))]
-    S = np.random.default_rng(seed).permuted(np.tile(s, (_whole("n", n), 1)), axis=1)
+    S = np.random.default_rng(seed).permuted(np.tile(s, (integer("n", n, 1), 1)), axis=1)
     return _p_value(weighted_taus(s[None], t)[0], weighted_taus(S, t))
 
 
@@ -213,7 +207,7 @@ def leave_models_out(scores: Values, truth: Values, m: int = 1) -> LeaveOut:
     LeaveOut(low=-1.0, high=1.0, low_without=('b',), high_without=('a',))
     """
     names, s, t, _ = pair(scores, truth)
-    n, m = len(names), _whole("m", m, len(names) - 2)
+    n, m = len(names), integer("m", m, 1, len(names) - 2)
     kept = np.array(list(combinations(range(n), n - m))[::-1])  # (C(n, m), n − m)
     values = weighted_taus(s[kept], t[kept])
     if np.isnan(values).all():
@@ -223,14 +217,14 @@ def leave_models_out(scores: Values, truth: Values, m: int = 1) -> LeaveOut:
     return LeaveOut(*values[ends].tolist(), *without)
 
 
-def accuracy_interval(n_right: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's interval of an accuracy that was measured on n images.
+def accuracy_interval(n_right: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of an accuracy that was measured on n images.
 
     >>> low, high = accuracy_interval(2, 2)
     >>> f"{low:.2f}–{high:.2f}"  # all of two
     '0.34–1.00'
     """
-    interval = binomtest(int(n_right), int(n)).proportion_ci(level, "wilson")
+    interval = binomtest(int(n_right), int(n)).proportion_ci(0.95, "wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -289,7 +283,7 @@ def static_order_null(
     """
     truths = _checked(truths)
     models = sorted({model for truth in truths.values() for model in truth}, key=str)
-    orders = np.tile(np.arange(len(models)), (_whole("n", n), 1))
+    orders = np.tile(np.arange(len(models)), (integer("n", n, 1), 1))
     column = dict(zip(models, np.random.default_rng(seed).permuted(orders, axis=1).T, strict=True))
     taus = [
         weighted_taus(np.transpose([column[m] for m in truth]), np.array([*truth.values()]))
@@ -395,12 +389,6 @@ class EvaluationSet(_Report):
     null: StaticNull
     left_out: Mapping[str, str]
 
-    @property
-    def favourite(self) -> tuple[str, int]:
-        """The model picked first most often; the same everywhere: a static order in disguise."""
-        counts = Counter(pick for e in self.datasets.values() for pick in e.picks)
-        return min(counts.items(), key=lambda item: (-item[1], item[0]))
-
     def __repr__(self) -> str:
         rows: list[Any] = [
             ("dataset", "models", "left out", "weighted_tau", "static_order", "first pick")
@@ -450,7 +438,8 @@ def evaluate_many(
     means = {name: float(np.mean(values or [NAN])) for name, values in defined.items()}
     taus, interval = np.sort(defined["weighted_tau"]), (NAN, NAN)
     if len(taus) > 1:
-        draws = np.random.default_rng(seed).choice(taus, (_whole("n_draws", n_draws), len(taus)))
+        size = integer("n_draws", n_draws, 1), len(taus)
+        draws = np.random.default_rng(seed).choice(taus, size)
         interval = tuple(np.quantile(draws.mean(1), (0.025, 0.975)).tolist())
     return EvaluationSet(
         datasets=datasets,

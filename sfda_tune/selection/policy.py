@@ -44,7 +44,6 @@ import secrets
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -58,18 +57,14 @@ from sfda_tune.selection.calibration import (
     estimate_errors,
     fit_model,
     log_improvement,
+    scores_by_name,
 )
-from sfda_tune.values.text import require
+from sfda_tune.values.text import integer, is_integer, is_number, require, some
 
 __all__ = [
-    "BackbonePolicy",
-    "choose",
-    "delegate_to_base_sampler",
-    "find_backed_off",
-    "make_seed",
-    "scalarize",
-    "survivors",
-]
+    "BackbonePolicy", "choose", "delegate_to_base_sampler", "find_backed_off", "make_seed",
+    "scalarize", "survivors",
+]  # fmt: skip
 
 POLICIES = ("calibrated", "prior", "greedy")
 _WEIGHTS = 3  # a random stream beside those of the hosts
@@ -128,9 +123,7 @@ def choose(
     >>> choose(scores), choose(scores, [Observation("vit", "failed")])
     ('vit', 'resnet')
     """
-    require("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
-    require("exploration", exploration, "in [0, 1]", 0 <= exploration <= 1)
-    require("cost_exponent", cost_exponent, "a number ≥ 0", 0 <= cost_exponent < math.inf)
+    _check_options(policy, prior_strength, exploration, cost_exponent)
     names = sorted(set(scores if candidates is None else candidates))
     require("candidates", names, "the host's choices, at least one", names)
     history = list(history)
@@ -159,48 +152,29 @@ def choose(
     return names[int(best[noise[best].argmax()])]
 
 
-def survivors(
-    scores_or_ranking: Mapping[str, float],
-    keep: int | Collection[str] | None = None,
-    *,
-    probability: float | None = None,
-) -> tuple[str, ...]:
-    """Return who may go on, best first; equal scores by name, without a finite score last.
+def _check_options(policy: Any, prior_strength: Any, exploration: Any, cost_exponent: Any) -> None:
+    require("policy", policy, f"one of {', '.join(POLICIES)}", policy in POLICIES)
+    for name, value in {"prior_strength": prior_strength, "cost_exponent": cost_exponent}.items():
+        require(name, value, "a number ≥ 0", is_number(value) and 0 <= value < math.inf)
+    is_share = is_number(exploration) and 0 <= exploration <= 1
+    require("exploration", exploration, "in [0, 1]", is_share)
 
-    Parameters
-    ----------
-    scores_or_ranking : mapping of str to float
-    keep : int or collection of str, optional
-        How many of those with a finite score, or which. Default: all with a finite score.
-    probability : float, optional
-        Instead of `keep`: those among which the best by score is with this probability; needs a
-        `Ranking` (see `sfda_tune.selection.uncertainty.shortlist`).
+
+def survivors(scores: Mapping[str, float], keep: int | None = None) -> tuple[str, ...]:
+    """Return the best `keep` (default: all) of those with a finite score; equal ones by name.
 
     Raises
     ------
     ValueError
-        If `keep` is not positive or names unknown backbones, or `probability` cannot be used.
+        If `keep` is no integer ≥ 1.
 
     Examples
     --------
     >>> survivors({"a": 0.1, "b": 0.9, "c": 0.5}, 2)
     ('b', 'c')
     """
-    scores = scores_or_ranking
-    if probability is not None:
-        find = getattr(scores, "shortlist", None)
-        usable = find is not None and keep is None
-        require("probability", probability, "given with a Ranking and without `keep`", usable)
-        return tuple(find(probability=probability))  # type: ignore[misc]
     order = sorted((n for n in scores if math.isfinite(scores[n])), key=lambda n: (-scores[n], n))
-    if isinstance(keep, Collection):
-        names = set() if isinstance(keep, str) else set(keep)
-        require("keep", keep, "names of scored backbones", names and names <= set(scores))
-        return tuple(n for n in [*order, *sorted(set(scores) - set(order))] if n in names)
-    if keep is not None:
-        require("keep", keep, "an integer ≥ 1, or names", keep >= 1 and int(keep) == keep)
-        keep = int(keep)
-    return tuple(order[:keep])
+    return tuple(order[: None if keep is None else integer("keep", keep, 1)])
 
 
 def delegate_to_base_sampler(
@@ -209,7 +183,6 @@ def delegate_to_base_sampler(
     seed: int,
     history: Iterable[Observation] = (),
     scores: Mapping[str, float] | None = None,
-    share: float | None = None,
 ) -> bool:
     """Tell whether the host's own sampler chooses the backbone of this trial.
 
@@ -217,23 +190,12 @@ def delegate_to_base_sampler(
     are thus the host's, and (N − 9)/2 if the trials never supported the scores: what its sampler
     finds in T trials of its own is found in at most 8 T + 15, or 2 T + 9, whatever the scores.
 
-    Parameters
-    ----------
-    number, seed : int ≥ 0
-        Of the trial and of the study; the seed shifts the count.
-    history, scores
-        As of `choose`; without them s > 0 is taken for granted.
-    share : float in [0, 1], optional
-        Another share, fixed, from the first trial on.
+    `number` is that of the trial; the `seed` of the study shifts the count. Without `scores`,
+    s > 0 is taken for granted.
 
-    Examples
-    --------
     >>> [n for n in range(30) if delegate_to_base_sampler(n, seed=0)]
     [8, 16, 24]
     """
-    if share is not None:
-        require("share", share, "in [0, 1]", 0 <= share <= 1)
-        return math.floor((number + 1) * share) > math.floor(number * share)
     place = number + seed
     if number < FREE or place % DOUBT:
         return False
@@ -297,34 +259,26 @@ class BackbonePolicy:
 
     def __post_init__(self) -> None:
         given: Any = self.scores
-        require("scores", given, "a Ranking or a mapping", isinstance(given, Mapping))
-        for name, value in given.items():
-            require(f"scores[{name!r}]", value, "a number", isinstance(value, Real))
-        require("policy", self.policy, f"one of {', '.join(POLICIES)}", self.policy in POLICIES)
-        strength, part = self.prior_strength, self.exploration
+        scores = scores_by_name(given, "scores")
+        _check_options(self.policy, self.prior_strength, self.exploration, self.cost_exponent)
         mask: Any = self.survivors
-        strong = isinstance(strength, Real) and 0 <= strength < math.inf
-        require("prior_strength", strength, "a number ≥ 0", strong)
-        require("exploration", part, "in [0, 1]", isinstance(part, Real) and 0 <= part <= 1)
         if isinstance(mask, str) or not hasattr(mask, "__len__"):  # else names; an array, too
-            count = isinstance(mask, Integral) and not isinstance(mask, bool) and int(mask) >= 1
-            require("survivors", mask, "an integer ≥ 1, names or None", mask is None or count)
+            count = mask is None or is_integer(mask, 1)
+            require("survivors", mask, "an integer ≥ 1, names or None", count)
         else:
             require("survivors", mask, "an integer ≥ 1, names or None", len(mask))
             mask = tuple(sorted(backbone_name(name) for name in mask))
-        costs, exponent = self.costs, self.cost_exponent
+        costs = self.costs
         paid = costs is None or (isinstance(costs, Mapping) and all(v > 0 for v in costs.values()))
         require("costs", costs, "a mapping of names to numbers > 0, or None", paid)
-        sound = isinstance(exponent, Real) and 0 <= exponent < math.inf
-        require("cost_exponent", exponent, "a number ≥ 0", sound)
         settled = {
             "errors": estimate_errors(given) if self.errors is None else self.errors,
-            "scores": {backbone_name(name): float(value) for name, value in given.items()},
+            "scores": scores,
             "survivors": mask if mask is None or isinstance(mask, tuple) else int(mask),
             "costs": None if costs is None else {backbone_name(k): float(costs[k]) for k in costs},
-            "prior_strength": float(strength),
-            "exploration": float(part),
-            "cost_exponent": float(exponent),
+            "prior_strength": float(self.prior_strength),
+            "exploration": float(self.exploration),
+            "cost_exponent": float(self.cost_exponent),
         }
         for name, value in settled.items():
             object.__setattr__(self, name, value)
@@ -365,7 +319,7 @@ class BackbonePolicy:
             if missing:
                 raise ValueError(
                     f"`survivors` must be choices of the host's parameter but {missing} are not; "
-                    f"they are {sorted(candidates)[:5]}{' …' if len(candidates) > 5 else ''}."
+                    f"they are {some(sorted(candidates))}."
                 )
         return self.survivors
 
@@ -391,26 +345,17 @@ class BackbonePolicy:
 
 def make_seed(seed: int | None) -> int:
     """Check a seed; None: a random one."""
-    is_seed = isinstance(seed, Integral) and not isinstance(seed, bool) and int(seed) >= 0
-    require("seed", seed, "an integer ≥ 0 or None", seed is None or is_seed)
-    return secrets.randbits(63) if seed is None else int(seed)
+    return secrets.randbits(63) if seed is None else integer("seed", seed, 0)
 
 
 def scalarize(
     values: Sequence[Sequence[float]], weights: Sequence[float] | None = None
 ) -> list[float]:
-    """Return one finite number per trial, higher is better.
+    """Return one finite number per trial, higher is better, from values (n_trials, n_objectives).
 
-    Parameters
-    ----------
-    values : sequence of sequences of float, (n_trials, n_objectives)
-        Higher is better; not NaN.
-    weights : sequence of float, (n_objectives,), optional
-        The number is the weighted mean of the ranks, in (0, 1]. Default: it is the first
-        objective, infinite ones cut to the range of the others.
+    With `weights` (n_objectives,) it is the weighted mean of the ranks, in (0, 1]; else the first
+    objective, infinite ones cut to the range of the others.
 
-    Examples
-    --------
     >>> scalarize([[0.9, -30.0], [0.8, -10.0], [0.7, -20.0]], weights=[0.5, 0.5])
     [0.6666666666666666, 0.8333333333333334, 0.5]
     """

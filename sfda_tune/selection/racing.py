@@ -46,11 +46,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.selection.uncertainty import bootstrap
+from sfda_tune.values.text import integer
 
 if TYPE_CHECKING:
     from sfda_tune.data.dataset import ImageDataset
 
-__all__ = ["RaceConfig", "RaceResult", "chances", "make_rungs", "run"]
+__all__ = ["RaceConfig", "RaceResult", "make_rungs", "run", "simulate"]
 
 FIRST = 16  # the first rung is 1/16 of the images,
 PER_CLASS = 3  # or so many images for each class
@@ -58,30 +59,14 @@ PER_CLASS = 3  # or so many images for each class
 
 @dataclass(frozen=True)
 class RaceConfig:
-    """The parameters of successive halving.
+    """The parameters of successive halving; a ValueError names one that is out of range."""
 
-    Parameters
-    ----------
-    top : int, default 5
-        How many of the best backbones are to be found; the others are ranked roughly.
-    probability : float in (0, 1), default 0.95
-        With which these are those of the full run.
-    seed : int, default 0
-        Of the order of the images and of the resamples.
-
-    Raises
-    ------
-    ValueError
-        Naming the argument, the rule and the value.
-    """
-
-    top: int = 5
-    probability: float = 0.95
-    seed: int = 0
+    top: int = 5  # of the best backbones are to be found; the others are ranked roughly
+    probability: float = 0.95  # with which these are those of the full run
+    seed: int = 0  # of the order of the images and of the resamples
 
     def __post_init__(self) -> None:
-        if isinstance(self.top, bool) or not isinstance(self.top, int) or self.top < 1:
-            raise ValueError(f"`top` must be an integer ≥ 1 but is {self.top!r}.")
+        object.__setattr__(self, "top", integer("top", self.top, 1))
         if not 0 < self.probability < 1:
             raise ValueError(f"`probability` must lie in (0, 1) but is {self.probability!r}.")
 
@@ -93,23 +78,14 @@ class RaceConfig:
 
 @dataclass(frozen=True)
 class RaceResult:
-    """Who was left at each rung, and what it took.
+    """Who was left at each rung, and what it took."""
 
-    Parameters
-    ----------
-    rungs : tuple of dict
-        ``images``, ``backbones`` that saw them, ``dropped`` after them.
-    dropped : dict of str to dict
-        Who left: ``images`` seen, ``p_top``, ``value`` on these images, and ``gain``, the median
-        of what the backbones that finished have won since.
-    n_forward, n_full : int
-        Images × backbones of this run, and of the full one.
-    """
-
-    rungs: tuple[dict[str, Any], ...]
+    rungs: tuple[dict[str, Any], ...]  # images, backbones that saw them, dropped after them
+    # Who left: images seen, p_top, value on these images, and gain, the median of what the
+    # backbones that finished have won since
     dropped: dict[str, dict[str, Any]]
-    n_forward: int
-    n_full: int
+    n_forward: int  # images × backbones of this run,
+    n_full: int  # and of the full one
 
 
 def make_rungs(images: ImageDataset, seed: int = 0) -> list[np.ndarray]:
@@ -130,21 +106,11 @@ def run(
     measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray]]],
     config: RaceConfig,
 ) -> RaceResult:
-    """Score `names` on the rungs, fewer of them on each.
+    """Score `names` on the rungs of `make_rungs`, fewer of them on each.
 
-    Parameters
-    ----------
-    names : sequence of str
-    rungs : sequence of arrays of int
-        See `make_rungs`.
-    labels : array of int, shape (n_samples,)
-    measure : callable
-        ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read
-        and, for each backbone that could be scored, their contributions.
-    config : RaceConfig
+    ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read and,
+    for each backbone that could be scored, their contributions.
 
-    Examples
-    --------
     >>> rng = np.random.default_rng(0)
     >>> terms = dict(zip("abcd", rng.normal(size=(4, 800)) + [[1.0], [0.9], [0.1], [0.0]]))
     >>> rungs = [np.arange(m) for m in (50, 100, 200, 400, 800)]
@@ -180,7 +146,7 @@ def run(
         out: dict[str, float] = {}
         if len(values) > 1 and len(rows) < N and len(terms) > config.top:
             gains = {name: v - values[-2].get(name, v) for name, v in values[-1].items()}
-            known, in_top = _simulate(terms, gains, labels[readable], N, config)
+            known, in_top = simulate(terms, gains, labels[readable], N, config)
             out = _losers(known, in_top, config.threshold)
         for name, p in out.items():
             stay = {"images": len(rows), "p_top": p, "value": values[-1][name]}
@@ -194,41 +160,18 @@ def run(
     return RaceResult(tuple(log), dropped, n_forward, len(names) * N)
 
 
-def chances(
-    per_sample: Mapping[str, np.ndarray],
-    gains: Mapping[str, float],
-    labels: np.ndarray,
-    n_samples: int,
-    config: RaceConfig,
-) -> dict[str, float]:
-    """P(in the final top), from the scores so far; see the module for the formula.
-
-    Parameters
-    ----------
-    per_sample : mapping of str to array, shape (m,)
-    gains : mapping of str to float
-        What the last doubling of the images has added to each score.
-    labels : array of int, shape (m,)
-    n_samples : int
-        All images, N.
-    config : RaceConfig
-
-    Returns
-    -------
-    dict of str to float
-    """
-    names, in_top = _simulate(per_sample, gains, labels, n_samples, config)
-    return dict(zip(names, in_top.mean(axis=0).tolist(), strict=True))
-
-
-def _simulate(
+def simulate(
     per_sample: Mapping[str, np.ndarray],
     gains: Mapping[str, float],
     labels: np.ndarray,
     N: int,
     config: RaceConfig,
 ) -> tuple[list[str], np.ndarray]:
-    """Return names, and who is among the final k best in each simulation, (R, n)."""
+    """Return names, and who is among the final k best in each simulation, (R, n).
+
+    From the contributions of the images so far, (m,) for each backbone, and from the `gains` that
+    the last doubling of the images has brought; see the module for the formula.
+    """
     c = bootstrap({name: per_sample[name] for name in gains}, labels, seed=config.seed)
     m, names = len(labels), list(map(str, c.names))
     rng = np.random.default_rng([config.seed, m])

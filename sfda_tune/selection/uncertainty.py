@@ -34,9 +34,12 @@ from scipy.stats import t as student
 from sfda_tune.values.features import Value, read_only
 from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import is_integer, is_number, some
+from sfda_tune.values.text import integer, is_number, some
 
-__all__ = ["Confidence", "bootstrap", "confidence", "find_plausible", "shortlist", "shrink"]
+__all__ = [
+    "Confidence", "bootstrap", "confidence", "find_confidence", "find_plausible", "shortlist",
+    "shrink",
+]  # fmt: skip
 
 Name: TypeAlias = str | int
 
@@ -108,10 +111,8 @@ class Confidence(Value):
         ValueError
             If `k` is not one of 1 … ``in_top.shape[1]``.
         """
-        most = self.in_top.shape[1]
-        if not is_integer(k, 1, most):
-            raise ValueError(f"`k` must be an integer in 1 … {most} but is {k!r}.")
-        return dict(zip(self.names, self.in_top[:, k - 1].tolist(), strict=True))
+        column = integer("k", k, 1, self.in_top.shape[1]) - 1
+        return dict(zip(self.names, self.in_top[:, column].tolist(), strict=True))
 
     def difference(self, a: Name, b: Name) -> tuple[float, float]:
         """Return the paired interval of score(a) − score(b), for a pair chosen beforehand.
@@ -202,16 +203,7 @@ def bootstrap(
     so that no comparison of i errs, and the interval holds its true rank, with probability
     `level`, however close the others are. The quantiles of the ranks in the resamples are narrower
     but fail among near-ties, and worst at the top, where they matter; so do the same bounds with
-    c_ij from each pair alone. Measured, coverage of all backbones / of the observed first / of the
-    true first, and mean width in ranks, 90 % intervals, 20 backbones, 400 images, 10 classes, true
-    scores with a sd of `spread` standard errors of a difference
-    (``python tests/benchmarks/confidence_speed.py --seeds 1000``)::
-
-        spread   as defined here            each pair alone            quantiles of ranks
-          0      .99 / .94 / .94   19.8     .90 / .64 / .69   18.0     .71 / .44 / .27   14.2
-          0.5   1.00 / .99 / .99   19.4     .96 / .90 / .91   16.5     .85 / .82 / .67   12.9
-          1     1.00 / 1.0 / 1.0   17.6     .97 / .95 / .95   13.4     .90 / .92 / .86   10.6
-          3     1.00 / 1.0 / 1.0    9.7     .97 / .99 / .99    6.6     .95 / .98 / .98    5.6
+    c_ij from each pair alone (``rank_intervals.md`` has what was measured).
 
     Since σ is estimated, both c are adjusted from the normal to Student's distribution,
     c ← t⁻¹(Φ(c)) with 1/(1/Σ_c (n_c − 1) + 1/R) degrees of freedom.
@@ -364,6 +356,14 @@ def confidence(
     return replace(result, n_fixed=int((~many).sum()))
 
 
+def find_confidence(ranking: Ranking) -> Confidence | None:
+    """Return `confidence`; None if the metric is no mean over images, or nothing was scored."""
+    try:
+        return confidence(ranking)
+    except ValueError:
+        return None
+
+
 def shortlist(confidence: Confidence, probability: float = 0.95) -> list[Name]:
     """Return the backbones that may be the best: the best is one of them with this probability.
 
@@ -415,37 +415,14 @@ def find_plausible(
     (a share of R resamples, and its standard error.) If i is the best, no true difference to it is
     positive, so that T_i is at most a T*: among those with p > .05 is the best with probability
     .95 *for any true scores and any correlation of the backbones*, and exactly so where all are
-    equal. ``python tests/benchmarks/shortlist_coverage.py`` measures it.
-
-    Coverage and mean length of ``shortlist(.95)``, and the length that is needed (the shortest one
-    that, from the first rank on, holds the best in .95 of the data sets); 200 images, true scores
-    with a sd of `spread` standard errors of a difference, normal, or crowded at the top as where
-    the best come near to a bound; 60 data sets each, so that a coverage is known to ± .03::
-
-                 normal                                       crowded
-        spread   20 backbones         60 backbones            20 backbones         60 backbones
-          0       .97  18.8 (19)       .98  57.7 (57)          .97  19.1 (20)       .95  57.5 (59)
-          0.5    1.00  17.9 (10)       .97  50.7 (41)          .98  18.2 (16)      1.00  52.9 (47)
-          1      1.00  12.1  (8)      1.00  33.7 (11)          .93  15.0 (14)       .98  46.9 (42)
-          2      1.00   6.2  (3)      1.00  11.5  (5)         1.00  11.4 (10)      1.00  34.5 (33)
-          3      1.00   4.2  (4)      1.00   6.6  (3)          .98   9.2  (7)      1.00  28.7 (20)
-          5      1.00   2.3  (2)      1.00   3.6  (3)         1.00   7.2  (6)      1.00  21.9 (10)
+    equal; ``rank_intervals.md`` has the coverage and the lengths that were measured.
 
     Where true scores are normal, lists half as long would do; but whoever relies on that fails
     where they are not: the smallest sets with probability .95 held the best in as few as .30
     (by the resamples as they are) or .72 (by the draws of `shrink`) of the data sets.
 
-    Parameters
-    ----------
-    score : array of float64, shape (n,)
-    resamples : array of float64, shape (R, n)
-        Draws whose deviations from `score` are as the errors of `score`, jointly.
-    dof : int, optional
-        Degrees of freedom behind σ, if it is not known.
-
-    Returns
-    -------
-    array of float64, shape (n,)
+    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly;
+    `dof` are the degrees of freedom behind σ, if it is not known.
 
     References
     ----------
@@ -484,35 +461,11 @@ def shrink(score: np.ndarray, resamples: np.ndarray, *, seed: int = 0) -> np.nda
     hence the weights w with Σ w_i = 1, which 40 times are drawn anew (Bayesian bootstrap), and the
     even distribution with the weight of one backbone.
 
-    Measured (``python tests/benchmarks/shortlist_coverage.py``), P(best) against how often they
-    were the best; in brackets without shrinking:
+    Where the best come close to a bound, and where all are equal, P(best) is seldom above .4, and
+    too high where it is; elsewhere it is about right (``rank_intervals.md``).
 
-        normal, spread 0.5    .10 → .09  .27 → .27  .48 → .41
-                             [.10 → .08  .29 → .23  .50 → .40  .68 → .37]
-        normal, spread 1      .10 → .09  .28 → .25  .49 → .59  .69 → .92
-                             [.10 → .10  .28 → .23  .48 → .40  .69 → .76]
-        normal, spread 3      .11 → .10  .30 → .28  .50 → .53  .67 → .82  .89 → .90  .99 → .98
-                             [.10 → .11  .28 → .26  .50 → .48  .71 → .68  .88 → .81  .99 → 1.0]
-        crowded, spread 0.5   .09 → .08  .28 → .20  .49 → .23
-                             [.10 → .07  .28 → .15  .48 → .20  .68 → .24]
-        crowded, spread 1     .10 → .07  .28 → .26  .48 → .27
-                             [.11 → .07  .28 → .16  .48 → .25  .70 → .41]
-        crowded, spread 3     .10 → .09  .28 → .27  .48 → .46  .71 → .43
-                             [.10 → .11  .30 → .19  .49 → .35  .69 → .46]
-
-    "Crowded": the best come close to a bound. There, and where all are equal (.48 → .03), P(best)
-    is seldom above .4, and too high where it is.
-
-    Parameters
-    ----------
-    score : array of float64, shape (n,)
-    resamples : array of float64, shape (R, n)
-        Draws whose deviations from `score` are as the errors of `score`, jointly.
-    seed : int, default 0
-
-    Returns
-    -------
-    array of float64, shape (R, n)
+    `resamples` (R, n) are draws whose deviations from `score` (n,) are as its errors, jointly; the
+    result is (R, n), too.
 
     References
     ----------
@@ -579,15 +532,12 @@ def _bootstrap(
     level: float,
 ) -> Confidence:
     """`bootstrap` of rows that are in rank order."""
-    if not is_integer(n_resamples, 2):
-        raise ValueError(f"`n_resamples` must be an integer ≥ 2 but is {n_resamples!r}.")
+    n_resamples, seed = integer("n_resamples", n_resamples, 2), integer("seed", seed, 0)
+    n = len(names)
+    if k is not None:
+        integer("k", k, 1, n)
     if not is_number(level) or not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1) but is {level!r}; 0.9 means 90 %.")
-    if not is_integer(seed, 0):
-        raise ValueError(f"`seed` must be an integer ≥ 0 but is {seed!r}.")
-    n = len(names)
-    if k is not None and not is_integer(k, 1, n):
-        raise ValueError(f"`k` must be None or an integer in 1 … {n} but is {k!r}.")
     y, classes = encode_labels(labels)
     if X.shape[1] != len(y):
         raise ValueError(_lengths(X, y))
@@ -597,7 +547,7 @@ def _bootstrap(
             f"`labels` must give some class two images but all {len(classes)} classes have one; "
             "nothing can be resampled. Pass classes, not names of images."
         )
-    M, resolution = _resample(X, y, n_c, int(n_resamples), int(seed))
+    M, resolution = _resample(X, y, n_c, n_resamples, seed)
     score = np.ascontiguousarray(X).mean(axis=1)  # any other layout is added up otherwise
     low, high = np.quantile(M, [(1 - level) / 2, (1 + level) / 2], axis=0)
     dof = int((n_c - 1).sum())
@@ -606,7 +556,7 @@ def _bootstrap(
     delta, sigma = pairs.delta, pairs.sigma
     sure = np.abs(delta) > c[:, None] * sigma
     separable = np.abs(delta) > c_all * sigma
-    draws = shrink(score, M, seed=int(seed))
+    draws = shrink(score, M, seed=seed)
     rank_interval = [1 + (sure & (delta < 0)).sum(axis=1), n - (sure & (delta > 0)).sum(axis=1)]
     return Confidence(
         names,

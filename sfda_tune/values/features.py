@@ -36,6 +36,14 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
+def _freeze(result: MetricResult | Score) -> None:
+    object.__setattr__(result, "value", float(result.value))
+    if result.per_sample is not None:
+        per_sample = np.asarray(result.per_sample, dtype=np.float64)
+        object.__setattr__(result, "per_sample", read_only(per_sample))
+    object.__setattr__(result, "details", MappingProxyType(dict(result.details)))
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A candidate network: how it is called and how it is obtained.
@@ -186,11 +194,7 @@ class MetricResult(Value):
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", float(self.value))
-        if self.per_sample is not None:
-            per_sample = np.asarray(self.per_sample, dtype=np.float64)
-            object.__setattr__(self, "per_sample", read_only(per_sample))
-        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
+        _freeze(self)
 
     def __float__(self) -> float:
         return self.value
@@ -229,12 +233,8 @@ class Score(Value):
     error: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", float(self.value))
+        _freeze(self)
         if self.error is None and not math.isfinite(self.value):
             object.__setattr__(self, "error", f"the metric's value is {self.value}")
         if self.error is not None:
             object.__setattr__(self, "value", math.nan)
-        if self.per_sample is not None:
-            per_sample = np.asarray(self.per_sample, dtype=np.float64)
-            object.__setattr__(self, "per_sample", read_only(per_sample))
-        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))

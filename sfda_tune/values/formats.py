@@ -10,20 +10,9 @@ from typing import Any
 from sfda_tune.values.files import AtLeast
 
 __all__ = [
-    "CLASSIFIER",
-    "CONFIG",
-    "ENVIRONMENT",
-    "EXPERIMENTS",
-    "FOUND",
-    "HARD_IMAGE",
-    "PROVENANCE",
-    "RANKING",
-    "RECORD",
-    "SEARCH",
-    "SEARCHER",
-    "STATE",
-    "TRIAL",
-]
+    "CLASSIFIER", "CONFIG", "ENVIRONMENT", "EXPERIMENTS", "FOUND", "HARD_IMAGE", "PROVENANCE",
+    "RANKING", "RECORD", "SEARCH", "SEARCHER", "STATE", "TRIAL",
+]  # fmt: skip
 
 COUNT = (AtLeast(0), None)
 NUMBER = (float, None)
@@ -160,10 +149,7 @@ HARD_IMAGE: dict[Any, Any] = {
     "predicted": str,
     "p_label": NUMBER,
 }
-SPLITS: dict[Any, Any] = {
-    "left_out?": {str: [AtLeast(0, int)]},
-    "copies?": [[AtLeast(0, int)]],
-}
+SPLITS: dict[Any, Any] = {"left_out?": {str: [AtLeast(0, int)]}, "copies?": [[AtLeast(0, int)]]}
 EXPERIMENTS = [{"trials": [str], "end": TEXT, "n_trials": (int, None)}]
 PROVENANCE: dict[Any, Any] = {"classes": [str], "backbone": object, "digests?": {str: str}}
 CLASSIFIER: dict[Any, Any] = {

@@ -29,7 +29,8 @@ import numpy as np
 
 from sfda_tune.values.features import Score, Value, read_only
 from sfda_tune.values.files import check, parse_json, read_text, write_text
-from sfda_tune.values.text import csv_line, format_count, is_integer, json_text, printable
+from sfda_tune.values.lazy import import_optional
+from sfda_tune.values.text import csv_line, format_count, integer, json_text, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,18 +38,9 @@ if TYPE_CHECKING:
 __all__ = ["Ranking"]
 
 FORMAT = "sfda_tune.ranking/1"
-
-
-_COLUMNS: tuple[str, ...] = (
-    "rank",
-    "backbone",
-    "score",
-    "n_dims",
-    "n_params",
-    "images_per_second",
-    "note",
-)
-HEADINGS: tuple[str, ...] = ("rank", "backbone", "score", "width", "params", "images/s", "note")
+# What `records` hold, and what people read above them
+_COLUMNS = ("rank", "backbone", "score", "n_dims", "n_params", "images_per_second", "note")
+HEADINGS = ("rank", "backbone", "score", "width", "params", "images/s", "note")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,34 +149,24 @@ class Ranking(Value, Mapping[str, float]):
             # by its name, when it is asked for: values import nothing that lies above them
             judge = importlib.import_module("sfda_tune.selection.uncertainty")
             return [str(name) for name in judge.shortlist(judge.confidence(self), probability)]
-        if k is None or not is_integer(k, 1):
-            raise ValueError(f"`k` must be an integer ≥ 1 but is {k!r}.")
-        return [s.backbone for s in self.scores if s.error is None][: int(k)]
+        k = integer("k", k, 1)
+        return [s.backbone for s in self.scores if s.error is None][:k]
 
     # Written and read -----------------------------------------------------------------------
     def records(self) -> list[dict[str, Any]]:
         """Return one flat record per backbone, in rank order: what tables and CSV files show."""
-        records = []
-        for rank, s in enumerate(self.scores, 1):
-            note = s.error or str(s.details.get("note", ""))
-            records.append(
-                dict(
-                    zip(
-                        _COLUMNS,
-                        (
-                            None if s.error else rank,
-                            s.backbone,
-                            None if s.error else s.value,
-                            s.n_dims or None,
-                            s.details.get("n_params"),
-                            s.details.get("images_per_second"),
-                            note,
-                        ),
-                        strict=True,
-                    )
-                )
-            )
-        return records
+        return [
+            {
+                "rank": None if s.error else rank,
+                "backbone": s.backbone,
+                "score": None if s.error else s.value,
+                "n_dims": s.n_dims or None,
+                "n_params": s.details.get("n_params"),
+                "images_per_second": s.details.get("images_per_second"),
+                "note": s.error or str(s.details.get("note", "")),
+            }
+            for rank, s in enumerate(self.scores, 1)
+        ]
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the ranking as strict JSON text; if `path` is given, write it there atomically.
@@ -272,12 +254,8 @@ class Ranking(Value, Mapping[str, float]):
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return `records` as a `pandas.DataFrame` (needs pandas: extra ``data``)."""
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Ranking.to_dataframe needs pandas: pip install 'sfda-tune[data]'"
-            ) from error
+        advice = "Ranking.to_dataframe needs pandas: pip install 'sfda-tune[data]'"
+        pd = import_optional("pandas", advice)
         return pd.DataFrame.from_records(self.records(), columns=list(_COLUMNS))
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -306,8 +284,7 @@ class Ranking(Value, Mapping[str, float]):
             ).rstrip()
             for row in rows
         ]
-        metric = printable(self.metric) or "score"
-        return "\n".join([f"Ranking by {metric} ({self._summary()})", *lines])
+        return "\n".join([self._title(), *lines])
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(h)}</th>" for h in HEADINGS)
@@ -315,14 +292,12 @@ class Ranking(Value, Mapping[str, float]):
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.cells()
         )
-        metric = printable(self.metric) or "score"
-        caption = escape(f"Ranking by {metric} ({self._summary()})")
         return (
-            f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead>"
+            f"<table><caption>{escape(self._title())}</caption><thead><tr>{head}</tr></thead>"
             f"<tbody>{body}</tbody></table>"
         )
 
-    def _summary(self) -> str:
+    def _title(self) -> str:
         parts = [f"{len(self)} backbones"]
         if self.failed:
             parts.append(f"{len(self.failed)} failed")
@@ -331,7 +306,7 @@ class Ranking(Value, Mapping[str, float]):
         n_samples = max((s.n_samples for s in self.scores), default=0)
         if n_samples:
             parts.append(f"{n_samples} images")
-        return ", ".join(parts)
+        return f"Ranking by {printable(self.metric) or 'score'} ({', '.join(parts)})"
 
 
 def _plain(value: Any) -> Any:

@@ -17,18 +17,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "csv_line",
-    "describe_images",
-    "format_count",
-    "is_integer",
-    "is_number",
-    "json_text",
-    "one_line",
-    "printable",
-    "read_csv_cell",
-    "require",
-    "some",
-]
+    "csv_line", "describe_images", "format_count", "integer", "is_integer", "is_number",
+    "json_text", "one_line", "printable", "read_csv_cell", "require", "some",
+]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full width
@@ -112,6 +103,17 @@ def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> 
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     return whole and least <= int(value) <= most
+
+
+def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    """Return an integer in [least, most] as one of Python, which JSON can hold; else ValueError.
+
+    >>> integer("k", 3, 1), integer("k", 3, 1, 5)
+    (3, 3)
+    """
+    rule = f"an integer ≥ {least}" if most == math.inf else f"an integer in {least} … {most}"
+    require(name, value, rule, is_integer(value, least, most))
+    return int(value)
 
 
 def is_number(value: Any) -> bool:

@@ -308,7 +308,7 @@ def test_the_only_image_of_a_class_stays():
         (np.ones((1, 2)), [0, 0], {"n_resamples": 1}, "`n_resamples` must be an integer ≥ 2"),
         (np.ones((1, 2)), [0, 0], {"level": 90}, "`level` must lie in (0, 1) but is 90; 0.9"),
         (np.ones((1, 2)), [0, 0], {"seed": -1}, "`seed` must be an integer ≥ 0 but is -1"),
-        (np.ones((1, 2)), [0, 0], {"k": 2}, "`k` must be None or an integer in 1 … 1 but is 2"),
+        (np.ones((1, 2)), [0, 0], {"k": 2}, "`k` must be an integer in 1 … 1 but is 2"),
     ],
 )
 def test_errors_name_the_argument_the_rule_and_the_value(per_sample, labels, options, message):

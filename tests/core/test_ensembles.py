@@ -211,7 +211,7 @@ X, Y = np.random.default_rng(0).normal(size=(6, 2)), [0, 0, 1, 1, 2, 2]
         ({"labels": None}, "`labels` must be given"),
         ({"labels": range(6)}, "`labels` must hold two classes or more, one of them with two"),
         ({"labels": [1] * 6}, "`labels` must hold two classes or more"),
-        *(({"k": k}, "`k` must be an integer from 1 to 1") for k in (0, 2, 1.0, True, "1")),
+        *(({"k": k}, "`k` must be an integer in 1 … 1") for k in (0, 2, 1.0, True, "1")),
         *(({"r": r}, r"`r` must be a number in \[0, 1\]") for r in (-0.1, 1.1, np.nan, "1", True)),
         *(({"method": m}, "`method` must be 'sfda' or 'greedy'") for m in ("top", None, [])),
     ],

@@ -150,5 +150,5 @@ def test_rank_chooses_an_ensemble(photos, toy_zoo):
     assert len(chosen["backbones"]) == 2
     assert set(chosen["backbones"]) <= set(ranking)
     assert type(ranking).from_json(ranking.to_json()).info["ensemble"]["method"] == "sfda"
-    with pytest.raises(ValueError, match="`ensemble` must be an integer from 1 to 4"):
+    with pytest.raises(ValueError, match="`ensemble` must be an integer in 1 … 4"):
         rank(photos, toy_zoo, ensemble=5, **CPU)

@@ -14,8 +14,18 @@ from sklearn.covariance import ledoit_wolf_shrinkage, oas
 from threadpoolctl import threadpool_limits
 
 from sfda_tune.metrics import _fisher
-from sfda_tune.metrics._fisher import GUARD, NumpyOps, Scatter, TorchOps, load, loo_log_posterior
+from sfda_tune.metrics._fisher import GUARD, NumpyOps, Scatter, TorchOps, load
 from sfda_tune.metrics.sfda import LAMBDAS, TEMPERATURES, _score, sfda
+
+
+def loo_log_posterior(x, lam):
+    """All log p'(c|x_n), (N, C), in the caller's order of rows; −inf without another sample."""
+    out = x.ops.zeros(x.N, x.C)
+    with np.errstate(under="ignore"):
+        for rows, log_p in Scatter(x).leave_one_out(lam).log_posterior():
+            out[rows] = log_p
+    return x.unsorted(out)
+
 
 # N, D, C: more rows than columns, fewer, about as many, one column, more classes than columns
 SHAPES = [(90, 20, 5), (50, 80, 4), (52, 50, 3), (50, 52, 3), (30, 1, 3), (60, 4, 11)]

@@ -88,8 +88,13 @@ def test_every_metric_says_where_it_comes_from_and_when_it_misleads():
         assert row.misleads
         assert set(row.needs) <= {"features", "logits", "hub", "prior"}
         documentation = METRICS[row.name].__doc__ or ""
-        assert "Examples" in documentation
-        if row.needs != ("prior",):
+        if row.needs == ("prior",):
+            with pytest.raises(
+                ValueError, match=f"'{row.name}' needs a prior: .*{row.name}_prior"
+            ):
+                get_metric(row.name)([[0.0], [1.0]], [0, 1])
+        else:
+            assert "Examples" in documentation
             assert "**When it is wrong.**" in documentation
             assert METRICS[row.name].__module__ == f"sfda_tune.metrics.{row.name}"
 

@@ -14,10 +14,21 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from threadpoolctl import threadpool_limits
 
 from sfda_tune.metrics import sfda as module
-from sfda_tune.metrics._fisher import JITTER, NumpyOps, Scatter, TorchOps, load, posterior
+from sfda_tune.metrics._fisher import JITTER, NumpyOps, Scatter, TorchOps, load
 from sfda_tune.metrics.sfda import _score
 
 sfda = partial(module.sfda, variant="official")  # "loo" has a file of its own
+
+
+def posterior(x, lam):
+    """p(c|x_n) of regularised LDA with S̃ = (1−λ)S_W + λ(tr S_W/D)I, in the caller's row order."""
+    S_W = Scatter(x)
+    out = x.ops.zeros(x.N, x.C)
+    for rows, log_p in S_W.discriminants(lam, lam * S_W.trace / x.D).log_posterior():
+        out[rows] = x.ops.exp(log_p)
+    return x.unsorted(out)
+
+
 VARIANTS = ("official", "paper")
 # N, D, C: more rows than columns, fewer, about as many, one column, more classes than columns
 SHAPES = [(150, 20, 5), (60, 80, 4), (52, 50, 3), (50, 52, 3), (30, 1, 3), (60, 4, 11)]

@@ -744,7 +744,7 @@ def test_asked_and_never_told_trials_are_forgotten(monkeypatch):
         ({"survivors": "a"}, "`survivors` must be an integer ≥ 1, names or None but is 'a'"),
         ({"survivors": 0}, "`survivors` must be an integer ≥ 1"),
         ({"survivors": []}, "`survivors` must be an integer ≥ 1"),
-        ({"seed": -1}, "`seed` must be an integer ≥ 0 or None but is -1"),
+        ({"seed": -1}, "`seed` must be an integer ≥ 0 but is -1"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):

@@ -480,8 +480,8 @@ def test_another_ray_is_refused_while_connected(ray_cluster):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"actors": 0}, "`actors` must be a positive integer but is 0"),
-        ({"attempts": 2.5}, "`attempts` must be a positive integer but is 2.5"),
+        ({"actors": 0}, "`actors` must be an integer ≥ 1 but is 0"),
+        ({"attempts": 2.5}, "`attempts` must be an integer ≥ 1 but is 2.5"),
         ({"memory": "8G"}, "`memory` must be positive but is '8G'"),
         ({"num_gpus": -1}, "`num_gpus` must be 0, 1/n or a whole number but is -1"),
         ({"num_gpus": 0.3}, "`num_gpus` must be 0, 1/n or a whole number but is 0.3"),

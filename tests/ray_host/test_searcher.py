@@ -636,7 +636,7 @@ def test_min_mode_and_a_searcher_can_be_pickled():
         ({"metric": ["a"]}, "`mode` must be a list with one for each `metric`"),
         ({"param_name": "a//b"}, "`param_name` must be a name"),
         ({"max_failures": 0}, "`max_failures` must be an integer ≥ 1"),
-        ({"seed": -1}, "`seed` must be an integer ≥ 0 or None"),
+        ({"seed": -1}, "`seed` must be an integer ≥ 0"),
         ({"points_to_evaluate": ["a"]}, "`points_to_evaluate` must be a list of dicts"),
         ({"policy": "thompson"}, "`policy` must be one of calibrated, prior, greedy"),
         ({"survivors": ["typo"]}, r"`survivors` must be choices .* \['typo'\] are not"),

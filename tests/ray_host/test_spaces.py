@@ -28,7 +28,7 @@ def test_best_first_without_failures():
     assert backbone_space(SCORES, 2).categories == ["top", "mid"]
     with pytest.raises(ValueError, match="`ranking` must hold at least one scored backbone"):
         backbone_space(Ranking([Score("a", error="OSError: no weights")]))
-    with pytest.raises(ValueError, match="`top_k` must be an integer ≥ 1 or None, but is 0"):
+    with pytest.raises(ValueError, match="`top_k` must be an integer ≥ 1 but is 0"):
         backbone_space(SCORES, 0)
     with pytest.raises(ValueError, match="`temperature` must be a number > 0"):
         backbone_space(SCORES, temperature=0)

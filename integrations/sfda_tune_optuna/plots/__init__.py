@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 
-from sfda_tune.selection.calibration import estimate_errors
+from sfda_tune.selection.calibration import estimate_errors, scores_by_name
 from sfda_tune.selection.policy import survivors
+from sfda_tune.values.lazy import import_optional
 from sfda_tune_optuna.history import observe
-from sfda_tune_optuna.store import SFDAWarning, load_ranking, read_scores
+from sfda_tune_optuna.store import SFDAWarning, load_ranking
 from sfda_tune_optuna.study import calibrate_study, find_param_name
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def get_ranking_info(study: Study, ranking: Mapping[str, float] | None, top: int
     """Collect what `plot_backbone_ranking` draws."""
     ranking = load_ranking(study) if ranking is None else ranking
     rows = {row["backbone"]: row for row in calibrate_study(study, ranking).table}
-    scores = read_scores(ranking)
+    scores = scores_by_name(ranking)
     names = survivors(scores)[:top]  # in order, without those that have no finite score
     errors = estimate_errors(ranking) or {}
     labels = []
@@ -215,12 +216,7 @@ def _show(study: Study, utility: float) -> float:
 
 
 def _import_plotly() -> Any:
-    try:
-        import plotly.graph_objects
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "This figure needs plotly: pip install plotly, or use "
-            "sfda_tune_optuna.plots.matplotlib.",
-            name=error.name,
-        ) from error
-    return plotly.graph_objects
+    return import_optional(
+        "plotly.graph_objects",
+        "This figure needs plotly: pip install plotly, or use sfda_tune_optuna.plots.matplotlib.",
+    )

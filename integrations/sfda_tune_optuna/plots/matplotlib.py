@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.study import Study
 
+from sfda_tune.values.lazy import import_optional
 from sfda_tune_optuna.plots import BLUE, GREY, get_calibration_info, get_ranking_info
 
 if TYPE_CHECKING:
@@ -50,13 +51,10 @@ def plot_proxy_calibration(study: Study, *, ranking: Mapping[str, float] | None 
 
 
 def _make_axes(height: float = 4.8) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "This figure needs matplotlib: pip install matplotlib, or use sfda_tune_optuna.plots "
-            "(plotly).",
-            name=error.name,
-        ) from error
+    advice = "This figure needs matplotlib: pip install matplotlib, or use sfda_tune_optuna.plots."
     # Not pyplot's: that would keep every figure and choose a window system.
-    return Figure(figsize=(8, height), layout="constrained").subplots()
+    return (
+        import_optional("matplotlib.figure", advice)
+        .Figure(figsize=(8, height), layout="constrained")
+        .subplots()
+    )

@@ -48,22 +48,9 @@ def names() -> list[str]:
 
 
 def folder(name: str) -> Path:
-    """Return the timm checkpoint folder of an embedded backbone.
+    """Return the timm checkpoint folder of one of the `names`, or raise a ValueError.
 
-    Parameters
-    ----------
-    name : str
-        One of :func:`names`, without the prefix ``demo:``.
-
-    Returns
-    -------
-    pathlib.Path
-        A folder that ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` opens.
-
-    Raises
-    ------
-    ValueError
-        If there is no such backbone; the message names those that exist.
+    ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` opens it.
     """
     if name not in names():
         raise ValueError(f"no demo backbone {name!r}; there are: {', '.join(names())}")

@@ -108,9 +108,8 @@ def finetune(
 def evaluate(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
     """Return accuracy and mean log loss."""
     logits = torch.cat([model(part) for part in x.split(256)])
-    return (logits.argmax(1) == y).double().mean().item(), nn.functional.cross_entropy(
-        logits, y
-    ).item()
+    loss = nn.functional.cross_entropy(logits, y)
+    return (logits.argmax(1) == y).double().mean().item(), loss.item()
 
 
 def measure(name: str) -> dict[str, Any]:

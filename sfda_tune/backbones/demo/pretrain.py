@@ -62,16 +62,8 @@ def _resnet(channels: list[int]) -> dict[str, Any]:
 
 
 def _vit(width: int, depth: int) -> dict[str, Any]:
-    return {
-        "img_size": 32,
-        "patch_size": 4,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": 2,
-        "mlp_ratio": 2,
-        "class_token": False,
-        "global_pool": "avg",
-    }
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": width, "depth": depth, "num_heads": 2}
+    return {**size, "mlp_ratio": 2, "class_token": False, "global_pool": "avg"}
 
 
 # Width is deliberately not aligned with quality, in neither direction.
@@ -185,7 +177,8 @@ def write(model: Any, spec: Spec, accuracy: float | None, target: Path) -> None:
         "num_features": model.num_features,
         "model_args": spec.model_args,
         "pretrained_cfg": {
-            **_layer_names(model),
+            # timm needs their names to adapt channels and classes
+            **{key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")},
             "num_classes": spec.num_classes,
             "input_size": [3, spec.size, spec.size],
             "fixed_input_size": spec.family == "vit",
@@ -203,11 +196,6 @@ def write(model: Any, spec: Spec, accuracy: float | None, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     write_bytes(target / "model.safetensors", save(state, metadata={"format": "pt"}))
     write_bytes(target / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-
-def _layer_names(model: Any) -> dict[str, Any]:
-    """First convolution and classifier: timm needs their names to adapt channels and classes."""
-    return {key: model.pretrained_cfg[key] for key in ("first_conv", "classifier")}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -187,23 +187,9 @@ def classes(task: str) -> int:
 def draw(
     task: str, rng: np.random.Generator, n: int, size: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `n` labelled images of a source task.
+    """Draw images, uint8 (n, size, size, 3), and labels, int64 (n,), of one of the `TASKS`.
 
-    Parameters
-    ----------
-    task : str
-        A key of :data:`TASKS`.
-    rng : numpy.random.Generator
-        The only source of randomness: equal generators draw equal images.
-    n : int
-        Number of images; the classes are balanced to within one image.
-    size : int, optional
-        Side of the square images in pixels.
-
-    Returns
-    -------
-    images : ndarray of uint8, shape (n, size, size, 3)
-    labels : ndarray of int64, shape (n,)
+    The classes are balanced to within one image; equal generators draw equal images.
     """
     n_classes, paint = TASKS[task]
     labels = rng.permutation(np.arange(n, dtype=np.int64) % n_classes)
