@@ -94,10 +94,23 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 FORMAT = "sfda_tune.finetuning/1"
+WINDOW = 8  # steps between looks at the loss
+BACKOFF, MAX_BACKOFFS = 0.25, 3
+NOTES = {
+    "history": [NUMBERS],
+    "unreadable": {str: str},
+    "micro": AtLeast(1, int),
+    "sharpness?": AtLeast(0),
+    "backoffs?": [str],
+}
 
 
 class DivergedError(ValueError):
     """The loss became infinite or NaN."""
+
+
+class _LostError(Exception):
+    """The network does worse than one that knows nothing."""
 
 
 def finetune(
@@ -183,7 +196,9 @@ class FineTuning(Iterator[Epoch]):
     """A fine-tuning run: an iterator of `Epoch`. Made by `finetune`.
 
     ``history`` holds all epochs so far, ``best`` the best of them, ``unreadable`` the name of each
-    unreadable image → reason, ``config`` the configuration with the number of epochs filled in.
+    unreadable image → reason, ``config`` the configuration with the number of epochs filled in,
+    ``backoffs`` why training went back to the best weights so far, each time with a quarter of the
+    learning rate.
     """
 
     def __init__(
@@ -212,6 +227,8 @@ class FineTuning(Iterator[Epoch]):
         self.unreadable: dict[str, str] = {}
         self._weights: dict[str, Any] = {}  # of the best epoch
         self._state: dict[str, Any] | None = None  # of the checkpoint
+        self._sharpness = 1.0  # of the head, when training begins
+        self.backoffs: list[str] = []
         self._micro = config.batch_size  # images that go through the network at a time
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -271,6 +288,7 @@ class FineTuning(Iterator[Epoch]):
             "val": {"images": len(self.val), "fingerprint": val},
             "unreadable": self.unreadable,
             "config": self.config.to_dict(),
+            "backoffs": self.backoffs,
             "best": self.best.to_dict(),
             "epochs": [epoch.to_dict() for epoch in self.history],
             "versions": {
@@ -416,7 +434,7 @@ class FineTuning(Iterator[Epoch]):
         config, n_classes = self.config, len(self.train.classes)
         self._order = Order(len(self.train), config.batch_size, config.seed)
         self._optimizer, self._schedule = make_optimizer(
-            self.module, self.head, config, len(self._order)
+            self.module, self.head, replace(config, lr=config.lr * self._rate), len(self._order)
         )
         self._scaler = torch.amp.GradScaler(
             torch.device(self.device).type, enabled=config.precision == "float16"
@@ -446,12 +464,12 @@ class FineTuning(Iterator[Epoch]):
 
     def _probe(self) -> None:
         """Start the head as logistic regression on the frozen features of the training images."""
-        states = self._start_once("head", self._fit_head)
+        states, self._sharpness = self._start_once("head", self._fit_head)
         for layer, state in zip(self.head, states, strict=True):
             layer.load_state_dict(state)
 
-    def _fit_head(self) -> list[dict[str, torch.Tensor]]:
-        """Return the state of the classifier layers."""
+    def _fit_head(self) -> tuple[list[dict[str, torch.Tensor]], float]:
+        """Return the state of the classifier layers, and how sharp they may be in training."""
         import torch
 
         layers: list[Any] = self.head
@@ -476,22 +494,75 @@ class FineTuning(Iterator[Epoch]):
         # Of a distilled network's two heads timm averages the results.
         alike = len(features) == len(layers) and len({f.shape for f in features}) == 1
         x = torch.stack(features).mean(0).numpy() if alike else np.empty((len(rows), 0))
-        if not start_head(layers, x, self.train.labels[rows]):
+        sharpness = start_head(layers, x, self.train.labels[rows])
+        if sharpness is None:
             kinds = ", ".join(type(layer).__name__ for layer in layers)
             logger.warning("%s: its head (%s) starts at random", self.backbone.name, kinds)
-        return [
+        states = [
             {k: v.detach().cpu().clone() for k, v in layer.state_dict().items()}
             for layer in layers
         ]
+        return states, 1.0 if sharpness is None else sharpness
+
+    def _soften_head(self) -> None:
+        """Make the head as unsure of the images it was fitted to as it is of others."""
+        import torch
+
+        with torch.no_grad():
+            for layer in self.head:
+                for p in layer.parameters():
+                    p.mul_(self._sharpness)
+        if self._ema is not None:
+            self._ema.set(self.module)
 
     def _epoch(self, started: float) -> Epoch:
-        """Train and validate once more."""
+        """Train and validate once more; where training destroys the network, back off."""
+        while True:
+            try:
+                return self._train(started)
+            except _LostError as lost:
+                self._back_off(lost)
+
+    def _watch(self, loss: float, number: int) -> None:
+        """Notice a loss above that of a network that knows nothing, log n_classes."""
+        limit = math.log(len(self.train.classes))
+        if loss <= limit or (math.isfinite(loss) and not self._may_back_off()):
+            return
+        if self._may_back_off():
+            raise _LostError(f"the loss was {loss:.3g} in epoch {number}, chance is {limit:.3g}")
+        self._require_finite(loss, number)
+
+    def _may_back_off(self) -> bool:
+        return self.best is not None and len(self.backoffs) < MAX_BACKOFFS
+
+    def _back_off(self, lost: _LostError) -> None:
+        """Go back to the best weights so far, and on with a smaller learning rate."""
+        self.backoffs.append(str(lost))
+        logger.warning(
+            "%s: %s; it goes on from epoch %d with %g of the learning rate",
+            self.backbone.name, lost, cast(Epoch, self.best).number, self._rate,
+        )  # fmt: skip
+        self.module.load_state_dict(self._weights)
+        if cast(Epoch, self.best).number == 0:
+            self._soften_head()
+        self._build()
+
+    @property
+    def _rate(self) -> float:
+        """Part of the learning rate that is left."""
+        return BACKOFF ** len(self.backoffs)
+
+    def _train(self, started: float) -> Epoch:
+        """Train for an epoch, and validate."""
         import torch
 
         number = self.history[-1].number + 1 if self.history else 1
+        if number == 1 and not self.backoffs:
+            self._soften_head()
         self._train_mode()
         self._order.epoch = number
         total, n = torch.zeros((), device=self.device), 0
+        window, n_window = total.clone(), 0  # since the loss was last looked at
         for step, (_, (rows, pixels, unreadable)) in enumerate(self._loader):
             done = (number - 1) * len(self._order) + step
             self._schedule.step_update(done)
@@ -501,12 +572,18 @@ class FineTuning(Iterator[Epoch]):
                 rows, pixels = rows[:-1], pixels[:-1]
             if not rows:
                 continue
-            total += self._step((self.config.seed, number, step), rows, pixels) * len(rows)
-            n += len(rows)
+            loss = self._step((self.config.seed, number, step), rows, pixels) * len(rows)
+            total, n, window, n_window = (
+                total + loss,
+                n + len(rows),
+                window + loss,
+                n_window + len(rows),
+            )
             if self._ema is not None:
                 self._ema.update(self.module, step=done + 1)
-            if step % 50 == 49 or step == len(self._order) - 1:
-                self._require_finite(total.item(), number)
+            if step % WINDOW == WINDOW - 1 or step == len(self._order) - 1:
+                self._watch(window.item() / n_window, number)
+                window, n_window = torch.zeros_like(window), 0
         seconds = time.perf_counter() - started
         return self._finish(number, started, total.item() / max(n, 1), n / seconds)
 
@@ -648,6 +725,8 @@ class FineTuning(Iterator[Epoch]):
                 "history": [epoch.to_dict() for epoch in self.history],
                 "unreadable": self.unreadable,
                 "micro": self._micro,
+                "sharpness": self._sharpness,
+                "backoffs": self.backoffs,
             }
             write_state(self.folder / CHECKPOINT, state, notes)
         return epoch
@@ -679,9 +758,7 @@ class FineTuning(Iterator[Epoch]):
                     "or another folder."
                 )
         try:
-            check(
-                notes, {"history": [NUMBERS], "unreadable": {str: str}, "micro": AtLeast(1, int)}
-            )
+            check(notes, NOTES)
             check(best, NUMBERS)
             self.best = Epoch.from_dict(best)
             self.history = [Epoch.from_dict(values) for values in notes["history"]]
@@ -690,7 +767,9 @@ class FineTuning(Iterator[Epoch]):
                 f"the checkpoints in {str(folder)!r} must be of this package, but {error}; delete "
                 "them, or pass resume=False to start over."
             ) from error
-        self.unreadable, self._micro, self._state = notes["unreadable"], notes["micro"], state
+        self.unreadable, self._micro = notes["unreadable"], notes["micro"]
+        self._sharpness, self.backoffs = notes.get("sharpness", 1.0), notes.get("backoffs", [])
+        self._state = state
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])

@@ -19,6 +19,8 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 from torch import nn
 
 from sfda_tune import (
@@ -41,10 +43,12 @@ from sfda_tune.finetuning.checkpoints import (
 )
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import Epoch, OutOfTimeError, measure
+from sfda_tune.finetuning.heads import fit_head
 from sfda_tune.finetuning.images import Images, Order, augmentation, shrink
 from sfda_tune.finetuning.models import load_model, predict
 from sfda_tune.finetuning.run import BEST, CHECKPOINT, DivergedError, finetune
 from sfda_tune.finetuning.shared import SharedWork
+from sfda_tune.metrics.linear_probe import linear_probe
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 LIVELY = {"mixup": 0.4, "ema_decay": 0.9, "augmentation": {"scale": (0.5, 1.0), "re_prob": 0.3}}
@@ -128,6 +132,18 @@ def test_training_beats_the_linear_probe_and_starts_ahead_of_a_random_head():
     assert probe_first.history[1].accuracy > from_random.history[0].accuracy + 0.1  # epoch 1
     assert last.log_loss < from_random.history[-1].log_loss  # in accuracy both end alike
     assert last.log_loss < first.log_loss
+
+
+def test_training_begins_as_unsure_of_its_images_as_of_others():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(240, 200)), np.arange(240) % 3
+    x += 3 * np.eye(3, 200)[y]
+    weight, bias, sharpness = fit_head(x, y, 3)
+    logits = x @ weight.T + bias
+    held_out = -linear_probe(x, y).details["log_likelihood"]
+    assert log_loss(y, softmax(logits, axis=1)) < held_out / 2
+    assert log_loss(y, softmax(sharpness * logits, axis=1)) == pytest.approx(held_out)
+    assert fit_head(rng.normal(size=(60, 200)), y, 3)[2] == 0.25  # nothing to be sure of
 
 
 def test_epoch_zero_is_logistic_regression_on_the_frozen_features():
@@ -238,6 +254,33 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(tmp_path, option
     assert (a["ema"] is None) == ("ema_decay" not in options)
     if a["ema"] is not None:
         assert equal(a["ema"], b["ema"])
+
+
+@pytest.mark.parametrize("stop", [0, 1])
+def test_the_softened_head_is_there_after_a_resumption(tmp_path, stop):
+    whole = train(epochs=2)
+    train(folder=tmp_path, epochs=2, stop=stop)
+    again = train(folder=tmp_path, epochs=2)
+    assert 0.25 <= again._sharpness == whole._sharpness < 1
+    assert metrics(again) == metrics(whole)
+    assert equal(weights(again), weights(whole))
+
+
+def test_a_lost_network_goes_back_to_its_best_weights(tmp_path, caplog):
+    """With a rate at which training ends in chance, in the first epochs or later."""
+    wild = {"lr": 0.5, "epochs": 3, "batch_size": 8, "clip_grad": None}
+    whole = train(**wild)
+    assert 1 <= len(whole.backoffs) <= 3
+    assert "chance is 2.3" in whole.backoffs[0]
+    assert "it goes on from epoch 0 with 0.25 of the learning rate" in caplog.text
+    assert whole.history[-1].lr < 0.5 * 0.25 ** len(whole.backoffs)
+    assert whole.model().provenance["backoffs"] == whole.backoffs
+    train(folder=tmp_path, stop=1, **wild)
+    again = train(folder=tmp_path, **wild)
+    assert again.backoffs == whole.backoffs
+    assert metrics(again) == metrics(whole)
+    assert equal(weights(again), weights(whole))
+    assert not train(lr=1e-4).backoffs
 
 
 def test_a_killed_process_is_resumed(tmp_path):
