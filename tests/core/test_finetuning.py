@@ -136,12 +136,12 @@ def test_training_beats_the_linear_probe_and_starts_ahead_of_a_random_head():
 
 def test_training_begins_as_unsure_of_its_images_as_of_others():
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(240, 200)), np.arange(240) % 3
-    x += 3 * np.eye(3, 200)[y]
+    x, y = rng.normal(size=(120, 30)), np.arange(120) % 3
+    x += 2 * np.eye(3, 30)[y]
     weight, bias, sharpness = fit_head(x, y, 3)
     logits = x @ weight.T + bias
     held_out = -linear_probe(x, y).details["log_likelihood"]
-    assert log_loss(y, softmax(logits, axis=1)) < held_out / 2
+    assert log_loss(y, softmax(logits, axis=1)) < 0.7 * held_out
     assert log_loss(y, softmax(sharpness * logits, axis=1)) == pytest.approx(held_out)
     assert fit_head(rng.normal(size=(60, 200)), y, 3)[2] == 0.25  # nothing to be sure of
 
