@@ -464,7 +464,9 @@ class FineTuning(Iterator[Epoch]):
 
     def _probe(self) -> None:
         """Start the head as logistic regression on the frozen features of the training images."""
-        states, self._sharpness = self._start_once("head", self._fit_head)
+        states, sharpness = self._start_once("head", self._fit_head)
+        if self.config.freeze == "none":  # a head alone has nothing to learn but its sharpness
+            self._sharpness = sharpness
         for layer, state in zip(self.head, states, strict=True):
             layer.load_state_dict(state)
 
