@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -81,4 +81,4 @@ def find_sharpness(logits: np.ndarray, y: np.ndarray, loss: float) -> float:
         return 1.0
     if excess(LEAST_SHARPNESS) >= 0:
         return LEAST_SHARPNESS
-    return float(brentq(excess, LEAST_SHARPNESS, 1.0, xtol=1e-9))
+    return float(cast(float, brentq(excess, LEAST_SHARPNESS, 1.0, xtol=1e-9)))

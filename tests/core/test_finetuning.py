@@ -283,6 +283,25 @@ def test_a_lost_network_goes_back_to_its_best_weights(tmp_path, caplog):
     assert not train(lr=1e-4).backoffs
 
 
+def test_after_the_last_epoch_weights_nearer_to_the_start_count_too(tmp_path):
+    """WiSE-FT; in so few steps a transformer is worse after training than half of the way."""
+    backbone, data, config = demo("vit_glyphs"), digits(120), {"epochs": 3, "lr": 1e-3}
+    run = train(backbone, data, folder=tmp_path, **config)
+    assert [e.interpolation for e in run.history] == [1.0, 1.0, 1.0, 0.5]
+    assert run.best == run.history[3]
+    start, end = run._start, weights(run)
+    half = {k: start[k].lerp(end[k], 0.5) for k in end}
+    assert equal(run._weights, half)
+    assert not equal(half, end)
+    p = predict(run.model(), run.val)
+    assert measure(run.val.labels, p)["accuracy"] == run.best.accuracy
+    train(backbone, data, folder=tmp_path / "b", stop=2, **config)
+    again = train(backbone, data, folder=tmp_path / "b", **config)
+    assert metrics(again) == metrics(run)
+    assert equal(again._weights, half)
+    assert {e.interpolation for e in train(head="random").history} == {1.0}
+
+
 def test_a_killed_process_is_resumed(tmp_path):
     script = (
         "from test_finetuning import *\n"
@@ -315,7 +334,7 @@ def test_a_finished_run_is_not_repeated_and_its_model_is_there(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(folder=tmp_path, epochs=1)
-    with pytest.raises(ValueError, match=r"another run, with lr 0\.0005 instead of 0\.1.*resume"):
+    with pytest.raises(ValueError, match=r"another run, with lr 0\.001 instead of 0\.1.*resume"):
         train(folder=tmp_path, epochs=1, lr=0.1)
     with pytest.raises(ValueError, match="another run, with images"):
         train(folder=tmp_path, data=digits(70), epochs=1)
@@ -686,7 +705,8 @@ def test_runs_that_share_work_end_like_those_that_do_not(make, work, tmp_path):
     assert costs[2]["decoded"] == costs[2]["heads"] == 0
     # two batches of training images for the head, one of validation images before any epoch
     assert costs[1]["passes"] == costs[0]["passes"] - 3 * (make is own)
-    assert costs[2]["passes"] == costs[0]["passes"] - 3 == 2
+    # a head that was trained alone is not interpolated, which takes two more
+    assert costs[2]["passes"] == costs[0]["passes"] - 3 - 2 == 2
 
 
 def test_what_differs_is_not_shared(work):
