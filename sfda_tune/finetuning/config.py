@@ -13,7 +13,7 @@ from sfda_tune.extraction.settings import PRECISIONS
 __all__ = ["MONITORS", "FinetuneConfig"]
 
 MONITORS = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
-OPTIONAL = ("layer_decay", "ema_decay", "clip_grad", "patience")  # may be None
+OPTIONAL = ("warmup_epochs", "layer_decay", "ema_decay", "clip_grad", "patience")  # may be None
 SCHEDULES = ("cosine", "constant", "poly", "tanh", "wsd")
 LIGHT = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None}
 
@@ -40,7 +40,8 @@ class FinetuneConfig:
         Learning rate of the head over that of the last layer below it.
     schedule : {"cosine", "constant", "poly", "tanh", "wsd"}
         Of `timm.scheduler.create_scheduler_v2`; "poly" falls linearly.
-    warmup_epochs : float, default 0.5
+    warmup_epochs : float, optional
+        Default: 30 % of all epochs, however few steps an epoch has.
     head : {"probe", "random"}
         How the classifier starts.
     freeze : {"none", "backbone"}
@@ -84,12 +85,12 @@ class FinetuneConfig:
     epochs: int | str = "auto"
     batch_size: int = 32
     optimizer: str = "adamw"
-    lr: float = 5e-4
+    lr: float = 1e-3
     weight_decay: float = 0.01
     layer_decay: float | None = None
     head_lr_ratio: float = 1.0
     schedule: str = "cosine"
-    warmup_epochs: float = 0.5
+    warmup_epochs: float | None = None
     head: str = "probe"
     freeze: str = "none"
     batch_norm: str = "frozen"

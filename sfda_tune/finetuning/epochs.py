@@ -39,6 +39,8 @@ class Epoch:
         Which epoch that is.
     images_per_second : float
         Training images over the time of training; NaN for epoch 0.
+    interpolation : float, default 1
+        How far these weights are on the way from the start to the trained ones.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Epoch:
     best: float
     best_number: int
     images_per_second: float
+    interpolation: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields; NaN becomes None, so that it is strict JSON."""

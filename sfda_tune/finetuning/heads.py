@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import log_softmax
 
-__all__ = ["fit_head", "start_head"]
+__all__ = ["find_sharpness", "fit_head", "start_head"]
 PROBE_IMAGES = 2000  # the penalty of the logistic regression is chosen on at most so many
+LEAST_SHARPNESS = 0.25  # a head of zeros would pass no gradient on to the backbone
 
 
-def start_head(layers: list[Any], x: np.ndarray, y: np.ndarray) -> bool:
-    """Make logistic regression on features the start of classifier layers, if they are linear."""
+def start_head(layers: list[Any], x: np.ndarray, y: np.ndarray) -> float | None:
+    """Make logistic regression on features the start of classifier layers, if they are linear.
+
+    Return the sharpness with which its training begins, see `fit_head`; None if they are not.
+    """
     import torch
 
     fits = [
@@ -21,30 +27,58 @@ def start_head(layers: list[Any], x: np.ndarray, y: np.ndarray) -> bool:
         for layer in layers
     ]
     if not all(fits):
-        return False
-    weight, bias = fit_head(x, y, len(layers[0].weight))
+        return None
+    weight, bias, sharpness = fit_head(x, y, len(layers[0].weight))
     with torch.no_grad():
         for layer in layers:
             layer.weight.copy_(torch.tensor(weight).view_as(layer.weight))
             layer.bias.copy_(torch.tensor(bias))
-    return True
+    return sharpness
 
 
-def fit_head(x: np.ndarray, y: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fit logistic regression on features; return weight (n_classes, n_dims) and bias.
+def fit_head(x: np.ndarray, y: np.ndarray, n_classes: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fit logistic regression; return weight (n_classes, n_dims), bias, and its sharpness.
 
     The features are standardised, and that is folded into the weight. The penalty is the one that
     `linear_probe` finds by cross-validation on the first `PROBE_IMAGES` of a fixed shuffle.
+
+    In more dimensions than there are images, the regression is as good as certain of the images
+    that it was fitted to: their gradients are noise, which Adam scales up to full steps, and the
+    backbone is lost within the first ten. So training begins with logits times the sharpness, the
+    factor that makes the mean loss of those images what cross-validation found on images held out.
+    Decisions stay the same.
     """
     from sfda_tune.metrics._linear import fit_softmax
     from sfda_tune.metrics.linear_probe import linear_probe
 
     some = np.random.default_rng(0).permutation(len(x))[:PROBE_IMAGES]
-    C = linear_probe(x[some], y[some]).details["C"]
+    probe = linear_probe(x[some], y[some]).details
+    C = probe["C"]
     mean, scale = x.mean(axis=0), x.std(axis=0)
     scale[scale <= 1e-6 * np.abs(mean)] = np.inf  # constant, but for float32's rounding
-    theta, _ = fit_softmax(
-        (x - mean) / scale, y, n_classes, 1 / (C * len(x)), tolerance=1e-4, max_iter=200
-    )
+    z = (x - mean) / scale
+    theta, _ = fit_softmax(z, y, n_classes, 1 / (C * len(x)), tolerance=1e-4, max_iter=200)
+    sharpness = find_sharpness(z @ theta[:-1] + theta[-1], y, -probe["log_likelihood"])
     weight = (theta[:-1] / scale[:, None]).T
-    return weight, theta[-1] - weight @ mean
+    return weight, theta[-1] - weight @ mean, sharpness
+
+
+def find_sharpness(logits: np.ndarray, y: np.ndarray, loss: float) -> float:
+    """Return the factor ≤ 1 that gives logits (n, n_classes) this mean loss, or comes nearest.
+
+    The mean loss is convex in the factor, so it falls all the way from log n_classes at 0.
+
+    >>> logits, y = np.array([[5.0, 0.0], [0.0, 5.0]]), np.array([0, 1])
+    >>> round(find_sharpness(logits, y, np.log1p(np.exp(-2.5))), 6)
+    0.5
+    """
+    rows = np.arange(len(y))
+
+    def excess(factor: float) -> float:
+        return loss + float(log_softmax(factor * logits, axis=1)[rows, y].mean())
+
+    if excess(1.0) <= 0:
+        return 1.0
+    if excess(LEAST_SHARPNESS) >= 0:
+        return LEAST_SHARPNESS
+    return float(cast(float, brentq(excess, LEAST_SHARPNESS, 1.0, xtol=1e-9)))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["make_optimizer", "parameter_groups"]
+WARMUP = 0.3  # of all epochs
 
 
 def make_optimizer(
@@ -31,11 +32,12 @@ def make_optimizer(
         param_group_fn=lambda module: parameter_groups(module, inside, config),
     )
     epochs: Any = max(1, int(config.epochs))
+    warmup = WARMUP * epochs if config.warmup_epochs is None else config.warmup_epochs
     schedule, _ = create_scheduler_v2(
         optimizer,
         config.schedule,
         num_epochs=epochs,
-        warmup_epochs=min(config.warmup_epochs, epochs / 2),
+        warmup_epochs=min(warmup, epochs / 2),
         warmup_lr=config.lr / 100,
         decay_rate=1.0,  # the power of "poly"
         step_on_epochs=False,

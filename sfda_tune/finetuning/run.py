@@ -8,6 +8,8 @@ AMP; scikit-learn's metrics. What is added here:
 - Images are decoded once, shrunk to what random crops need, and kept in memory where they fit.
 - Everything random comes from streams named by (seed, epoch, row) or (seed, epoch, step), so a
   run depends neither on the number of workers nor on where it was interrupted.
+- After the last epoch the weights half and three quarters of the way from that start count, too
+  (WiSE-FT: Wortsman et al., CVPR 2022, https://arxiv.org/abs/2109.01903).
 - A checkpoint is one safetensors file, written whole or not at all, without pickle.
 
 Example
@@ -93,10 +95,24 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 FORMAT = "sfda_tune.finetuning/1"
+WINDOW = 8  # steps between looks at the loss
+INTERPOLATIONS = (1.0, 0.75, 0.5)
+BACKOFF, MAX_BACKOFFS = 0.25, 3
+NOTES = {
+    "history": [NUMBERS],
+    "unreadable": {str: str},
+    "micro": AtLeast(1, int),
+    "sharpness?": AtLeast(0),
+    "backoffs?": [str],
+}
 
 
 class DivergedError(ValueError):
     """The loss became infinite or NaN."""
+
+
+class _LostError(Exception):
+    """The network does worse than one that knows nothing."""
 
 
 def finetune(
@@ -182,7 +198,9 @@ class FineTuning(Iterator[Epoch]):
     """A fine-tuning run: an iterator of `Epoch`. Made by `finetune`.
 
     ``history`` holds all epochs so far, ``best`` the best of them, ``unreadable`` the name of each
-    unreadable image → reason, ``config`` the configuration with the number of epochs filled in.
+    unreadable image → reason, ``config`` the configuration with the number of epochs filled in,
+    ``backoffs`` why training went back to the best weights so far, each time with a quarter of the
+    learning rate.
     """
 
     def __init__(
@@ -211,6 +229,9 @@ class FineTuning(Iterator[Epoch]):
         self.unreadable: dict[str, str] = {}
         self._weights: dict[str, Any] = {}  # of the best epoch
         self._state: dict[str, Any] | None = None  # of the checkpoint
+        self._sharpness = 1.0  # of the head, when training begins
+        self._parts = INTERPOLATIONS
+        self.backoffs: list[str] = []
         self._micro = config.batch_size  # images that go through the network at a time
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -269,6 +290,7 @@ class FineTuning(Iterator[Epoch]):
             "val": {"images": len(self.val), "fingerprint": val},
             "unreadable": self.unreadable,
             "config": self.config.to_dict(),
+            "backoffs": self.backoffs,
             "best": self.best.to_dict(),
             "epochs": [epoch.to_dict() for epoch in self.history],
             "versions": {
@@ -370,16 +392,15 @@ class FineTuning(Iterator[Epoch]):
             kept = enumerate(images.kept or ())
             self._report(images, {row: why for row, why in kept if isinstance(why, str)})
         self._ema: Any = None
-        fresh = self._state is None
-        if fresh and self.config.head == "probe":
-            self._probe()
+        fresh, probe = self._state is None, self.config.head == "probe"
+        self._start_from(
+            (self._probe() if probe else []) if fresh else self._state.get("head", [])
+        )
         self._build()
         if self._state is not None:
             self._restore(self._state)
             self._state = None
-        if fresh and self.config.head == "probe":
-            return self._finish(0, started, math.nan, math.nan)
-        return None
+        return self._finish(0, started, math.nan, math.nan) if fresh and probe else None
 
     def _prepare(self, part: ImageDataset, prepare: Any) -> Images:
         """Return the images as they are before what differs between epochs."""
@@ -414,7 +435,7 @@ class FineTuning(Iterator[Epoch]):
         config, n_classes = self.config, len(self.train.classes)
         self._order = Order(len(self.train), config.batch_size, config.seed)
         self._optimizer, self._schedule = make_optimizer(
-            self.module, self.head, config, len(self._order)
+            self.module, self.head, replace(config, lr=config.lr * self._rate), len(self._order)
         )
         self._scaler = torch.amp.GradScaler(
             torch.device(self.device).type, enabled=config.precision == "float16"
@@ -442,14 +463,33 @@ class FineTuning(Iterator[Epoch]):
             self._images, self.preprocessing, self._order, config, self.workers, self.device
         )
 
-    def _probe(self) -> None:
-        """Start the head as logistic regression on the frozen features of the training images."""
-        states = self._start_once("head", self._fit_head)
-        for layer, state in zip(self.head, states, strict=True):
-            layer.load_state_dict(state)
+    def _probe(self) -> list[dict[str, torch.Tensor]]:
+        """Return the head as logistic regression on the frozen features of the training images."""
+        states, self._sharpness = self._start_once("head", self._fit_head)
+        return states
 
-    def _fit_head(self) -> list[dict[str, torch.Tensor]]:
-        """Return the state of the classifier layers."""
+    def _start_from(self, head: list[dict[str, torch.Tensor]]) -> None:
+        """Load the head's start, if it has one; keep the weights from which training begins.
+
+        That head is as unsure of the images it was fitted to as it is of others. (One that is
+        trained alone would have nothing to learn but its sharpness.)
+        """
+        import torch
+
+        layers = torch.nn.ModuleList(self.head)
+        self._head, self._start = head, None
+        for layer, state in zip(layers, head, strict=bool(head)):
+            layer.load_state_dict(state)
+        if head and self.config.freeze == "none":
+            with torch.no_grad():
+                for p in layers.parameters():
+                    p.mul_(self._sharpness)
+            self._start = _copy(self.module)
+            for layer, state in zip(layers, head, strict=True):
+                layer.load_state_dict(state)
+
+    def _fit_head(self) -> tuple[list[dict[str, torch.Tensor]], float]:
+        """Return the state of the classifier layers, and how sharp they may be in training."""
         import torch
 
         layers: list[Any] = self.head
@@ -474,22 +514,61 @@ class FineTuning(Iterator[Epoch]):
         # Of a distilled network's two heads timm averages the results.
         alike = len(features) == len(layers) and len({f.shape for f in features}) == 1
         x = torch.stack(features).mean(0).numpy() if alike else np.empty((len(rows), 0))
-        if not start_head(layers, x, self.train.labels[rows]):
+        sharpness = start_head(layers, x, self.train.labels[rows])
+        if sharpness is None:
             kinds = ", ".join(type(layer).__name__ for layer in layers)
             logger.warning("%s: its head (%s) starts at random", self.backbone.name, kinds)
-        return [
-            {k: v.detach().cpu().clone() for k, v in layer.state_dict().items()}
-            for layer in layers
-        ]
+        return [_copy(layer) for layer in layers], 1.0 if sharpness is None else sharpness
 
     def _epoch(self, started: float) -> Epoch:
-        """Train and validate once more."""
+        """Train and validate once more; where training destroys the network, back off."""
+        while True:
+            try:
+                return self._train(started)
+            except _LostError as lost:
+                self._back_off(lost)
+
+    def _watch(self, loss: float, number: int) -> None:
+        """Notice a loss above that of a network that knows nothing, log n_classes."""
+        limit = math.log(len(self.train.classes))
+        if loss <= limit or (math.isfinite(loss) and not self._may_back_off()):
+            return
+        if self._may_back_off():
+            raise _LostError(f"the loss was {loss:.3g} in epoch {number}, chance is {limit:.3g}")
+        self._require_finite(loss, number)
+
+    def _may_back_off(self) -> bool:
+        return self.best is not None and len(self.backoffs) < MAX_BACKOFFS
+
+    def _back_off(self, lost: _LostError) -> None:
+        """Go back to the best weights so far, and on with a smaller learning rate."""
+        self.backoffs.append(str(lost))
+        logger.warning(
+            "%s: %s; it goes on from epoch %d with %g of the learning rate",
+            self.backbone.name, lost, cast(Epoch, self.best).number, self._rate,
+        )  # fmt: skip
+        begun = cast(Epoch, self.best).number > 0
+        self.module.load_state_dict(self._weights if begun else self._start or self._weights)
+        self._build()
+
+    @property
+    def _rate(self) -> float:
+        """Part of the learning rate that is left."""
+        return BACKOFF ** len(self.backoffs)
+
+    def _train(self, started: float) -> Epoch:
+        """Train for an epoch, and validate."""
         import torch
 
         number = self.history[-1].number + 1 if self.history else 1
+        if number == 1 and self._start is not None:
+            self.module.load_state_dict(self._start)
+            if self._ema is not None:
+                self._ema.set(self.module)
         self._train_mode()
         self._order.epoch = number
         total, n = torch.zeros((), device=self.device), 0
+        window, n_window = total.clone(), 0  # since the loss was last looked at
         for step, (_, (rows, pixels, unreadable)) in enumerate(self._loader):
             done = (number - 1) * len(self._order) + step
             self._schedule.step_update(done)
@@ -499,12 +578,18 @@ class FineTuning(Iterator[Epoch]):
                 rows, pixels = rows[:-1], pixels[:-1]
             if not rows:
                 continue
-            total += self._step((self.config.seed, number, step), rows, pixels) * len(rows)
-            n += len(rows)
+            loss = self._step((self.config.seed, number, step), rows, pixels) * len(rows)
+            total, n, window, n_window = (
+                total + loss,
+                n + len(rows),
+                window + loss,
+                n_window + len(rows),
+            )
             if self._ema is not None:
                 self._ema.update(self.module, step=done + 1)
-            if step % 50 == 49 or step == len(self._order) - 1:
-                self._require_finite(total.item(), number)
+            if step % WINDOW == WINDOW - 1 or step == len(self._order) - 1:
+                self._watch(window.item() / n_window, number)
+                window, n_window = torch.zeros_like(window), 0
         seconds = time.perf_counter() - started
         return self._finish(number, started, total.item() / max(n, 1), n / seconds)
 
@@ -610,32 +695,44 @@ class FineTuning(Iterator[Epoch]):
     # After an epoch -----------------------------------------------------------------------------
     def _finish(self, number: int, started: float, loss: float, rate: float) -> Epoch:
         """Validate, keep the best weights, write the checkpoint."""
-        predict = partial(self._predict, self._unseen)
-        rows, p = predict() if number else self._start_once("epoch 0", predict)
-        self._require_finite(p.sum(), number)
-        values = measure(self.val.labels[rows], p)
-        epoch = Epoch(
-            number=number,
-            steps=number * len(self._order),
-            seconds=time.perf_counter() - started,
-            lr=max(group["lr"] for group in self._optimizer.param_groups) if number else 0.0,
-            train_loss=loss,
-            **values,
-            best=values[self.config.monitor],
-            best_number=number,
-            images_per_second=rate,
-        )
+        module = self.module if self._ema is None else self._ema.module
+        ends = number == self.config.epochs and number > 0 and self._start is not None
+        trained = _copy(module) if ends else {}
+        tries = []
+        for part in self._parts if ends else (1.0,):
+            if ends:
+                self._interpolate(module, trained, part)
+            predict = partial(self._predict, self._unseen)
+            rows, p = predict() if number else self._start_once("epoch 0", predict)
+            self._require_finite(p.sum(), number)
+            values = measure(self.val.labels[rows], p)
+            tries.append(Epoch(
+                number=number,
+                steps=number * len(self._order),
+                seconds=time.perf_counter() - started,
+                lr=max(group["lr"] for group in self._optimizer.param_groups) if number else 0.0,
+                train_loss=loss,
+                **values,
+                best=values[self.config.monitor],
+                best_number=number,
+                images_per_second=rate,
+                interpolation=part,
+            ))  # fmt: skip
+        epoch = replace(max(tries, key=self._sort_key), seconds=tries[-1].seconds)
         if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
             epoch = replace(epoch, best=self.best.best, best_number=self.best.number)
         else:
-            module = self.module if self._ema is None else self._ema.module
-            self.best = epoch
-            self._weights = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+            if ends:
+                self._interpolate(module, trained, epoch.interpolation)
+            self.best, self._weights = epoch, _copy(module)
             if self.folder is not None:
                 write_state(self.folder / BEST, self._weights, epoch.to_dict())
+        if ends:
+            module.load_state_dict(trained)
         self.history.append(epoch)
         if self.folder is not None:
             state = {
+                "head": self._head,
                 "model": self.module.state_dict(),
                 "ema": None if self._ema is None else self._ema.module.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
@@ -646,9 +743,19 @@ class FineTuning(Iterator[Epoch]):
                 "history": [epoch.to_dict() for epoch in self.history],
                 "unreadable": self.unreadable,
                 "micro": self._micro,
+                "sharpness": self._sharpness,
+                "backoffs": self.backoffs,
             }
             write_state(self.folder / CHECKPOINT, state, notes)
         return epoch
+
+    def _interpolate(self, module: torch.nn.Module, trained: dict[str, Any], part: float) -> None:
+        """Load the weights that lie at `part` of the way from the start to the trained ones."""
+        start = cast(dict[str, Any], self._start)
+        module.load_state_dict({
+            k: start[k].lerp(v, part) if v.is_floating_point() and part < 1 else v
+            for k, v in trained.items()
+        })  # fmt: skip
 
     def _sort_key(self, epoch: Epoch) -> tuple[float, float]:
         value = getattr(epoch, self.config.monitor)
@@ -677,9 +784,7 @@ class FineTuning(Iterator[Epoch]):
                     "or another folder."
                 )
         try:
-            check(
-                notes, {"history": [NUMBERS], "unreadable": {str: str}, "micro": AtLeast(1, int)}
-            )
+            check(notes, NOTES)
             check(best, NUMBERS)
             self.best = Epoch.from_dict(best)
             self.history = [Epoch.from_dict(values) for values in notes["history"]]
@@ -688,7 +793,9 @@ class FineTuning(Iterator[Epoch]):
                 f"the checkpoints in {str(folder)!r} must be of this package, but {error}; delete "
                 "them, or pass resume=False to start over."
             ) from error
-        self.unreadable, self._micro, self._state = notes["unreadable"], notes["micro"], state
+        self.unreadable, self._micro = notes["unreadable"], notes["micro"]
+        self._sharpness, self.backoffs = notes.get("sharpness", 1.0), notes.get("backoffs", [])
+        self._state = state
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])
@@ -696,3 +803,7 @@ class FineTuning(Iterator[Epoch]):
         self._scaler.load_state_dict(state["scaler"])
         if self._ema is not None:
             self._ema.module.load_state_dict(state["ema"])
+
+
+def _copy(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}

@@ -114,6 +114,11 @@ def reuse_checkpoint(folder: RunFolder, trial: Trial, space: Space) -> None:
 class FixedLengthFineTuning(FineTuning):
     """Keeps the last weights: it has no unseen images to choose the epoch by."""
 
+    def interpolate(self, part: float) -> FixedLengthFineTuning:
+        """Go as far from the start as was best in the trial."""
+        self._parts = (part,)
+        return self
+
     def _sort_key(self, epoch: Any) -> tuple[float, float]:
         return float(epoch.number), 0.0
 
@@ -135,7 +140,7 @@ def train_winner(
             run = FixedLengthFineTuning(
                 backbone, (both, parts["val"]), config, folder.trial("final"), True, inputs.device,
                 None, should_stop=(lambda: budget.now() >= end) if has_checkpoint else None,
-            )  # fmt: skip
+            ).interpolate(at.get("interpolation", 1.0))  # fmt: skip
             _train_until(run, last)
             _save(run, folder, best, at, "train and val")
             what = f"{last} epoch{'s' * (last > 1)}" if last else "a linear probe, no epoch,"

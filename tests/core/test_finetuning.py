@@ -20,6 +20,8 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from scipy.special import softmax
+from sklearn.metrics import log_loss
 from torch import nn
 
 from sfda_tune import (
@@ -42,10 +44,12 @@ from sfda_tune.finetuning.checkpoints import (
 )
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import Epoch, OutOfTimeError, measure
+from sfda_tune.finetuning.heads import fit_head
 from sfda_tune.finetuning.images import Images, Order, augmentation, shrink
 from sfda_tune.finetuning.models import load_model, predict
 from sfda_tune.finetuning.run import BEST, CHECKPOINT, DivergedError, finetune
 from sfda_tune.finetuning.shared import SharedWork
+from sfda_tune.metrics.linear_probe import linear_probe
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 LIVELY = {"mixup": 0.4, "ema_decay": 0.9, "augmentation": {"scale": (0.5, 1.0), "re_prob": 0.3}}
@@ -129,6 +133,18 @@ def test_training_beats_the_linear_probe_and_starts_ahead_of_a_random_head():
     assert probe_first.history[1].accuracy > from_random.history[0].accuracy + 0.1  # epoch 1
     assert last.log_loss < from_random.history[-1].log_loss  # in accuracy both end alike
     assert last.log_loss < first.log_loss
+
+
+def test_training_begins_as_unsure_of_its_images_as_of_others():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(120, 30)), np.arange(120) % 3
+    x += 2 * np.eye(3, 30)[y]
+    weight, bias, sharpness = fit_head(x, y, 3)
+    logits = x @ weight.T + bias
+    held_out = -linear_probe(x, y).details["log_likelihood"]
+    assert log_loss(y, softmax(logits, axis=1)) < 0.7 * held_out
+    assert log_loss(y, softmax(sharpness * logits, axis=1)) == pytest.approx(held_out)
+    assert fit_head(rng.normal(size=(60, 200)), y[:60], 3)[2] == 0.25  # nothing to be sure of
 
 
 def test_epoch_zero_is_logistic_regression_on_the_frozen_features():
@@ -241,6 +257,52 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(tmp_path, option
         assert equal(a["ema"], b["ema"])
 
 
+@pytest.mark.parametrize("stop", [0, 1])
+def test_the_softened_head_is_there_after_a_resumption(tmp_path, stop):
+    whole = train(epochs=2)
+    train(folder=tmp_path, epochs=2, stop=stop)
+    again = train(folder=tmp_path, epochs=2)
+    assert 0.25 <= again._sharpness == whole._sharpness < 1
+    assert metrics(again) == metrics(whole)
+    assert equal(weights(again), weights(whole))
+
+
+def test_a_lost_network_goes_back_to_its_best_weights(tmp_path, caplog):
+    """With a rate at which training ends in chance, in the first epochs or later."""
+    wild = {"lr": 0.5, "epochs": 3, "batch_size": 8, "clip_grad": None}
+    whole = train(**wild)
+    assert 1 <= len(whole.backoffs) <= 3
+    assert "chance is 2.3" in whole.backoffs[0]
+    assert "it goes on from epoch 0 with 0.25 of the learning rate" in caplog.text
+    assert whole.history[-1].lr < 0.5 * 0.25 ** len(whole.backoffs)
+    assert whole.model().provenance["backoffs"] == whole.backoffs
+    train(folder=tmp_path, stop=1, **wild)
+    again = train(folder=tmp_path, **wild)
+    assert again.backoffs == whole.backoffs
+    assert metrics(again) == metrics(whole)
+    assert equal(weights(again), weights(whole))
+    assert not train(lr=1e-4).backoffs
+
+
+def test_after_the_last_epoch_weights_nearer_to_the_start_count_too(tmp_path):
+    """WiSE-FT; in so few steps a transformer is worse after training than half of the way."""
+    backbone, data, config = demo("vit_glyphs"), digits(120), {"epochs": 3, "lr": 1e-3}
+    run = train(backbone, data, folder=tmp_path, **config)
+    assert [e.interpolation for e in run.history] == [1.0, 1.0, 1.0, 0.5]
+    assert run.best == run.history[3]
+    start, end = run._start, weights(run)
+    half = {k: start[k].lerp(end[k], 0.5) for k in end}
+    assert equal(run._weights, half)
+    assert not equal(half, end)
+    p = predict(run.model(), run.val)
+    assert measure(run.val.labels, p)["accuracy"] == run.best.accuracy
+    train(backbone, data, folder=tmp_path / "b", stop=2, **config)
+    again = train(backbone, data, folder=tmp_path / "b", **config)
+    assert metrics(again) == metrics(run)
+    assert equal(again._weights, half)
+    assert {e.interpolation for e in train(head="random").history} == {1.0}
+
+
 def test_a_killed_process_is_resumed(tmp_path):
     script = (
         "from test_finetuning import *\n"
@@ -273,7 +335,7 @@ def test_a_finished_run_is_not_repeated_and_its_model_is_there(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(folder=tmp_path, epochs=1)
-    with pytest.raises(ValueError, match=r"another run, with lr 0\.0005 instead of 0\.1.*resume"):
+    with pytest.raises(ValueError, match=r"another run, with lr 0\.001 instead of 0\.1.*resume"):
         train(folder=tmp_path, epochs=1, lr=0.1)
     with pytest.raises(ValueError, match="another run, with images"):
         train(folder=tmp_path, data=digits(70), epochs=1)
@@ -670,7 +732,8 @@ def test_runs_that_share_work_end_like_those_that_do_not(make, work, tmp_path):
     assert costs[2]["decoded"] == costs[2]["heads"] == 0
     # two batches of training images for the head, one of validation images before any epoch
     assert costs[1]["passes"] == costs[0]["passes"] - 3 * (make is own)
-    assert costs[2]["passes"] == costs[0]["passes"] - 3 == 2
+    # a head that was trained alone is not interpolated, which takes two more
+    assert costs[2]["passes"] == costs[0]["passes"] - 3 - 2 == 2
 
 
 def test_what_differs_is_not_shared(work):
