@@ -392,15 +392,16 @@ class FineTuning(Iterator[Epoch]):
             kept = enumerate(images.kept or ())
             self._report(images, {row: why for row, why in kept if isinstance(why, str)})
         self._ema: Any = None
-        fresh, probe = self._state is None, self.config.head == "probe"
-        self._start_from(
-            (self._probe() if probe else []) if fresh else self._state.get("head", [])
-        )
+        state, self._state = self._state, None
+        if state is not None:
+            self._start_from(state.get("head", []))
+            self._build()
+            self._restore(state)
+            return None
+        probe = self.config.head == "probe"
+        self._start_from(self._probe() if probe else [])
         self._build()
-        if self._state is not None:
-            self._restore(self._state)
-            self._state = None
-        return self._finish(0, started, math.nan, math.nan) if fresh and probe else None
+        return self._finish(0, started, math.nan, math.nan) if probe else None
 
     def _prepare(self, part: ImageDataset, prepare: Any) -> Images:
         """Return the images as they are before what differs between epochs."""

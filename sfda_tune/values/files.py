@@ -28,9 +28,9 @@ from typing import IO, Any
 from sfda_tune.values.text import csv_line, json_text, printable
 
 __all__ = [
-    "AtLeast", "Table", "check", "check_folder", "clear_leftovers", "digest_file", "open_regular", "parse_csv",
-    "parse_json", "read_json", "read_rows", "read_text", "replacing", "say_kind", "unfinished",
-    "write_bytes", "write_csv", "write_json", "write_text",
+    "AtLeast", "Table", "check", "check_folder", "clear_leftovers", "digest_file", "open_regular",
+    "parse_csv", "parse_json", "read_json", "read_rows", "read_text", "replacing", "say_kind",
+    "unfinished", "write_bytes", "write_csv", "write_json", "write_text",
 ]  # fmt: skip
 
 PREFIX, SUFFIX = ".sfda_tune-", ".tmp"  # of the names of what is not whole yet
