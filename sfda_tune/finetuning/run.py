@@ -719,7 +719,9 @@ class FineTuning(Iterator[Epoch]):
                 images_per_second=rate,
                 interpolation=part,
             ))  # fmt: skip
-        epoch = replace(max(tries, key=self._sort_key), seconds=tries[-1].seconds)
+        # By the log-loss: on few images, the accuracies of such neighbours differ by chance.
+        epoch = min(tries, key=lambda epoch: epoch.log_loss)
+        epoch = replace(epoch, seconds=tries[-1].seconds)
         if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
             epoch = replace(epoch, best=self.best.best, best_number=self.best.number)
         else:
