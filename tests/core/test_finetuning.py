@@ -285,8 +285,8 @@ def test_a_lost_network_goes_back_to_its_best_weights(tmp_path, caplog):
 
 
 def test_after_the_last_epoch_weights_nearer_to_the_start_count_too(tmp_path):
-    """WiSE-FT; in so few steps a transformer is worse after training than before its end."""
-    backbone, data, config = demo("vit_glyphs"), digits(120), {"epochs": 3, "lr": 1e-3}
+    """WiSE-FT: at this rate the trained weights are worse than those three quarters of the way."""
+    backbone, data, config = demo(), digits(120), {"epochs": 3, "lr": 3e-3, "seed": 1}
     run = train(backbone, data, folder=tmp_path, **config)
     assert [e.interpolation for e in run.history] == [1.0, 1.0, 1.0, 0.75]
     assert run.best == run.history[3]
