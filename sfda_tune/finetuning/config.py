@@ -41,7 +41,7 @@ class FinetuneConfig:
     schedule : {"cosine", "constant", "poly", "tanh", "wsd"}
         Of `timm.scheduler.create_scheduler_v2`; "poly" falls linearly.
     warmup_epochs : float, optional
-        Default: 30 % of all epochs, however few steps an epoch has.
+        Default: a tenth of all epochs, however few steps an epoch has.
     head : {"probe", "random"}
         How the classifier starts.
     freeze : {"none", "backbone"}
@@ -85,7 +85,7 @@ class FinetuneConfig:
     epochs: int | str = "auto"
     batch_size: int = 32
     optimizer: str = "adamw"
-    lr: float = 1e-3
+    lr: float = 5e-4
     weight_decay: float = 0.01
     layer_decay: float | None = None
     head_lr_ratio: float = 1.0

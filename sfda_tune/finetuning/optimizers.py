@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["make_optimizer", "parameter_groups"]
-WARMUP = 0.3  # of all epochs
+WARMUP = 0.1  # of all epochs
 
 
 def make_optimizer(

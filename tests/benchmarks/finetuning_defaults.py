@@ -49,9 +49,11 @@ DEFAULT = FinetuneConfig()
 
 
 class Before(FineTuning):
-    """Without what was added: the head stays as sure as it is, and nothing is taken back."""
+    """Without what was added: no softened head, nothing taken back, no interpolation."""
 
-    def _soften_head(self) -> None: ...
+    def _start_from(self, head: Any) -> None:
+        self._sharpness, self._parts = 1.0, (1.0,)
+        super()._start_from(head)
 
     def _may_back_off(self) -> bool:
         return False
