@@ -8,9 +8,9 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 
-__all__ = ["find_sharpness", "fit_head", "start_head"]
+__all__ = ["find_factor", "fit_head", "start_head"]
 PROBE_IMAGES = 2000  # the penalty of the logistic regression is chosen on at most so many
-LEAST_SHARPNESS = 0.25  # a head of zeros would pass no gradient on to the backbone
+LEAST_FACTOR = 0.25  # a head of zeros would pass no gradient on to the backbone
 
 
 def start_head(layers: list[Any], x: np.ndarray, y: np.ndarray) -> float | None:
@@ -44,9 +44,10 @@ def fit_head(x: np.ndarray, y: np.ndarray, n_classes: int) -> tuple[np.ndarray, 
 
     In more dimensions than there are images, the regression is as good as certain of the images
     that it was fitted to: their gradients are noise, which Adam scales up to full steps, and the
-    backbone is lost within the first ten. So training begins with logits times the sharpness, the
-    factor that makes the mean loss of those images what cross-validation found on images held out.
-    Decisions stay the same.
+    backbone is lost within the first ten. So training begins with logits times the sharpness: √f
+    of the factor f that makes the mean loss of those images what cross-validation found on images
+    held out. (With f itself, the loss has so much to gain by a sharper head that it moves the
+    backbone too far where the features were good already.) Decisions stay the same.
     """
     from sfda_tune.metrics._linear import fit_softmax
     from sfda_tune.metrics.linear_probe import linear_probe
@@ -58,18 +59,18 @@ def fit_head(x: np.ndarray, y: np.ndarray, n_classes: int) -> tuple[np.ndarray, 
     scale[scale <= 1e-6 * np.abs(mean)] = np.inf  # constant, but for float32's rounding
     z = (x - mean) / scale
     theta, _ = fit_softmax(z, y, n_classes, 1 / (C * len(x)), tolerance=1e-4, max_iter=200)
-    sharpness = find_sharpness(z @ theta[:-1] + theta[-1], y, -probe["log_likelihood"])
+    f = find_factor(z @ theta[:-1] + theta[-1], y, -probe["log_likelihood"])
     weight = (theta[:-1] / scale[:, None]).T
-    return weight, theta[-1] - weight @ mean, sharpness
+    return weight, theta[-1] - weight @ mean, f**0.5
 
 
-def find_sharpness(logits: np.ndarray, y: np.ndarray, loss: float) -> float:
+def find_factor(logits: np.ndarray, y: np.ndarray, loss: float) -> float:
     """Return the factor ≤ 1 that gives logits (n, n_classes) this mean loss, or comes nearest.
 
     The mean loss is convex in the factor, so it falls all the way from log n_classes at 0.
 
     >>> logits, y = np.array([[5.0, 0.0], [0.0, 5.0]]), np.array([0, 1])
-    >>> round(find_sharpness(logits, y, np.log1p(np.exp(-2.5))), 6)
+    >>> round(find_factor(logits, y, np.log1p(np.exp(-2.5))), 6)
     0.5
     """
     rows = np.arange(len(y))
@@ -79,6 +80,6 @@ def find_sharpness(logits: np.ndarray, y: np.ndarray, loss: float) -> float:
 
     if excess(1.0) <= 0:
         return 1.0
-    if excess(LEAST_SHARPNESS) >= 0:
-        return LEAST_SHARPNESS
-    return float(cast(float, brentq(excess, LEAST_SHARPNESS, 1.0, xtol=1e-9)))
+    if excess(LEAST_FACTOR) >= 0:
+        return LEAST_FACTOR
+    return float(cast(float, brentq(excess, LEAST_FACTOR, 1.0, xtol=1e-9)))

@@ -472,7 +472,7 @@ class FineTuning(Iterator[Epoch]):
     def _start_from(self, head: list[dict[str, torch.Tensor]]) -> None:
         """Load the head's start, if it has one; keep the weights from which training begins.
 
-        That head is as unsure of the images it was fitted to as it is of others. (One that is
+        That head is less sure of the images it was fitted to, see `fit_head`. (One that is
         trained alone would have nothing to learn but its sharpness.)
         """
         import torch

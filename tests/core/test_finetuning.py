@@ -148,8 +148,8 @@ def test_training_begins_as_unsure_of_its_images_as_of_others():
     logits = x @ weight.T + bias
     held_out = -linear_probe(x, y).details["log_likelihood"]
     assert log_loss(y, softmax(logits, axis=1)) < 0.7 * held_out
-    assert log_loss(y, softmax(sharpness * logits, axis=1)) == pytest.approx(held_out)
-    assert fit_head(rng.normal(size=(60, 200)), y[:60], 3)[2] == 0.25  # nothing to be sure of
+    assert log_loss(y, softmax(sharpness**2 * logits, axis=1)) == pytest.approx(held_out)
+    assert fit_head(rng.normal(size=(60, 200)), y[:60], 3)[2] == 0.5  # nothing to be sure of
 
 
 def test_epoch_zero_is_logistic_regression_on_the_frozen_features():
@@ -267,7 +267,7 @@ def test_the_softened_head_is_there_after_a_resumption(tmp_path, stop):
     whole = train(epochs=2)
     train(folder=tmp_path, epochs=2, stop=stop)
     again = train(folder=tmp_path, epochs=2)
-    assert 0.25 <= again._sharpness == whole._sharpness < 1
+    assert 0.5 <= again._sharpness == whole._sharpness < 1
     assert metrics(again) == metrics(whole)
     assert equal(weights(again), weights(whole))
 
