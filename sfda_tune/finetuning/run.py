@@ -95,7 +95,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
 FORMAT = "sfda_tune.finetuning/1"
-WINDOW = 8  # steps between looks at the loss
+WINDOW, TOLERANCE = 8, 1.25  # steps between looks at the loss; what may be noise
 INTERPOLATIONS = (1.0, 0.75, 0.5)
 BACKOFF, MAX_BACKOFFS = 0.25, 3
 NOTES = {
@@ -103,6 +103,7 @@ NOTES = {
     "unreadable": {str: str},
     "micro": AtLeast(1, int),
     "sharpness?": AtLeast(0),
+    "first_loss?": AtLeast(0),
     "backoffs?": [str],
 }
 
@@ -231,6 +232,7 @@ class FineTuning(Iterator[Epoch]):
         self._state: dict[str, Any] | None = None  # of the checkpoint
         self._sharpness = 1.0  # of the head, when training begins
         self._parts = INTERPOLATIONS
+        self._first_loss = 0.0  # of the first batch
         self.backoffs: list[str] = []
         self._micro = config.batch_size  # images that go through the network at a time
         if folder is not None:
@@ -530,12 +532,17 @@ class FineTuning(Iterator[Epoch]):
                 self._back_off(lost)
 
     def _watch(self, loss: float, number: int) -> None:
-        """Notice a loss above that of a network that knows nothing, log n_classes."""
-        limit = math.log(len(self.train.classes))
+        """Notice a loss above that of a network that knows nothing, log n_classes.
+
+        Some begin higher, as features may differ much between an image and its augmented views.
+        """
+        limit = max(math.log(len(self.train.classes)), TOLERANCE * self._first_loss)
         if loss <= limit or (math.isfinite(loss) and not self._may_back_off()):
             return
         if self._may_back_off():
-            raise _LostError(f"the loss was {loss:.3g} in epoch {number}, chance is {limit:.3g}")
+            raise _LostError(
+                f"the loss was {loss:.3g} in epoch {number}, the limit is {limit:.3g}"
+            )
         self._require_finite(loss, number)
 
     def _may_back_off(self) -> bool:
@@ -588,6 +595,8 @@ class FineTuning(Iterator[Epoch]):
             )
             if self._ema is not None:
                 self._ema.update(self.module, step=done + 1)
+            if done == 0:  # before any step
+                self._first_loss = window.item() / n_window
             if step % WINDOW == WINDOW - 1 or step == len(self._order) - 1:
                 self._watch(window.item() / n_window, number)
                 window, n_window = torch.zeros_like(window), 0
@@ -747,6 +756,7 @@ class FineTuning(Iterator[Epoch]):
                 "unreadable": self.unreadable,
                 "micro": self._micro,
                 "sharpness": self._sharpness,
+                "first_loss": self._first_loss if math.isfinite(self._first_loss) else 0.0,
                 "backoffs": self.backoffs,
             }
             write_state(self.folder / CHECKPOINT, state, notes)
@@ -798,7 +808,7 @@ class FineTuning(Iterator[Epoch]):
             ) from error
         self.unreadable, self._micro = notes["unreadable"], notes["micro"]
         self._sharpness, self.backoffs = notes.get("sharpness", 1.0), notes.get("backoffs", [])
-        self._state = state
+        self._first_loss, self._state = notes.get("first_loss", 0.0), state
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state["model"])

@@ -277,7 +277,7 @@ def test_a_lost_network_goes_back_to_its_best_weights(tmp_path, caplog):
     wild = {"lr": 0.5, "epochs": 3, "batch_size": 8, "clip_grad": None}
     whole = train(**wild)
     assert 1 <= len(whole.backoffs) <= 3
-    assert "chance is 2.3" in whole.backoffs[0]
+    assert "the limit is 2.3" in whole.backoffs[0]
     assert "it goes on from epoch 0 with 0.25 of the learning rate" in caplog.text
     assert whole.history[-1].lr < 0.5 * 0.25 ** len(whole.backoffs)
     assert whole.model().provenance["backoffs"] == whole.backoffs
@@ -287,6 +287,13 @@ def test_a_lost_network_goes_back_to_its_best_weights(tmp_path, caplog):
     assert metrics(again) == metrics(whole)
     assert equal(weights(again), weights(whole))
     assert not train(lr=1e-4).backoffs
+
+
+def test_a_loss_that_begins_above_chance_takes_nothing_back():
+    """Features of an untrained network differ much between an image and its crops."""
+    run = train(demo("vit_untrained"), digits(200), epochs=2, freeze="backbone")
+    assert run._first_loss > math.log(10)
+    assert not run.backoffs
 
 
 def test_after_the_last_epoch_weights_nearer_to_the_start_count_too():
