@@ -789,6 +789,8 @@ class FineTuning(Iterator[Epoch]):
         except DamagedError as error:
             logger.warning("%s; the run starts over", error)
             return
+        if "sharpness" not in notes and self.config.warmup_epochs is None:  # an earlier version's
+            self.config = replace(self.config, warmup_epochs=notes.get("warmup_epochs"))
         for name, value in self._identity().items():
             if notes.get(name) != value:
                 raise ValueError(

@@ -24,9 +24,8 @@ fastai     `fine_tune`: an epoch of the head alone (random, 2e-3), then one cycl
 
 As last seen, 300 training images, 5 epochs, three ImageNet networks (mobilenetv1_025 and _050,
 tf_mobilenetv3_small_100), one seed; mean over three data sets that decided nothing (omniglot8,
-rsscn7, grocery), then over the four by which the recipe was chosen (clothing, trashnet, signdigits,
-neusteel; 12 pairs, some of them run with neighbouring versions of it). ``wbc`` and ``magtile`` have
-not been looked at.
+rsscn7, grocery), then over the four by which the recipe was chosen (clothing, trashnet,
+signdigits, neusteel; 12 pairs). ``wbc`` and ``magtile`` have not been looked at.
 
 ==================================  =====  =======  ======  ======  ==============================
 9 pairs that decided nothing        probe  default  before  fastai

@@ -406,6 +406,19 @@ def test_a_checkpoint_of_an_earlier_version_has_no_digest(tmp_path):
     assert state["x"].tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("stop", [0, 1])
+def test_a_run_of_an_earlier_version_goes_on_by_its_recipe(tmp_path, stop):
+    train(folder=tmp_path, stop=stop, warmup_epochs=0.5)
+    state, notes = read_state(tmp_path / CHECKPOINT)
+    del state["head"], notes["sharpness"], notes["first_loss"], notes["backoffs"]
+    write_state(tmp_path / CHECKPOINT, state, notes)
+    run = train(folder=tmp_path)
+    assert [e.number for e in run.history] == [0, 1, 2]
+    assert run.config.warmup_epochs == 0.5
+    assert run._start is None
+    assert run.history[-1].interpolation == 1
+
+
 def test_checkpoints_hold_no_pickle(tmp_path):
     train(folder=tmp_path, epochs=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", CHECKPOINT]
