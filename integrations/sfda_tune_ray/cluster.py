@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
 
 from sfda_tune.values.redaction import redact
@@ -87,6 +88,7 @@ def _knock(address: str) -> None:
 
 
 _BEFORE: dict[str, str | None] = {}
+HOME = os.path.dirname(ray.__file__)
 
 
 def _start(options: dict[str, Any]) -> None:
@@ -102,6 +104,7 @@ def _start(options: dict[str, Any]) -> None:
     }
     _BEFORE.update({name: os.environ.get(name) for name in ours})
     _set(ours)
+    before = set(psutil.Process().children())
     loopback, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         context: Any = ray.init("local", include_dashboard=False, **options)
@@ -114,6 +117,10 @@ def _start(options: dict[str, Any]) -> None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if isinstance(node := frame.f_locals.get("self"), Node):  # interrupted as it started
                 node.kill_all_processes(check_alive=False)
+        for child in set(psutil.Process().children()) - before:  # that the node had not noted yet
+            with suppress(psutil.Error):
+                if any(arg.startswith(HOME) for arg in child.cmdline()):
+                    child.kill()
         ray.shutdown()
         _restore()
         raise
