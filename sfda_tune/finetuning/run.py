@@ -587,12 +587,9 @@ class FineTuning(Iterator[Epoch]):
             if not rows:
                 continue
             loss = self._step((self.config.seed, number, step), rows, pixels) * len(rows)
-            total, n, window, n_window = (
-                total + loss,
-                n + len(rows),
-                window + loss,
-                n_window + len(rows),
-            )
+            total += loss
+            window += loss
+            n, n_window = n + len(rows), n_window + len(rows)
             if self._ema is not None:
                 self._ema.update(self.module, step=done + 1)
             if done == 0:  # before any step
@@ -710,8 +707,8 @@ class FineTuning(Iterator[Epoch]):
         trained = _copy(module) if ends else {}
         tries = []
         for part in self._parts if ends else (1.0,):
-            if ends:
-                self._interpolate(module, trained, part)
+            if part < 1:
+                module.load_state_dict(self._between(trained, part))
             predict = partial(self._predict, self._unseen)
             rows, p = predict() if number else self._start_once("epoch 0", predict)
             self._require_finite(p.sum(), number)
@@ -734,9 +731,8 @@ class FineTuning(Iterator[Epoch]):
         if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
             epoch = replace(epoch, best=self.best.best, best_number=self.best.number)
         else:
-            if ends:
-                self._interpolate(module, trained, epoch.interpolation)
-            self.best, self._weights = epoch, _copy(module)
+            self.best = epoch
+            self._weights = self._between(trained, epoch.interpolation) if ends else _copy(module)
             if self.folder is not None:
                 write_state(self.folder / BEST, self._weights, epoch.to_dict())
         if ends:
@@ -762,13 +758,13 @@ class FineTuning(Iterator[Epoch]):
             write_state(self.folder / CHECKPOINT, state, notes)
         return epoch
 
-    def _interpolate(self, module: torch.nn.Module, trained: dict[str, Any], part: float) -> None:
-        """Load the weights that lie at `part` of the way from the start to the trained ones."""
+    def _between(self, trained: dict[str, Any], part: float) -> dict[str, Any]:
+        """Return the weights that lie at `part` of the way from the start to the trained ones."""
         start = cast(dict[str, Any], self._start)
-        module.load_state_dict({
+        return {
             k: start[k].lerp(v, part) if v.is_floating_point() and part < 1 else v
             for k, v in trained.items()
-        })  # fmt: skip
+        }
 
     def _sort_key(self, epoch: Epoch) -> tuple[float, float]:
         value = getattr(epoch, self.config.monitor)
