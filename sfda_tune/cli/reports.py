@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from sfda_tune.cli.options import Debug, Imports
-from sfda_tune.cli.terminal import messages, output, print_table, split_commas
+from sfda_tune.cli.terminal import check_out, messages, output, print_table, split_commas
 from sfda_tune.pipelines.terminal import say, text
+from sfda_tune.values.files import check_folder
 from sfda_tune.values.text import format_count
 
 
@@ -110,6 +111,10 @@ def report_on(
     """Write one HTML page about a search or a ranking; it needs no network."""
     from sfda_tune.report.html import save_plots, write_report
 
+    if out is not None:
+        check_out(out, "--out")
+    if plots is not None:
+        check_folder("--plots", plots)
     files = [write_report(source, out)]
     for path in files + ([] if plots is None else save_plots(source, plots)):
         say(output, path)

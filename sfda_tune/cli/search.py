@@ -171,7 +171,7 @@ def predict(
     from sfda_tune.pipelines.terminal import say
 
     if csv is not None:
-        check_out(csv, "--csv")
+        check_out(csv, "--csv", replaces=False)
     model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
     files: list[str] = []
     for given in images:

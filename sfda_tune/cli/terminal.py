@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from sfda_tune.pipelines.terminal import Terminal, say, text
+from sfda_tune.values.files import say_kind
 from sfda_tune.values.ranking import HEADINGS, Ranking
 from sfda_tune.values.text import printable
 
@@ -158,9 +159,14 @@ class PrintableFormatter(logging.Formatter):
         return "\n".join(map(printable, super().format(record).splitlines()))
 
 
-def check_out(out: Path, option: str) -> None:
-    """Refuse before the work what could not be written after it."""
+def check_out(out: Path, option: str, *, replaces: bool = True) -> None:
+    """Refuse before the work what could not be written after it.
+
+    What `replaces` the file as a whole would put one in the place of a FIFO or a device.
+    """
     if not out.parent.is_dir():
         fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
     if not os.access(out.parent, os.W_OK) or out.is_dir():
         fail(f"{option}: {str(out)!r} cannot be written.")
+    if replaces and out.exists() and not out.is_file():
+        fail(f"{option} must be a file but {str(out)!r} {say_kind(out)}.")

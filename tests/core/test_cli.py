@@ -168,6 +168,23 @@ def test_usage_errors(cli, cli_here):
     assert "'convnext_*.fb_in22k*'" in cli_here("rank", "--help")
 
 
+def test_what_is_no_file_is_not_replaced_by_one(cli_here, tmp_path):
+    pipe, folder, known = tmp_path / "pipe.json", tmp_path / "x.html", tmp_path / "r.json"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    known.write_text("{}")  # looked at later
+    for arguments, message in (
+        (["rank", "digits", "--out", pipe], f"--out must be a file but '{pipe}' is a FIFO"),
+        (["report", known, "--out", pipe], f"--out must be a file but '{pipe}' is a FIFO"),
+        (["report", known, "--out", folder], f"--out: '{folder}' cannot be written"),
+        (["report", known, "--plots", pipe], f"`--plots` must be a folder but '{pipe}' is a FIFO"),
+        (["report", known, "--plots", known], f"must be a folder but '{known}' is a file"),
+    ):
+        assert message in cli_here(*arguments, code=1)
+    assert pipe.is_fifo()
+    assert not (tmp_path / "r.html").exists()  # nothing was written before
+
+
 def test_a_ranking_that_cannot_be_written_is_still_shown(
     cli_here, toy_zoo, photos, tmp_path, monkeypatch
 ):
