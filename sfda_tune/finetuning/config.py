@@ -46,9 +46,10 @@ class FinetuneConfig:
         How the classifier starts.
     freeze : {"none", "backbone"}
         "backbone" trains the head only, with the backbone in eval mode.
-    batch_norm : {"frozen", "train"}
-        "frozen" keeps the statistics of the pretraining, with which the head was started, and
-        trains scale and shift; "train" normalises by each batch and learns new statistics.
+    batch_norm : {"train", "frozen"}
+        "train" begins with the statistics of the training images, and a head started on them,
+        normalises by each batch and goes on learning them; "frozen" keeps the statistics of the
+        pretraining, and trains scale and shift.
     label_smoothing, mixup, cutmix : float, default 0
         The last two are the α of `timm.data.Mixup`.
     augmentation : mapping
@@ -85,7 +86,7 @@ class FinetuneConfig:
     epochs: int | str = "auto"
     batch_size: int = 32
     optimizer: str = "adamw"
-    lr: float = 5e-4
+    lr: float = 1e-3
     weight_decay: float = 0.01
     layer_decay: float | None = None
     head_lr_ratio: float = 1.0
@@ -93,7 +94,7 @@ class FinetuneConfig:
     warmup_epochs: float | None = None
     head: str = "probe"
     freeze: str = "none"
-    batch_norm: str = "frozen"
+    batch_norm: str = "train"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0

@@ -168,10 +168,14 @@ class Images:
         """Leave out what asks for the time, where worker processes are not forked."""
         return {**vars(self), "_check": None}
 
-    def batches(self, size: int, view: Callable[[Any], Any]) -> Iterator[Batch]:
-        """Yield all images in order, `view` applied."""
+    def batches(
+        self, size: int, view: Callable[[Any], Any], order: Order | None = None
+    ) -> Iterator[Batch]:
+        """Yield all images, `view` applied, as they are numbered or in another order."""
         workers = 0 if self.kept is not None else self.workers
-        for _, batch in self.loader(_Viewed(self, view), cut(len(self), size), collate, workers):
+        parts = order and [[row for _, row in part] for part in order]
+        rows = parts or cut(len(self), size)
+        for _, batch in self.loader(_Viewed(self, view), rows, collate, workers):
             yield batch
 
     def loader(

@@ -31,8 +31,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -98,11 +98,11 @@ FORMAT = "sfda_tune.finetuning/1"
 WINDOW, TOLERANCE = 8, 1.25  # steps between looks at the loss; what may be noise
 INTERPOLATIONS = (1.0, 0.75, 0.5)
 BACKOFF, MAX_BACKOFFS = 0.25, 3
+CHANGED = ("warmup_epochs", "batch_norm", "lr")  # fields whose defaults were others once
 NOTES = {
     "history": [NUMBERS],
     "unreadable": {str: str},
     "micro": AtLeast(1, int),
-    "sharpness?": AtLeast(0),
     "first_loss?": AtLeast(0),
     "backoffs?": [str],
 }
@@ -230,7 +230,8 @@ class FineTuning(Iterator[Epoch]):
         self.unreadable: dict[str, str] = {}
         self._weights: dict[str, Any] = {}  # of the best epoch
         self._state: dict[str, Any] | None = None  # of the checkpoint
-        self._sharpness = 1.0  # of the head, when training begins
+        self._changes: dict[str, Any] = {}  # weights with which training begins, if not epoch 0's
+        self._start: dict[str, Any] = {}  # all weights then
         self._parts = INTERPOLATIONS
         self._first_loss = 0.0  # of the first batch
         self.backoffs: list[str] = []
@@ -317,7 +318,7 @@ class FineTuning(Iterator[Epoch]):
         """Make what other runs with the same objects need, too, unless one has made it already."""
         return self._shared.get_or_compute(owners, key, make) if self._shared else make()
 
-    def _start_once(self, what: str, make: Callable[[], T]) -> T:
+    def _start_once(self, what: Hashable, make: Callable[[], T]) -> T:
         """Make what depends on the backbone and the images, but not on how it is trained."""
 
         def note() -> tuple[T, dict[str, str]]:
@@ -396,14 +397,19 @@ class FineTuning(Iterator[Epoch]):
         self._ema: Any = None
         state, self._state = self._state, None
         if state is not None:
-            self._start_from(state.get("head", []))
+            self._begin_with(state.get("start", {}))
             self._build()
             self._restore(state)
             return None
-        probe = self.config.head == "probe"
-        self._start_from(self._probe() if probe else [])
+        probed = self.config.head == "probe"
+        if probed:
+            head, sharpness = self._start_once("head", self._make_head)
+            self.module.load_state_dict(head, strict=False)
+            if self.config.freeze == "none" and cast(int, self.config.epochs) > 0:
+                make = partial(self._make_start, head, sharpness)
+                self._begin_with(self._start_once(("start", self.config.batch_norm), make))
         self._build()
-        return self._finish(0, started, math.nan, math.nan) if probe else None
+        return self._finish(0, started, math.nan, math.nan) if probed else None
 
     def _prepare(self, part: ImageDataset, prepare: Any) -> Images:
         """Return the images as they are before what differs between epochs."""
@@ -466,33 +472,70 @@ class FineTuning(Iterator[Epoch]):
             self._images, self.preprocessing, self._order, config, self.workers, self.device
         )
 
-    def _probe(self) -> list[dict[str, torch.Tensor]]:
-        """Return the head as logistic regression on the frozen features of the training images."""
-        states, self._sharpness = self._start_once("head", self._fit_head)
-        return states
+    def _make_head(self) -> tuple[dict[str, Any], float]:
+        """Return the head as logistic regression on the frozen features, and its sharpness."""
+        inside = {id(p) for layer in self.head for p in layer.parameters()}
+        names = [name for name, p in self.module.named_parameters() if id(p) in inside]
+        self.module.eval()
+        sharpness = self._fit_head()
+        return self._pick(names), sharpness
 
-    def _start_from(self, head: list[dict[str, torch.Tensor]]) -> None:
-        """Load the head's start, if it has one; keep the weights from which training begins.
+    def _make_start(self, head: dict[str, Any], sharpness: float) -> dict[str, Any]:
+        """Return what is another when training begins, but at epoch 0.
 
-        That head is less sure of the images it was fitted to, see `fit_head`. (One that is
-        trained alone would have nothing to learn but its sharpness.)
+        The head is less sure of the images that it was fitted to, see `fit_head`. (One that is
+        trained alone would have nothing to learn but its sharpness.) What normalises by batches
+        has the statistics of the training images, and the head is fitted to what comes of them:
+        the other one, fitted to other features, would be lost in the first step.
         """
-        import torch
+        norms = self._norms() if self.config.batch_norm == "train" else {}
+        names = [f"{n}.{k}" for n, x in norms.items() for k, _ in x.named_buffers(recurse=False)]
+        before, start = self._pick(names) | head, head
+        if names:
+            usual = {name: layer.momentum for name, layer in norms.items()}
+            self.module.eval()
+            for layer in norms.values():
+                layer.reset_running_stats()
+                layer.momentum = None  # the mean over all batches
+                layer.train()
+            sharpness = self._fit_head(Order(len(self.train), self.config.batch_size, 0))
+            for name, layer in norms.items():
+                layer.momentum = usual[name]
+            start = self._pick(head)
+        start = {k: v * sharpness for k, v in start.items()} | self._pick(names)
+        self.module.load_state_dict(before, strict=False)
+        return start
 
-        layers = torch.nn.ModuleList(self.head)
-        self._head, self._start = head, None
-        for layer, state in zip(layers, head, strict=bool(head)):
-            layer.load_state_dict(state)
-        if head and self.config.freeze == "none":
-            with torch.no_grad():
-                for p in layers.parameters():
-                    p.mul_(self._sharpness)
-            self._start = _copy(self.module)
-            for layer, state in zip(layers, head, strict=True):
-                layer.load_state_dict(state)
+    def _pick(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return some of the weights."""
+        state = self.module.state_dict()
+        return {name: state[name].detach().cpu().clone() for name in names}
 
-    def _fit_head(self) -> tuple[list[dict[str, torch.Tensor]], float]:
-        """Return the state of the classifier layers, and how sharp they may be in training."""
+    def _begin_with(self, changes: dict[str, Any]) -> None:
+        """Keep the weights from which training begins; the network has those of epoch 0."""
+        self._changes, self._start = changes, _copy(self.module) | changes if changes else {}
+
+    def _norms(self) -> dict[str, Any]:
+        """Return the layers that can normalise by the statistics of a batch."""
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        layers = self.module.named_modules()
+        return {name: layer for name, layer in layers if isinstance(layer, _BatchNorm)}
+
+    @contextmanager
+    def _lone(self, n: int) -> Iterator[None]:
+        """Normalise by what is known already if there is one image, which has no statistics."""
+        learning = [layer for layer in self._norms().values() if layer.training] if n == 1 else []
+        for layer in learning:
+            layer.eval()
+        try:
+            yield
+        finally:
+            for layer in learning:
+                layer.train()
+
+    def _fit_head(self, order: Order | None = None) -> float:
+        """Make the head logistic regression on the features; return its sharpness in training."""
         import torch
 
         layers: list[Any] = self.head
@@ -509,7 +552,7 @@ class FineTuning(Iterator[Epoch]):
             latest.clear()
 
         try:
-            rows = self._predict(self._images, plain_view(self.preprocessing), keep)[0]
+            rows = self._predict(self._images, plain_view(self.preprocessing), keep, order)[0]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -518,10 +561,10 @@ class FineTuning(Iterator[Epoch]):
         alike = len(features) == len(layers) and len({f.shape for f in features}) == 1
         x = torch.stack(features).mean(0).numpy() if alike else np.empty((len(rows), 0))
         sharpness = start_head(layers, x, self.train.labels[rows])
-        if sharpness is None:
+        if sharpness is None and order is None:
             kinds = ", ".join(type(layer).__name__ for layer in layers)
             logger.warning("%s: its head (%s) starts at random", self.backbone.name, kinds)
-        return [_copy(layer) for layer in layers], 1.0 if sharpness is None else sharpness
+        return 1.0 if sharpness is None else sharpness
 
     def _epoch(self, started: float) -> Epoch:
         """Train and validate once more; where training destroys the network, back off."""
@@ -569,7 +612,7 @@ class FineTuning(Iterator[Epoch]):
         import torch
 
         number = self.history[-1].number + 1 if self.history else 1
-        if number == 1 and self._start is not None:
+        if number == 1 and self._start:
             self.module.load_state_dict(self._start)
             if self._ema is not None:
                 self._ema.set(self.module)
@@ -601,11 +644,9 @@ class FineTuning(Iterator[Epoch]):
         return self._finish(number, started, total.item() / max(n, 1), n / seconds)
 
     def _train_mode(self) -> None:
-        from torch.nn.modules.batchnorm import _BatchNorm
-
         self.module.train(self.config.freeze == "none")
-        for layer in self.module.modules():
-            if self.config.batch_norm == "frozen" and isinstance(layer, _BatchNorm):
+        if self.config.batch_norm == "frozen":
+            for layer in self._norms().values():
                 layer.eval()
         for layer in self.head:
             layer.train()
@@ -659,8 +700,9 @@ class FineTuning(Iterator[Epoch]):
         for start in range(0, len(x), self._micro):
             self._check_time()
             part = slice(start, start + self._micro)
-            with compute(self.device, self.config.precision, exact=False):
-                logits = self.module(x[part].contiguous(memory_format=torch.channels_last))
+            some = x[part].contiguous(memory_format=torch.channels_last)
+            with compute(self.device, self.config.precision, exact=False), self._lone(len(some)):
+                logits = self.module(some)
             smoothing = self.config.label_smoothing
             losses = cross_entropy(
                 logits.float(), y[part], self._class_weights, reduction="sum",
@@ -671,16 +713,19 @@ class FineTuning(Iterator[Epoch]):
         return total
 
     def _predict(
-        self, images: Images, view: Any = same, passed: Callable[[], None] | None = None
+        self,
+        images: Images,
+        view: Any = same,
+        passed: Callable[[], None] | None = None,
+        order: Order | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the readable rows and their class probabilities."""
         import torch
 
         module = self.module if self._ema is None else self._ema.module
-        module.eval()
         rows: list[int] = []
         logits: list[torch.Tensor] = []
-        for some, pixels, unreadable in images.batches(self.config.batch_size, view):
+        for some, pixels, unreadable in images.batches(self.config.batch_size, view, order):
             rows += some
             if unreadable:
                 self._report(images, unreadable)
@@ -689,7 +734,8 @@ class FineTuning(Iterator[Epoch]):
                 self._check_time()
                 part = pixels[start : start + self._micro]
                 try:
-                    logits.append(forward(module, self.preprocessing, part, self.device))
+                    with self._lone(len(part)):
+                        logits.append(forward(module, self.preprocessing, part, self.device))
                     start += len(part)
                     if passed is not None:
                         passed()
@@ -703,7 +749,8 @@ class FineTuning(Iterator[Epoch]):
     def _finish(self, number: int, started: float, loss: float, rate: float) -> Epoch:
         """Validate, keep the best weights, write the checkpoint."""
         module = self.module if self._ema is None else self._ema.module
-        ends = number == self.config.epochs and number > 0 and self._start is not None
+        module.eval()
+        ends = number == self.config.epochs and number > 0 and bool(self._start)
         trained = _copy(module) if ends else {}
         tries = []
         for part in self._parts if ends else (1.0,):
@@ -740,7 +787,7 @@ class FineTuning(Iterator[Epoch]):
         self.history.append(epoch)
         if self.folder is not None:
             state = {
-                "head": self._head,
+                "start": self._changes,
                 "model": self.module.state_dict(),
                 "ema": None if self._ema is None else self._ema.module.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
@@ -751,7 +798,6 @@ class FineTuning(Iterator[Epoch]):
                 "history": [epoch.to_dict() for epoch in self.history],
                 "unreadable": self.unreadable,
                 "micro": self._micro,
-                "sharpness": self._sharpness,
                 "first_loss": self._first_loss if math.isfinite(self._first_loss) else 0.0,
                 "backoffs": self.backoffs,
             }
@@ -760,9 +806,8 @@ class FineTuning(Iterator[Epoch]):
 
     def _between(self, trained: dict[str, Any], part: float) -> dict[str, Any]:
         """Return the weights that lie at `part` of the way from the start to the trained ones."""
-        start = cast(dict[str, Any], self._start)
         return {
-            k: start[k].lerp(v, part) if v.is_floating_point() and part < 1 else v
+            k: self._start[k].lerp(v, part) if v.is_floating_point() and part < 1 else v
             for k, v in trained.items()
         }
 
@@ -785,8 +830,10 @@ class FineTuning(Iterator[Epoch]):
         except DamagedError as error:
             logger.warning("%s; the run starts over", error)
             return
-        if "sharpness" not in notes and self.config.warmup_epochs is None:  # an earlier version's
-            self.config = replace(self.config, warmup_epochs=notes.get("warmup_epochs"))
+        if "start" not in state:  # an earlier version's
+            mine, usual = vars(self.config), vars(FinetuneConfig())
+            was = {k: notes[k] for k in CHANGED if k in notes and mine[k] == usual[k]}
+            self.config = replace(self.config, **was)
         for name, value in self._identity().items():
             if notes.get(name) != value:
                 raise ValueError(
@@ -805,7 +852,7 @@ class FineTuning(Iterator[Epoch]):
                 "them, or pass resume=False to start over."
             ) from error
         self.unreadable, self._micro = notes["unreadable"], notes["micro"]
-        self._sharpness, self.backoffs = notes.get("sharpness", 1.0), notes.get("backoffs", [])
+        self.backoffs = notes.get("backoffs", [])
         self._first_loss, self._state = notes.get("first_loss", 0.0), state
 
     def _restore(self, state: dict[str, Any]) -> None:

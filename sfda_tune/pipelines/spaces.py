@@ -3,7 +3,7 @@
 As YAML (``--space space.yaml``), a mapping or JSON; a field that is not named keeps its default:
 
 =============================================  ==================================================
-``lr: {low: 5e-5, high: 5e-3, log: true}``      a number of that range
+``lr: {low: 1e-4, high: 1e-2, log: true}``      a number of that range
 ``batch_size: {low: 16, high: 64}``            an integer, because both ends are
 ``freeze: [none, backbone]``                   one of these
 ``optimizer: adamw``                           always this
@@ -104,7 +104,7 @@ def default_space(n_images: int) -> Space:
     ['lr', 'weight_decay', 'layer_decay', 'freeze']
     """
     space: dict[str, Any] = {
-        "lr": {"low": 5e-5, "high": 5e-3, "log": True},
+        "lr": {"low": 1e-4, "high": 1e-2, "log": True},
         "weight_decay": {"low": 1e-3, "high": 0.1, "log": True},
         "layer_decay": [None, 0.9, 0.75],
     }

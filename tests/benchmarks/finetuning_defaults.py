@@ -90,9 +90,9 @@ DEFAULT = FinetuneConfig()
 class Before(FineTuning):
     """Without what was added: no softened head, nothing taken back, no interpolation."""
 
-    def _start_from(self, head: Any) -> None:
-        self._sharpness, self._parts = 1.0, (1.0,)
-        super()._start_from(head)
+    def _begin_with(self, changes: Any) -> None:
+        self._parts = (1.0,)
+        super()._begin_with({k: v for k, v in self.module.state_dict().items() if changes})
 
     def _may_back_off(self) -> bool:
         return False
@@ -137,7 +137,7 @@ class Fastai(Before):
         self._schedule = Schedule()
 
 
-BEFORE = replace(DEFAULT, lr=5e-4, warmup_epochs=0.5)
+BEFORE = replace(DEFAULT, lr=5e-4, warmup_epochs=0.5, batch_norm="frozen")
 TIMM = replace(DEFAULT, head="random", batch_norm="train", warmup_epochs=0.5)
 ARMS: dict[str, tuple[type[FineTuning], FinetuneConfig]] = {
     "probe": (FineTuning, replace(DEFAULT, epochs=0)),

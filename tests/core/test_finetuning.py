@@ -1,5 +1,6 @@
 """Fine-tuning: what it reaches, what it writes, how it resumes, and what it refuses."""
 
+import copy
 import itertools
 import json
 import math
@@ -267,7 +268,7 @@ def test_the_softened_head_is_there_after_a_resumption(tmp_path, stop):
     whole = train(epochs=2)
     train(folder=tmp_path, epochs=2, stop=stop)
     again = train(folder=tmp_path, epochs=2)
-    assert 0.5 <= again._sharpness == whole._sharpness < 1
+    assert equal(again._start, whole._start)
     assert metrics(again) == metrics(whole)
     assert equal(weights(again), weights(whole))
 
@@ -410,12 +411,13 @@ def test_a_checkpoint_of_an_earlier_version_has_no_digest(tmp_path):
 def test_a_run_of_an_earlier_version_goes_on_by_its_recipe(tmp_path, stop):
     train(folder=tmp_path, stop=stop, warmup_epochs=0.5)
     state, notes = read_state(tmp_path / CHECKPOINT)
-    del state["head"], notes["sharpness"], notes["first_loss"], notes["backoffs"]
+    del state["start"], notes["first_loss"], notes["backoffs"]
+    notes["batch_norm"] = "frozen"
     write_state(tmp_path / CHECKPOINT, state, notes)
     run = train(folder=tmp_path)
     assert [e.number for e in run.history] == [0, 1, 2]
-    assert run.config.warmup_epochs == 0.5
-    assert run._start is None
+    assert (run.config.warmup_epochs, run.config.batch_norm) == (0.5, "frozen")
+    assert not run._start
     assert run.history[-1].interpolation == 1
 
 
@@ -755,7 +757,12 @@ def work(monkeypatch):
 @pytest.mark.parametrize("make", [demo, own], ids=["timm", "own"])
 def test_runs_that_share_work_end_like_those_that_do_not(make, work, tmp_path):
     data, backbone, shared = digits(), make(), SharedWork()
-    configs = [{"lr": 1e-3, **LIVELY}, {"lr": 3e-3}, {"lr": 1e-3, "freeze": "backbone"}]
+    configs = [
+        {"lr": 1e-3, **LIVELY},
+        {"lr": 3e-3},
+        {"lr": 1e-3, "freeze": "backbone"},
+        {"batch_norm": "frozen"},
+    ]
     alone = [train(backbone, digits(), workers=0, **config) for config in configs]
     work()
     runs, costs = [], []
@@ -767,15 +774,17 @@ def test_runs_that_share_work_end_like_those_that_do_not(make, work, tmp_path):
         assert metrics(a) == metrics(b)
         assert equal(weights(a), weights(b))
     assert costs[0]["decoded"] >= len(data)
-    assert costs[0]["heads"] == 1
+    # one for epoch 0, one for the statistics that training begins with
+    assert costs[0]["heads"] == 1 + (make is demo)
     # the first has smaller crops, so larger images
     assert costs[1]["decoded"] == (make is demo) * len(runs[0].train)
-    assert costs[1]["heads"] == (make is demo)
+    assert costs[1]["heads"] == 2 * (make is demo)
     assert costs[2]["decoded"] == costs[2]["heads"] == 0
-    # two batches of training images for the head, one of validation images before any epoch
-    assert costs[1]["passes"] == costs[0]["passes"] - 3 * (make is own)
+    assert costs[3]["decoded"] == costs[3]["heads"] == 0
+    # two batches of training images for each head, one of validation images before any epoch
+    assert costs[0]["passes"] - costs[3]["passes"] == (5 if make is demo else 3)
     # a head that was trained alone is not interpolated, which takes two more
-    assert costs[2]["passes"] == costs[0]["passes"] - 3 - 2 == 2
+    assert costs[2]["passes"] == costs[3]["passes"] - 2 == 2
 
 
 def test_what_differs_is_not_shared(work):
@@ -941,3 +950,39 @@ def test_batch_norm_keeps_the_statistics_of_the_pretraining_or_learns_others(mod
     assert equal(*({k: w[k] for k in statistics} for w in (a, b))) == (mode == "frozen")
     scales = [k.replace("running_mean", "weight") for k in statistics if "mean" in k]
     assert not any(torch.equal(a[k], b[k]) for k in scales)  # they learn either way
+
+
+def test_training_begins_with_the_statistics_of_the_training_images():
+    """And epoch 0, which is what the scores speak of, has those of the pretraining."""
+    module = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, 2), nn.ReLU())
+    module[0].running_mean.fill_(9.0)
+    backbone = Backbone("own", load=lambda: (copy.deepcopy(module), to_tensor))
+    run = train(backbone, epochs=1)
+    x = torch.stack([to_tensor(run.train.load(row)) for row in range(len(run.train))])
+    (name,) = [key for key in run._start if key.endswith("running_mean")]
+    torch.testing.assert_close(run._start[name], x.mean((0, 2, 3)))
+    variance = run._start[name.replace("mean", "var")]
+    torch.testing.assert_close(variance, x.var((0, 2, 3)), rtol=0.02, atol=0)
+    probe, frozen = train(backbone, epochs=0), train(backbone, epochs=1, batch_norm="frozen")
+    for state in (probe._weights, frozen._start, weights(frozen)):
+        assert state[name].tolist() == [9.0] * 3
+    assert metrics(run)[0] == metrics(probe)[0]
+    assert run.history[1].log_loss < probe.history[0].log_loss
+
+
+class Small(Plain):
+    """A network that cannot normalise a single image by itself: it ends in one value a channel."""
+
+    def __init__(self, most):
+        super().__init__(most)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(super().forward(x).mean((2, 3), keepdim=True)).flatten(1)
+
+
+def test_an_image_alone_is_normalised_by_what_is_known():
+    small = Backbone("small", load=lambda: (Small(1), to_tensor))
+    run = train(small, epochs=1)
+    assert run._micro == 1
+    assert math.isfinite(run.history[-1].log_loss)
