@@ -97,19 +97,24 @@ class Space:
 def default_space(n_images: int) -> Space:
     """Return what is varied by default.
 
-    Learning rate, weight decay and layer decay; with fewer than 1,000 training images also
-    whether the backbone is frozen, with more how much is mixed up.
+    Learning rate, a decade either side of the default one, and layer decay; with fewer than 1,000
+    training images also which statistics normalise (a good network on photos may do better with
+    those of its pretraining) and whether the backbone is frozen; with more weight decay, which
+    needs many steps to have an influence, and how much is mixed up.
 
     >>> [d.name for d in default_space(500).dimensions]
-    ['lr', 'weight_decay', 'layer_decay', 'freeze']
+    ['lr', 'layer_decay', 'batch_norm', 'freeze']
     """
     space: dict[str, Any] = {
         "lr": {"low": 1e-4, "high": 1e-2, "log": True},
-        "weight_decay": {"low": 1e-3, "high": 0.1, "log": True},
         "layer_decay": [None, 0.9, 0.75],
     }
-    few = {"freeze": ["none", "backbone"]}
-    return open_space(space | (few if n_images < 1000 else {"mixup": [0.0, 0.2]}))
+    few = {"batch_norm": ["train", "frozen"], "freeze": ["none", "backbone"]}
+    many = {
+        "weight_decay": {"low": 1e-3, "high": 0.1, "log": True},
+        "mixup": [0.0, 0.2],
+    }
+    return open_space(space | (few if n_images < 1000 else many))
 
 
 def open_space(source: Any) -> Space:
