@@ -365,7 +365,7 @@ def test_a_finished_run_is_not_repeated_and_its_model_is_there(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train(folder=tmp_path, epochs=1)
-    with pytest.raises(ValueError, match=r"another run, with lr 0\.0005 instead of 0\.1.*resume"):
+    with pytest.raises(ValueError, match=r"another run, with lr 0\.001 instead of 0\.1.*resume"):
         train(folder=tmp_path, epochs=1, lr=0.1)
     with pytest.raises(ValueError, match="another run, with images"):
         train(folder=tmp_path, data=digits(70), epochs=1)
