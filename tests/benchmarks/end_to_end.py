@@ -26,6 +26,7 @@ in `--out` and not repeated.
 import argparse
 import csv
 import json
+import math
 import os
 import tempfile
 import time
@@ -51,7 +52,9 @@ ARMS = ("search", "everything", "imagenet", "optuna")
 class Bench:
     """One data set and seed."""
 
-    def __init__(self, dataset: str, seed: int, samples: int | None, epochs: int | None) -> None:
+    def __init__(
+        self, dataset: str, seed: int, samples: int | None, epochs: int | None, largest: float
+    ) -> None:
         is_demo = dataset == "demo"
         self.dataset: Any = "digits" if is_demo else str(ZOO / "datasets" / dataset / "train")
         self.held_out: Any = None if is_demo else str(ZOO / "datasets" / dataset / "val")
@@ -62,6 +65,9 @@ class Bench:
         given |= dict.fromkeys(("split", "image_column", "label_column"))
         self.parts = split_images(given)[0]
         found = sfda_tune.resolve_backbones(self.specs, plugins=self.plugins)
+        if largest < math.inf:
+            found = [b for b in found if describe(b).n_params <= 1e6 * largest]
+            self.specs = [b.spec for b in found]
         self.backbones = {b.name: b for b in found}
         self.space = default_space(len(self.parts["train"]))
         auto = max(5, round(30 * min(1, 200 / len(self.parts["train"])) ** (1 / 3)))
@@ -238,6 +244,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int)
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--largest", type=float, default=math.inf, help="millions of parameters")
     parser.add_argument("--patience", type=int, default=40)
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--out", type=Path, default=Path("end_to_end.json"))
@@ -249,7 +256,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for seed in range(options.seeds):
-        bench = Bench(options.dataset, seed, options.samples, options.epochs)
+        sizes = (options.samples, options.epochs, options.largest)
+        bench = Bench(options.dataset, seed, *sizes)
         key = f"{options.dataset}, {options.samples or 'all'} images, seed {seed}"
         done = known.setdefault(key, {})
         for arm in options.arms:
