@@ -11,6 +11,7 @@
 `open_dataset`      folders, tables, arrays, torchvision and Hugging Face data sets
 `resolve_backbones` timm names and globs, hub and local checkpoints, networks of your own
 `extract`           the features themselves
+`forecast`          which of them will be best after fine-tuning, and how sure that is
 `select_ensemble`   which backbones to fine-tune together
 `Backbone` `Features` `MetricResult` `Score` `Ranking`  the values that travel between them
 ==================  =============================================================================
@@ -35,15 +36,16 @@ if TYPE_CHECKING:
     from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
     from sfda_tune.pipelines.search import search
     from sfda_tune.selection.ensembles import select_ensemble
+    from sfda_tune.selection.forecast import Forecast, forecast
     from sfda_tune.values.features import Backbone, Features, MetricResult, Score
     from sfda_tune.values.ranking import Ranking
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Backbone", "BackboneError", "DatasetError", "Features", "ImageDataset", "MetricResult",
-    "Ranking", "RankingInterruptedError", "Score", "extract", "open_dataset", "rank",
-    "resolve_backbones", "score", "search", "select_ensemble",
+    "Backbone", "BackboneError", "DatasetError", "Features", "Forecast", "ImageDataset",
+    "MetricResult", "Ranking", "RankingInterruptedError", "Score", "extract", "forecast",
+    "open_dataset", "rank", "resolve_backbones", "score", "search", "select_ensemble",
 ]  # fmt: skip
 
 __getattr__, __dir__ = hand_out(
@@ -59,6 +61,7 @@ __getattr__, __dir__ = hand_out(
         "pipelines.ranking": "RankingInterruptedError rank",
         "pipelines.search": "search",
         "selection.ensembles": "select_ensemble",
+        "selection.forecast": "Forecast forecast",
         "values.features": "Backbone Features MetricResult Score",
         "values.ranking": "Ranking",
     },

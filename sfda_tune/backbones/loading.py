@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Description", "describe", "load"]
+__all__ = ["Description", "describe", "load", "measure_cost"]
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz")
 
@@ -110,6 +111,38 @@ def describe(backbone: Backbone) -> Description:
         logger.debug("%s cannot be built on the meta device: %s", backbone.name, error)
         module = create(backbone, pretrained=False)
     return Description(backbone, _count(module), _width(module), _preprocessing(module))
+
+
+def measure_cost(backbone: Backbone) -> tuple[float, float]:
+    """Return the 10⁹ multiplications and 10⁶ activations of one image, without loading weights.
+
+    Activations are the outputs of convolutions and linear layers, as in timm's tables. NaN for a
+    network of the user's own, or one that cannot compute without numbers.
+
+    >>> from sfda_tune import resolve_backbones
+    >>> [round(x, 2) for x in measure_cost(*resolve_backbones("resnet18"))]
+    [1.81, 2.48]
+    """
+    import torch
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if backbone.load is not None:
+        return math.nan, math.nan
+    outputs: list[int] = []
+    try:
+        with torch.device("meta"):
+            module = create(backbone, pretrained=False).eval()
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
+                layer.register_forward_hook(lambda _, x, y: outputs.append(y.numel()))
+        image = torch.zeros(1, *_preprocessing(module).output_size, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(image)
+    except Exception as error:  # whatever a network does
+        logger.debug("%s cannot be counted: %s", backbone.name, error)
+        return math.nan, math.nan
+    return counter.get_total_flops() / 2e9, sum(outputs) / 1e6
 
 
 def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -59,6 +60,7 @@ def show_ranking(ranking: Ranking) -> None:
         say(output, f"{name}: {error}")
     for line in _findings(ranking, c):
         say(output, line)
+    show_forecast(ranking)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
             say(messages, f"{diagnostic.severity}: {diagnostic.message}")
@@ -70,6 +72,39 @@ def show_ranking(ranking: Ranking) -> None:
         f"{seconds['decode_work']:.1f}), forward passes {seconds['forward']:.1f}, "
         f"loading {seconds['load']:.1f}, scoring {seconds['score']:.1f}",
     )
+
+
+def show_forecast(ranking: Ranking, most: int = 5) -> None:
+    """Print which backbones will be best once all of their weights are fine-tuned.
+
+    Only for scores like those that the forecast was fitted to, and for networks that its table
+    knows: most of them, at least.
+    """
+    from sfda_tune.metrics.priors import look_up_facts
+    from sfda_tune.selection.forecast import forecast
+
+    good = [score.backbone for score in ranking.scores if score.error is None]
+    known = sum(math.isfinite(fact.top1) for fact in look_up_facts(good).values())
+    fits = ranking.metric.startswith(("sfda (loo)", "linear_probe"))
+    if not fits or len(good) < 2 or 2 * known < len(good):
+        return
+    f = forecast(ranking)
+    title = "After fine-tuning all weights (what is above is about the features as they are)"
+    table = Table(title=text(title), title_justify="left")
+    table.add_column("backbone", overflow="fold", min_width=12)
+    for name in ("forecast", *_SURE):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("because of")
+    for r in f.records()[:most]:
+        cells = (f"{r['mean']:+.2f}", f"{r['rank_low']}–{r['rank_high']}", f"{r['p_best']:.2f}")
+        table.add_row(*map(text, (printable(r["backbone"]), *cells, r["why"])))
+    print_table(table)
+    names = f.shortlist(0.95)
+    if len(names) < len(good):
+        shown = ", ".join(map(printable, names))
+        say(output, f"Best after fine-tuning, with probability .95, one of: {shown}")
+    else:
+        say(output, "Any of them may be the best after fine-tuning.")
 
 
 _SURE = ("90% ranks", "P(best)")

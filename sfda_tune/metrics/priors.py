@@ -7,14 +7,38 @@ well as most metrics that look at the target data.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from sfda_tune.values.files import read_rows
 from sfda_tune.values.ranking import Ranking
 
-__all__ = ["PRIORS", "imagenet", "imagenet_prior", "params", "params_prior"]
+__all__ = [
+    "PRIORS", "Facts", "imagenet", "imagenet_prior", "look_up_facts", "params", "params_prior",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a network before it has seen an image; NaN: unknown.
+
+    Parameters
+    ----------
+    top1 : float
+        ImageNet-1k accuracy in percent.
+    gmacs, macts : float
+        10⁹ multiplications and 10⁶ activations of one image.
+    params : float
+        Millions of parameters.
+    """
+
+    top1: float = math.nan
+    gmacs: float = math.nan
+    macts: float = math.nan
+    params: float = math.nan
 
 
 def _named(name: str, call: str) -> Callable[[Any, Any], NoReturn]:
@@ -72,7 +96,8 @@ def imagenet_prior(
     S. Kornblith, J. Shlens, Q. Le: Do Better ImageNet Models Transfer Better? CVPR 2019,
     https://arxiv.org/abs/1805.08974
 
-    The file that ships, ``imagenet.csv``, holds four columns of ``results/results-imagenet.csv``,
+    The file that ships, ``imagenet.csv``, holds four columns of ``results/results-imagenet.csv``
+    and two of ``results/benchmark-infer-*.csv``,
     https://github.com/huggingface/pytorch-image-models at aa4b5850 (R. Wightman, Apache-2.0).
 
     Examples
@@ -125,6 +150,24 @@ def params_prior(names: Iterable[str], *, path: str | Path | None = None) -> dic
     return _look_up(names, "param_count", path, None)
 
 
+def look_up_facts(names: Iterable[str]) -> dict[str, Facts]:
+    """Return what the table that ships knows of networks, by their names.
+
+    >>> look_up_facts(["resnet50.a1_in1k", "mine"])
+    {'resnet50.a1_in1k': Facts(top1=80.382, gmacs=4.11, macts=11.11, params=25.56), \
+'mine': Facts(top1=nan, gmacs=nan, macts=nan, params=nan)}
+    """
+    table = _shipped()
+    return {name: table.get(_known(name, table), Facts()) for name in names}
+
+
+@cache
+def _shipped() -> dict[str, Facts]:
+    file = _file(None)
+    columns = [_read(file, c, None) for c in ("top1", "gmacs", "macts", "param_count")]
+    return {name: Facts(*(column[name] for column in columns)) for name in columns[0]}
+
+
 def _look_up(
     names: Iterable[str], column: str, path: str | Path | None, img_size: int | None
 ) -> dict[str, float]:
@@ -150,7 +193,8 @@ def _read(file: Path, column: str, img_size: int | None) -> dict[str, float]:
     sizes: dict[str, float] = {}
     for row in read_rows(file, ("model", column)):
         try:
-            value, size = float(row[column].replace(",", "")), float(row.get("img_size") or 0)
+            value = float(row[column].replace(",", "") or math.nan)
+            size = float(row.get("img_size") or 0)
         except ValueError:
             raise ValueError(
                 f"`path` must have numbers in {column!r} and img_size, but {file} has "
@@ -164,10 +208,10 @@ def _read(file: Path, column: str, img_size: int | None) -> dict[str, float]:
     return table
 
 
-def _known(name: str, table: dict[str, float]) -> str:
+def _known(name: str, table: Mapping[str, Any]) -> str:
     """Return the name under which the table may know a backbone."""
     bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
-    if bare in table or "." in bare:
+    if bare in table or "." in bare or not any(n.startswith(f"{bare}.") for n in table):
         return bare
     import timm
 

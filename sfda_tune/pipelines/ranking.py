@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.backbones.devices import resolve_device
+from sfda_tune.backbones.loading import measure_cost
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
@@ -23,6 +25,7 @@ from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor
+from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
@@ -432,6 +435,10 @@ def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
         "cached": extraction.cached,
         "note": "cached" if extraction.cached else "",
     }
+    if not math.isfinite(look_up_facts([name])[name].gmacs):
+        gmacs, macts = measure_cost(extraction.backbone)
+        if math.isfinite(gmacs):
+            measured |= {"gmacs": gmacs, "macts": macts}
     return replace(result, details={**result.details, **measured})
 
 

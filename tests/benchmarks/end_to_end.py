@@ -152,9 +152,9 @@ class Bench:
             with (ZOO / "models.csv").open(newline="") as file:
                 known = {row["name"]: row for row in csv.DictReader(file)}
             prior = {
-                name: float(known[name]["top1_published"].rstrip("*"))
+                name: float(known[name]["top1_published"].split()[0].rstrip("*"))
                 for name in self.backbones
-                if known[name]["pretrained_on"] == "ImageNet-1k"
+                if known[name]["pretrained_on"].startswith("ImageNet-1k")
             }
         return self.full([max(prior, key=lambda name: prior[name])])
 

@@ -175,9 +175,9 @@ def columns(cache: str | None, truths: dict) -> dict[str, dict[str, dict[str, fl
     """Return {metric: {data set: {backbone: score}}} on the images of the recipe."""
     with (ZOO / "models.csv").open(newline="") as lines:
         known = {
-            row["name"]: float(row["top1_published"].rstrip("*"))
+            row["name"]: float(row["top1_published"].split()[0].rstrip("*"))
             for row in csv.DictReader(lines)
-            if row["pretrained_on"] == "ImageNet-1k"
+            if row["pretrained_on"].startswith("ImageNet-1k")
         }
     usable = [i.name for i in describe_metrics() if "features" in i.needs and i.name != "sfda"]
     sfdas = {

@@ -1,0 +1,301 @@
+"""What fine-tuning will reach: what is known of the networks, and what the images say of them.
+
+A score of frozen features says how good they are as they are. Which backbone is best after all of
+its weights were trained depends as much on the network itself; on published tables ImageNet
+accuracy and size tell more of it than a linear head does, and both together more than either.
+
+==========  ==========================================================================  ==========
+Symbol      Meaning                                                                     Shape
+==========  ==========================================================================  ==========
+n, R        backbones, draws
+E, G, A     −log(1 − ImageNet top-1), log GMACs, log activations of the backbones       (n,)
+z           normal scores of the backbones' scores: Φ⁻¹((rank − ½)/n)                   (n,)
+u           what fine-tuning reaches, as normal scores among these backbones            (n,)
+==========  ==========================================================================  ==========
+
+The model, whose few coefficients `tests/benchmarks/forecast.py` fits to public fine-tunings
+(``forecast.json``)::
+
+    u_k = w_E E'_k + w_G G'_k + w_A A'_k + γ z_k + σ ε_k,         ε_k ~ N(0, 1)
+    x'_k = (x_k − x̄)/√(v + s²)       v: variance among the backbones; s: what makes no difference
+    x'_k ~ N(ρ t z_k, (1 − ρ²) t²)   where x_k is not known; t² = v/(v + s²)
+
+so that a tenth of a percent of ImageNet accuracy counts for little, and a network that no table
+knows is judged by its images. Draws of z (of the scores, by resampled images) and of ε make draws
+of u, of which all odds are counted: they speak of the error of the score and of that of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtri
+from scipy.stats import rankdata
+
+from sfda_tune.metrics.priors import Facts, look_up_facts
+from sfda_tune.selection.uncertainty import find_confidence
+from sfda_tune.values.features import read_only
+from sfda_tune.values.files import read_text
+from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import integer, is_number, require
+
+__all__ = ["Forecast", "forecast", "normal_scores", "scale_facts"]
+
+N_DRAWS = 4000
+COLUMNS = {"error": "ImageNet", "gmacs": "GMACs", "macts": "activations"}
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What fine-tuning all weights will reach, relative to the other candidates.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Best first.
+    mean, sd : array of float64, shape (n,)
+        Of u: 0 is the middle of the candidates, 1 a standard deviation above it.
+    parts : dict of str to array (n,)
+        What ImageNet accuracy, GMACs, activations and the images contribute to `mean`.
+    draws : array of float64, shape (n_draws, n)
+    level : float
+        Of `rank_interval`.
+    """
+
+    names: tuple[str, ...]
+    mean: np.ndarray
+    sd: np.ndarray
+    parts: dict[str, np.ndarray]
+    draws: np.ndarray
+    level: float
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "sd", "draws"):
+            object.__setattr__(self, name, read_only(np.asarray(getattr(self, name))))
+
+    @property
+    def best(self) -> dict[str, float]:
+        """P(best after fine-tuning) of each backbone; sums to 1."""
+        first = self.draws == self.draws.max(axis=1, keepdims=True)
+        share = (first / first.sum(axis=1, keepdims=True)).mean(axis=0)
+        return dict(zip(self.names, share.tolist(), strict=True))
+
+    @property
+    def rank_interval(self) -> np.ndarray:
+        """First and last rank, of shape (n, 2); 1 is the best."""
+        ranks = rankdata(-self.draws, axis=1, method="min")
+        ends = [(1 - self.level) / 2, (1 + self.level) / 2]
+        return np.quantile(ranks, ends, axis=0, method="nearest").astype(np.int64).T
+
+    def shortlist(self, probability: float = 0.95) -> list[str]:
+        """Return the fewest backbones of which one is the best with this probability.
+
+        >>> f = forecast({"a": 0.1, "b": 0.5, "c": 0.9, "d": 0.91})
+        >>> f.shortlist(0.5), len(f.shortlist(1.0))
+        (['d', 'c'], 4)
+        """
+        inside = is_number(probability) and 0 < probability <= 1
+        require("probability", probability, "in (0, 1]", inside)
+        best = self.best
+        order = sorted(best, key=lambda name: -best[name])
+        sums = np.cumsum([best[name] for name in order])
+        return order[: 1 + int((sums < probability - 1e-9).sum())]
+
+    def explain(self, name: str) -> str:
+        """Say what makes the forecast of a backbone.
+
+        >>> forecast({"a": 0.1, "b": 0.5}).explain("b")
+        'images +0.28'
+        """
+        k = self.names.index(name)
+        return ", ".join(f"{what} {part[k]:+.2f}" for what, part in self.parts.items())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one flat record per backbone, best first."""
+        best, ranks = self.best, self.rank_interval.tolist()
+        return [
+            {
+                "backbone": name,
+                "mean": float(self.mean[k]),
+                "sd": float(self.sd[k]),
+                "rank_low": ranks[k][0],
+                "rank_high": ranks[k][1],
+                "p_best": best[name],
+                "why": self.explain(name),
+            }
+            for k, name in enumerate(self.names)
+        ]
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.names))
+        lines = [f"{'backbone':<{width}}  forecast  {self.level:.0%} ranks  P(best)  why"]
+        for r in self.records():
+            ranks = f"{r['rank_low']}–{r['rank_high']}"
+            lines.append(
+                f"{r['backbone']:<{width}}  {r['mean']:+8.2f}  {ranks:>9}  {r['p_best']:7.2f}  "
+                f"{r['why']}"
+            )
+        return "\n".join(lines)
+
+
+def forecast(
+    scores: Mapping[str, float],
+    *,
+    facts: Mapping[str, Facts] | None = None,
+    resamples: np.ndarray | None = None,
+    n_draws: int = N_DRAWS,
+    seed: int = 0,
+    level: float = 0.9,
+) -> Forecast:
+    """Forecast which backbones are best after all of their weights were fine-tuned.
+
+    **When it is wrong.** The order of the images counts for a third; where a data set is far from
+    photos and the networks are of one age and size, trust the images, or trials, more. It was
+    fitted to networks that were pretrained on photos, with hundreds of target images and more.
+
+    Parameters
+    ----------
+    scores : Ranking or mapping of str to float
+        Of the frozen features, higher is better; backbones that failed are left out. The resampled
+        images of a `Ranking` make the error of the scores.
+    facts : mapping of str to Facts, optional
+        What is known of the networks; by default what the table that ships says of their names.
+    resamples : array of shape (R, n), optional
+        Draws of the scores, in the order of `scores`.
+    n_draws, seed
+        The result depends on them, not on the order of the backbones.
+    level : float in (0, 1), default 0.9
+
+    Raises
+    ------
+    ValueError
+        If no backbone has a finite score, or an option is out of range.
+
+    Examples
+    --------
+    >>> scores = {"resnet18.a1_in1k": 0.71, "resnet50.a1_in1k": 0.7, "resnet101.a1_in1k": 0.69}
+    >>> forecast(scores).names[-1]
+    'resnet18.a1_in1k'
+    """
+    n_draws, seed = integer("n_draws", n_draws, 2), integer("seed", seed, 0)
+    require("level", level, "in (0, 1)", is_number(level) and 0 < level < 1)
+    names = sorted(name for name, value in scores.items() if math.isfinite(value))
+    if not names:
+        raise ValueError(
+            "`scores` must have a backbone with a finite score but has none of "
+            f"{len(scores)}; see ranking.failed."
+        )
+    of = read_coefficients()
+    z = normal_scores(np.array([[scores[name] for name in names]]))
+    Z, rng = _draw_scores(scores, names, z, resamples, n_draws, seed)
+    known = _facts(scores, names) if facts is None else facts
+    x = _table([known.get(name, Facts()) for name in names])
+    fixed, spread = scale_facts(x, of["scales"], of["correlations"], z)
+    w = np.array([of["full"][key] for key in COLUMNS])[:, None]
+    noise = np.sqrt(np.square(w * spread).sum(axis=0) + of["full"]["residual"] ** 2)
+    gamma = of["full"]["images"]
+    mean = (w * fixed).sum(axis=0) + gamma * z[0]
+    draws = mean + gamma * (Z - z) + noise * rng.standard_normal((n_draws, len(names)))
+    order = sorted(range(len(names)), key=lambda k: (-mean[k], names[k]))
+    parts = dict(zip(COLUMNS.values(), np.where(np.isfinite(x), w * fixed, 0.0), strict=True))
+    parts["images"] = mean - sum(parts.values())  # also what they say of facts that are not known
+    return Forecast(
+        tuple(names[k] for k in order),
+        mean[order],
+        draws.std(axis=0)[order],
+        {what: part[order] for what, part in parts.items() if part.any()},
+        draws[:, order],
+        float(level),
+    )
+
+
+def normal_scores(values: np.ndarray) -> np.ndarray:
+    """Return Φ⁻¹((rank − ½)/n) along the last axis; ties share the mean of their ranks.
+
+    >>> normal_scores(np.array([3.0, 1.0, 2.0])).round(2).tolist()
+    [0.97, -0.97, 0.0]
+    """
+    values = np.asarray(values, np.float64)
+    return ndtri((rankdata(values, axis=-1) - 0.5) / values.shape[-1])
+
+
+def scale_facts(
+    x: np.ndarray, scales: Mapping[str, float], correlations: Mapping[str, float], z: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return x' (3, n), centred, and the spread (3, n) of what is not known of it (NaN in `x`)."""
+    fixed, spread = np.zeros_like(x), np.zeros_like(x)
+    for key, row, out, error in zip(COLUMNS, x, fixed, spread, strict=True):
+        known = np.isfinite(row)
+        if known.sum() < 2:  # nothing to compare: who knows how much they differ
+            known = np.zeros_like(known)
+        rho, v = correlations[key], row[known].var() if known.any() else math.inf
+        width = math.sqrt(v + scales[key] ** 2)
+        t = 1.0 if v == math.inf else math.sqrt(v) / width
+        # The known ones have their mean where their images put it, seen from all backbones.
+        if known.any():
+            middle = rho * t * z[..., known].mean() if not known.all() else 0.0
+            out[known] = (row[known] - row[known].mean()) / width + middle
+        out[~known] = rho * t * np.broadcast_to(z, x[:1].shape)[0, ~known]
+        error[~known] = t * math.sqrt(1 - rho**2)
+        out -= out.mean()
+    return fixed, spread
+
+
+def _facts(scores: Mapping[str, float], names: list[str]) -> dict[str, Facts]:
+    """Return what the table that ships knows of the names, or what a `Ranking` has measured."""
+    found = look_up_facts(names)
+    if isinstance(scores, Ranking):
+        for name, fact in found.items():
+            details = scores.score(name).details
+            if not math.isfinite(fact.gmacs) and "gmacs" in details:
+                size = {key: float(details[key]) for key in ("gmacs", "macts")}
+                found[name] = replace(fact, **size)
+    return found
+
+
+def _table(facts: list[Facts]) -> np.ndarray:
+    """Return E, G and A (3, n)."""
+    rows = [[f.top1, f.gmacs, f.macts] for f in facts]
+    top1, gmacs, macts = np.array(rows, np.float64).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.stack([-np.log1p(-top1 / 100), np.log(gmacs), np.log(macts)])
+
+
+def _draw_scores(
+    scores: Mapping[str, float],
+    names: list[str],
+    z: np.ndarray,
+    resamples: np.ndarray | None,
+    n_draws: int,
+    seed: int,
+) -> tuple[np.ndarray, np.random.Generator]:
+    """Return draws of z, (n_draws, n) or (1, n), and the generator of the other draws."""
+    rng = np.random.default_rng([seed, len(names)])
+    columns = list(scores)
+    if resamples is None and isinstance(scores, Ranking):
+        found = find_confidence(scores)
+        if found is not None and set(found.names) == set(names):
+            resamples, columns = found.draws, [str(name) for name in found.names]
+    if resamples is None:
+        return z, rng
+    M = np.asarray(resamples, np.float64)
+    if M.ndim != 2 or M.shape[1] != len(columns):
+        raise ValueError(
+            f"`resamples` must have a column for each of the {len(columns)} backbones but has the "
+            f"shape {M.shape}."
+        )
+    M = M[:, [columns.index(name) for name in names]]
+    return normal_scores(M[rng.integers(len(M), size=n_draws)]), rng
+
+
+@cache
+def read_coefficients() -> dict[str, Any]:
+    """Return the coefficients that ship, with where they come from."""
+    return json.loads(read_text(Path(__file__).with_name("forecast.json")))

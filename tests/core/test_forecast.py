@@ -1,0 +1,181 @@
+"""What fine-tuning will reach, and with what odds."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sfda_tune import Ranking, Score, forecast
+from sfda_tune.backbones.loading import measure_cost
+from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.cli.terminal import show_forecast
+from sfda_tune.metrics.priors import Facts, look_up_facts
+from sfda_tune.selection.evaluation import weighted_tau
+from sfda_tune.selection.forecast import COLUMNS, normal_scores, read_coefficients
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+NAMES = ["resnet18.a1_in1k", "resnet50.a1_in1k", "resnet101.a1_in1k", "resnet152.a1_in1k"]
+SCORES = dict(zip(NAMES, (0.7, 0.71, 0.69, 0.5), strict=True))
+
+
+def simulate(n, rng):
+    """Draw a hub from the model itself: scores, facts, and what fine-tuning reaches."""
+    of = read_coefficients()
+    logs = rng.normal(size=(3, n)) * [[0.3], [1.0], [1.0]]
+    facts = {
+        f"n{k}": Facts(100 * (1 - math.exp(-1.5 - e)), math.exp(g), math.exp(a))
+        for k, (e, g, a) in enumerate(logs.T)
+    }
+    z = rng.normal(size=n)
+    scale = np.array([of["scales"][key] for key in COLUMNS])
+    x = (logs - logs.mean(axis=1, keepdims=True)) / np.hypot(logs.std(axis=1), scale)[:, None]
+    w = np.array([of["full"][key] for key in COLUMNS])
+    u = w @ x + of["full"]["images"] * normal_scores(z)
+    u += of["full"]["residual"] * rng.normal(size=n)
+    return dict(zip(facts, z.tolist(), strict=True)), facts, dict(zip(facts, u, strict=True))
+
+
+def test_odds_are_those_of_the_model():
+    rng, inside, said, hits, held = np.random.default_rng(0), [], [], [], []
+    for _ in range(150):
+        scores, facts, truth = simulate(12, rng)
+        f = forecast(scores, facts=facts, n_draws=1000)
+        order = sorted(truth, key=lambda name: -truth[name])
+        for name, (low, high) in zip(f.names, f.rank_interval, strict=True):
+            inside.append(low <= order.index(name) + 1 <= high)
+        first = max(f.best, key=lambda name: f.best[name])
+        said.append(f.best[first])
+        hits.append(first == order[0])
+        held.append(order[0] in f.shortlist(0.9))
+    assert 0.88 < np.mean(inside) < 0.98  # ranks are whole numbers
+    assert abs(np.mean(said) - np.mean(hits)) < 0.08
+    assert np.mean(held) > 0.85
+
+
+def test_the_order_of_the_backbones_does_not_matter():
+    a = forecast(SCORES)
+    b = forecast(dict(reversed(SCORES.items())))
+    assert a.names == b.names
+    assert np.array_equal(a.draws, b.draws)
+    assert not np.array_equal(a.draws, forecast(SCORES, seed=1).draws)
+    assert sum(a.best.values()) == pytest.approx(1)
+    assert a.names[-1] == "resnet18.a1_in1k"  # small, and less accurate on ImageNet
+    assert a.rank_interval.min() == 1
+    assert a.rank_interval.max() == 4
+
+
+def test_images_decide_where_nothing_else_differs():
+    facts = dict.fromkeys("abc", Facts(80.0, 4.0, 10.0))
+    f = forecast({"a": 0.3, "b": 0.9, "c": 0.5}, facts=facts)
+    assert f.names == ("b", "c", "a")
+    assert list(f.parts) == ["images"]
+    more = {**facts, "c": Facts(80.01, 4.0, 10.0)}
+    assert forecast({"a": 0.3, "b": 0.9, "c": 0.5}, facts=more).names == ("b", "c", "a")
+    more["c"] = Facts(86.0, 40.0, 100.0)
+    f = forecast({"a": 0.3, "b": 0.9, "c": 0.5}, facts=more)
+    assert f.names[0] == "c"
+    assert f.explain("c").startswith("ImageNet +")
+
+
+def test_an_unknown_network_is_judged_by_its_images_and_less_surely():
+    facts = look_up_facts(NAMES)
+    for score, place in ((0.9, 0), (0.1, 4)):
+        f = forecast({**SCORES, "mine": score}, facts=facts)
+        assert "GMACs" not in f.explain("mine") or f.parts["GMACs"][f.names.index("mine")] == 0
+        assert f.sd[f.names.index("mine")] > max(
+            sd for sd, name in zip(f.sd, f.names, strict=True) if name != "mine"
+        )
+        assert (f.names.index("mine") >= 2) == (place == 4)
+    assert all(math.isnan(v) for v in vars(look_up_facts(["mine"])["mine"]).values())
+
+
+def test_doubtful_scores_widen_the_odds():
+    rng = np.random.default_rng(0)
+    facts = dict.fromkeys(SCORES, Facts(80.0, 4.0, 10.0))
+    sure = forecast(SCORES, facts=facts)
+    noise = np.array(list(SCORES.values())) + rng.normal(size=(500, 4))
+    unsure = forecast(SCORES, facts=facts, resamples=noise)
+    assert unsure.names == sure.names
+    assert max(unsure.best.values()) < max(sure.best.values())
+    terms = rng.normal(size=(4, 60)) + np.array([[0], [0.1], [0.2], [0.3]])
+    scores = [Score(n, t.mean(), t) for n, t in zip(NAMES, terms, strict=True)]
+    ranking = Ranking(tuple(scores), "sfda (loo)", np.arange(60) % 3)
+    plain = {s.backbone: s.value for s in scores}
+    assert forecast(ranking).names == forecast(plain).names
+    assert not np.array_equal(forecast(ranking).draws, forecast(plain).draws)
+
+
+def test_failed_backbones_are_left_out_and_nothing_is_refused():
+    ranking = Ranking((Score("a", 0.2), Score("b", error="OSError: no weights")))
+    assert forecast(ranking).names == ("a",)
+    assert forecast(ranking).best == {"a": 1.0}
+    with pytest.raises(ValueError, match=r"`scores` must have a backbone with a finite score"):
+        forecast({"a": math.nan})
+    with pytest.raises(ValueError, match=r"`resamples` must have a column for each of the 4"):
+        forecast(SCORES, resamples=np.ones((5, 3)))
+    for option in ({"n_draws": 1}, {"seed": -1}, {"level": 1.0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(option))}` must"):
+            forecast(SCORES, **option)
+    with pytest.raises(ValueError, match="`probability` must be in"):
+        forecast(SCORES).shortlist(0)
+
+
+def test_coefficients_say_where_they_come_from():
+    of = read_coefficients()
+    assert of["by"] == "tests/benchmarks/forecast.py --fit"
+    assert set(of["fitted_to"]) >= {"threedpc", "fastai", "group1", "group3", "tmlr", "medmnist"}
+    assert all(v >= 0 for v in of["full"].values())
+
+
+def test_sizes_are_those_of_timms_tables():
+    for name in ("resnet18.a1_in1k", "mobilenetv3_small_100.lamb_in1k"):
+        (backbone,) = resolve_backbones(name)
+        gmacs, macts = measure_cost(backbone)
+        fact = look_up_facts([name])[name]
+        assert gmacs == pytest.approx(fact.gmacs, abs=0.02)
+        assert macts == pytest.approx(fact.macts, abs=0.02)
+
+
+def test_the_command_line_says_which_will_be_best_after_training(capsys):
+    rng = np.random.default_rng(0)
+    terms = rng.normal(size=(4, 60))
+    scores = [Score(n, t.mean(), t) for n, t in zip(NAMES, terms, strict=True)]
+    show_forecast(Ranking(tuple(scores), "sfda (loo)", np.arange(60) % 3))
+    said = capsys.readouterr().out
+    assert "After fine-tuning all weights" in said
+    assert "ImageNet" in said
+    for other in (
+        Ranking(tuple(scores), "knn"),
+        Ranking(tuple(Score(f"my{n}", 0.5) for n in range(4)), "sfda (loo)"),
+        Ranking(tuple(scores[:1]), "sfda (loo)"),
+    ):
+        show_forecast(other)
+        assert not capsys.readouterr().out
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
+def test_both_kinds_of_evidence_beat_either_on_eleven_cnns():
+    """A table that the coefficients were fitted to, among others: a check of the arithmetic."""
+    truth, probe = (
+        json.loads((DATA / "ground_truth" / f"sfda_group1_cnn{kind}.json").read_text())
+        for kind in ("", "_headonly")
+    )
+    sizes = {"resnet34": (73.314, 3.66, 3.74), "resnet50": (76.13, 4.11, 11.11),
+             "resnet101": (77.374, 7.83, 16.23), "resnet152": (78.312, 11.56, 22.56),
+             "densenet121": (74.434, 2.87, 6.9), "densenet169": (75.6, 3.4, 7.3),
+             "densenet201": (76.896, 4.34, 7.85), "mnasnet1_0": (73.456, 0.33, 5.46),
+             "mobilenet_v2": (71.878, 0.31, 6.68), "googlenet": (69.778, 1.5, 4.9),
+             "inception_v3": (77.294, 2.85, 5.1)}  # fmt: skip
+    facts = {name: Facts(*size) for name, size in sizes.items()}
+    imagenet = {name: fact.top1 for name, fact in facts.items()}
+    taus = []
+    for data, accuracy in truth.items():
+        f = forecast(probe[data], facts=facts, n_draws=10)
+        mean = dict(zip(f.names, f.mean.tolist(), strict=True))
+        columns = (mean, probe[data], imagenet)
+        taus.append([weighted_tau(column, accuracy) for column in columns])
+    both, images, prior = np.mean(taus, axis=0)
+    assert images == pytest.approx(0.662, abs=0.001)
+    assert both > max(images, prior) + 0.05
