@@ -43,8 +43,8 @@ backbones, scored on 500 training images of each of three data sets. *Frozen*: t
 accuracy of a linear head on the validation part; by it, with a fourth data set, normalisation and
 summary were chosen. *Fine-tuned*: all weights, 6 epochs, three learning rates; *best*: that or the
 frozen head, whichever is better on held-out images; both were looked at afterwards. *Demo*: eight
-fine-tuned backbones, 500 images of ``digits``. ``tests/benchmarks/real_zoo.py --report`` prints
-the first three.
+fine-tuned backbones, 500 images of ``digits``. ``tests/benchmarks/real_zoo.py --report --truth
+real_zoo_sgd.json`` prints the first three, whose fine-tuning began at a random head.
 
 ================================  =============  =============  =============  =====
 metric                            frozen         best           fine-tuned     demo

@@ -153,6 +153,7 @@ def forecast(
     n_draws: int = N_DRAWS,
     seed: int = 0,
     level: float = 0.9,
+    coefficients: Mapping[str, Any] | None = None,
 ) -> Forecast:
     """Forecast which backbones are best after all of their weights were fine-tuned.
 
@@ -172,6 +173,8 @@ def forecast(
     n_draws, seed
         The result depends on them, not on the order of the backbones.
     level : float in (0, 1), default 0.9
+    coefficients : mapping, optional
+        In the form of ``forecast.json``, from fine-tunings of your own; by default that file.
 
     Raises
     ------
@@ -192,7 +195,7 @@ def forecast(
             "`scores` must have a backbone with a finite score but has none of "
             f"{len(scores)}; see ranking.failed."
         )
-    of = read_coefficients()
+    of = read_coefficients() if coefficients is None else coefficients
     z = normal_scores(np.array([[scores[name] for name in names]]))
     Z, rng = _draw_scores(scores, names, z, resamples, n_draws, seed)
     known = _facts(scores, names) if facts is None else facts

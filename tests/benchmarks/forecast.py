@@ -219,15 +219,15 @@ def fit(tasks: list[Task]) -> dict[str, dict[str, float]]:
 
 
 def coefficients(tasks: list[Task]) -> dict[str, Any]:
+    """Return what ships."""
     names = sorted({task.benchmark for task in tasks})
-    found = {k: {c: round(v, 3) for c, v in of.items()} for k, of in fit(tasks).items()}
     return {
         "by": "tests/benchmarks/forecast.py --fit",
         "fitted_to": {name: SOURCES[name] for name in names},
         "table": TIMM,
         "scales": SCALES,
         "correlations": CORRELATIONS,
-        **found,
+        "full": {name: round(value, 3) for name, value in fit(tasks)["full"].items()},
     }
 
 
@@ -247,7 +247,7 @@ def report(tasks: list[Task]) -> None:
     rng = np.random.default_rng(0)
     for benchmark in dict.fromkeys(task.benchmark for task in tasks):
         others = [task for task in tasks if task.benchmark != benchmark]
-        ours = coefficients(others)
+        ours = fit(others)
         for task in [t for t in tasks if t.benchmark == benchmark]:
             truth = dict(zip(task.names, task.truth.tolist(), strict=True))
             columns = {name: call(task) for name, call in SINGLE.items()}
@@ -266,13 +266,13 @@ def report(tasks: list[Task]) -> None:
             for hub in hubs:
                 odds[benchmark].append(judge(task.part(hub), ours, bins))
     names = list(odds)
-    print(f"{'':12}" + "".join(f"{name:>18}" for name in [*names, "mean"]))
+    print(f"{'':12}" + "".join(f"{name:>20}" for name in [*names, "mean"]))
     for name in ("forecast", *SINGLE):
         cells = [np.mean(figures[name][b], axis=0) if figures[name][b] else None for b in names]
         have = [c for c in cells if c is not None]
         cells.append(np.mean(have, axis=0) if len(have) == len(names) else None)
         shown = ("" if c is None else f"{c[0]:.2f} {c[1]:.4f} {c[2]:.4f}" for c in cells)
-        print(f"{name:12}" + "".join(f"{text:>18}" for text in shown))
+        print(f"{name:12}" + "".join(f"{text:>20}" for text in shown))
     print("\nWeighted tau, regret of the first, of the best of three\n")
     print("            90% ranks    hit      P  in .95     of")
     for name in [*names, "mean"]:
@@ -295,10 +295,14 @@ def expect(task: Task, ours: dict[str, Any]) -> np.ndarray:
 def judge(task: Task, ours: dict[str, Any], bins: list[tuple[float, float]]) -> tuple[float, ...]:
     """Return coverage, hit, its P, whether the list holds the best one, and its size."""
     seen = task.evidence is not None
-    unseen = {"full": ours["unseen"], "correlations": NOTHING}
-    module.read_coefficients = lambda: ours | ({} if seen else unseen)
-    scores = task.evidence if seen else np.zeros(len(task.names))
-    f = forecast(dict(zip(task.names, scores.tolist(), strict=True)), facts=task.facts)
+    of = {
+        "scales": SCALES,
+        "correlations": CORRELATIONS if seen else NOTHING,
+        "full": ours["full" if seen else "unseen"],
+    }
+    values = task.evidence if task.evidence is not None else np.zeros(len(task.names))
+    scores = dict(zip(task.names, values.tolist(), strict=True))
+    f = forecast(scores, facts=task.facts, coefficients=of)
     rank = dict(zip(task.names, rankdata(-task.truth, method="min"), strict=True))
     inside = [a <= rank[n] <= b for n, (a, b) in zip(f.names, f.rank_interval, strict=True)]
     best = {n for n in task.names if rank[n] == 1}
