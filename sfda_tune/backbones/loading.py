@@ -116,7 +116,7 @@ def describe(backbone: Backbone) -> Description:
 def measure_cost(backbone: Backbone) -> tuple[float, float]:
     """Return the 10⁹ multiplications and 10⁶ activations of one image, without loading weights.
 
-    Activations are the outputs of convolutions and linear layers, as in timm's tables. NaN for a
+    Activations are the outputs of convolutions and matrix products, as in timm's tables. NaN for a
     network of the user's own, or one that cannot compute without numbers.
 
     >>> from sfda_tune import resolve_backbones
@@ -124,25 +124,31 @@ def measure_cost(backbone: Backbone) -> tuple[float, float]:
     [1.81, 2.48]
     """
     import torch
-    from torch import nn
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
+
+    aten, count = torch.ops.aten, 0
+    products = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution}
+
+    class Outputs(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            nonlocal count
+            out = func(*args, **(kwargs or {}))
+            count += out.numel() if func.overloadpacket in products else 0
+            return out
 
     if backbone.load is not None:
         return math.nan, math.nan
-    outputs: list[int] = []
     try:
         with torch.device("meta"):
-            module = create(backbone, pretrained=False).eval()
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear):
-                layer.register_forward_hook(lambda _, x, y: outputs.append(y.numel()))
+            module = create(backbone, pretrained=False).eval().requires_grad_(False)
         image = torch.zeros(1, *_preprocessing(module).output_size, device="meta")
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, Outputs():
             module(image)
     except Exception as error:  # whatever a network does
         logger.debug("%s cannot be counted: %s", backbone.name, error)
         return math.nan, math.nan
-    return counter.get_total_flops() / 2e9, sum(outputs) / 1e6
+    return counter.get_total_flops() / 2e9, count / 1e6
 
 
 def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:

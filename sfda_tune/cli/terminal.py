@@ -80,13 +80,11 @@ def show_forecast(ranking: Ranking, most: int = 5) -> None:
     Only for scores like those that the forecast was fitted to, and for networks that its table
     knows: most of them, at least.
     """
-    from sfda_tune.metrics.priors import look_up_facts
-    from sfda_tune.selection.forecast import forecast
+    from sfda_tune.selection.forecast import find_facts, forecast
 
-    good = [score.backbone for score in ranking.scores if score.error is None]
-    known = sum(math.isfinite(fact.top1) for fact in look_up_facts(good).values())
-    fits = ranking.metric.startswith(("sfda (loo)", "linear_probe"))
-    if not fits or len(good) < 2 or 2 * known < len(good):
+    facts = find_facts(ranking)
+    known = sum(math.isfinite(fact.top1) for fact in facts.values())
+    if ranking.metric not in ("sfda (loo)", "linear_probe") or not len(facts) / 2 <= known > 1:
         return
     f = forecast(ranking)
     title = "After fine-tuning all weights (what is above is about the features as they are)"
@@ -100,7 +98,7 @@ def show_forecast(ranking: Ranking, most: int = 5) -> None:
         table.add_row(*map(text, (printable(r["backbone"]), *cells, r["why"])))
     print_table(table)
     names = f.shortlist(0.95)
-    if len(names) < len(good):
+    if len(names) < len(f.names):
         shown = ", ".join(map(printable, names))
         say(output, f"Best after fine-tuning, with probability .95, one of: {shown}")
     else:

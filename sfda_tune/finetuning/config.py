@@ -47,9 +47,9 @@ class FinetuneConfig:
     freeze : {"none", "backbone"}
         "backbone" trains the head only, with the backbone in eval mode.
     batch_norm : {"train", "frozen"}
-        "train" begins with the statistics of the training images, and a head started on them,
-        normalises by each batch and goes on learning them; "frozen" keeps the statistics of the
-        pretraining, and trains scale and shift.
+        "train" normalises by each batch and learns its statistics, beginning (where the head
+        starts as a probe) with those of the training images and a head fitted to them; "frozen"
+        keeps the statistics of the pretraining, and trains scale and shift.
     label_smoothing, mixup, cutmix : float, default 0
         The last two are the α of `timm.data.Mixup`.
     augmentation : mapping

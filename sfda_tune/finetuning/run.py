@@ -98,7 +98,7 @@ FORMAT = "sfda_tune.finetuning/1"
 WINDOW, TOLERANCE = 8, 1.25  # steps between looks at the loss; what may be noise
 INTERPOLATIONS = (1.0, 0.75, 0.5)
 BACKOFF, MAX_BACKOFFS = 0.25, 3
-CHANGED = ("warmup_epochs", "batch_norm", "lr")  # fields whose defaults were others once
+BEFORE = {"warmup_epochs": 0.5, "batch_norm": "frozen", "lr": 5e-4}  # defaults of earlier versions
 NOTES = {
     "history": [NUMBERS],
     "unreadable": {str: str},
@@ -495,8 +495,9 @@ class FineTuning(Iterator[Epoch]):
             usual = {name: layer.momentum for name, layer in norms.items()}
             self.module.eval()
             for layer in norms.values():
-                layer.reset_running_stats()
-                layer.momentum = None  # the mean over all batches
+                if layer.num_batches_tracked is not None:
+                    layer.num_batches_tracked.zero_()
+                layer.momentum = None  # the mean over all batches; what was there counts no longer
                 layer.train()
             sharpness = self._fit_head(Order(len(self.train), self.config.batch_size, 0))
             for name, layer in norms.items():
@@ -519,7 +520,7 @@ class FineTuning(Iterator[Epoch]):
         """Return the layers that can normalise by the statistics of a batch."""
         from torch.nn.modules.batchnorm import _BatchNorm
 
-        layers = self.module.named_modules()
+        layers = self.module.named_modules(remove_duplicate=False)  # as `state_dict` names them
         return {name: layer for name, layer in layers if isinstance(layer, _BatchNorm)}
 
     @contextmanager
@@ -832,7 +833,12 @@ class FineTuning(Iterator[Epoch]):
             return
         if "start" not in state:  # an earlier version's
             mine, usual = vars(self.config), vars(FinetuneConfig())
-            was = {k: notes[k] for k in CHANGED if k in notes and mine[k] == usual[k]}
+            was = {k: v for k, v in BEFORE.items() if notes.get(k) == v and mine[k] == usual[k]}
+            if was:
+                logger.warning(
+                    "%s: %s goes on by the defaults of the version that began it, %s",
+                    self.backbone.name, folder, was,
+                )  # fmt: skip
             self.config = replace(self.config, **was)
         for name, value in self._identity().items():
             if notes.get(name) != value:

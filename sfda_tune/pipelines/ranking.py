@@ -222,6 +222,8 @@ def rank(
         }
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
+    if not interrupted:
+        add_sizes(run.scores, candidates)
     ranking = Ranking(
         tuple(scorer.combine(list(run.scores.values()))),
         scorer.label,
@@ -231,6 +233,18 @@ def rank(
     if interrupted:
         raise RankingInterruptedError(ranking)
     return ranking
+
+
+def add_sizes(scores: dict[str, Score], candidates: Iterable[Backbone]) -> None:
+    """Add to the details of networks that no table knows what a forecast asks of them."""
+    for backbone in candidates:
+        score = scores[backbone.name]
+        (known,) = look_up_facts([backbone.spec]).values()
+        if score.error is None and not math.isfinite(known.gmacs):
+            gmacs, macts = measure_cost(backbone)
+            if math.isfinite(gmacs):
+                details = {**score.details, "gmacs": gmacs, "macts": macts}
+                scores[backbone.name] = replace(score, details=details)
 
 
 class _Copies:
@@ -435,10 +449,6 @@ def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
         "cached": extraction.cached,
         "note": "cached" if extraction.cached else "",
     }
-    if not math.isfinite(look_up_facts([name])[name].gmacs):
-        gmacs, macts = measure_cost(extraction.backbone)
-        if math.isfinite(gmacs):
-            measured |= {"gmacs": gmacs, "macts": macts}
     return replace(result, details={**result.details, **measured})
 
 

@@ -46,7 +46,7 @@ from sfda_tune.values.files import read_text
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, require
 
-__all__ = ["Forecast", "forecast", "normal_scores", "scale_facts"]
+__all__ = ["Forecast", "find_facts", "forecast", "normal_scores", "scale_facts", "table_facts"]
 
 N_DRAWS = 4000
 COLUMNS = {"error": "ImageNet", "gmacs": "GMACs", "macts": "activations"}
@@ -196,18 +196,19 @@ def forecast(
             f"{len(scores)}; see ranking.failed."
         )
     of = read_coefficients() if coefficients is None else coefficients
-    z = normal_scores(np.array([[scores[name] for name in names]]))
+    z = normal_scores(np.array([scores[name] for name in names]))
     Z, rng = _draw_scores(scores, names, z, resamples, n_draws, seed)
-    known = _facts(scores, names) if facts is None else facts
-    x = _table([known.get(name, Facts()) for name in names])
-    fixed, spread = scale_facts(x, of["scales"], of["correlations"], z)
+    known = find_facts(scores) if facts is None else facts
+    x = table_facts([known.get(name, Facts()) for name in names])
+    fixed, spread, slope = scale_facts(x, of["scales"], of["correlations"], z)
     w = np.array([of["full"][key] for key in COLUMNS])[:, None]
     noise = np.sqrt(np.square(w * spread).sum(axis=0) + of["full"]["residual"] ** 2)
     gamma = of["full"]["images"]
-    mean = (w * fixed).sum(axis=0) + gamma * z[0]
-    draws = mean + gamma * (Z - z) + noise * rng.standard_normal((n_draws, len(names)))
+    mean = (w * fixed).sum(axis=0) + gamma * z
+    draws = noise * rng.standard_normal((n_draws, len(names)))
+    draws += mean + (gamma + (w * slope).sum(axis=0)) * (Z - z)
     order = sorted(range(len(names)), key=lambda k: (-mean[k], names[k]))
-    parts = dict(zip(COLUMNS.values(), np.where(np.isfinite(x), w * fixed, 0.0), strict=True))
+    parts = dict(zip(COLUMNS.values(), np.where(slope == 0, w * fixed, 0.0), strict=True))
     parts["images"] = mean - sum(parts.values())  # also what they say of facts that are not known
     return Forecast(
         tuple(names[k] for k in order),
@@ -231,39 +232,51 @@ def normal_scores(values: np.ndarray) -> np.ndarray:
 
 def scale_facts(
     x: np.ndarray, scales: Mapping[str, float], correlations: Mapping[str, float], z: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return x' (3, n), centred, and the spread (3, n) of what is not known of it (NaN in `x`)."""
-    fixed, spread = np.zeros_like(x), np.zeros_like(x)
-    for key, row, out, error in zip(COLUMNS, x, fixed, spread, strict=True):
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return x' (3, n), centred, and the spread and slope in z (3, n) of what is not known of it.
+
+    `x` is NaN there; a fact that one backbone alone has is none.
+    """
+    fixed, spread, slope = (np.zeros(x.shape) for _ in range(3))
+    for j, (key, row) in enumerate(zip(COLUMNS, x, strict=True)):
         known = np.isfinite(row)
-        if known.sum() < 2:  # nothing to compare: who knows how much they differ
+        if known.sum() < 2:
             known = np.zeros_like(known)
-        rho, v = correlations[key], row[known].var() if known.any() else math.inf
-        width = math.sqrt(v + scales[key] ** 2)
-        t = 1.0 if v == math.inf else math.sqrt(v) / width
-        # The known ones have their mean where their images put it, seen from all backbones.
+        rho, t = correlations[key], 1.0
         if known.any():
-            middle = rho * t * z[..., known].mean() if not known.all() else 0.0
-            out[known] = (row[known] - row[known].mean()) / width + middle
-        out[~known] = rho * t * np.broadcast_to(z, x[:1].shape)[0, ~known]
-        error[~known] = t * math.sqrt(1 - rho**2)
-        out -= out.mean()
-    return fixed, spread
+            width = math.hypot(row[known].std(), scales[key])
+            t = row[known].std() / width
+            # The known ones have their mean where their images put it, seen from all backbones.
+            middle = rho * t * z[known].mean() if not known.all() else 0.0
+            fixed[j, known] = (row[known] - row[known].mean()) / width + middle
+        fixed[j, ~known] = rho * t * z[~known]
+        fixed[j] -= fixed[j].mean()
+        spread[j, ~known], slope[j, ~known] = t * math.sqrt(1 - rho**2), rho * t
+    return fixed, spread, slope
 
 
-def _facts(scores: Mapping[str, float], names: list[str]) -> dict[str, Facts]:
-    """Return what the table that ships knows of the names, or what a `Ranking` has measured."""
-    found = look_up_facts(names)
-    if isinstance(scores, Ranking):
-        for name, fact in found.items():
-            details = scores.score(name).details
-            if not math.isfinite(fact.gmacs) and "gmacs" in details:
-                size = {key: float(details[key]) for key in ("gmacs", "macts")}
-                found[name] = replace(fact, **size)
+def find_facts(scores: Mapping[str, float]) -> dict[str, Facts]:
+    """Return what is known of the backbones that have a score.
+
+    The table that ships knows timm's own networks, in a `Ranking` by what was loaded: whatever
+    somebody calls a network, it is another one. Their size may have been measured.
+    """
+    names = [name for name, value in scores.items() if math.isfinite(value)]
+    if not isinstance(scores, Ranking):
+        return look_up_facts(names)
+    found = {}
+    for name in names:
+        details = scores.score(name).details
+        spec = str(details.get("spec", name))
+        fact = look_up_facts([spec])[spec]
+        size = {key: details.get(key) for key in ("gmacs", "macts")}
+        if not math.isfinite(fact.gmacs) and all(map(is_number, size.values())):
+            fact = replace(fact, **size)
+        found[name] = fact
     return found
 
 
-def _table(facts: list[Facts]) -> np.ndarray:
+def table_facts(facts: list[Facts]) -> np.ndarray:
     """Return E, G and A (3, n)."""
     rows = [[f.top1, f.gmacs, f.macts] for f in facts]
     top1, gmacs, macts = np.array(rows, np.float64).T
@@ -279,23 +292,25 @@ def _draw_scores(
     n_draws: int,
     seed: int,
 ) -> tuple[np.ndarray, np.random.Generator]:
-    """Return draws of z, (n_draws, n) or (1, n), and the generator of the other draws."""
+    """Return draws of z, (n_draws, n) or z itself, and the generator of the other draws."""
     rng = np.random.default_rng([seed, len(names)])
-    columns = list(scores)
-    if resamples is None and isinstance(scores, Ranking):
-        found = find_confidence(scores)
-        if found is not None and set(found.names) == set(names):
-            resamples, columns = found.draws, [str(name) for name in found.names]
     if resamples is None:
-        return z, rng
-    M = np.asarray(resamples, np.float64)
-    if M.ndim != 2 or M.shape[1] != len(columns):
-        raise ValueError(
-            f"`resamples` must have a column for each of the {len(columns)} backbones but has the "
-            f"shape {M.shape}."
-        )
-    M = M[:, [columns.index(name) for name in names]]
-    return normal_scores(M[rng.integers(len(M), size=n_draws)]), rng
+        found = find_confidence(scores) if isinstance(scores, Ranking) else None
+        if found is None:
+            return z, rng
+        # Those that left a race keep the score with which they left.
+        of = dict(zip(map(str, found.names), found.draws.T, strict=True))
+        M = np.stack([of.get(n, np.full(len(found.draws), scores[n])) for n in names], axis=1)
+    else:
+        M = np.asarray(resamples, np.float64)
+        shape = M.ndim == 2 and len(M) and M.shape[1] == len(scores)
+        if not shape or not np.isfinite(M).all():
+            raise ValueError(
+                f"`resamples` must be finite, of the shape (R, {len(scores)}), but has the shape "
+                f"{M.shape}{' and other numbers' if shape else ''}."
+            )
+        M = M[:, [list(scores).index(name) for name in names]]
+    return normal_scores(M)[rng.integers(len(M), size=n_draws)], rng
 
 
 @cache

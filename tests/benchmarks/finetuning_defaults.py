@@ -92,7 +92,7 @@ class Before(FineTuning):
 
     def _begin_with(self, changes: Any) -> None:
         self._parts = (1.0,)
-        super()._begin_with({k: v for k, v in self.module.state_dict().items() if changes})
+        super()._begin_with({k: v.clone() for k, v in self.module.state_dict().items() if changes})
 
     def _may_back_off(self) -> bool:
         return False

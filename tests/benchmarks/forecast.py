@@ -42,9 +42,14 @@ from scipy.optimize import nnls
 from scipy.stats import rankdata
 
 from sfda_tune.metrics.priors import Facts, look_up_facts
-from sfda_tune.selection import forecast as module
 from sfda_tune.selection.evaluation import regret_at_k, weighted_tau
-from sfda_tune.selection.forecast import forecast, normal_scores, scale_facts
+from sfda_tune.selection.forecast import (
+    COLUMNS,
+    forecast,
+    normal_scores,
+    scale_facts,
+    table_facts,
+)
 from sfda_tune.values.files import write_text
 
 HERE = Path(__file__).resolve()
@@ -177,12 +182,12 @@ def open_zoo() -> list[Task]:
 # Fit ---------------------------------------------------------------------------------------------
 def design(task: Task, with_evidence: bool) -> np.ndarray:
     """Return x' (n, 3), and z as a fourth column."""
-    z = np.zeros((1, len(task.names)))
+    z = np.zeros(len(task.names))
     if with_evidence and task.evidence is not None:
-        z = normal_scores(task.evidence[None])
-    x = module._table([task.facts[n] for n in task.names])
-    fixed, _ = scale_facts(x, SCALES, CORRELATIONS if with_evidence else NOTHING, z)
-    return np.concatenate([fixed, z]).T
+        z = normal_scores(task.evidence)
+    x = table_facts([task.facts[n] for n in task.names])
+    fixed, _, _ = scale_facts(x, SCALES, CORRELATIONS if with_evidence else NOTHING, z)
+    return np.vstack([fixed, z]).T
 
 
 NOTHING = dict.fromkeys(CORRELATIONS, 0.0)
@@ -202,7 +207,7 @@ def solve(tasks: list[Task], with_evidence: bool) -> dict[str, float]:
     y = np.concatenate([normal_scores(task.truth) for task in tasks])
     (length, images), _ = nnls(A * weight[:, None], y * weight)
     residual = np.sqrt(np.average((y - A @ [length, images]) ** 2, weights=weight**2))
-    parts = dict(zip(module.COLUMNS, (length * PRIOR).tolist(), strict=True))
+    parts = dict(zip(COLUMNS, (length * PRIOR).tolist(), strict=True))
     return parts | {"images": float(images), "residual": float(residual)}
 
 
@@ -289,7 +294,7 @@ def report(tasks: list[Task]) -> None:
 def expect(task: Task, ours: dict[str, Any]) -> np.ndarray:
     seen = task.evidence is not None
     of = ours["full" if seen else "unseen"]
-    return design(task, seen) @ np.array([*(of[key] for key in module.COLUMNS), of["images"]])
+    return design(task, seen) @ np.array([*(of[key] for key in COLUMNS), of["images"]])
 
 
 def judge(task: Task, ours: dict[str, Any], bins: list[tuple[float, float]]) -> tuple[float, ...]:

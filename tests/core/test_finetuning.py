@@ -976,6 +976,7 @@ class Small(Plain):
     def __init__(self, most):
         super().__init__(most)
         self.norm = nn.BatchNorm2d(8)
+        self.norm.running_var.fill_(0.5)
 
     def forward(self, x):
         return self.norm(super().forward(x).mean((2, 3), keepdim=True)).flatten(1)
@@ -985,4 +986,24 @@ def test_an_image_alone_is_normalised_by_what_is_known():
     small = Backbone("small", load=lambda: (Small(1), to_tensor))
     run = train(small, epochs=1)
     assert run._micro == 1
+    for state in (run._start, weights(run)):  # nothing was learned of any image
+        assert state["body.norm.running_var"].tolist() == [0.5] * 8
     assert math.isfinite(run.history[-1].log_loss)
+
+
+class Twice(Plain):
+    """A network that calls one layer by two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = self.again = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.again(self.norm(super().forward(x)))
+
+
+def test_a_layer_with_two_names_begins_with_one_state():
+    run = train(Backbone("twice", load=lambda: (Twice(), to_tensor)), epochs=1)
+    for key in ("running_mean", "running_var"):
+        assert torch.equal(run._start[f"body.norm.{key}"], run._start[f"body.again.{key}"])
+        assert not torch.equal(run._start[f"body.norm.{key}"], torch.ones(8))
