@@ -13,19 +13,20 @@ arm        what it does, in as many epochs
 default    `FinetuneConfig()`
 1/3, 3     the same with a third of its learning rate, and with three times as much
 frozen     the default before: statistics of the pretraining, 5e-4
-before     the one before that: also half an epoch of warm-up, the head as sure as it is, training is
-           never taken back
+before     the one before that: also half an epoch of warm-up, the head as sure as it is,
+           training is never taken back
 timm 1e-3  AdamW from a random head, batch statistics, five steps of warm-up; ``timm 1e-4``
 fastai     `fine_tune`: an epoch of the head alone (random, 2e-3), then one cycle, 1e-3 at the top
            and 1e-5 at the bottom, momentum .95, batch statistics
 =========  ========================================================================================
 
-"Grid" is the best of default, 1/3 and 3 on the test images, with hindsight, and what the validation
-images choose among them.
+"Grid" is the best of default, 1/3 and 3 on the test images, with hindsight, and what the
+validation images choose among them.
 
 As last seen, 300 training images (wbc: 276), 5 epochs, one seed, on four data sets that decided
-nothing (rsscn7, grocery, wbc, magtile): mobilenetv1_025, _050 and tf_mobilenetv3_small_100, then also
-cifar_resnet20, mobilenetv1_025 of Visual Wake Words, squeezenet1_1 and mobilenetv2_100 of dogs.
+nothing (rsscn7, grocery, wbc, magtile): mobilenetv1_025, _050 and tf_mobilenetv3_small_100, then
+also cifar_resnet20, mobilenetv1_025 of Visual Wake Words, squeezenet1_1 and mobilenetv2_100 of
+dogs.
 
 ==========  ====  ====  ===========  =======  =======
 12 pairs    test  last  below probe  above    seconds
@@ -47,30 +48,29 @@ before      .655  .673  5            17        23
 timm 1e-3   .613  .646  9            12        26
 ==========  ====  ====  ===========  =======  =======
 
-On the first three networks and two data sets also: frozen .725 (default .759, before .716), timm 1e-4
-.380, fastai .581. "Test" is that of the epoch that was best on the validation images, "last" the
-accuracy there after the last one; "below" counts last epochs more than a point below the probe,
-"above" best ones above it; CPU seconds, on a busy machine. With hindsight the best of the three
-rates has .742 on the 12 pairs, 1.5 points more than the default; what the validation images choose
-has .719: nobody could have known, and the hindsight is luck.
+On the first three networks and two data sets also: frozen .725 (default .759, before .716), timm
+1e-4 .380, fastai .581. "Test" is that of the epoch that was best on the validation images, "last"
+the accuracy there after the last one; "below" counts last epochs more than a point below the
+probe, "above" best ones above it; CPU seconds, on a busy machine. With hindsight the best of the
+three rates has .742 on the 12 pairs, 1.5 points more than the default; what the validation images
+choose has .719: nobody could have known, and the hindsight is luck.
 
-What decided (omniglot8, clothing, trashnet, signdigits; 5 networks, 14 pairs): with the statistics of
-the pretraining, networks on images unlike photos learn little (omniglot8, mobilenetv1_050: .68 at any
-rate); with batches, but a head that was fitted to the other features, they explode (a loss of 70). So
-the statistics of the training images come first, and a head of their own: probe .732, 1e-3 .799, 2e-3
-.805 (but below the probe in 2). One network, tf_mobilenetv3_small on photos, does better with
-`batch_norm="frozen"` (clothing .82 against .73); hence a search tries both.
+What decided (omniglot8, clothing, trashnet, signdigits; 5 networks, 14 pairs): with the statistics
+of the pretraining, networks on images unlike photos learn little (omniglot8, mobilenetv1_050: .68
+at any rate); with batches, but a head that was fitted to the other features, they explode (a loss
+of 70). So the statistics of the training images come first, and a head of their own: probe .732,
+1e-3 .799, 2e-3 .805 (but below the probe in 2). One network, tf_mobilenetv3_small on photos, does
+better with `batch_norm="frozen"` (clothing .82 against .73); hence a search tries both.
 
 What was tried, and why it is not there: second moments of Adam set from gradients of random labels
 (nothing explodes, and nothing is learned: the head leaves no error to learn from); a range test on
-the softened head (its limit says how curved a network is, not which rate is best); rates relative to
-the size of each tensor (no better); the whole way to the held-out loss instead of half; a warm-up
-over 30 %; averaged weights (no gain); the part of the way chosen by accuracy (half of the choices
-were noise); statistics half-way between pretraining and images, frozen (.748 on 4 pairs, with
-batches .764 on 2 of them); a quicker average of the statistics, or all of them measured again after
-each epoch (the epochs between look better, the last one does not); layer-wise decay (.75 on 2
-pairs, without .77); demo transformers and ConvNeXt: best at 1e-3 and more.
-"""
+the softened head (its limit says how curved a network is, not which rate is best); rates relative
+to the size of each tensor (no better); the whole way to the held-out loss instead of half; a
+warm-up over 30 %; averaged weights (no gain); the part of the way chosen by accuracy (half of the
+choices were noise); statistics half-way between pretraining and images, frozen (.748 on 4 pairs,
+with batches .764 on 2 of them); a quicker average of the statistics, or all of them measured again
+after each epoch (the epochs between look better, the last one does not); layer-wise decay (.75 on
+2 pairs, without .77); demo transformers and ConvNeXt: best at 1e-3 and more."""
 
 import argparse
 import json
