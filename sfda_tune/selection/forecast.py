@@ -98,8 +98,8 @@ class Forecast:
         """Return the fewest backbones of which one is the best with this probability.
 
         >>> f = forecast({"a": 0.1, "b": 0.5, "c": 0.9, "d": 0.91})
-        >>> f.shortlist(0.5), len(f.shortlist(1.0))
-        (['d', 'c'], 4)
+        >>> f.shortlist(0.1), len(f.shortlist(1.0))
+        (['d'], 4)
         """
         inside = is_number(probability) and 0 < probability <= 1
         require("probability", probability, "in (0, 1]", inside)

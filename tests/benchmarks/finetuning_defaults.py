@@ -55,9 +55,9 @@ probe, "above" best ones above it; CPU seconds, on a busy machine. With hindsigh
 three rates has .742 on the 12 pairs, 1.5 points more than the default; what the validation images
 choose has .719: nobody could have known, and the hindsight is luck.
 
-With 100 images (4 pairs of mobilenetv1_050 and tf_mobilenetv3_small) test accuracies are probe .713,
-default .767, before .773, timm 1e-3 .772; with 1,000 (3 pairs of mobilenetv1_025 and _050) .815,
-.917, .905, .918: a random head costs nothing there any more.
+With 100 images (4 pairs of mobilenetv1_050 and tf_mobilenetv3_small) test accuracies are: probe
+.713, default .767, before .773, timm 1e-3 .772; with 1,000 (3 pairs of mobilenetv1_025 and _050)
+.815, .917, .905, .918: a random head costs nothing there any more.
 
 What decided (omniglot8, clothing, trashnet, signdigits; 5 networks, 14 pairs): with the statistics
 of the pretraining, networks on images unlike photos learn little (omniglot8, mobilenetv1_050: .68
