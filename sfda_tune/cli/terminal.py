@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -80,11 +79,10 @@ def show_forecast(ranking: Ranking, most: int = 5) -> None:
     Only for scores like those that the forecast was fitted to, and for networks that its table
     knows: most of them, at least.
     """
-    from sfda_tune.selection.forecast import find_facts, forecast
+    from sfda_tune.selection.forecast import find_facts, forecast, is_known
 
-    facts = find_facts(ranking)
-    known = sum(math.isfinite(fact.top1) for fact in facts.values())
-    if ranking.metric not in ("sfda (loo)", "linear_probe") or not len(facts) / 2 <= known > 1:
+    fitted = ranking.metric in ("sfda (loo)", "linear_probe")
+    if not fitted or not is_known(find_facts(ranking)):
         return
     f = forecast(ranking)
     title = "After fine-tuning all weights (what is above is about the features as they are)"

@@ -29,6 +29,7 @@ from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
+from sfda_tune.selection.forecast import is_known
 from sfda_tune.selection.racing import RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
@@ -235,12 +236,15 @@ def rank(
     return ranking
 
 
-def add_sizes(scores: dict[str, Score], candidates: Iterable[Backbone]) -> None:
-    """Add to the details of networks that no table knows what a forecast asks of them."""
+def add_sizes(scores: dict[str, Score], candidates: list[Backbone]) -> None:
+    """Add what a forecast asks of networks that timm's tables lack, if they know the others."""
+    found = look_up_facts(backbone.spec for backbone in candidates)
+    facts = {backbone.name: found[backbone.spec] for backbone in candidates}
+    if not is_known(facts):
+        return
     for backbone in candidates:
         score = scores[backbone.name]
-        (known,) = look_up_facts([backbone.spec]).values()
-        if score.error is None and not math.isfinite(known.gmacs):
+        if score.error is None and not math.isfinite(facts[backbone.name].gmacs):
             gmacs, macts = measure_cost(backbone)
             if math.isfinite(gmacs):
                 details = {**score.details, "gmacs": gmacs, "macts": macts}

@@ -46,7 +46,10 @@ from sfda_tune.values.files import read_text
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, require
 
-__all__ = ["Forecast", "find_facts", "forecast", "normal_scores", "scale_facts", "table_facts"]
+__all__ = [
+    "Forecast", "find_facts", "forecast", "is_known", "normal_scores", "scale_facts",
+    "table_facts",
+]  # fmt: skip
 
 N_DRAWS = 4000
 COLUMNS = {"error": "ImageNet", "gmacs": "GMACs", "macts": "activations"}
@@ -274,6 +277,16 @@ def find_facts(scores: Mapping[str, float]) -> dict[str, Facts]:
             fact = replace(fact, **size)
         found[name] = fact
     return found
+
+
+def is_known(facts: Mapping[str, Facts]) -> bool:
+    """Whether a forecast has something to go by: the ImageNet accuracy of half of the backbones.
+
+    >>> is_known(look_up_facts(["resnet18.a1_in1k", "resnet50.a1_in1k", "mine"]))
+    True
+    """
+    known = sum(math.isfinite(fact.top1) for fact in facts.values())
+    return known > 1 and 2 * known >= len(facts)
 
 
 def table_facts(facts: list[Facts]) -> np.ndarray:

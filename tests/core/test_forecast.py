@@ -12,6 +12,7 @@ from sfda_tune.backbones.loading import measure_cost
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.cli.terminal import show_forecast
 from sfda_tune.metrics.priors import Facts, look_up_facts
+from sfda_tune.pipelines import ranking as pipeline
 from sfda_tune.selection.evaluation import weighted_tau
 from sfda_tune.selection.forecast import COLUMNS, normal_scores, read_coefficients
 
@@ -219,3 +220,17 @@ def test_both_kinds_of_evidence_beat_either_on_eleven_cnns():
     both, images, prior = np.mean(taus, axis=0)
     assert images == pytest.approx(0.662, abs=0.001)
     assert both > max(images, prior) + 0.05
+
+
+def test_sizes_are_counted_where_the_table_knows_most(monkeypatch):
+    counted = []
+    monkeypatch.setattr(pipeline, "measure_cost", lambda b: counted.append(b.name) or (2.0, 9.0))
+    own = resolve_backbones("demo:resnet_glyphs")
+    known = resolve_backbones(NAMES)
+    scores = {b.name: Score(b.name, 0.5) for b in [*known, *own]}
+    pipeline.add_sizes(scores, [*known, *own])
+    assert counted == ["demo:resnet_glyphs"]
+    assert scores["demo:resnet_glyphs"].details == {"gmacs": 2.0, "macts": 9.0}
+    assert not scores[NAMES[0]].details
+    pipeline.add_sizes(scores, own)
+    assert len(counted) == 1  # nothing would be forecast
