@@ -127,6 +127,8 @@ def measure_cost(backbone: Backbone) -> tuple[float, float]:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
+    if backbone.load is not None:
+        return math.nan, math.nan
     aten, count = torch.ops.aten, 0
     products = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution}
 
@@ -137,8 +139,6 @@ def measure_cost(backbone: Backbone) -> tuple[float, float]:
             count += out.numel() if func.overloadpacket in products else 0
             return out
 
-    if backbone.load is not None:
-        return math.nan, math.nan
     try:
         with torch.device("meta"):
             module = create(backbone, pretrained=False).eval().requires_grad_(False)

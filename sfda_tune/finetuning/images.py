@@ -173,8 +173,9 @@ class Images:
     ) -> Iterator[Batch]:
         """Yield all images, `view` applied, as they are numbered or in another order."""
         workers = 0 if self.kept is not None else self.workers
-        parts = order and [[row for _, row in part] for part in order]
-        rows = parts or cut(len(self), size)
+        rows: Any = cut(len(self), size)
+        if order is not None:
+            rows = [[row for _, row in part] for part in order]
         for _, batch in self.loader(_Viewed(self, view), rows, collate, workers):
             yield batch
 

@@ -193,8 +193,7 @@ def _read(file: Path, column: str, img_size: int | None) -> dict[str, float]:
     sizes: dict[str, float] = {}
     for row in read_rows(file, ("model", column)):
         try:
-            value = float(row[column].replace(",", "") or math.nan)
-            size = float(row.get("img_size") or 0)
+            value, size = float(row[column].replace(",", "")), float(row.get("img_size") or 0)
         except ValueError:
             raise ValueError(
                 f"`path` must have numbers in {column!r} and img_size, but {file} has "

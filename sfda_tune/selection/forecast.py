@@ -40,6 +40,7 @@ from scipy.special import ndtri
 from scipy.stats import rankdata
 
 from sfda_tune.metrics.priors import Facts, look_up_facts
+from sfda_tune.selection.calibration import scores_by_name
 from sfda_tune.selection.uncertainty import find_confidence
 from sfda_tune.values.features import read_only
 from sfda_tune.values.files import read_text
@@ -170,7 +171,7 @@ def forecast(
         Of the frozen features, higher is better; backbones that failed are left out. The resampled
         images of a `Ranking` make the error of the scores.
     facts : mapping of str to Facts, optional
-        What is known of the networks; by default what the table that ships says of their names.
+        What is known of the networks; by default as `find_facts` finds it.
     resamples : array of shape (R, n), optional
         Draws of the scores, in the order of `scores`.
     n_draws, seed
@@ -182,7 +183,7 @@ def forecast(
     Raises
     ------
     ValueError
-        If no backbone has a finite score, or an option is out of range.
+        If `scores` are no mapping to numbers, none is finite, or an option is out of range.
 
     Examples
     --------
@@ -192,6 +193,8 @@ def forecast(
     """
     n_draws, seed = integer("n_draws", n_draws, 2), integer("seed", seed, 0)
     require("level", level, "in (0, 1)", is_number(level) and 0 < level < 1)
+    by_name = scores_by_name(scores, "scores")
+    scores = scores if isinstance(scores, Ranking) else by_name
     names = sorted(name for name, value in scores.items() if math.isfinite(value))
     if not names:
         raise ValueError(
@@ -322,7 +325,8 @@ def _draw_scores(
                 f"`resamples` must be finite, of the shape (R, {len(scores)}), but has the shape "
                 f"{M.shape}{' and other numbers' if shape else ''}."
             )
-        M = M[:, [list(scores).index(name) for name in names]]
+        column = {name: k for k, name in enumerate(scores)}
+        M = M[:, [column[name] for name in names]]
     return normal_scores(M)[rng.integers(len(M), size=n_draws)], rng
 
 

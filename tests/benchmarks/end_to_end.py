@@ -24,7 +24,6 @@ in `--out` and not repeated.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -36,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import real_zoo
 
 import sfda_tune
 from sfda_tune.backbones.loading import describe
@@ -149,13 +149,8 @@ class Bench:
         if self.is_demo:
             prior = {n: float(describe(b).n_params) for n, b in self.backbones.items()}
         else:
-            with (ZOO / "models.csv").open(newline="") as file:
-                known = {row["name"]: row for row in csv.DictReader(file)}
-            prior = {
-                name: float(known[name]["top1_published"].split()[0].rstrip("*"))
-                for name in self.backbones
-                if known[name]["pretrained_on"].startswith("ImageNet-1k")
-            }
+            known = real_zoo.read_imagenet()
+            prior = {name: known[name] for name in self.backbones if name in known}
         return self.full([max(prior, key=lambda name: prior[name])])
 
     def optuna(self, target: float, patience: int) -> dict[str, Any]:

@@ -38,9 +38,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import real_zoo
 from scipy.optimize import nnls
 from scipy.stats import rankdata
 
+from sfda_tune import resolve_backbones
+from sfda_tune.backbones.loading import measure_cost
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.selection.evaluation import regret_at_k, weighted_tau
 from sfda_tune.selection.forecast import (
@@ -164,10 +167,12 @@ def open_tasks() -> list[Task]:
 
 
 def open_zoo() -> list[Task]:
-    file, known = HERE.with_name("real_zoo.json"), HERE.with_name("zoo_facts.json")
-    if not file.is_file():
-        return []
-    facts = {n: Facts(**f) for n, f in json.loads(known.read_text()).items()}
+    file, top1 = HERE.with_name("real_zoo.json"), real_zoo.read_imagenet()
+    plugins = [str(real_zoo.ZOO / "zoo_models.py")]
+    facts = {
+        b.name: Facts(top1.get(b.name, math.nan), *measure_cost(b))
+        for b in resolve_backbones(str(real_zoo.ZOO / "models"), plugins=plugins)
+    }
     tasks = []
     for name, found in json.loads(file.read_text())["accuracies"].items():
         of = {n: {run["lr"]: run["accuracy"] for run in e["runs"]} for n, e in found.items()}

@@ -171,14 +171,19 @@ def fill(device: str, minutes: float, jobs: int, out: Path) -> None:
                 )  # fmt: skip
 
 
-def columns(cache: str | None, truths: dict) -> dict[str, dict[str, dict[str, float]]]:
-    """Return {metric: {data set: {backbone: score}}} on the images of the recipe."""
+def read_imagenet() -> dict[str, float]:
+    """Return the published accuracies of the networks that were pretrained on ImageNet."""
     with (ZOO / "models.csv").open(newline="") as lines:
-        known = {
+        return {
             row["name"]: float(row["top1_published"].split()[0].rstrip("*"))
             for row in csv.DictReader(lines)
             if row["pretrained_on"].startswith("ImageNet-1k")
         }
+
+
+def columns(cache: str | None, truths: dict) -> dict[str, dict[str, dict[str, float]]]:
+    """Return {metric: {data set: {backbone: score}}} on the images of the recipe."""
+    known = read_imagenet()
     usable = [i.name for i in describe_metrics() if "features" in i.needs and i.name != "sfda"]
     sfdas = {
         f"sfda {variant}": functools.partial(sfda, variant=variant) for variant in VARIANTS

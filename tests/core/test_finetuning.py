@@ -269,6 +269,13 @@ def test_the_softened_head_is_there_after_a_resumption(tmp_path, stop):
     train(folder=tmp_path, epochs=2, stop=stop)
     again = train(folder=tmp_path, epochs=2)
     assert equal(again._start, whole._start)
+    probe = train(epochs=0)._weights
+    start = train(epochs=1, batch_norm="frozen")._start
+    changed = {k: start[k] / v for k, v in probe.items() if not torch.equal(start[k], v)}
+    assert len(changed) == 2  # weight and bias of the head
+    (sharpness,) = {round(float(v.flatten()[0]), 4) for v in changed.values()}
+    assert 0.5 <= sharpness < 1
+    assert all(torch.allclose(v, v.flatten()[0]) for v in changed.values())
     assert metrics(again) == metrics(whole)
     assert equal(weights(again), weights(whole))
 

@@ -146,6 +146,9 @@ def test_failed_backbones_are_left_out_and_nothing_is_refused():
     assert forecast(ranking).best == {"a": 1.0}
     with pytest.raises(ValueError, match=r"`scores` must have a backbone with a finite score"):
         forecast({"a": math.nan})
+    for wrong, what in (([0.1, 0.2], "`scores` must be a Ranking"), ({"a": "x"}, "a number")):
+        with pytest.raises(ValueError, match=what):
+            forecast(wrong)
     with pytest.raises(ValueError, match=r"`resamples` must be finite, of the shape \(R, 4\)"):
         forecast(SCORES, resamples=np.ones((5, 3)))
     with pytest.raises(ValueError, match=r"shape \(5, 4\) and other numbers"):
