@@ -210,7 +210,7 @@ def columns(cache: str | None, truths: dict) -> dict[str, dict[str, dict[str, fl
                 table[metric][name] = combine_hub(results)
             else:
                 table[metric][name] = {b: float(r) for b, r in results.items()}
-        median = float(np.median(list(known.values())))
+        median = float(np.median([known[b.name] for b in measured if b.name in known]))
         table["imagenet"][name] = {b.name: known.get(b.name, median) for b in measured}
         table["params"][name] = {e.backbone.name: float(e.n_params) for e in found}
         table["width"][name] = {e.backbone.name: float(e.features.n_dims) for e in found}
