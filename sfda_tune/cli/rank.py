@@ -37,10 +37,18 @@ def rank(
     metric: Annotated[
         str,
         typer.Option(
-            help="Score to rank by, or several, whose ranks are averaged: `sfda+imagenet`, "
+            help="`forecast` of what training will reach; or a score of the frozen features to "
+            "rank by alone, `sfda`, or several, whose ranks are averaged: `sfda+imagenet`, "
             "`2*sfda+knn`. `imagenet` (published accuracy) and `params` look at no image."
         ),
-    ] = "sfda",
+    ] = "forecast",
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="What the forecast is of: `full`, all weights are fine-tuned, or `head`, a head "
+            "on frozen features. Default: full."
+        ),
+    ] = None,
     variant: Annotated[
         str | None, typer.Option(help="Variant of the metric `sfda`: official, paper or loo.")
     ] = None,
@@ -103,7 +111,8 @@ def rank(
 ) -> None:
     """Rank BACKBONES on the labelled images of DATASET.
 
-    Every backbone runs once over the images; nothing is trained.
+    Every backbone runs once over the images; nothing is trained. The
+    forecast is in standard deviations among the candidates.
     Interrupt with Ctrl-C at any time: what is finished is shown and
     written, and the same command goes on from there.
 
@@ -133,6 +142,7 @@ def rank(
             specs,
             metric=metric,
             variant=variant,
+            train=train,
             samples=samples,
             seed=seed,
             split=split,

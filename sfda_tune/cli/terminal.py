@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
-from sfda_tune.values.ranking import HEADINGS, Ranking
+from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import printable
 
 if TYPE_CHECKING:
@@ -34,32 +34,34 @@ def split_commas(specs: list[str] | None) -> list[str]:
 def show_ranking(ranking: Ranking) -> None:
     """Print the table, what is known of its order, and what makes it doubtful."""
     from sfda_tune.selection.diagnostics import diagnose
-    from sfda_tune.selection.uncertainty import find_confidence
+    from sfda_tune.selection.odds import find_odds
 
     info = ranking.info
     title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
     table = Table(title=text(f"{title}; {ranking.metric}"), title_justify="left")
-    c = find_confidence(ranking)
-    sure = {} if c is None else _sure(c)
-    widths = [len(printable(name)) for name in ranking]
-    shown = _columns(widths, [*HEADINGS[:3], *_SURE[: 2 * bool(sure)]])
+    odds, headings = find_odds(ranking), list(ranking.headings)
+    sure = {} if odds is None else _sure(odds)
+    columns = headings if set(_SURE) <= set(headings) or not sure else _with_odds(headings)
+    rows = [dict(zip(headings, cells, strict=True)) for cells in ranking.cells()]
+    rows = [dict.fromkeys(_SURE, "") | sure.get(row["backbone"], {}) | row for row in rows]
+    shown = _columns(columns, rows)
     for name in shown:
         if name == "backbone":  # folded where the terminal is narrow
             table.add_column(name, overflow="fold", min_width=12)
         else:
-            left = name == "note"
+            left = name in ("because of", "note")
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for score, cells in zip(ranking.scores, ranking.cells(), strict=True):
-        row: dict[str, str] = dict(zip(HEADINGS, cells, strict=True))
-        row |= sure.get(score.backbone, dict.fromkeys(_SURE, ""))
+    for score, row in zip(ranking.scores, rows, strict=True):
         row["note"] = row["note"] if score.error is None else "see below"
         table.add_row(*(text(row[name]) for name in shown))
     print_table(table)
+    if hidden := [name for name in columns if name not in shown]:
+        said = f"No room for: {', '.join(hidden)}; a wider terminal or --out shows them"
+        say(messages, said)
     for name, error in ranking.failed.items():
         say(output, f"{name}: {error}")
-    for line in _findings(ranking, c):
+    for line in _findings(ranking, odds):
         say(output, line)
-    show_forecast(ranking)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
             say(messages, f"{diagnostic.severity}: {diagnostic.message}")
@@ -71,36 +73,6 @@ def show_ranking(ranking: Ranking) -> None:
         f"{seconds['decode_work']:.1f}), forward passes {seconds['forward']:.1f}, "
         f"loading {seconds['load']:.1f}, scoring {seconds['score']:.1f}",
     )
-
-
-def show_forecast(ranking: Ranking, most: int = 5) -> None:
-    """Print which backbones will be best once all of their weights are fine-tuned.
-
-    Only for scores like those that the forecast was fitted to, and for networks that its table
-    knows: most of them, at least.
-    """
-    from sfda_tune.selection.forecast import find_facts, forecast, is_known
-
-    fitted = ranking.metric in ("sfda (loo)", "linear_probe")
-    if not fitted or not is_known(find_facts(ranking)):
-        return
-    f = forecast(ranking)
-    title = "After fine-tuning all weights (what is above is about the features as they are)"
-    table = Table(title=text(title), title_justify="left")
-    table.add_column("backbone", overflow="fold", min_width=12)
-    for name in ("forecast", *_SURE):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("because of")
-    for r in f.records()[:most]:
-        cells = (f"{r['mean']:+.2f}", f"{r['rank_low']}–{r['rank_high']}", f"{r['p_best']:.2f}")
-        table.add_row(*map(text, (printable(r["backbone"]), *cells, r["why"])))
-    print_table(table)
-    names = f.shortlist(0.95)
-    if len(names) < len(f.names):
-        shown = ", ".join(map(printable, names))
-        say(output, f"Best after fine-tuning, with probability .95, one of: {shown}")
-    else:
-        say(output, "Any of them may be the best after fine-tuning.")
 
 
 _SURE = ("90% ranks", "P(best)")
@@ -119,19 +91,31 @@ def _sure(c: Confidence) -> dict[str, dict[str, str]]:
     }
 
 
-def _findings(ranking: Ranking, c: Confidence | None) -> list[str]:
+def _with_odds(headings: list[str]) -> list[str]:
+    at = headings.index("score") + 1
+    return [*headings[:at], *_SURE, *headings[at:]]
+
+
+def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
     """Say what follows from the ranking: the shortlist, the race, the ensemble."""
+    from sfda_tune.selection.forecast import is_forecast
     from sfda_tune.selection.uncertainty import shortlist
 
-    lines = []
-    if c is not None:
-        names = [str(name) for name in shortlist(c)]
-        if len(names) > 1:
-            among = "of those that finished the race, " * ("race" in ranking.info)
-            text = f"Best by this score, {among}with probability .95, one of: {', '.join(names)}"
+    lines, trained = [], is_forecast(ranking)
+    if odds is not None:
+        names = [printable(str(name)) for name in shortlist(odds)]
+        by = "by this score"
+        if trained:
+            by = "a head is trained" if ranking.info["train"] == "head" else "fine-tuning"
+            by = f"once {by}" if by[0] == "a" else f"after {by}"
+        if trained and len(names) == len(odds.names) > 1:
+            lines.append(f"Any of them may be the best {by}.")
+        elif len(names) > 1:
+            among = "of those that finished the race, " * ("race" in ranking.info and not trained)
+            text = f"Best {by}, {among}with probability .95, one of: {', '.join(names)}"
             lines.append(text)
-        groups = [", ".join(map(str, group)) for group in c.groups if len(group) > 1]
-        if groups:
+        groups = [", ".join(map(str, group)) for group in odds.groups if len(group) > 1]
+        if groups and not trained:  # what a forecast tells apart, its odds say better
             lines.append(f"Not told apart by these images: {'; '.join(groups)}")
     if race := ranking.info.get("race"):
         saved = 1 - race["forward_passes"] / race["full_run"]
@@ -153,12 +137,13 @@ def print_table(table: Table) -> None:
         Terminal(width=wide.measure(table).maximum).print(table)
 
 
-def _columns(names: list[int], first: list[str]) -> list[str]:
+def _columns(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
     """Leave out the less important columns where the terminal is too narrow for all."""
-    shown = [*first, *HEADINGS[3:]]
-    room = 10_000 if not output.is_terminal else output.width
-    for name in ("images/s", "params", "width", *_SURE):
-        if name in shown and max(names, default=0) + 9 * len(shown) > room:
+    shown = [c for c in columns if c not in ("because of", "note") or any(r[c] for r in rows)]
+    room = output.width if output.is_terminal else 10_000
+    wide = {c: max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown}
+    for name in ("because of", "images/s", "params", "width", "score", *_SURE):
+        if name in shown and sum(wide[c] for c in shown) + 1 > room and len(shown) > 3:
             shown.remove(name)
     return shown
 

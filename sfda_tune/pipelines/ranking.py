@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,11 +30,16 @@ from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
-from sfda_tune.selection.forecast import is_known
-from sfda_tune.selection.racing import RaceConfig, RaceResult, make_rungs, run
+from sfda_tune.selection.forecast import (
+    MODES,
+    is_known,
+    order_by_forecast,
+    simulate_forecast,
+)
+from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, some
+from sfda_tune.values.text import integer, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -55,8 +61,9 @@ def rank(
     dataset: Any,
     backbones: Any = "demo:*",
     *,
-    metric: Metric = "sfda",
+    metric: Metric = "forecast",
     variant: str | None = None,
+    train: str | None = None,
     samples: int | None = None,
     seed: int = 0,
     split: str | None = None,
@@ -76,9 +83,10 @@ def rank(
     top: int = 5,
     ensemble: int | None = None,
 ) -> Ranking:
-    """Rank backbones by how well their frozen features suit a labelled image data set.
+    """Rank backbones by what training on a labelled image data set will make of them.
 
-    Every candidate runs once over the images; no network is trained.
+    Every candidate runs once over the images; no network is trained. The score of its frozen
+    features and what is known of the network make the forecast (`sfda_tune.selection.forecast`).
 
     Parameters
     ----------
@@ -87,8 +95,12 @@ def rank(
     backbones : str, Backbone, mapping, or an iterable of these, default "demo:*"
         See `sfda_tune.backbones.specs`.
     metric, variant
-        See `score`; or several names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the weighted
-        mean of their ranks over the backbones. ``imagenet`` and ``params`` are priors.
+        "forecast", by default; or what `score` takes, to rank by that score alone; or several
+        names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the weighted mean of their ranks
+        over the backbones. ``imagenet`` and ``params`` are priors.
+    train : {"full", "head"}, optional
+        What the forecast is of: the fine-tuning of all weights (default), or a head on frozen
+        features.
     samples : int, optional
         Use a stratified sample of so many images.
     seed : int, default 0
@@ -128,8 +140,9 @@ def rank(
     -------
     Ranking
         Best first; failed backbones last, each with its error. A backbone that left a race has
-        its score on the images it saw, plus the median gain of those that finished, at most the
-        lowest of theirs; ``info["race"]`` has the stages and the forward passes saved.
+        its score on the images it saw, plus the median gain of those that finished (at most the
+        lowest of theirs, where the race was by score); ``info["race"]`` has the stages and the
+        forward passes saved.
 
     Raises
     ------
@@ -159,7 +172,19 @@ def rank(
         )
     store = open_store(None if cache is True else cache) if cache else None  # type: ignore
     candidates = resolve_backbones(backbones, plugins=plugins)
-    scorer = Scorer(metric, variant)  # after the plug-ins, which may have registered it
+    forecasts = isinstance(metric, str) and metric == "forecast"
+    require("train", train, f"one of {', '.join(MODES)}", train in (None, *MODES))
+    if train is not None and not forecasts:
+        raise ValueError(
+            f"`train` is for the metric 'forecast' but `metric` is {metric!r}; leave one out."
+        )
+    if variant is not None and forecasts:
+        raise ValueError(
+            f"`variant` belongs to the metric 'sfda' but `metric` is 'forecast' and `variant` "
+            f"{variant!r}; pass metric='sfda', or leave it out."
+        )
+    # after the plug-ins, which may have registered it
+    scorer = Scorer("sfda" if forecasts else metric, variant)
     if race and scorer.combined:
         raise ValueError(
             f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
@@ -188,7 +213,8 @@ def rank(
         run = _RankingRun(images, candidates, settings, store, map_fn, executor, scorer, copies)
         try:
             if race:
-                result = run.race(RaceConfig(top, seed=seed), bar)
+                judge = find_judge(candidates, train or "full") if forecasts else None
+                result = run.race(RaceConfig(top, seed=seed), bar, judge)
             else:
                 run.measure(candidates, None, bar, None if ensemble is None else run.seen)
         except KeyboardInterrupt:
@@ -231,9 +257,23 @@ def rank(
         None if run.rows is None else images.labels[run.rows],
         info,
     )
+    if forecasts:
+        ranking = order_by_forecast(ranking, train or "full")
     if interrupted:
         raise RankingInterruptedError(ranking)
     return ranking
+
+
+def find_judge(candidates: list[Backbone], train: str) -> Judge:
+    """Return what makes of scores of candidates the forecasts by which a race is decided."""
+    found = look_up_facts(backbone.spec for backbone in candidates)
+    facts = {backbone.name: found[backbone.spec] for backbone in candidates}
+    if is_known(facts):
+        for backbone in candidates:
+            if not math.isfinite(facts[backbone.name].gmacs):
+                size = dict(zip(("gmacs", "macts"), measure_cost(backbone), strict=True))
+                facts[backbone.name] = replace(facts[backbone.name], **size)
+    return partial(simulate_forecast, facts=facts, train=train)
 
 
 def add_sizes(scores: dict[str, Score], candidates: list[Backbone]) -> None:
@@ -346,7 +386,7 @@ class _RankingRun:
             error = "its images are not those of the other backbones; rank again"
             self.scores[name] = replace(self.scores[name], error=error)
 
-    def race(self, config: RaceConfig, bar: Any) -> RaceResult:
+    def race(self, config: RaceConfig, bar: Any, judge: Judge | None = None) -> RaceResult:
         """Score all candidates on few images, and ever fewer of them on more."""
         by_name = {backbone.name: backbone for backbone in self.candidates}
         past = dict.fromkeys(by_name, np.empty(0, np.int64))
@@ -367,9 +407,11 @@ class _RankingRun:
             return self.rows, good
 
         rungs = make_rungs(self.images, config.seed)
-        result = run(list(by_name), rungs, self.images.labels, measure, config)
+        result = run(list(by_name), rungs, self.images.labels, measure, config, judge)
         final = [
-            s.value for n, s in self.scores.items() if n not in result.dropped and s.error is None
+            s.value
+            for n, s in self.scores.items()
+            if judge is None and n not in result.dropped and s.error is None
         ]
         for name, out in result.dropped.items():
             value = min([out["value"] + out["gain"], *final])

@@ -26,8 +26,10 @@ from sfda_tune.report.run import Run, read_run
 from sfda_tune.selection.calibration import Calibration, Observation, calibrate
 from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
+from sfda_tune.selection.forecast import is_forecast
+from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.tables import listed
-from sfda_tune.selection.uncertainty import Confidence, find_confidence, shortlist
+from sfda_tune.selection.uncertainty import Confidence, shortlist
 from sfda_tune.values.files import write_text
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import describe_images, printable
@@ -97,7 +99,7 @@ def render(run: Run) -> str:
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
     script = (HERE / "report.js").read_text("utf-8")
-    sure = find_confidence(run.ranking)
+    sure = find_odds(run.ranking)
     return env.get_template("report.html.j2").render(
         run=run,
         search=run.search or {},
@@ -106,6 +108,7 @@ def render(run: Run) -> str:
         hashes=(_hash(style), _hash(script)),
         diagnostics=_diagnostics(run, sure),
         rows=_rows(run.ranking, sure),
+        ranked="forecast" if is_forecast(run.ranking) else "score",
         tradeoffs=_tradeoffs(run),
         course=_course(run),
         calibration=_calibration(run),
@@ -151,15 +154,25 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
 
 
 def _rows(ranking: Ranking, sure: Confidence | None) -> list[dict[str, Any]]:
-    """Return one row per scored backbone: `Ranking.records` and `Confidence.records`."""
+    """Return one row per scored backbone: `Ranking.records`, what it is ranked by, the odds."""
     known = {r["backbone"]: r for r in sure.records()} if sure else {}
     rows = []
     for r in ranking.records()[: len(ranking) - len(ranking.failed)]:
-        unknown = {"score_low": r["score"], "score_high": r["score"], "groups": ()}
-        rows.append(unknown | known.get(r["backbone"], {}) | r)
-        letters = (chr(96 + g) if g <= 26 else str(g) for g in rows[-1]["groups"])
+        value, odds = ranking[r["backbone"]], known.get(r["backbone"], {})
+        between = {"low": odds.get("score_low", value), "high": odds.get("score_high", value)}
+        odds = {k: odds[k] for k in ("rank_low", "rank_high", "p_best") if odds}
+        shown = [_in_figures(r["forecast"], v) for v in (value, *between.values())]
+        letters = (
+            chr(96 + g) if g <= 26 else str(g)
+            for g in known.get(r["backbone"], {}).get("groups", ())
+        )
+        rows.append(r | odds | between | {"value": value, "shown": shown, "sure": bool(odds)})
         rows[-1]["groups"] = " ".join(letters)
     return rows
+
+
+def _in_figures(forecast: float | None, value: float) -> str:
+    return f"{value:.4f}" if forecast is None else f"{value:+.2f}"
 
 
 def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
@@ -173,9 +186,11 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
     if search.get("decision"):
         found.append(("note", str(search["decision"])))
     if sure:
-        names = " or ".join(map(str, shortlist(sure)))
-        found.append(("note", f"Best by the score, with probability .95: {names}."))
-        for group in [g for g in sure.groups if len(g) > 1][:3]:  # the letters tell all
+        names, trained = " or ".join(map(str, shortlist(sure))), is_forecast(ranking)
+        by = "after training" if trained else "by the score"
+        found.append(("note", f"Best {by}, with probability .95: {names}."))
+        groups = [] if trained else [g for g in sure.groups if len(g) > 1]
+        for group in groups[:3]:  # the letters tell all
             found.append(("note", f"Not told apart by these images: {listed(group, 8)}"))
     elif len(ranking) > len(ranking.failed):
         text = "How certain the order is cannot be told: the scores are no means over images."
@@ -209,13 +224,14 @@ def _costs(run: Run, key: str) -> dict[str, float]:
 def _tradeoffs(run: Run) -> list[dict[str, Any]]:
     """Set score against cost; a mark is (x, y, kind, label, what it is)."""
     charts, scores = [], run.ranking
+    by = 1.0 if is_forecast(scores) else None
     rank = {name: i for i, name in enumerate(scores, 1)}
     for key, label, more in COSTS:
         costs = _costs(run, key)
         x, y = Axis.over(costs.values(), log=True), Axis.over(scores[n] for n in costs)
         at = {n: (x.at(cost), y.at(scores[n])) for n, cost in costs.items()}
         text = {
-            n: f"{n}: {scores[n]:.4f}, {shorten(float(f'{c:.4g}'))} {label}"
+            n: f"{n}: {_in_figures(by, scores[n])}, {shorten(float(f'{c:.4g}'))} {label}"
             for n, c in costs.items()
         }
         front = find_front(scores, costs, maximize=more)
@@ -331,7 +347,7 @@ def _command(run: Run) -> str:
         metric = re.fullmatch(r"(\w+)(?: \((\w+)\))?", run.ranking.metric)
         options = {"dataset": info.get("dataset"), "samples": info.get("samples")}
         options |= {"seed": info.get("seed"), "metric": metric and metric[1]}
-        options |= {"variant": metric and metric[2]}
+        options |= {"train" if is_forecast(run.ranking) else "variant": metric and metric[2]}
         specs = [str(s.details.get("spec") or s.backbone) for s in run.ranking.scores]
     else:
         specs = options.pop("backbones", run.search.get("candidates"))

@@ -66,18 +66,18 @@ def find_front(
 
 
 def plot_ranking(ranking: Mapping[str, float], *, top: int = 30, ax: Axes | None = None) -> Axes:
-    """Draw the `top` scores, with 90 % intervals where the metric is a mean over images.
+    """Draw the `top` scores, with 90 % intervals where the ranking knows them.
 
     `ranking` is a `Ranking`, or a mapping of str to float, then without intervals.
     """
-    from sfda_tune.selection.uncertainty import find_confidence
+    from sfda_tune.selection.odds import find_odds
 
     order = sorted((n for n in ranking if math.isfinite(ranking[n])), key=lambda n: -ranking[n])
     names = order[:top][::-1]
     ax = _axes(ax, 1.2 + 0.28 * len(names))
     values, places = np.array([ranking[name] for name in names]), np.arange(len(names))
     xerr = None
-    if isinstance(ranking, Ranking) and (c := find_confidence(ranking)):
+    if isinstance(ranking, Ranking) and (c := find_odds(ranking)):
         between = dict(zip(c.names, c.score_interval, strict=True))
         ends = np.array([between.get(n, (ranking[n],) * 2) for n in names])
         xerr = np.abs(ends - values[:, None]).T

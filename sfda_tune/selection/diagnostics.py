@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import rankdata
 
+from sfda_tune.selection.forecast import find_evidence
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import some
@@ -66,6 +67,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     ...     print(finding)
     warning: 2 backbones have the score 0.5 exactly: a, b; use another metric to tell them apart.
     """
+    ranking = find_evidence(ranking)
     scores = [s for s in ranking.scores if s.error is None]
     checks = {
         "failed": _failed(ranking),

@@ -14,7 +14,7 @@ u           what fine-tuning reaches, as normal scores among these backbones    
 ==========  ==========================================================================  ==========
 
 The model, whose few coefficients `tests/benchmarks/forecast.py` fits to public fine-tunings
-(``forecast.json``)::
+(``forecast.json``; those of ``train="head"``, where the network stays as it is, to frozen ones)::
 
     u_k = w_E E'_k + w_G G'_k + w_A A'_k + γ z_k + σ ε_k,         ε_k ~ N(0, 1)
     x'_k = (x_k − x̄)/√(v + s²)       v: variance among the backbones; s: what makes no difference
@@ -23,6 +23,9 @@ The model, whose few coefficients `tests/benchmarks/forecast.py` fits to public 
 so that a tenth of a percent of ImageNet accuracy counts for little, and a network that no table
 knows is judged by its images. Draws of z (of the scores, by resampled images) and of ε make draws
 of u, of which all odds are counted: they speak of the error of the score and of that of the model.
+
+`rank` orders by it: `order_by_forecast` makes of a `Ranking` by a score one by the mean of u, and
+`find_evidence` gives the first one back.
 """
 
 from __future__ import annotations
@@ -41,24 +44,25 @@ from scipy.stats import rankdata
 
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.selection.calibration import scores_by_name
-from sfda_tune.selection.uncertainty import find_confidence
-from sfda_tune.values.features import read_only
+from sfda_tune.selection.uncertainty import Confidence, count_places, find_confidence, find_groups
+from sfda_tune.values.features import Score, read_only
 from sfda_tune.values.files import read_text
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, require
 
 __all__ = [
-    "Forecast", "find_facts", "forecast", "is_known", "normal_scores", "scale_facts",
-    "table_facts",
+    "MODES", "Forecast", "find_evidence", "find_facts", "forecast", "is_forecast", "is_known",
+    "normal_scores", "order_by_forecast", "scale_facts", "simulate_forecast", "table_facts",
 ]  # fmt: skip
 
+MODES = ("full", "head")  # what will be trained: all weights, or a head on what stays as it is
 N_DRAWS = 4000
 COLUMNS = {"error": "ImageNet", "gmacs": "GMACs", "macts": "activations"}
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What fine-tuning all weights will reach, relative to the other candidates.
+    """What training will reach, relative to the other candidates.
 
     Parameters
     ----------
@@ -66,6 +70,8 @@ class Forecast:
         Best first.
     mean, sd : array of float64, shape (n,)
         Of u: 0 is the middle of the candidates, 1 a standard deviation above it.
+    error : array of float64, shape (n,)
+        The part of `sd` that is owed to the choice of the images and to facts that are not known.
     parts : dict of str to array (n,)
         What ImageNet accuracy, GMACs, activations and the images contribute to `mean`.
     draws : array of float64, shape (n_draws, n)
@@ -76,12 +82,13 @@ class Forecast:
     names: tuple[str, ...]
     mean: np.ndarray
     sd: np.ndarray
+    error: np.ndarray
     parts: dict[str, np.ndarray]
     draws: np.ndarray
     level: float
 
     def __post_init__(self) -> None:
-        for name in ("mean", "sd", "draws"):
+        for name in ("mean", "sd", "error", "draws"):
             object.__setattr__(self, name, read_only(np.asarray(getattr(self, name))))
 
     @property
@@ -111,6 +118,34 @@ class Forecast:
         order = sorted(best, key=lambda name: -best[name])
         sums = np.cumsum([best[name] for name in order])
         return order[: 1 + int((sums < probability - 1e-9).sum())]
+
+    def confidence(self) -> Confidence:
+        """Return the odds in the form of those of a score; `plausible` gives `shortlist`.
+
+        Two are told apart where one is above the other with probability (1 + level)/2.
+        """
+        n, below = len(self.names), np.empty((len(self.names), len(self.names)))
+        for i, column in enumerate(self.draws.T):
+            below[i] = (self.draws < column[:, None]).mean(axis=0)
+        separable = np.maximum(below, below.T) >= (1 + self.level) / 2
+        in_top, ends = count_places(self.draws), [(1 - self.level) / 2, (1 + self.level) / 2]
+        order = np.argsort(-in_top[:, 0], kind="stable")
+        before = np.empty(n)
+        before[order] = np.cumsum(in_top[order, 0]) - in_top[order, 0]
+        return Confidence(
+            self.names,
+            self.mean,
+            np.quantile(self.draws, ends, axis=0).T,
+            self.rank_interval,
+            in_top,
+            np.clip(1 - before, 0.0, 1.0),
+            separable,
+            tuple(self.names[a:b] for a, b in find_groups(separable)),
+            self.draws,
+            self.draws,
+            self.level,
+            len(self.draws),
+        )
 
     def explain(self, name: str) -> str:
         """Say what makes the forecast of a backbone.
@@ -152,6 +187,7 @@ class Forecast:
 def forecast(
     scores: Mapping[str, float],
     *,
+    train: str = "full",
     facts: Mapping[str, Facts] | None = None,
     resamples: np.ndarray | None = None,
     n_draws: int = N_DRAWS,
@@ -159,7 +195,7 @@ def forecast(
     level: float = 0.9,
     coefficients: Mapping[str, Any] | None = None,
 ) -> Forecast:
-    """Forecast which backbones are best after all of their weights were fine-tuned.
+    """Forecast which backbones are best once they were trained on these images.
 
     **When it is wrong.** The order of the images counts for a third; where a data set is far from
     photos and the networks are of one age and size, trust the images, or trials, more. It was
@@ -169,7 +205,10 @@ def forecast(
     ----------
     scores : Ranking or mapping of str to float
         Of the frozen features, higher is better; backbones that failed are left out. The resampled
-        images of a `Ranking` make the error of the scores.
+        images of a `Ranking` make the error of the scores; of one by a forecast, the scores behind
+        it are taken.
+    train : {"full", "head"}, default "full"
+        What will be trained: all weights, or a head on frozen features.
     facts : mapping of str to Facts, optional
         What is known of the networks; by default as `find_facts` finds it.
     resamples : array of shape (R, n), optional
@@ -193,6 +232,9 @@ def forecast(
     """
     n_draws, seed = integer("n_draws", n_draws, 2), integer("seed", seed, 0)
     require("level", level, "in (0, 1)", is_number(level) and 0 < level < 1)
+    require("train", train, f"one of {', '.join(MODES)}", train in MODES)
+    if isinstance(scores, Ranking):
+        scores = find_evidence(scores)
     by_name = scores_by_name(scores, "scores")
     scores = scores if isinstance(scores, Ranking) else by_name
     names = sorted(name for name, value in scores.items() if math.isfinite(value))
@@ -206,24 +248,108 @@ def forecast(
     Z, rng = _draw_scores(scores, names, z, resamples, n_draws, seed)
     known = find_facts(scores) if facts is None else facts
     x = table_facts([known.get(name, Facts()) for name in names])
-    fixed, spread, slope = scale_facts(x, of["scales"], of["correlations"], z)
-    w = np.array([of["full"][key] for key in COLUMNS])[:, None]
-    noise = np.sqrt(np.square(w * spread).sum(axis=0) + of["full"]["residual"] ** 2)
-    gamma = of["full"]["images"]
-    mean = (w * fixed).sum(axis=0) + gamma * z
-    draws = noise * rng.standard_normal((n_draws, len(names)))
-    draws += mean + (gamma + (w * slope).sum(axis=0)) * (Z - z)
+    mean, slope, spread, parts = _expect(x, z, of, train)
+    shift = slope * (Z - z) + np.zeros((n_draws, 1))
+    residual = of[train]["residual"]
+    draws = mean + shift + np.hypot(spread, residual) * rng.standard_normal(shift.shape)
     order = sorted(range(len(names)), key=lambda k: (-mean[k], names[k]))
-    parts = dict(zip(COLUMNS.values(), np.where(slope == 0, w * fixed, 0.0), strict=True))
-    parts["images"] = mean - sum(parts.values())  # also what they say of facts that are not known
     return Forecast(
         tuple(names[k] for k in order),
         mean[order],
         draws.std(axis=0)[order],
+        np.hypot(shift.std(axis=0), spread)[order],
         {what: part[order] for what, part in parts.items() if part.any()},
         draws[:, order],
         float(level),
     )
+
+
+def simulate_forecast(
+    names: list[str], S: np.ndarray, facts: Mapping[str, Facts], train: str = "full"
+) -> np.ndarray:
+    """Return the mean of u (R, n) for each row of scores `S` (R, n): what orders a full run."""
+    z = normal_scores(S.mean(axis=0))
+    x = table_facts([facts.get(name, Facts()) for name in names])
+    mean, slope, _, _ = _expect(x, z, read_coefficients(), train)
+    return mean + slope * (normal_scores(S) - z)
+
+
+def _expect(
+    x: np.ndarray, z: np.ndarray, of: Mapping[str, Any], train: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Return mean, slope in z, spread by unknown facts, and the parts of the mean, each (n,)."""
+    fixed, spread, slope = scale_facts(x, of["scales"], of["correlations"], z)
+    w = np.array([of[train][key] for key in COLUMNS])[:, None]
+    gamma = of[train]["images"]
+    mean = (w * fixed).sum(axis=0) + gamma * z
+    parts = dict(zip(COLUMNS.values(), np.where(slope == 0, w * fixed, 0.0), strict=True))
+    parts["images"] = mean - sum(parts.values())  # also what they say of facts that are not known
+    width = np.sqrt(np.square(w * spread).sum(axis=0))
+    return mean, gamma + (w * slope).sum(axis=0), width, parts
+
+
+def is_forecast(ranking: Ranking) -> bool:
+    """Whether a ranking was ordered by `order_by_forecast`."""
+    return ranking.metric.startswith("forecast (") and "evidence" in ranking.info
+
+
+def order_by_forecast(ranking: Ranking, train: str = "full") -> Ranking:
+    """Return a ranking by the mean of u, of one by a score.
+
+    Each score keeps ``details["evidence"]``, its value so far, and ``details["forecast"]``: sd,
+    ranks, P(best) and why; ``info["evidence"]`` and ``info["train"]`` say of what it was made.
+
+    >>> from sfda_tune.values.features import Score
+    >>> pair = [Score("resnet18.a1_in1k", 0.72), Score("resnet152.a1_in1k", 0.71)]
+    >>> found = order_by_forecast(Ranking(pair, "sfda (loo)"))
+    >>> found.shortlist(1), find_evidence(found).shortlist(1)
+    (['resnet152.a1_in1k'], ['resnet18.a1_in1k'])
+    """
+    if is_forecast(ranking):
+        ranking = find_evidence(ranking)
+    info = {**ranking.info, "evidence": ranking.metric, "train": train}
+    scores, metric = ranking.scores, f"forecast ({train})"
+    if any(s.error is None for s in scores):
+        f = forecast(ranking, train=train)
+        of = {
+            r.pop("backbone"): (r.pop("mean"), {**r, "error": float(error)})
+            for r, error in zip(f.records(), f.error, strict=True)
+        }
+        scores = tuple(
+            s if s.error is not None else _with_forecast(s, *of[s.backbone]) for s in scores
+        )
+    return Ranking(scores, metric, ranking.labels, info)
+
+
+def _with_forecast(score: Score, mean: float, about: Mapping[str, Any]) -> Score:
+    details = {**score.details, "evidence": score.value, "forecast": about}
+    return replace(score, value=mean, details=details)
+
+
+def find_evidence(ranking: Ranking) -> Ranking:
+    """Return the ranking by the score that is behind one by a forecast; any other as it is."""
+    if not is_forecast(ranking):
+        return ranking
+    info = dict(ranking.info)
+    metric, _ = info.pop("evidence"), info.pop("train")
+    return Ranking(
+        tuple(
+            s
+            if s.error is not None
+            else replace(
+                s,
+                value=s.details["evidence"],
+                details={k: v for k, v in s.details.items() if k not in _ADDED},
+            )
+            for s in ranking.scores
+        ),
+        metric,
+        ranking.labels,
+        info,
+    )
+
+
+_ADDED = ("evidence", "forecast")
 
 
 def normal_scores(values: np.ndarray) -> np.ndarray:

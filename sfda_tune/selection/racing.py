@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -55,6 +55,9 @@ __all__ = ["RaceConfig", "RaceResult", "make_rungs", "run", "simulate"]
 
 FIRST = 16  # the first rung is 1/16 of the images,
 PER_CLASS = 3  # or so many images for each class
+
+
+Judge: TypeAlias = Callable[[list[str], np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,13 @@ def run(
     labels: np.ndarray,
     measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray]]],
     config: RaceConfig,
+    judge: Judge | None = None,
 ) -> RaceResult:
     """Score `names` on the rungs of `make_rungs`, fewer of them on each.
 
     ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read and,
-    for each backbone that could be scored, their contributions.
+    for each backbone that could be scored, their contributions. ``judge(names, scores)`` makes of
+    scores (R, n) what the top is a top of; by default they are it.
 
     >>> rng = np.random.default_rng(0)
     >>> terms = dict(zip("abcd", rng.normal(size=(4, 800)) + [[1.0], [0.9], [0.1], [0.0]]))
@@ -146,7 +151,8 @@ def run(
         out: dict[str, float] = {}
         if len(values) > 1 and len(rows) < N and len(terms) > config.top:
             gains = {name: v - values[-2].get(name, v) for name, v in values[-1].items()}
-            known, in_top = simulate(terms, gains, labels[readable], N, config)
+            gone = {name: left["value"] for name, left in dropped.items()}
+            known, in_top = simulate(terms, gains, labels[readable], N, config, judge, gone)
             out = _losers(known, in_top, config.threshold)
         for name, p in out.items():
             stay = {"images": len(rows), "p_top": p, "value": values[-1][name]}
@@ -166,11 +172,14 @@ def simulate(
     labels: np.ndarray,
     N: int,
     config: RaceConfig,
+    judge: Judge | None = None,
+    gone: Mapping[str, float] | None = None,
 ) -> tuple[list[str], np.ndarray]:
     """Return names, and who is among the final k best in each simulation, (R, n).
 
     From the contributions of the images so far, (m,) for each backbone, and from the `gains` that
-    the last doubling of the images has brought; see the module for the formula.
+    the last doubling of the images has brought; see the module for the formula, `run` for `judge`.
+    `gone` are the last scores of those that left.
     """
     c = bootstrap({name: per_sample[name] for name in gains}, labels, seed=config.seed)
     m, names = len(labels), list(map(str, c.names))
@@ -179,6 +188,9 @@ def simulate(
     tau = float(np.std([gains[name] for name in names], ddof=1))
     final = m / N * c.score + (1 - m / N) * (c.draws + math.sqrt(m / (N - m)) * error)
     final += tau * math.sqrt(math.log2(N / m)) * rng.standard_normal(error.shape)
+    if judge is not None:
+        left = np.tile(np.array(list((gone or {}).values()), np.float64), (len(final), 1))
+        final = judge([*names, *(gone or {})], np.hstack([final, left]))[:, : len(names)]
     kth_best = np.partition(final, -config.top, axis=1)[:, -config.top, None]
     return names, final >= kth_best
 

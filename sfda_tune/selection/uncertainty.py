@@ -37,8 +37,8 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, some
 
 __all__ = [
-    "Confidence", "bootstrap", "confidence", "find_confidence", "find_plausible", "shortlist",
-    "shrink",
+    "Confidence", "bootstrap", "confidence", "count_places", "find_confidence", "find_groups",
+    "find_plausible", "shortlist", "shrink",
 ]  # fmt: skip
 
 Name: TypeAlias = str | int
@@ -101,9 +101,9 @@ class Confidence(Value):
     @property
     def best(self) -> dict[Name, float]:
         """P(best) of each backbone; sums to 1."""
-        return self.probability_in_top(1)
+        return self.probabilitycount_places(1)
 
-    def probability_in_top(self, k: int) -> dict[Name, float]:
+    def probabilitycount_places(self, k: int) -> dict[Name, float]:
         """Return P(among the top `k`) of each backbone, in rank order; sums to `k`.
 
         Raises
@@ -272,7 +272,7 @@ def bootstrap(
     >>> c = bootstrap(scores, labels)
     >>> c.groups, c.rank_interval.tolist()
     ((('resnet', 'vit'), ('alexnet',)), [[1, 2], [1, 2], [3, 3]])
-    >>> c.probability_in_top(2)["alexnet"]
+    >>> c.probabilitycount_places(2)["alexnet"]
     0.0
     """
     names, X = _rows(per_sample)
@@ -563,7 +563,7 @@ def _bootstrap(
         score,
         np.stack([np.minimum(low, score), np.maximum(high, score)], axis=1),
         np.stack(rank_interval, axis=1),
-        _in_top(draws)[:, :k],
+        count_places(draws)[:, :k],
         pairs.plausible,
         separable,
         tuple(names[a:b] for a, b in find_groups(separable)),
@@ -670,7 +670,7 @@ def _for_many(t: float, dof: int | None, n_resamples: int) -> float:
     return float(norm.isf(student.sf(t, nu))) if 0 < t < 30 else t
 
 
-def _in_top(M: np.ndarray) -> np.ndarray:
+def count_places(M: np.ndarray) -> np.ndarray:
     """Return P(in top j) (n, n); t tied ones at places a … b each get 1/t of every place."""
     R, n = M.shape
     first = rankdata(-M, method="min", axis=1).astype(np.int64) - 1  # a

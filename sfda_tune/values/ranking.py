@@ -39,8 +39,15 @@ __all__ = ["Ranking"]
 
 FORMAT = "sfda_tune.ranking/1"
 # What `records` hold, and what people read above them
-_COLUMNS = ("rank", "backbone", "score", "n_dims", "n_params", "images_per_second", "note")
-HEADINGS = ("rank", "backbone", "score", "width", "params", "images/s", "note")
+_COLUMNS = (
+    "rank", "backbone", "forecast", "rank_low", "rank_high", "p_best", "score", "n_dims",
+    "n_params", "images_per_second", "why", "note",
+)  # fmt: skip
+HEADINGS = (
+    "rank", "backbone", "forecast", "90% ranks", "P(best)", "score", "width", "params",
+    "images/s", "because of", "note",
+)  # fmt: skip
+_OF_FORECAST = ("forecast", "90% ranks", "P(best)", "because of")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +138,9 @@ class Ranking(Value, Mapping[str, float]):
         k : int, optional
             So many (fewer if fewer could be scored).
         probability : float in (0, 1], optional
-            All but those that the images rule out: the best one is among them with this
-            probability, however close they are (`sfda_tune.selection.uncertainty.shortlist`); the
-            metric must be a mean over images.
+            So many that the best one is among them with this probability: by the forecast the
+            best after training, otherwise the best by score, however close they are
+            (`sfda_tune.selection.uncertainty.shortlist`; it must be a mean over images).
 
         Raises
         ------
@@ -147,26 +154,19 @@ class Ranking(Value, Mapping[str, float]):
             )
         if probability is not None:
             # by its name, when it is asked for: values import nothing that lies above them
-            judge = importlib.import_module("sfda_tune.selection.uncertainty")
-            return [str(name) for name in judge.shortlist(judge.confidence(self), probability)]
+            odds = importlib.import_module("sfda_tune.selection.odds").judge(self)
+            list_best = importlib.import_module("sfda_tune.selection.uncertainty").shortlist
+            return [str(name) for name in list_best(odds, probability)]
         k = integer("k", k, 1)
         return [s.backbone for s in self.scores if s.error is None][:k]
 
     # Written and read -----------------------------------------------------------------------
     def records(self) -> list[dict[str, Any]]:
-        """Return one flat record per backbone, in rank order: what tables and CSV files show."""
-        return [
-            {
-                "rank": None if s.error else rank,
-                "backbone": s.backbone,
-                "score": None if s.error else s.value,
-                "n_dims": s.n_dims or None,
-                "n_params": s.details.get("n_params"),
-                "images_per_second": s.details.get("images_per_second"),
-                "note": s.error or str(s.details.get("note", "")),
-            }
-            for rank, s in enumerate(self.scores, 1)
-        ]
+        """Return one flat record per backbone, in rank order: what tables and CSV files show.
+
+        `forecast`, its 90 % ranks, P(best) and why are None in a ranking by a score alone.
+        """
+        return [_record(rank, s) for rank, s in enumerate(self.scores, 1)]
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the ranking as strict JSON text; if `path` is given, write it there atomically.
@@ -258,25 +258,21 @@ class Ranking(Value, Mapping[str, float]):
         pd = import_optional("pandas", advice)
         return pd.DataFrame.from_records(self.records(), columns=list(_COLUMNS))
 
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """What people read above `cells`."""
+        of_forecast = any("forecast" in s.details for s in self.scores)
+        return tuple(h for h in HEADINGS if of_forecast or h not in _OF_FORECAST)
+
     def cells(self) -> list[tuple[str, ...]]:
         """Return `records` formatted for people: one tuple of printable texts per backbone."""
-        return [
-            (
-                "–" if r["rank"] is None else str(r["rank"]),
-                printable(r["backbone"]),
-                "failed" if r["score"] is None else f"{r['score']:.4f}",
-                "" if r["n_dims"] is None else str(r["n_dims"]),
-                "" if r["n_params"] is None else format_count(r["n_params"]),
-                "" if r["images_per_second"] is None else f"{r['images_per_second']:.0f}",
-                printable(r["note"]),
-            )
-            for r in self.records()
-        ]
+        rows = [dict(zip(HEADINGS, _cells(r), strict=True)) for r in self.records()]
+        return [tuple(row[heading] for heading in self.headings) for row in rows]
 
     def __repr__(self) -> str:
-        rows = [HEADINGS, *self.cells()]
+        rows = [self.headings, *self.cells()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = {1, 6}  # names and notes; numbers are aligned to the right
+        left = {k for k, name in enumerate(rows[0]) if name in ("backbone", "because of", "note")}
         lines = [
             "  ".join(
                 cell.ljust(width) if k in left else cell.rjust(width)
@@ -287,7 +283,7 @@ class Ranking(Value, Mapping[str, float]):
         return "\n".join([self._title(), *lines])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(h)}</th>" for h in HEADINGS)
+        head = "".join(f"<th>{escape(h)}</th>" for h in self.headings)
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
             for row in self.cells()
@@ -307,6 +303,42 @@ class Ranking(Value, Mapping[str, float]):
         if n_samples:
             parts.append(f"{n_samples} images")
         return f"Ranking by {printable(self.metric) or 'score'} ({', '.join(parts)})"
+
+
+def _record(rank: int, s: Score) -> dict[str, Any]:
+    odds = {} if s.error else s.details.get("forecast") or {}
+    score = s.details.get("evidence", s.value) if odds else s.value
+    return {
+        "rank": None if s.error else rank,
+        "backbone": s.backbone,
+        "forecast": s.value if odds else None,
+        "rank_low": odds.get("rank_low"),
+        "rank_high": odds.get("rank_high"),
+        "p_best": odds.get("p_best"),
+        "score": None if s.error else score,
+        "n_dims": s.n_dims or None,
+        "n_params": s.details.get("n_params"),
+        "images_per_second": s.details.get("images_per_second"),
+        "why": odds.get("why"),
+        "note": s.error or str(s.details.get("note", "")),
+    }
+
+
+def _cells(r: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = r["rank_low"], r["rank_high"]
+    return (
+        "–" if r["rank"] is None else str(r["rank"]),
+        printable(r["backbone"]),
+        "" if r["forecast"] is None else f"{r['forecast']:+.2f}",
+        "" if low is None else f"{low}" if low == high else f"{low}–{high}",
+        "" if r["p_best"] is None else f"{r['p_best']:.2f}",
+        "failed" if r["score"] is None else f"{r['score']:.4f}",
+        "" if r["n_dims"] is None else str(r["n_dims"]),
+        "" if r["n_params"] is None else format_count(r["n_params"]),
+        "" if r["images_per_second"] is None else f"{r['images_per_second']:.0f}",
+        printable(r["why"] or ""),
+        printable(r["note"]),
+    )
 
 
 def _plain(value: Any) -> Any:
