@@ -35,13 +35,14 @@ def rank(
         ),
     ] = None,
     metric: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="`forecast` of what training will reach; or a score of the frozen features to "
             "rank by alone, `sfda`, or several, whose ranks are averaged: `sfda+imagenet`, "
-            "`2*sfda+knn`. `imagenet` (published accuracy) and `params` look at no image."
+            "`2*sfda+knn`. `imagenet` (published accuracy) and `params` look at no image. "
+            "Default: forecast."
         ),
-    ] = "forecast",
+    ] = None,
     train: Annotated[
         str | None,
         typer.Option(

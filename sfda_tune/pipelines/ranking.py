@@ -61,7 +61,7 @@ def rank(
     dataset: Any,
     backbones: Any = "demo:*",
     *,
-    metric: Metric = "forecast",
+    metric: Metric | None = None,
     variant: str | None = None,
     train: str | None = None,
     samples: int | None = None,
@@ -95,8 +95,8 @@ def rank(
     backbones : str, Backbone, mapping, or an iterable of these, default "demo:*"
         See `sfda_tune.backbones.specs`.
     metric, variant
-        "forecast", by default; or what `score` takes, to rank by that score alone; or several
-        names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the weighted mean of their ranks
+        "forecast", by default ("sfda", if a `variant` is named); or what `score` takes, to rank
+        by that score alone; or several names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the weighted mean of their ranks
         over the backbones. ``imagenet`` and ``params`` are priors.
     train : {"full", "head"}, optional
         What the forecast is of: the fine-tuning of all weights (default), or a head on frozen
@@ -172,6 +172,8 @@ def rank(
         )
     store = open_store(None if cache is True else cache) if cache else None  # type: ignore
     candidates = resolve_backbones(backbones, plugins=plugins)
+    if metric is None:
+        metric = "forecast" if variant is None else "sfda"
     forecasts = isinstance(metric, str) and metric == "forecast"
     require("train", train, f"one of {', '.join(MODES)}", train in (None, *MODES))
     if train is not None and not forecasts:

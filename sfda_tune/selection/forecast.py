@@ -44,7 +44,13 @@ from scipy.stats import rankdata
 
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.selection.calibration import scores_by_name
-from sfda_tune.selection.uncertainty import Confidence, count_places, find_confidence, find_groups
+from sfda_tune.selection.uncertainty import (
+    Confidence,
+    count_places,
+    find_confidence,
+    find_groups,
+    shortlist,
+)
 from sfda_tune.values.features import Score, read_only
 from sfda_tune.values.files import read_text
 from sfda_tune.values.ranking import Ranking
@@ -106,28 +112,26 @@ class Forecast:
         return np.quantile(ranks, ends, axis=0, method="nearest").astype(np.int64).T
 
     def shortlist(self, probability: float = 0.95) -> list[str]:
-        """Return the fewest backbones of which one is the best with this probability.
+        """Return the few backbones of which one is the best with this probability.
+
+        The first, and the most probable ones until their P(best) adds up to it.
 
         >>> f = forecast({"a": 0.1, "b": 0.5, "c": 0.9, "d": 0.91})
         >>> f.shortlist(0.1), len(f.shortlist(1.0))
         (['d'], 4)
         """
-        inside = is_number(probability) and 0 < probability <= 1
-        require("probability", probability, "in (0, 1]", inside)
-        best = self.best
-        order = sorted(best, key=lambda name: -best[name])
-        sums = np.cumsum([best[name] for name in order])
-        return order[: 1 + int((sums < probability - 1e-9).sum())]
+        return [str(name) for name in shortlist(self.confidence(), probability)]
 
     def confidence(self) -> Confidence:
         """Return the odds in the form of those of a score; `plausible` gives `shortlist`.
 
-        Two are told apart where one is above the other with probability (1 + level)/2.
+        Two are told apart where their means differ by more than Φ⁻¹((1 + level)/2) standard
+        deviations of the difference.
         """
-        n, below = len(self.names), np.empty((len(self.names), len(self.names)))
-        for i, column in enumerate(self.draws.T):
-            below[i] = (self.draws < column[:, None]).mean(axis=0)
-        separable = np.maximum(below, below.T) >= (1 + self.level) / 2
+        n, cov = len(self.names), np.atleast_2d(np.cov(self.draws, rowvar=False))
+        var = np.diag(cov)[:, None] + np.diag(cov) - 2 * cov
+        apart = np.abs(self.mean[:, None] - self.mean)
+        separable = apart > ndtri((1 + self.level) / 2) * np.sqrt(var.clip(0.0))
         in_top, ends = count_places(self.draws), [(1 - self.level) / 2, (1 + self.level) / 2]
         order = np.argsort(-in_top[:, 0], kind="stable")
         before = np.empty(n)
@@ -290,7 +294,12 @@ def _expect(
 
 def is_forecast(ranking: Ranking) -> bool:
     """Whether a ranking was ordered by `order_by_forecast`."""
-    return ranking.metric.startswith("forecast (") and "evidence" in ranking.info
+    train = ranking.info.get("train")
+    return (
+        train in MODES
+        and ranking.metric == f"forecast ({train})"
+        and all("evidence" in s.details for s in ranking.scores if s.error is None)
+    )
 
 
 def order_by_forecast(ranking: Ranking, train: str = "full") -> Ranking:
@@ -331,7 +340,7 @@ def find_evidence(ranking: Ranking) -> Ranking:
     if not is_forecast(ranking):
         return ranking
     info = dict(ranking.info)
-    metric, _ = info.pop("evidence"), info.pop("train")
+    metric, _ = str(info.pop("evidence", "score")), info.pop("train")
     return Ranking(
         tuple(
             s

@@ -32,6 +32,8 @@ RANKING: dict[Any, Any] = {
         "several_classes?": ([{"image": str, "classes": [str]}], None),
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
+        "evidence?": str,
+        "train?": str,
     },
     "scores": [
         {
@@ -49,6 +51,13 @@ RANKING: dict[Any, Any] = {
                 "peak_batch?": COUNT,
                 "input_size?": ([AtLeast(1, int)], None),
                 "standard_error?": COUNT,
+                "evidence?": float,
+                "forecast?": {
+                    "rank_low": AtLeast(1, int),
+                    "rank_high": AtLeast(1, int),
+                    "p_best": AtLeast(0),
+                    "why": str,
+                },
                 "lambda?": (float, None, str, [object], {str: object}),
             },
         }

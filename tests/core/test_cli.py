@@ -71,7 +71,16 @@ def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_p
     arguments = [photos, "--backbones", toy_zoo, *RANK]
     out = cli("rank", *arguments, "--out", tmp_path / "r.json")
     assert "my photos: 36 images, 3 classes" in out
-    for word in ("rank", "backbone", "score", "width", "params", "images/s", "note"):
+    for word in (
+        "rank",
+        "backbone",
+        "forecast",
+        "P(best)",
+        "score",
+        "width",
+        "params",
+        "images/s",
+    ):
         assert word in out
     ranking = Ranking.from_json(tmp_path / "r.json")
     assert [line.split("│")[2].strip() for line in out.splitlines() if "│ " in line] == [*ranking]
@@ -283,8 +292,10 @@ def test_a_narrow_terminal_keeps_names_and_scores(
     text = os.read(ours, 100_000).decode()
     for name in ("convnext", "efficientnet", "resnet", "vit"):
         assert name in text
-    assert len(re.findall(r"\b[01]\.\d{4}\b", text)) == 4
-    assert ("images/s" in text) is (columns == 100)
+    assert len(re.findall(r"[+-]\d\.\d\d\b", text)) == 4  # the forecasts
+    assert ("P(best)" in text) is (columns >= 60)
+    assert ("score" in text.split("┡")[0]) is (columns == 100)
+    assert "No room for: " in (tmp_path / "err").read_text()
 
 
 def test_a_script_without_main_guard_works_where_processes_are_spawned(

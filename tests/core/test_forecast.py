@@ -10,11 +10,21 @@ import pytest
 from sfda_tune import Ranking, Score, forecast
 from sfda_tune.backbones.loading import measure_cost
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.cli.terminal import show_forecast
+from sfda_tune.cli.terminal import show_ranking
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.pipelines import ranking as pipeline
 from sfda_tune.selection.evaluation import weighted_tau
-from sfda_tune.selection.forecast import COLUMNS, normal_scores, read_coefficients
+from sfda_tune.selection.forecast import (
+    COLUMNS,
+    find_evidence,
+    is_forecast,
+    normal_scores,
+    order_by_forecast,
+    read_coefficients,
+    simulate_forecast,
+)
+from sfda_tune.selection.odds import find_odds, judge
+from sfda_tune.selection.racing import RaceConfig, run
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NAMES = ["resnet18.a1_in1k", "resnet50.a1_in1k", "resnet101.a1_in1k", "resnet152.a1_in1k"]
@@ -181,22 +191,114 @@ def test_sizes_are_those_of_timms_tables():
         assert macts == pytest.approx(fact.macts, abs=0.02)
 
 
-def test_the_command_line_says_which_will_be_best_after_training(capsys):
+def a_ranking(n_images=60, metric="sfda (loo)", names=NAMES, spread=0.0):
+    terms = np.random.default_rng(0).normal(size=(len(names), n_images))
+    terms += spread * np.arange(len(names))[:, None]
+    scores = tuple(Score(n, t.mean(), t) for n, t in zip(names, terms, strict=True))
+    info = {"dataset": "photos", "n_samples": n_images, "n_classes": 3, "device": "cpu"}
+    info["seconds"] = dict.fromkeys(
+        ("total", "decode", "decode_work", "forward", "load", "score"), 0.0
+    )
+    return Ranking(
+        (*scores, Score("broken", error="OSError: gone")), metric, np.arange(n_images) % 3, info
+    )
+
+
+def test_a_ranking_is_ordered_by_the_forecast_and_gives_its_scores_back():
+    ranking = a_ranking()
+    found = order_by_forecast(ranking)
+    f = forecast(ranking)
+    assert found.shortlist(9) == list(f.names) != ranking.shortlist(9)
+    assert [found[name] for name in f.names] == f.mean.tolist()
+    assert list(found)[-1] == "broken"
+    assert found.failed == ranking.failed
+    assert find_evidence(found).to_json() == ranking.to_json()
+    assert order_by_forecast(found).to_json() == found.to_json()
+    again = Ranking.from_json(found.to_json())
+    assert is_forecast(again)
+    assert again.to_json() == found.to_json()
+    assert forecast(again).records() == f.records()
+    records = {r["backbone"]: r for r in found.records()}
+    for r in f.records():
+        seen = records[r["backbone"]]
+        assert seen["score"] == ranking[r["backbone"]]
+        assert [seen[k] for k in ("forecast", "p_best", "why")] == [
+            r["mean"],
+            r["p_best"],
+            r["why"],
+        ]
+    assert records["broken"]["forecast"] is records["broken"]["p_best"] is None
+    assert "forecast" not in ranking.headings
+    assert "forecast" in found.headings
+    assert np.isnan(order_by_forecast(Ranking([Score("a", error="no")]))["a"])
+
+
+def test_the_odds_of_a_forecast_are_of_the_forecast():
+    found = order_by_forecast(a_ranking())
+    f, odds = forecast(found), judge(found)
+    assert list(map(str, odds.names)) == list(f.names)
+    assert odds.best == pytest.approx(f.best)
+    assert odds.rank_interval.tolist() == f.rank_interval.tolist()
+    for p in (0.1, 0.5, 0.8, 0.95, 1.0):
+        assert set(found.shortlist(probability=p)) == set(f.shortlist(p))
+    assert judge(find_evidence(found)).best != odds.best
+    assert find_odds(Ranking([Score("a", 1.0)])) is None
+
+
+def test_what_is_trained_decides_how_much_the_images_weigh():
+    full, head = (order_by_forecast(a_ranking(), train) for train in ("full", "head"))
+    assert head.shortlist(9) == a_ranking().shortlist(9) != full.shortlist(9)
+    assert full.metric == "forecast (full)"
+    assert head.metric == "forecast (head)"
+    assert judge(head).best != judge(full).best
+    with pytest.raises(ValueError, match="`train` must be one of full, head"):
+        forecast(SCORES, train="both")
+
+
+def test_a_race_by_forecast_keeps_those_that_the_forecast_may_favour():
+    """The scores alone would let the one leave that is best by what is known of it."""
     rng = np.random.default_rng(0)
-    terms = rng.normal(size=(4, 60))
-    scores = [Score(n, t.mean(), t) for n, t in zip(NAMES, terms, strict=True)]
-    show_forecast(Ranking(tuple(scores), "sfda (loo)", np.arange(60) % 3))
+    means = np.array([[1.2], [1.0], [0.5], [0.9]])
+    terms = dict(zip(NAMES, rng.normal(size=(4, 800)) + means, strict=True))
+    rungs, labels = [np.arange(m) for m in (50, 100, 200, 400, 800)], np.arange(800) % 4
+    facts = look_up_facts(NAMES)
+
+    def measure(names, rows):
+        return rows, {name: terms[name][rows] for name in names}
+
+    def race(judge):
+        return run(NAMES, rungs, labels, measure, RaceConfig(top=1), judge)
+
+    def by_forecast(names, S):
+        return simulate_forecast(names, S, facts)
+
+    scores = {name: float(t.mean()) for name, t in terms.items()}
+    best = forecast(scores, facts=facts).names[0]
+    assert best == "resnet152.a1_in1k"
+    assert best in race(None).dropped
+    assert best not in race(by_forecast).dropped
+    S = rng.normal(size=(50, 4))
+    each = [forecast(dict(zip(NAMES, row, strict=True)), facts=facts, n_draws=2) for row in S]
+    found = simulate_forecast(NAMES, S, facts)
+    for row, f in zip(found, each, strict=True):
+        assert dict(zip(f.names, f.mean, strict=True)) == pytest.approx(
+            dict(zip(NAMES, row, strict=True))
+        )
+
+
+def test_the_command_line_says_which_will_be_best_after_training(capsys):
+    show_ranking(order_by_forecast(a_ranking(names=[f"{n}_" for n in NAMES])))
+    assert "Any of them may be the best after fine-tuning." in capsys.readouterr().out
+    show_ranking(order_by_forecast(a_ranking()))
     said = capsys.readouterr().out
-    assert "After fine-tuning all weights" in said
+    assert "because of" in said
     assert "ImageNet" in said
-    for other in (
-        Ranking(tuple(scores), "knn"),
-        Ranking(tuple(Score(f"my{n}", 0.5) for n in range(4)), "sfda (loo)"),
-        Ranking(tuple(scores[:1]), "sfda (loo)"),
-        Ranking(tuple(scores), "sfda (loo) + imagenet"),
-    ):
-        show_forecast(other)
-        assert not capsys.readouterr().out
+    show_ranking(order_by_forecast(a_ranking(spread=3.0), "head"))
+    assert "Best once a head is trained, with probability .95, one of" in capsys.readouterr().out
+    show_ranking(a_ranking())
+    said = capsys.readouterr().out
+    assert "Best by this score" in said
+    assert "forecast" not in said
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")

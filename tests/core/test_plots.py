@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 import sfda_tune
 from sfda_tune.report import plots
 from sfda_tune.selection.calibration import Observation, calibrate
-from sfda_tune.selection.uncertainty import confidence
+from sfda_tune.selection.odds import judge
 
 ODD = r"$\frac{<b>"  # neither mathematics nor markup
 
@@ -38,7 +38,7 @@ def test_the_ranking_has_its_intervals(ranking, ax, tmp_path):
     assert labels(ax.yaxis) == list(ranking)[::-1]
     (whiskers,) = ax.containers[0].lines[2]
     ends = np.array([segment[:, 0] for segment in whiskers.get_segments()])
-    np.testing.assert_allclose(ends, confidence(ranking).score_interval[::-1])
+    np.testing.assert_allclose(ends, judge(ranking).score_interval[::-1])
     assert ax.get_xlabel() == ranking.metric
     plots.plot_ranking({ODD: 0.5, "a": np.nan}, ax=(other := Figure().subplots()))
     assert labels(other.yaxis) == [ODD]

@@ -120,6 +120,9 @@ def test_rank_races_and_survivors_have_the_scores_of_the_full_run():
     options = {**CPU, "variant": "loo", "samples": 900}
     full = rank("digits", "demo:*", **options)
     raced = rank("digits", "demo:*", race=True, top=2, **options)
+    forecasts = rank("digits", "demo:*", race=True, top=2, **CPU, samples=900)
+    assert forecasts.info["race"] == raced.info["race"]  # of nothing but the scores, here
+    assert forecasts.shortlist(2) == full.shortlist(2)
     assert raced.shortlist(2) == full.shortlist(2)
     report = raced.info["race"]
     assert report["forward_passes"] < 0.7 * report["full_run"]

@@ -19,12 +19,13 @@ from sfda_tune import (
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.metrics.sfda import sfda
 from sfda_tune.pipelines.progress import NullProgress
+from sfda_tune.selection.forecast import find_evidence, order_by_forecast
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
 
 def test_rank_is_extract_and_score(photos, toy_zoo):
-    ranking = rank(photos, toy_zoo, **CPU)
+    ranking = rank(photos, toy_zoo, metric="sfda", **CPU)
     assert sorted(ranking) == ["convnext", "efficientnet", "resnet", "vit"]
     assert list(ranking.values()) == sorted(ranking.values(), reverse=True)
     assert ranking.metric == "sfda (loo)"
@@ -52,6 +53,16 @@ def test_rank_is_extract_and_score(photos, toy_zoo):
         assert s.details["images_per_second"] > 0
         assert "lambda" in s.details
     assert Ranking.from_json(ranking.to_json()).to_json() == ranking.to_json()
+
+
+def test_rank_orders_by_the_forecast_of_these_scores(photos, toy_zoo):
+    ranking, scores = rank(photos, toy_zoo, **CPU), rank(photos, toy_zoo, metric="sfda", **CPU)
+    assert ranking.metric == "forecast (full)"
+    assert dict(find_evidence(ranking)) == dict(scores)
+    assert {**ranking} == {**order_by_forecast(scores)}
+    head = rank(photos, toy_zoo, train="head", **CPU)
+    assert (head.metric, head.info["train"]) == ("forecast (head)", "head")
+    assert {**head} == {**order_by_forecast(scores, "head")}
 
 
 def test_the_same_whatever_the_executor(photos, toy_zoo):
@@ -131,6 +142,9 @@ def test_a_metric_that_fails_is_recorded(photos, toy_zoo):
         ({"metric": "nonsense"}, "sfda.*nonsense"),
         ({"variant": "nonsense"}, "`variant` must be one of official, paper, loo"),
         ({"metric": max, "variant": "paper"}, "`variant` belongs to the metric 'sfda'"),
+        ({"metric": "forecast", "variant": "loo"}, "`variant` belongs to the metric 'sfda'"),
+        ({"metric": "sfda", "train": "head"}, "`train` is for the metric 'forecast'"),
+        ({"train": "both"}, "`train` must be one of full, head"),
         ({"metric": "leep"}, "'leep' needs logits, which `rank` does not have; choose one of"),
         ({"device": "nonsense"}, "`device`"),
         ({"precision": "nonsense"}, "`precision`"),

@@ -33,6 +33,7 @@ from sfda_tune.report import html as report
 from sfda_tune.report.axes import Axis
 from sfda_tune.report.html import COLOURS, THEMES, render, save_plots, write_report
 from sfda_tune.report.run import read_run
+from sfda_tune.selection.forecast import find_evidence
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 
@@ -256,11 +257,18 @@ def test_a_ranking_alone_leaves_out_the_search(searched, tmp_path):
     assert {"search", "test"}.isdisjoint(a.get("id") for a in page.all("h2"))
     ranking = Ranking.from_json(target)
     first = next(iter(ranking))
-    assert f"{first} has the best score by sfda (loo): {ranking[first]:.4f}" in page.text
+    assert (
+        f"{first} has the best forecast: {ranking[first]:+.2f}, and will be the best" in page.text
+    )
     assert "sfda-tune rank digits --backbones demo:" in page.text
-    assert "--seed 0 --metric sfda --variant loo" in page.text
+    assert "--seed 0 --metric forecast --train full" in page.text
     for row, record in zip(page.text.split("note 1 ")[1:], ranking.records(), strict=False):
-        assert row.startswith(f"{record['backbone']} {record['score']:.4f}")
+        assert row.startswith(f"{record['backbone']} {record['forecast']:+.2f}")
+    scored = find_evidence(ranking)
+    scored.to_json(target)
+    page, first = check(write_report(target).read_text(encoding="utf-8")), next(iter(scored))
+    assert f"{first} has the best score by sfda (loo): {scored[first]:.4f}" in page.text
+    assert "--seed 0 --metric sfda --variant loo" in page.text
 
 
 def test_names_are_text_whatever_they_are(folder):
@@ -337,7 +345,7 @@ def one_backbone(folder, search):
     scores = ranking.scores[:1]
     Ranking(scores, ranking.metric, ranking.labels, ranking.info).to_json(folder / "ranking.json")
     search |= {"trials": [], "best": None, "costs": {}, "stages": [], "seconds": {}}
-    return f"{scores[0].backbone} has the best score", "No trial has given a value yet"
+    return f"{scores[0].backbone} has the best forecast", "No trial has given a value yet"
 
 
 def without_contributions(folder, search):

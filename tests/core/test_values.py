@@ -90,9 +90,12 @@ def test_foreign_json_is_refused(text, tmp_path):
 
 def test_csv_has_one_line_per_backbone(tmp_path):
     lines = ranking().to_csv(tmp_path / "r.csv").splitlines()
-    assert lines[0] == "rank,backbone,score,n_dims,n_params,images_per_second,note"
-    assert lines[1].startswith("1,tie a,0.9,8,")
-    assert lines[-1] == ",broken,,,,,OSError: <no> weights"
+    assert lines[0] == (
+        "rank,backbone,forecast,rank_low,rank_high,p_best,score,n_dims,n_params,"
+        "images_per_second,why,note"
+    )
+    assert lines[1].startswith("1,tie a,,,,,0.9,8,")
+    assert lines[-1] == ",broken,,,,,,,,,,OSError: <no> weights"
     assert (tmp_path / "r.csv").read_text().splitlines() == lines
 
 
