@@ -110,10 +110,10 @@ def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
             by = f"once {by}" if by[0] == "a" else f"after {by}"
         if trained and len(names) == len(odds.names) > 1:
             lines.append(f"Any of them may be the best {by}.")
-        elif len(names) > 1:
+        elif trained or len(names) > 1:
             among = "of those that finished the race, " * ("race" in ranking.info and not trained)
-            text = f"Best {by}, {among}with probability .95, one of: {', '.join(names)}"
-            lines.append(text)
+            one_of = ", one of" * (len(names) > 1)
+            lines.append(f"Best {by}, {among}with probability .95{one_of}: {', '.join(names)}")
         groups = [", ".join(map(str, group)) for group in odds.groups if len(group) > 1]
         if groups and not trained:  # what a forecast tells apart, its odds say better
             lines.append(f"Not told apart by these images: {'; '.join(groups)}")

@@ -96,8 +96,8 @@ def rank(
         See `sfda_tune.backbones.specs`.
     metric, variant
         "forecast", by default ("sfda", if a `variant` is named); or what `score` takes, to rank
-        by that score alone; or several names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the weighted mean of their ranks
-        over the backbones. ``imagenet`` and ``params`` are priors.
+        by that score alone; or several names, as ``"sfda + imagenet"`` or ``"2*sfda + knn"``: the
+        weighted mean of their ranks over the backbones. ``imagenet`` and ``params`` are priors.
     train : {"full", "head"}, optional
         What the forecast is of: the fine-tuning of all weights (default), or a head on frozen
         features.

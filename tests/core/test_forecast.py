@@ -166,7 +166,7 @@ def test_failed_backbones_are_left_out_and_nothing_is_refused():
     for option in ({"n_draws": 1}, {"seed": -1}, {"level": 1.0}):
         with pytest.raises(ValueError, match=f"`{next(iter(option))}` must"):
             forecast(SCORES, **option)
-    with pytest.raises(ValueError, match="`probability` must be in"):
+    with pytest.raises(ValueError, match="`probability` must lie in"):
         forecast(SCORES).shortlist(0)
 
 
@@ -294,6 +294,10 @@ def test_the_command_line_says_which_will_be_best_after_training(capsys):
     assert "because of" in said
     assert "ImageNet" in said
     show_ranking(order_by_forecast(a_ranking(spread=3.0), "head"))
+    assert (
+        "Best once a head is trained, with probability .95: resnet152" in capsys.readouterr().out
+    )
+    show_ranking(order_by_forecast(a_ranking(spread=0.5), "head"))
     assert "Best once a head is trained, with probability .95, one of" in capsys.readouterr().out
     show_ranking(a_ranking())
     said = capsys.readouterr().out
