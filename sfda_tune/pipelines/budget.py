@@ -68,7 +68,7 @@ class Budget:
 
     def seconds_to_test(self, work: Workload, trials: Sequence[Trial]) -> float:
         """Return how long the test of the best trial takes."""
-        best, n = find_best(trials, work.metric), work.n_images["test"]
+        best, n = find_best(trials, work.metric, work.n_images["val"]), work.n_images["test"]
         decoding = n * work.seconds_per_image
         if best is None:
             return 0.05 * (self.seconds or 0.0) + 0.5 + decoding
@@ -77,7 +77,7 @@ class Budget:
 
     def seconds_to_train(self, work: Workload, trials: Sequence[Trial]) -> float:
         """Return how long the best takes on training and validation images."""
-        best = find_best(trials, work.metric)
+        best = find_best(trials, work.metric, work.n_images["val"])
         if best is None:
             return 0.0
         last, probe = best_epoch(best, work.metric)["number"], 0.0

@@ -164,7 +164,7 @@ class RunFolder:
                 cost["seconds_per_epoch"] = seconds_per_epoch(trials, name)
             everything = estimate_everything(trials, state["costs"], speeds)
             state["seconds"]["train_everything_estimate"] = everything
-            best = find_best(trials, config.metric)
+            best = find_best(trials, config.metric, state["n_images"]["val"])
             if best is not None:
                 state["best"] = summarise(best, config.metric, state["costs"])
         return True

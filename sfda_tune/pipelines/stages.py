@@ -5,9 +5,9 @@ stage        what happens
 ===========  ==================================================================================
 rank         candidates that break a constraint are left out, the others ranked on training
              images
-shortlist    the best `keep` go on; where the ranking cannot tell them apart, it abstains, and a
-             short fine-tuning of each plausible candidate decides: the first epochs of its first
-             trial, which goes on from there
+shortlist    the best `keep` go on; where the best may be one of more, the ranking abstains, and a
+             short fine-tuning of each of the 2 `keep` likeliest decides: the first epochs of its
+             first trial, which goes on from there
 tune         an engine (`sfda_tune.pipelines.engines`) fine-tunes the survivors with varying
              parameters
 train        the winner once more, on training and validation images, for its best number of
@@ -29,6 +29,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from sfda_tune.data.decoding import get_switches, set_switches
 from sfda_tune.pipelines.budget import RANK_SHARE, SHORT_SHARE, Budget, RankingWatch, Workload
 from sfda_tune.pipelines.clock import Beat
@@ -44,14 +46,20 @@ from sfda_tune.pipelines.training import (
     train_shortly,
     train_winner,
 )
-from sfda_tune.pipelines.trials import find_best, signed, summarise
+from sfda_tune.pipelines.trials import find_best, find_near, signed, summarise
 from sfda_tune.pipelines.workers import await_workers, start_workers, work_as
 from sfda_tune.report.html import write_report
 from sfda_tune.selection.diagnostics import diagnose
+from sfda_tune.selection.forecast import find_evidence, forecast, is_forecast
+from sfda_tune.selection.odds import find_odds
+from sfda_tune.selection.uncertainty import shortlist
 from sfda_tune.values.files import read_json, write_json
 from sfda_tune.values.formats import TRIAL
+from sfda_tune.values.ranking import Ranking
 
-__all__ = ["run_stages", "work"]
+__all__ = ["choose_short", "run_stages", "work"]
+
+NEAR = 5  # so many trials that may be the winner keep their weights
 
 
 def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> None:
@@ -171,27 +179,45 @@ def make_shortlist(config: SearchConfig, folder: RunFolder) -> None:
     keep, ranking = config.keep, folder.ranking
     scored = ranking.shortlist(len(ranking))
     why = [d.message for d in diagnose(ranking) if d.kind in ("ties", "few_samples")]
-    try:
-        plausible = ranking.shortlist(probability=0.95)
-    except ValueError as error:  # the metric is no mean over images
-        plausible, why = scored, [*why, str(error)]
-    plausible = sorted(plausible, key=scored.index)
+    odds = find_odds(ranking)
+    if odds is None:
+        plausible, why = scored, [*why, "the scores are no means over images"]
+    else:
+        plausible = list(map(str, shortlist(odds, 0.95)))
     if len(scored) <= keep:
         decision = f"all {len(scored)} ranked backbones are tuned, for `keep` is {keep}"
         commit_shortlist(folder, {name: ranking[name] for name in scored}, decision)
     elif len(plausible) <= keep and not why:
         decision = (
-            f"the ranking is clear: with probability .95 the best by score is among "
+            f"the ranking is clear: with probability .95 the best is among "
             f"{', '.join(plausible)}; the first {keep} are tuned"
         )
         kept = [*plausible, *(name for name in scored if name not in plausible)][:keep]
         commit_shortlist(folder, {name: ranking[name] for name in kept}, decision)
     else:
-        plausible = [n for n in scored if n in plausible or n in scored[: 2 * keep * bool(why)]]
-        reason = why[0].rstrip(".") if why else f"{len(plausible)} may be the best by score"
+        tried = choose_short(ranking, scored if why else plausible, 2 * keep)
+        reason = why[0].rstrip(".") if why else f"{len(plausible)} may be the best"
+        if odds is not None:
+            share = sum(odds.best[name] for name in tried if name in odds.best)
+            reason += f", the {len(tried)} that are tried with probability {share:.2f}"
         with folder.edit() as state:
-            state["separable"], state["plausible"] = False, plausible
+            state["separable"], state["plausible"] = False, tried
             state["decision"] = f"the ranking abstains: {reason}"
+
+
+def choose_short(ranking: Ranking, names: Sequence[str], most: int) -> list[str]:
+    """Return who gets a short fine-tuning, in the order of the ranking.
+
+    The first `most` of `names`, and always the best by each kind of evidence alone: the scores of
+    the images, and what is known of the networks.
+    """
+    chosen = {*names[:most], *find_evidence(ranking).shortlist(1)}
+    if is_forecast(ranking):
+        f = forecast(ranking, train=ranking.info["train"])
+        prior = f.mean - f.parts.get("images", np.zeros(len(f.names)))
+        if prior.any():
+            chosen.add(f.names[int(prior.argmax())])
+    return [name for name in ranking if name in chosen]
 
 
 def commit_shortlist(
@@ -272,12 +298,12 @@ def tune(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> N
         end = budget.end_of_trials(todo, trials)
         if not folder.write_trials(trials, config, todo.speeds):
             return
-        best = find_best(trials, config.metric)
+        near = find_near(trials, config.metric, todo.n_images["val"])[:NEAR]
         for t in trials:
-            if t.state != "running" and t != best and t.error != DIED:  # it may go on yet
+            if t.state != "running" and t not in near and t.error != DIED:  # it may go on yet
                 folder.delete_weights(t.folder)
         stop = time.time() + end - budget.now()  # as people tell it
-        folder.progress.show(trials, best, config.trials, stop)
+        folder.progress.show(trials, near[0] if near else None, config.trials, stop)
 
     job = Job(
         name=name_study(inputs), folder=folder.path, scores=folder.state["scores"],
@@ -289,7 +315,7 @@ def tune(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> N
     )  # fmt: skip
     trials = inputs.engine(job)
     update_trials(trials)
-    if find_best(trials, config.metric) is None:
+    if find_best(trials, config.metric, todo.n_images["val"]) is None:
         failed = next((f": {t.error}" for t in trials if t.error), "")
         raise ValueError(f"none of {len(trials)} trials came to a value{failed}{budget.hint}")
     spent = budget.seconds is not None and (config.trials or math.inf) > len(trials)
@@ -318,11 +344,14 @@ def finish(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) ->
     """Train the winner once more, test it, and write the report."""
     if folder.is_done("test"):
         return
-    best = find_best(folder.trials, todo.metric)
+    best = find_best(folder.trials, todo.metric, todo.n_images["val"])
     assert best is not None
     if not folder.is_done("train"):
         folder.enter("train", "training")
         folder.leave("train", train_winner(folder, budget, inputs, todo, best))
+    for trial in folder.trials:
+        if trial.number != best.number:
+            folder.delete_weights(trial.folder)
     folder.enter("test", "testing")
     found = evaluate_winner(folder, inputs, best.backbone)
     low, high = found["test_interval"]

