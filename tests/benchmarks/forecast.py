@@ -28,8 +28,8 @@ In the report coefficients come from the *other* benchmarks. Benchmarks of more 
 give 12 random hubs of 15 for the odds. "Hit" is how often the first by P(best) is the best one,
 "P" its P(best); "in .95" how often the list holds the best one, "of" its part of the networks.
 
-Tried, and not worth it: the other ImageNets in place of the first (-real, -v2 and -a order fine-tuned
-networks within ±.03 of it in weighted tau on each table, -r and -sketch by .05 to .25 worse); a
+Tried, and not worth it: other ImageNets in place of the first (in weighted tau on a table -real
+and -v2 are from .05 worse to .03 better, -a from .14 worse to .02 better, -r and -sketch worse); a
 larger correlation of facts that are not known with the images (on the zoo the order gains .01, and
 lists hold the best less often); a weight of the images that falls with their number (the zoo, with
 500 images, has .75 alone, group1 .37, 3D-PC .02; but within group1 it is largest for the data sets
