@@ -167,7 +167,9 @@ def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:
     """Return the standard error of each score, where a `Ranking` has what it takes."""
     errors = {}
     for score in scores.scores if isinstance(scores, Ranking) else ():
-        if "standard_error" in score.details:
+        if "error" in (score.details.get("forecast") or {}):
+            errors[score.backbone] = float(score.details["forecast"]["error"])
+        elif "standard_error" in score.details:
             errors[score.backbone] = float(score.details["standard_error"])
         elif score.per_sample is not None and len(score.per_sample) > 1 and score.error is None:
             spread = np.std(score.per_sample, ddof=1)

@@ -56,6 +56,7 @@ RANKING: dict[Any, Any] = {
                     "rank_low": AtLeast(1, int),
                     "rank_high": AtLeast(1, int),
                     "p_best": AtLeast(0),
+                    "error": AtLeast(0),
                     "why": str,
                 },
                 "lambda?": (float, None, str, [object], {str: object}),

@@ -13,6 +13,7 @@ from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.cli.terminal import show_ranking
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.pipelines import ranking as pipeline
+from sfda_tune.selection.calibration import estimate_errors
 from sfda_tune.selection.evaluation import weighted_tau
 from sfda_tune.selection.forecast import (
     COLUMNS,
@@ -243,6 +244,16 @@ def test_the_odds_of_a_forecast_are_of_the_forecast():
         assert set(found.shortlist(probability=p)) == set(f.shortlist(p))
     assert judge(find_evidence(found)).best != odds.best
     assert find_odds(Ranking([Score("a", 1.0)])) is None
+
+
+def test_the_errors_that_tuners_count_are_those_of_the_forecast():
+    ranking = a_ranking()
+    found, f = order_by_forecast(ranking), forecast(ranking)
+    assert estimate_errors(found) == dict(zip(f.names, f.error.tolist(), strict=True))
+    assert (f.error < f.sd).all()
+    assert (f.error > 0).all()
+    sure = order_by_forecast(Ranking([Score(n, v) for n, v in SCORES.items()]))
+    assert set(estimate_errors(sure).values()) == {0.0}
 
 
 def test_what_is_trained_decides_how_much_the_images_weigh():
