@@ -34,7 +34,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from sfda_tune.selection.calibration import scores_by_name
 from sfda_tune.selection.uncertainty import (
     Confidence,
     count_places,
-    find_confidence,
+    draw_true_scores,
     find_groups,
     shortlist,
 )
@@ -151,13 +151,17 @@ class Forecast:
             len(self.draws),
         )
 
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {name: k for k, name in enumerate(self.names)}
+
     def explain(self, name: str) -> str:
         """Say what makes the forecast of a backbone.
 
         >>> forecast({"a": 0.1, "b": 0.5}).explain("b")
         'images +0.36'
         """
-        k = self.names.index(name)
+        k = self._row[name]
         return ", ".join(f"{what} {part[k]:+.2f}" for what, part in self.parts.items())
 
     def records(self) -> list[dict[str, Any]]:
@@ -446,12 +450,15 @@ def _draw_scores(
     """Return draws of z, (n_draws, n) or z itself, and the generator of the other draws."""
     rng = np.random.default_rng([seed, len(names)])
     if resamples is None:
-        found = find_confidence(scores) if isinstance(scores, Ranking) else None
-        if found is None:
+        if not isinstance(scores, Ranking):
+            return z, rng
+        try:
+            drawn, draws = draw_true_scores(scores)
+        except ValueError:  # no means over images
             return z, rng
         # Those that left a race keep the score with which they left.
-        of = dict(zip(map(str, found.names), found.draws.T, strict=True))
-        M = np.stack([of.get(n, np.full(len(found.draws), scores[n])) for n in names], axis=1)
+        of = dict(zip(map(str, drawn), draws.T, strict=True))
+        M = np.stack([of.get(n, np.full(len(draws), scores[n])) for n in names], axis=1)
     else:
         M = np.asarray(resamples, np.float64)
         shape = M.ndim == 2 and len(M) and M.shape[1] == len(scores)

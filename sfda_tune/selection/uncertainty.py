@@ -37,7 +37,7 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, some
 
 __all__ = [
-    "Confidence", "bootstrap", "confidence", "count_places", "find_confidence", "find_groups",
+    "Confidence", "bootstrap", "confidence", "count_places", "draw_true_scores", "find_groups",
     "find_plausible", "shortlist", "shrink",
 ]  # fmt: skip
 
@@ -101,9 +101,9 @@ class Confidence(Value):
     @property
     def best(self) -> dict[Name, float]:
         """P(best) of each backbone; sums to 1."""
-        return self.probabilitycount_places(1)
+        return self.probability_in_top(1)
 
-    def probabilitycount_places(self, k: int) -> dict[Name, float]:
+    def probability_in_top(self, k: int) -> dict[Name, float]:
         """Return P(among the top `k`) of each backbone, in rank order; sums to `k`.
 
         Raises
@@ -272,7 +272,7 @@ def bootstrap(
     >>> c = bootstrap(scores, labels)
     >>> c.groups, c.rank_interval.tolist()
     ((('resnet', 'vit'), ('alexnet',)), [[1, 2], [1, 2], [3, 3]])
-    >>> c.probabilitycount_places(2)["alexnet"]
+    >>> c.probability_in_top(2)["alexnet"]
     0.0
     """
     names, X = _rows(per_sample)
@@ -321,6 +321,21 @@ def confidence(
     >>> confidence(Ranking(scores, labels=np.arange(60) % 3)).best
     {'b': 1.0, 'a': 0.0}
     """
+    names, X, labels, n_alone = _contributions(ranking)
+    result = _bootstrap(names, X, labels, n_resamples, seed, k, level)
+    return replace(result, n_fixed=n_alone)
+
+
+def draw_true_scores(
+    ranking: Ranking, *, n_resamples: int = 1000, seed: int = 0
+) -> tuple[tuple[Name, ...], np.ndarray]:
+    """Return the names and the draws (n_resamples, n) of `confidence`, without its comparisons."""
+    names, X, labels, _ = _contributions(ranking)
+    return names, _draw(X, labels, n_resamples, seed).draws
+
+
+def _contributions(ranking: Ranking) -> tuple[tuple[Name, ...], np.ndarray, np.ndarray, int]:
+    """Return names, rows of contributions, their labels, and how many images are left out."""
     scores = [s for s in ranking.scores if s.error is None and "race" not in s.details]
     if not scores:
         raise ValueError(
@@ -352,16 +367,7 @@ def confidence(
             f"has {values[i]:.6g} and the mean {means[i]:.6g}; only scores that are means over "
             "images can be resampled."
         )
-    result = _bootstrap(tuple(names), X[:, rows], labels[rows], n_resamples, seed, k, level)
-    return replace(result, n_fixed=int((~many).sum()))
-
-
-def find_confidence(ranking: Ranking) -> Confidence | None:
-    """Return `confidence`; None if the metric is no mean over images, or nothing was scored."""
-    try:
-        return confidence(ranking)
-    except ValueError:
-        return None
+    return tuple(names), X[:, rows], labels[rows], int((~many).sum())
 
 
 def shortlist(confidence: Confidence, probability: float = 0.95) -> list[Name]:
@@ -532,23 +538,12 @@ def _bootstrap(
     level: float,
 ) -> Confidence:
     """`bootstrap` of rows that are in rank order."""
-    n_resamples, seed = integer("n_resamples", n_resamples, 2), integer("seed", seed, 0)
     n = len(names)
     if k is not None:
         integer("k", k, 1, n)
     if not is_number(level) or not 0 < level < 1:
         raise ValueError(f"`level` must lie in (0, 1) but is {level!r}; 0.9 means 90 %.")
-    y, classes = encode_labels(labels)
-    if X.shape[1] != len(y):
-        raise ValueError(_lengths(X, y))
-    n_c = np.bincount(y, minlength=len(classes))
-    if n_c.max(initial=0) < 2:
-        raise ValueError(
-            f"`labels` must give some class two images but all {len(classes)} classes have one; "
-            "nothing can be resampled. Pass classes, not names of images."
-        )
-    M, resolution = _resample(X, y, n_c, n_resamples, seed)
-    score = np.ascontiguousarray(X).mean(axis=1)  # any other layout is added up otherwise
+    score, M, resolution, draws, n_c = _draw(X, labels, n_resamples, seed)
     low, high = np.quantile(M, [(1 - level) / 2, (1 + level) / 2], axis=0)
     dof = int((n_c - 1).sum())
     pairs = _compare(M, score, resolution, dof)
@@ -556,7 +551,6 @@ def _bootstrap(
     delta, sigma = pairs.delta, pairs.sigma
     sure = np.abs(delta) > c[:, None] * sigma
     separable = np.abs(delta) > c_all * sigma
-    draws = shrink(score, M, seed=seed)
     rank_interval = [1 + (sure & (delta < 0)).sum(axis=1), n - (sure & (delta > 0)).sum(axis=1)]
     return Confidence(
         names,
@@ -573,6 +567,30 @@ def _bootstrap(
         dof,
         int((n_c == 1).sum()),
     )
+
+
+class _Draws(NamedTuple):
+    score: np.ndarray  # s (n,)
+    resamples: np.ndarray  # s* (R, n)
+    resolution: np.ndarray  # (n,)
+    draws: np.ndarray  # θ* (R, n)
+    n_c: np.ndarray
+
+
+def _draw(X: np.ndarray, labels: Any, n_resamples: int, seed: int) -> _Draws:
+    n_resamples, seed = integer("n_resamples", n_resamples, 2), integer("seed", seed, 0)
+    y, classes = encode_labels(labels)
+    if X.shape[1] != len(y):
+        raise ValueError(_lengths(X, y))
+    n_c = np.bincount(y, minlength=len(classes))
+    if n_c.max(initial=0) < 2:
+        raise ValueError(
+            f"`labels` must give some class two images but all {len(classes)} classes have one; "
+            "nothing can be resampled. Pass classes, not names of images."
+        )
+    M, resolution = _resample(X, y, n_c, n_resamples, seed)
+    score = np.ascontiguousarray(X).mean(axis=1)  # any other layout is added up otherwise
+    return _Draws(score, M, resolution, shrink(score, M, seed=seed), n_c)
 
 
 def _resample(

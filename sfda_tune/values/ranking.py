@@ -43,7 +43,7 @@ _COLUMNS = (
     "rank", "backbone", "forecast", "rank_low", "rank_high", "p_best", "score", "n_dims",
     "n_params", "images_per_second", "why", "note",
 )  # fmt: skip
-HEADINGS = (
+HEADINGS: tuple[str, ...] = (
     "rank", "backbone", "forecast", "90% ranks", "P(best)", "score", "width", "params",
     "images/s", "because of", "note",
 )  # fmt: skip
