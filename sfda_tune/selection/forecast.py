@@ -159,7 +159,7 @@ class Forecast:
         """Say what makes the forecast of a backbone.
 
         >>> forecast({"a": 0.1, "b": 0.5}).explain("b")
-        'images +0.36'
+        'images +0.33'
         """
         k = self._row[name]
         return ", ".join(f"{what} {part[k]:+.2f}" for what, part in self.parts.items())
