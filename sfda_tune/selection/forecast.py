@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -196,6 +196,7 @@ def forecast(
     scores: Mapping[str, float],
     *,
     train: str = "full",
+    unseen: Collection[str] = (),
     facts: Mapping[str, Facts] | None = None,
     resamples: np.ndarray | None = None,
     n_draws: int = N_DRAWS,
@@ -217,6 +218,9 @@ def forecast(
         it are taken.
     train : {"full", "head"}, default "full"
         What will be trained: all weights, or a head on frozen features.
+    unseen : collection of str
+        Further candidates, to which no image was shown: what is known of them is all that speaks
+        for them, and their scores may be any. Of a `Ranking`: those it has not looked at.
     facts : mapping of str to Facts, optional
         What is known of the networks; by default as `find_facts` finds it.
     resamples : array of shape (R, n), optional
@@ -243,6 +247,7 @@ def forecast(
     require("train", train, f"one of {', '.join(MODES)}", train in MODES)
     if isinstance(scores, Ranking):
         scores = find_evidence(scores)
+        unseen = scores.info.get("not_looked_at", unseen)
     by_name = scores_by_name(scores, "scores")
     scores = scores if isinstance(scores, Ranking) else by_name
     names = sorted(name for name, value in scores.items() if math.isfinite(value))
@@ -254,7 +259,12 @@ def forecast(
     of = read_coefficients() if coefficients is None else coefficients
     z = normal_scores(np.array([scores[name] for name in names]))
     Z, rng = _draw_scores(scores, names, z, resamples, n_draws, seed)
-    known = find_facts(scores) if facts is None else facts
+    if unseen:
+        names += (new := sorted(set(unseen) - set(names)))
+        Z = np.broadcast_to(Z, (n_draws, Z.shape[-1]))
+        Z = np.hstack([Z, rng.standard_normal((n_draws, len(new)))])
+        z = np.append(z, np.zeros(len(new)))
+    known = find_facts(scores, names) if facts is None else facts
     x = table_facts([known.get(name, Facts()) for name in names])
     mean, slope, spread, parts = _expect(x, z, of, train)
     shift = slope * (Z - z) + np.zeros((n_draws, 1))
@@ -302,15 +312,16 @@ def is_forecast(ranking: Ranking) -> bool:
     return (
         train in MODES
         and ranking.metric == f"forecast ({train})"
-        and all("evidence" in s.details for s in ranking.scores if s.error is None)
+        and all("forecast" in s.details for s in ranking.scores if s.error is None)
     )
 
 
 def order_by_forecast(ranking: Ranking, train: str = "full") -> Ranking:
     """Return a ranking by the mean of u, of one by a score.
 
-    Each score keeps ``details["evidence"]``, its value so far, and ``details["forecast"]``: sd,
-    ranks, P(best) and why; ``info["evidence"]`` and ``info["train"]`` say of what it was made.
+    Backbones in ``info["not_looked_at"]`` are among them, by what is known of them. Each score
+    keeps ``details["evidence"]``, its value so far (if it has one), and ``details["forecast"]``:
+    sd, ranks, P(best) and why; ``info["evidence"]`` and ``info["train"]`` say of what it was made.
 
     >>> from sfda_tune.values.features import Score
     >>> pair = [Score("resnet18.a1_in1k", 0.72), Score("resnet152.a1_in1k", 0.71)]
@@ -329,14 +340,18 @@ def order_by_forecast(ranking: Ranking, train: str = "full") -> Ranking:
             for r, error in zip(f.records(), f.error, strict=True)
         }
         scores = tuple(
-            s if s.error is not None else _with_forecast(s, *of[s.backbone]) for s in scores
+            _with_forecast(s, *of[s.backbone]) if s.backbone in of else s for s in scores
         )
     return Ranking(scores, metric, ranking.labels, info)
 
 
 def _with_forecast(score: Score, mean: float, about: Mapping[str, Any]) -> Score:
-    details = {**score.details, "evidence": score.value, "forecast": about}
-    return replace(score, value=mean, details=details)
+    details = {**score.details, "forecast": about}
+    if score.error is None:
+        details["evidence"] = score.value
+    else:
+        details["note"] = score.error
+    return replace(score, value=mean, error=None, details=details)
 
 
 def find_evidence(ranking: Ranking) -> Ranking:
@@ -346,23 +361,19 @@ def find_evidence(ranking: Ranking) -> Ranking:
     info = dict(ranking.info)
     metric, _ = str(info.pop("evidence", "score")), info.pop("train")
     return Ranking(
-        tuple(
-            s
-            if s.error is not None
-            else replace(
-                s,
-                value=s.details["evidence"],
-                details={k: v for k, v in s.details.items() if k not in _ADDED},
-            )
-            for s in ranking.scores
-        ),
+        tuple(_without_forecast(s) if "forecast" in s.details else s for s in ranking.scores),
         metric,
         ranking.labels,
         info,
     )
 
 
-_ADDED = ("evidence", "forecast")
+def _without_forecast(score: Score) -> Score:
+    details = dict(score.details)
+    del details["forecast"]
+    if "evidence" in details:
+        return replace(score, value=details.pop("evidence"), details=details)
+    return replace(score, value=math.nan, error=str(details.pop("note")), details=details)
 
 
 def normal_scores(values: np.ndarray) -> np.ndarray:
@@ -400,18 +411,18 @@ def scale_facts(
     return fixed, spread, slope
 
 
-def find_facts(scores: Mapping[str, float]) -> dict[str, Facts]:
-    """Return what is known of the backbones that have a score.
+def find_facts(scores: Mapping[str, float], names: Iterable[str] = ()) -> dict[str, Facts]:
+    """Return what is known of `names`, by default of the backbones that have a score.
 
     The table that ships knows timm's own networks, in a `Ranking` by what was loaded: whatever
     somebody calls a network, it is another one. Their size may have been measured.
     """
-    names = [name for name, value in scores.items() if math.isfinite(value)]
+    names = list(names) or [name for name, value in scores.items() if math.isfinite(value)]
     if not isinstance(scores, Ranking):
         return look_up_facts(names)
     found = {}
     for name in names:
-        details = scores.score(name).details
+        details = scores.score(name).details if name in scores else {}
         spec = str(details.get("spec", name))
         fact = look_up_facts([spec])[spec]
         size = {key: details.get(key) for key in ("gmacs", "macts")}

@@ -33,6 +33,7 @@ RANKING: dict[Any, Any] = {
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,
+        "not_looked_at?": [str],
         "train?": str,
     },
     "scores": [

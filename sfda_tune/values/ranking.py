@@ -307,7 +307,7 @@ class Ranking(Value, Mapping[str, float]):
 
 def _record(rank: int, s: Score) -> dict[str, Any]:
     odds = {} if s.error else s.details.get("forecast") or {}
-    score = s.details.get("evidence", s.value) if odds else s.value
+    score = s.details.get("evidence") if odds else s.value
     return {
         "rank": None if s.error else rank,
         "backbone": s.backbone,
@@ -332,7 +332,7 @@ def _cells(r: Mapping[str, Any]) -> tuple[str, ...]:
         "" if r["forecast"] is None else f"{r['forecast']:+.2f}",
         "" if low is None else f"{low}" if low == high else f"{low}–{high}",
         "" if r["p_best"] is None else f"{r['p_best']:.2f}",
-        "failed" if r["score"] is None else f"{r['score']:.4f}",
+        "failed" if r["rank"] is None else "" if r["score"] is None else f"{r['score']:.4f}",
         "" if r["n_dims"] is None else str(r["n_dims"]),
         "" if r["n_params"] is None else format_count(r["n_params"]),
         "" if r["images_per_second"] is None else f"{r['images_per_second']:.0f}",

@@ -246,6 +246,30 @@ def test_the_odds_of_a_forecast_are_of_the_forecast():
     assert find_odds(Ranking([Score("a", 1.0)])) is None
 
 
+def test_what_was_not_looked_at_is_judged_by_what_is_known_of_it():
+    new = ["convnext_base.fb_in22k_ft_in1k", "resnet26.bt_in1k", "mine"]
+    ranking = a_ranking()
+    unseen = [Score(name, error="not looked at: the time was over") for name in new]
+    info = {**ranking.info, "not_looked_at": new}
+    cut = Ranking((*ranking.scores, *unseen), ranking.metric, ranking.labels, info)
+    found, f = order_by_forecast(cut), forecast(cut)
+    assert set(f.names) == {*NAMES, *new}
+    assert found.shortlist(1) == [new[0]]  # the largest, of the highest accuracy
+    assert list(found.failed) == ["broken"]
+    row = {r["backbone"]: r for r in found.records()}[new[0]]
+    assert row["score"] is None
+    assert row["note"] == "not looked at: the time was over"
+    assert sum(judge(found).best.values()) == pytest.approx(1)
+    assert find_evidence(found).to_json() == cut.to_json()
+    again = Ranking.from_json(found.to_json())
+    assert order_by_forecast(again).to_json() == found.to_json()
+    # Nothing is known of the last: it may be anywhere, the more so for it
+    sd = dict(zip(f.names, f.sd.tolist(), strict=True))
+    assert sd["mine"] > sd[new[0]] > max(sd[n] for n in NAMES)
+    seen = dict(zip(NAMES, (0.7, 0.71, 0.69, 0.5), strict=True))
+    assert forecast(seen, unseen=new).names == forecast(seen, unseen=new[::-1]).names
+
+
 def test_the_errors_that_tuners_count_are_those_of_the_forecast():
     ranking = a_ranking()
     found, f = order_by_forecast(ranking), forecast(ranking)
