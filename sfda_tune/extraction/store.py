@@ -52,7 +52,7 @@ SEGMENTS, OUTDATED = (
 SEGMENT = 512  # images in one segment, at most
 SMALL, MANY = 256, 16  # so many segments of less than so many images are joined
 HEAD = 1 << 16  # bytes in which the header of a segment mostly ends
-TRIES = 5  # to read what others join meanwhile
+TRIES = 20  # to read what others join meanwhile
 # Protocols that know no folders: to make one would look at the whole bucket, or make a bucket.
 OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
 PART = {
@@ -149,24 +149,27 @@ class FeatureStore:
     # Look up, and keep -------------------------------------------------------------------------
     def get(self, key: str, images: Sequence[str]) -> Entry:
         """Return what is kept of images, by their digests; those without any are absent in it."""
+        names = self._list(key)
         for _ in range(TRIES):
-            try:
-                return self._get(key, images, last=False)
-            except FileNotFoundError:  # joined or cleared meanwhile
-                continue
-        return self._get(key, images, last=True)
+            entry = self._get(key, names, images)
+            if len(entry.known) == len(images):
+                break
+            before, names = names, self._list(key)
+            if names == before:  # else some were joined, perhaps before they were read
+                break
+        return entry
 
-    def _get(self, key: str, images: Sequence[str], *, last: bool) -> Entry:
+    def _get(self, key: str, names: Sequence[str], images: Sequence[str]) -> Entry:
         place: dict[str, int] = {}
         codes = np.array([place.setdefault(one, len(place)) for one in images], np.int64)
         parts: list[np.ndarray] = []  # of `x`
         told: list[tuple[dict[str, Any], float]] = []  # and the share of it that is asked for
         row_of = np.full(len(place), -1)  # of the joined parts, by code
         unreadable: dict[int, str] = {}  # by code
-        names, used, n = self._list(key), [], 0
+        used, n = [], 0
         for name, head in zip(names, self._heads(key, names), strict=True):
             try:
-                mine = _read_images(head) if head is not None else ()
+                mine = _read_images(head) if head is not None else ()  # gone
             except DAMAGED as error:
                 self._ignore(key, name, error)
                 continue
@@ -178,8 +181,6 @@ class FeatureStore:
                 if parts and found.x.size and found.x.shape[1] != parts[0].shape[1]:
                     raise ValueError("its features have another width")
             except FileNotFoundError:
-                if not last:
-                    raise
                 continue
             except UnreachableError:
                 raise
@@ -282,7 +283,7 @@ class FeatureStore:
             try:
                 with open_regular(self.path(key, name)) as file:
                     yield _read_head(file)
-            except (OSError, ValueError):  # which is said, when it is read
+            except OSError:
                 yield None
 
     def _read(self, key: str, name: str) -> bytes:
@@ -474,7 +475,8 @@ class RemoteStore(FeatureStore):
             if not isinstance(head, bytes):
                 head = None
             elif 8 + int.from_bytes(head[:8], "little") > len(head) == HEAD:
-                head = self._read(key, name)
+                with contextlib.suppress(FileNotFoundError):
+                    head = self._read(key, name)
             found.append(head)
         return found
 
