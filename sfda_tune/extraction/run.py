@@ -58,6 +58,7 @@ from sfda_tune.extraction.store import (
 from sfda_tune.extraction.worker import (
     LANES,
     Executor,
+    OnDemand,
     Turn,
     Worker,
     describe_error,
@@ -128,8 +129,8 @@ def extract(
             "`executor` needs a `store` and no `map_fn`: its workers leave the features in a "
             "folder that all machines share, and this process reads them there."
         )
-    with executor or contextlib.nullcontext():
-        yield from extract_within(dataset, backbones, settings, store, map_fn, executor, progress)
+    with contextlib.nullcontext() if executor is None else OnDemand(executor) as demand:
+        yield from extract_within(dataset, backbones, settings, store, map_fn, demand, progress)
 
 
 def extract_within(
@@ -138,10 +139,10 @@ def extract_within(
     settings: Settings | None,
     store: FeatureStore | None,
     map_fn: Map | None,
-    executor: Executor | None,
+    executor: OnDemand | None,
     progress: Any,
 ) -> Generator[Extraction, None, None]:
-    """Do as `extract` does, within an executor that is entered already."""
+    """Do as `extract` does, within what enters the executor when it must."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "a process that is being started runs the script again that started it; put the "
@@ -149,7 +150,7 @@ def extract_within(
         )
     settings = settings or Settings()
     resolve = resolve_device if executor is None else executor.resolve_device
-    n, begun = len(dataset), time.time()
+    n, limit, begun = len(dataset), settings.max_unreadable, time.time()
     jobs: dict[str, BackboneJob] = {}
     for backbone in backbones:
         try:
@@ -165,13 +166,13 @@ def extract_within(
             yield Extraction(backbone, None, np.empty(0, np.int64), describe_error(error))
 
     images = dataset.digests() if store is not None else [""] * n
-    plan = Plan("", dataset, jobs, images, settings.max_unreadable * n)
+    plan = Plan("", dataset, jobs, images, limit * n)
     plan.crashing.update(_without_content(dataset, images))
     done: list[str] = []
     known = len(plan.crashing)  # rows that somebody cannot read, so that nobody shows them
 
     def finish(name: str) -> Iterator[Extraction]:
-        if (extraction := _finish(jobs[name], plan, settings, store)) is not None:
+        if (extraction := _finish(jobs[name], plan, store, limit)) is not None:
             done.append(name)
             yield extraction
 
@@ -478,7 +479,7 @@ def _blank(job: BackboneJob) -> Extraction:
 
 
 def _finish(
-    job: BackboneJob, plan: Plan, settings: Settings, store: FeatureStore | None
+    job: BackboneJob, plan: Plan, store: FeatureStore | None, limit: float
 ) -> Extraction | None:
     """Join all that is known of one backbone; None if something is gone, which is said."""
     dataset, n = plan.dataset, len(plan.dataset)
@@ -500,8 +501,8 @@ def _finish(
         return None
     unreadable = {int(rows[p]): why for rows, entry in here for p, why in entry.unreadable.items()}
     unreadable = dict(sorted((unreadable | plan.crashing).items()))
-    if len(unreadable) > settings.max_unreadable * n:
-        raise too_many_unreadable(unreadable, dataset, settings.max_unreadable)
+    if len(unreadable) > limit * n:
+        raise too_many_unreadable(unreadable, dataset, limit)
     parts = [(rows[entry.rows], entry) for rows, entry in here if len(entry.rows)]
     rows = np.concatenate([rows for rows, _ in parts]) if parts else np.empty(0, np.int64)
     infos = [entry.info for _, entry in parts]

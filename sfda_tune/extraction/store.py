@@ -150,13 +150,14 @@ class FeatureStore:
     def get(self, key: str, images: Sequence[str]) -> Entry:
         """Return what is kept of images, by their digests; those without any are absent in it."""
         names = self._list(key)
+        entry = self._get(key, names, images)
         for _ in range(TRIES):
-            entry = self._get(key, names, images)
             if len(entry.known) == len(images):
                 break
             before, names = names, self._list(key)
             if names == before:  # else some were joined, perhaps before they were read
                 break
+            entry = self._get(key, names, images)
         return entry
 
     def _get(self, key: str, names: Sequence[str], images: Sequence[str]) -> Entry:
@@ -229,7 +230,7 @@ class FeatureStore:
             if (spent := part.get("forward_seconds")) is not None:
                 part["forward_seconds"] = float(spent * mine.sum() / max(len(entry.rows), 1))
             lost = {k: entry.unreadable[p] for k, p in enumerate(some) if p in entry.unreadable}
-            self._put(key, _Segment([images[p] for p in some], entry.x[mine], lost, [part]))
+            self._put(key, _Segment([images[int(p)] for p in some], entry.x[mine], lost, [part]))
 
     def _put(self, key: str, segment: _Segment) -> str:
         x = np.ascontiguousarray(segment.x)

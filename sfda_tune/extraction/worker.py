@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Executor", "Worker"]
+__all__ = ["Executor", "OnDemand", "Worker"]
 # What lets a GPU compute all the time; `tests/benchmarks/gpu.py` measures each of them alone.
 LANES = 2  # units under way: while one computes, the next one's network is opened
 SIDE_STREAM = True  # and are read while it computes
@@ -468,3 +468,41 @@ class Executor(Protocol):
     def report(self) -> dict[str, Any]:
         """Return what `Ranking.info["executor"]` is to hold, as JSON values."""
         ...
+
+
+class OnDemand:
+    """An executor that is entered when there is something to run, and left at the end.
+
+    Where everything is in the store, no cluster is started, nor asked for.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.device: str | None = None
+        self._stack = contextlib.ExitStack()
+        self._entered = False
+
+    def __enter__(self) -> OnDemand:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _enter(self) -> Executor:
+        if not self._entered:
+            self._stack.enter_context(self.executor)
+            self._entered = True
+        return self.executor
+
+    def resolve_device(self, device: str) -> str:
+        """Return the device of the workers; it stays known as `device`."""
+        self.device = self._enter().resolve_device(device)
+        return self.device
+
+    def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
+        """Run the plan."""
+        return self._enter().run(worker, plan)
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what the executor tells; nothing if it had nothing to run."""
+        return self.executor.report() if self._entered else None
