@@ -29,16 +29,17 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from sfda_tune import __version__
 from sfda_tune.backbones import fingerprints, loading
 from sfda_tune.backbones.devices import is_working, resolve_device
 from sfda_tune.backbones.plugins import load_plugin
-from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
@@ -154,10 +155,10 @@ def extract_within(
     jobs: dict[str, BackboneJob] = {}
     for backbone in backbones:
         try:
-            description = loading.describe(backbone)
+            description, weights = _describe(backbone, store)
             require_memory(description.preprocessing, largest_shard(n))
-            weights = key = None
-            if store is not None and (weights := fingerprints.fingerprint(backbone)):
+            key = None
+            if weights is not None:
                 pixels = fingerprint_pixels(description.preprocessing)
                 key = make_key(weights, pixels, settings.precision)
             jobs[backbone.name] = BackboneJob(description, weights, key, np.zeros(n, bool))
@@ -285,6 +286,48 @@ def extract_within(
             outcomes.close()
         forget_pixels(plan.run)
         keeper.look(last=True)
+
+
+def _describe(
+    backbone: Backbone, store: FeatureStore | None
+) -> tuple[loading.Description, str | None]:
+    """Return what is known of a backbone, and the fingerprint of its weights, where it is known.
+
+    To build a network, only to see its size, takes a second; so the store notes what came of it.
+    """
+    if store is None:
+        return loading.describe(backbone), None
+    weights = noted = None
+    if backbone.load is None:
+        with contextlib.suppress(Exception):  # which `describe` explains
+            weights = fingerprints.fingerprint(backbone, None, store.digest_file)
+    if weights is not None:
+        noted = store.recall("networks", make_key(weights, __version__, ""), NETWORK)
+    if weights is not None and noted is not None:
+        with contextlib.suppress(TypeError):
+            geometry = Geometry(**{k: _immutable(v) for k, v in noted["geometry"].items()})
+            mean, std = (tuple(map(float, noted[name])) for name in ("mean", "std"))
+            n_params, n_dims = noted["n_params"], noted["n_dims"]
+            preprocessing = Preprocessing(geometry, mean, std)
+            return loading.Description(backbone, n_params, n_dims, preprocessing), weights
+    found = loading.describe(backbone)
+    if weights is None:
+        weights = fingerprints.fingerprint(backbone, None, store.digest_file)
+    p = found.preprocessing
+    if weights is not None and p.geometry is not None and backbone.load is None:
+        known = {"n_params": found.n_params, "n_dims": found.n_dims}
+        known |= {"geometry": asdict(p.geometry), "mean": p.mean, "std": p.std}
+        store.note("networks", make_key(weights, __version__, ""), known)
+    return found, weights
+
+
+def _immutable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+NETWORK = {"n_params": int, "n_dims": (int, None), "mean": [float], "std": [float]}
+NETWORK |= {"geometry": {"input_size": [int], "interpolation": str, "crop_pct": float,
+                         "crop_mode": str, "fill": [float]}}  # fmt: skip
 
 
 def _plan_again(plan: Plan, done: Sequence[str]) -> Plan:

@@ -9,7 +9,8 @@ Segments are safetensors files that never change, written to a temporary file an
 place: a kill at any moment leaves whole segments or none, and several processes may share a store.
 Small ones that pile up are joined (`FeatureStore.compact`): the new one is there before the old
 ones go, and whoever read these looks again. What is truncated, damaged, no file, or not ours
-counts as absent. Features of earlier versions (`OUTDATED`) are left alone, and not used.
+counts as absent. *Notes* are small JSON files beside the segments: digests of weights, what is
+known of networks, scores. Features of earlier versions (`OUTDATED`) are left alone, and not used.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ from safetensors.numpy import load, save
 from sfda_tune.values.files import (
     check_folder,
     clear_leftovers,
+    digest_file,
     open_regular,
     parse_json,
+    read_text,
     write_bytes,
+    write_text,
 )
-from sfda_tune.values.text import parse_bytes
+from sfda_tune.values.text import json_text, parse_bytes
 
 __all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
 
@@ -49,6 +53,9 @@ SEGMENTS, OUTDATED = (
     "segments",
     "features",
 )  # folders below the root: ours, and that of formats 1, 2
+NOTES = "notes"
+LARGE = 1 << 20  # bytes of a file whose digest is noted
+MOMENT = 2_000_000_000  # nanoseconds
 SEGMENT = 512  # images in one segment, at most
 SMALL, MANY = 256, 16  # so many segments of less than so many images are joined
 HEAD = 1 << 16  # bytes in which the header of a segment mostly ends
@@ -309,6 +316,50 @@ class FeatureStore:
     def _ignore(self, key: str, name: str, error: Exception) -> None:
         logger.warning("ignoring the cache file %s: %s", self.path(key, name), error)
 
+    # What else takes time to find out ----------------------------------------------------------
+    def recall(self, subject: str, key: str, kind: Any) -> Any:
+        """Return what was noted of a subject, of a `kind` that `files.check` knows, or None."""
+        path = self._note(subject, key)
+        try:
+            seal, _, text = read_text(path).partition("\n")
+            if seal != _seal(subject, key, text):
+                raise ValueError("its content is damaged")
+            value = parse_json(text, kind)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            logger.warning("ignoring the cache file %s: %s", path, error)
+            return None
+        with contextlib.suppress(OSError):  # a read-only store
+            os.utime(path)
+        return value
+
+    def note(self, subject: str, key: str, value: Any) -> None:
+        """Note a JSON value; if that fails, it is found out again."""
+        text = json_text(value)
+        path = self._note(subject, key)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, f"{_seal(subject, key, text)}\n{text}")
+
+    def _note(self, subject: str, key: str) -> Path:
+        return self.root / NOTES / subject / key[:2] / f"{key}.json"
+
+    def digest_file(self, path: str | os.PathLike[str]) -> str:
+        """Return as `files.digest_file` does, from the notes where the file is as it was."""
+        seen = _look_at(path)
+        if seen[0] < LARGE:
+            return digest_file(path)
+        key = hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=20).hexdigest()
+        noted = self.recall("files", key, {"seen": [int], "digest": str})
+        if noted is not None and noted["seen"] == seen:
+            return noted["digest"]
+        digest = digest_file(path)
+        # What was changed a moment ago may be changed again and look the same.
+        if _look_at(path) == seen and time.time_ns() - max(seen[1:3]) > MOMENT:
+            self.note("files", key, {"seen": seen, "digest": digest})
+        return digest
+
     # All of them ---------------------------------------------------------------------------------
     @property
     def has_outdated(self) -> bool:
@@ -322,6 +373,12 @@ class FeatureStore:
             with contextlib.suppress(FileNotFoundError):  # another process clears it
                 if path.is_file():
                     yield path, path.stat()
+
+    def notes(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Iterate over the files of all notes."""
+        for path in sorted(self.root.glob(f"{NOTES}/*/??/*.json")):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat()
 
     def summary(self) -> dict[tuple[str, str], dict[str, float]]:
         """Return segments, images, bytes and time of the last use, by data set and backbone.
@@ -379,13 +436,14 @@ class FeatureStore:
                 sizes[path.parent] = sizes.get(path.parent, 0) + stat.st_size
             files = [file for file in files if sizes[file[0].parent] > larger_than]
         else:
-            files += self.entries(outdated=True)
+            files += [*self.entries(outdated=True), *(() if outdated else self.notes())]
         if older_than is not None:
             limit = time.time() - older_than * 86400
             files = [(path, stat) for path, stat in files if stat.st_mtime < limit]
         everything = older_than is larger_than is None
-        for folder in [*self.root.glob(f"{SEGMENTS}/??/*"), *self.root.glob(f"{OUTDATED}/??")]:
-            clear_leftovers(folder, *([0.0] if everything else []))
+        for pattern in f"{SEGMENTS}/??/*", f"{OUTDATED}/??", f"{NOTES}/*/??":
+            for folder in self.root.glob(pattern):
+                clear_leftovers(folder, *([0.0] if everything else []))
         result = _unlink(files)
         for folder in [*self.root.glob(f"{OUTDATED}/??"), self.root / OUTDATED]:
             with contextlib.suppress(OSError):  # something is left, or it is not there
@@ -398,7 +456,7 @@ class FeatureStore:
         Nothing that was used after the time `since` goes. Another process that misses something
         then computes it again. Return how many segments were deleted, and how many bytes.
         """
-        files = [*self.entries(), *self.entries(outdated=True)]
+        files = [*self.entries(), *self.entries(outdated=True), *self.notes()]
         excess = sum(stat.st_size for _, stat in files) - limit
         old = []
         for path, stat in sorted(files, key=lambda file: file[1].st_mtime):
@@ -519,6 +577,12 @@ class RemoteStore(FeatureStore):
                 "address, the credentials and the network, or pass a folder."
             ) from error
 
+    def recall(self, subject: str, key: str, kind: Any) -> Any:
+        """Return nothing: to ask a bucket may take longer than to find out again."""
+
+    def note(self, subject: str, key: str, value: Any) -> None:
+        """Do nothing."""
+
     @property
     def has_outdated(self) -> bool:
         """Nobody has looked."""
@@ -527,6 +591,16 @@ class RemoteStore(FeatureStore):
     def entries(self, *, outdated: bool = False) -> Iterator[tuple[Path, os.stat_result]]:
         """Refuse: to list a bucket may take hours."""
         raise ValueError(f"{self.root} is managed with the tools of its host, not from here.")
+
+
+def _seal(subject: str, key: str, text: str) -> str:
+    return hashlib.blake2b(f"{subject} {key} {text}".encode(), digest_size=16).hexdigest()
+
+
+def _look_at(path: str | os.PathLike[str]) -> list[int]:
+    """Return what changes when a file does: size, times, number."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 # One segment ------------------------------------------------------------------------------------

@@ -237,7 +237,8 @@ class Worker:
         module, preprocessing = loading.load(unit.backbone)
         weights = unit.weights or ""
         if not weights and self.store is not None:
-            weights = fingerprints.fingerprint(unit.backbone, module) or ""
+            digest = self.store.digest_file
+            weights = fingerprints.fingerprint(unit.backbone, module, digest) or ""
         n_params = sum(p.numel() for p in module.parameters())
         with _MOVES:
             module = module.to(device).to(memory_format=torch.channels_last)

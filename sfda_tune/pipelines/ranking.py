@@ -28,6 +28,7 @@ from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
+from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.forecast import is_known
@@ -334,7 +335,7 @@ class _RankingRun:
                     extraction = seen[name] = _join(before.get(name), extraction)
                 extraction = self.copies.leave_out(extraction)
                 begun = time.perf_counter()
-                result = _score(extraction, self.scorer, self.device)
+                result = _score(extraction, self.noting, self.device)
                 self.seconds["score"] += time.perf_counter() - begun
                 if extraction.features is not None:
                     self.rows = of[name] = extraction.rows
@@ -378,6 +379,11 @@ class _RankingRun:
             details = {**old.details, "race": out, "note": note}
             self.scores[name] = replace(old, value=value, per_sample=None, details=details)
         return result
+
+    @cached_property
+    def noting(self) -> NotingScorer:
+        """What scores, unless the store has a note of the same."""
+        return NotingScorer(self.scorer, self.store)
 
     @cached_property
     def device(self) -> str:
@@ -444,7 +450,7 @@ def _join(old: Extraction | None, new: Extraction) -> Extraction:
     )
 
 
-def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
+def _score(extraction: Extraction, scorer: NotingScorer, device: str) -> Score:
     """Score an extraction and add to the score's details what the extraction measured."""
     name = extraction.backbone.name
     spent = sum(extraction.seconds.get(part, 0.0) for part in ("load", "decode", "forward"))
