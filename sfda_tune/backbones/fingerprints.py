@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.backbones.devices import few_threads
 from sfda_tune.backbones.identity import files_behind, identify, is_installed, version_of
 from sfda_tune.backbones.loading import create, files_in, is_weights, load, read_config, timm_name
 from sfda_tune.backbones.plugins import load_plugin
@@ -125,7 +126,8 @@ def _respond(module: Any, preprocessing: Preprocessing) -> str:
     shape = preprocessing.input_size or preprocessing.output_size
     x = torch.from_numpy(generator.random((2, *shape), np.float32))
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        threads = few_threads(module, preprocessing)
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), threads:
             torch.manual_seed(0)
             y = module(x).double()
         y = y.mean((2, 3)) if y.ndim == 4 else y

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sfda_tune.values.features import Features, Score
 
 __all__ = ["NotingScorer"]
 
-KIND = {"value": float, "per_sample": ([float], None), "details": {str: object}}
+KIND = {"value": float, "per_sample": (str, None), "details": {str: object}}
 
 
 class NotingScorer:
@@ -63,18 +64,20 @@ class NotingScorer:
         digest.update(y.data)
         noted = self.store.recall("scores", digest.hexdigest(), KIND)
         if noted is not None:
-            per_sample, (n, d) = noted["per_sample"], features.x.shape
-            if per_sample is None or len(per_sample) == n:
-                told = noted["value"], per_sample, n, d, noted["details"]
-                return Score(features.backbone, *told)
-        score = self.scorer.score(features, device)
+            per_sample = noted["per_sample"]
+            if per_sample is not None:
+                per_sample = np.frombuffer(b64decode(per_sample), "<f8")
+            told = noted["value"], per_sample, *features.x.shape, noted["details"]
+            return Score(features.backbone, *told)
+        score: Any = self.scorer.score(features, device)
         if score.error is None:
-            per_sample: Any = score.per_sample
-            value = {
-                "value": score.value,
-                "per_sample": None if per_sample is None else per_sample.tolist(),
-                "details": dict(score.details),
-            }
+            per_sample = (
+                score.per_sample
+            )  # as text: a number for each image would take long to read
+            if per_sample is not None:
+                per_sample = b64encode(per_sample.astype("<f8").tobytes()).decode()
+            value = {"value": score.value, "per_sample": per_sample}
+            value |= {"details": dict(score.details)}
             self.store.note("scores", digest.hexdigest(), value)
         return score
 
