@@ -147,7 +147,7 @@ class _Extractor:
             if outcome.error is not None:
                 resident.pop(unit.backbone.name, None)
             # what is in the store need not travel
-            outcome.entries = {s: e for s, e in outcome.entries.items() if s not in outcome.keys}
+            outcome.entries = {s: e for s, e in outcome.entries.items() if s not in outcome.kept}
             outcomes.append(outcome)
             self._images.inc(outcome.n_images or 1e-9, {"backbone": outcome.name})
             for part, spent in outcome.seconds.items():
@@ -164,8 +164,8 @@ def _check_mount(unit: Unit) -> None:
     """Refuse to call images unreadable that the driver did read: here they are not there."""
     paths = [
         path
-        for (_, start, stop), digests in zip(unit.shards, unit.images, strict=True)
-        for path, digest in zip(unit.dataset.items[start:stop], digests, strict=True)
+        for (_, rows), digests in zip(unit.shards, unit.images, strict=True)
+        for path, digest in zip((unit.dataset.items[r] for r in rows), digests, strict=True)
         if digest != UNREADABLE and isinstance(path, (str, os.PathLike))
     ][:16]
     if paths and not any(map(os.path.exists, paths)):
@@ -483,7 +483,7 @@ class _PlanRun:
             bundle.most = shards_at_once([plan.preprocessing(bundle.names[0])], memory)
         self.dispatcher = Dispatcher(bundles, executor.unit_seconds, executor.attempts)
         users = frozenset().union(*(plan.missing[name] for name in names))
-        executor._counts["images"] += sum(b - a for a, b in (plan.shards[s] for s in users))
+        executor._counts["images"] += sum(len(plan.shards[s]) for s in users)
         self.suspects: list[tuple[str, Task, dict[str, Any], float]] = []
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -549,7 +549,7 @@ class _PlanRun:
         plan, counts = self.plan, self.executor._counts
         self.dispatcher.complete(task, result.seconds)
         if result.crashing:
-            rows = [row for s in task.shards for row in range(*plan.shards[s])]
+            rows = [int(row) for s in task.shards for row in plan.shards[s]]
             new = {
                 rows[p]: why for p, why in result.crashing.items() if rows[p] not in plan.crashing
             }

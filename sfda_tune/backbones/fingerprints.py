@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sfda_tune.backbones.devices import few_threads
 from sfda_tune.backbones.identity import files_behind, identify, is_installed, version_of
 from sfda_tune.backbones.loading import create, files_in, is_weights, load, read_config, timm_name
 from sfda_tune.backbones.plugins import load_plugin
@@ -22,7 +24,9 @@ from sfda_tune.values.files import digest_file
 __all__ = ["fingerprint"]
 
 
-def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
+def fingerprint(
+    backbone: Backbone, module: Any = None, digest: Callable[[Any], str] = digest_file
+) -> str | None:
     """Return a digest of all that a backbone's features depend on, apart from the images.
 
     Of a timm name, hub name or folder: its weights and configuration by their bytes, the version
@@ -31,7 +35,7 @@ def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
 
     Without `module` it answers from files alone, and with None where the weights are not in a
     local file yet. With `module` (as `load` returns it) it always answers; for weights in files
-    with the same digest as without.
+    with the same digest as without. `digest` is what digests files.
     """
     parts = [f"{package} {version_of(package)}" for package in ("timm", "torch")]
     parts += [files_behind(plugin, load_plugin(plugin)) for plugin in backbone.plugins]
@@ -43,7 +47,7 @@ def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
         folder = Path(name.partition(":")[2])
         parts.append(_own_architecture(backbone, read_config(folder)["architecture"]))
         files = sorted(filter(is_weights, files_in(folder)))
-        parts += [f"{f.name} {digest_file(f)}" for f in [folder / "config.json", *files]]
+        parts += [f"{f.name} {digest(f)}" for f in [folder / "config.json", *files]]
     else:
         parts.append(name)
         file = _cached_file(name)
@@ -51,12 +55,12 @@ def fingerprint(backbone: Backbone, module: Any = None) -> str | None:
             return None
         if name.startswith("hf-hub:"):
             config = _from_hub(name.partition(":")[2], ["config.json"])
-            parts.append(digest_file(config) if config else "")
+            parts.append(digest(config) if config else "")
             architecture = read_config(Path(config).parent)["architecture"] if config else ""
         else:
             architecture = name.partition(".")[0]
         parts.append(_own_architecture(backbone, architecture))
-        parts.append(digest_file(file) if file is not None else identify(module, backbone.name))
+        parts.append(digest(file) if file is not None else identify(module, backbone.name))
     return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
 
 
@@ -122,7 +126,8 @@ def _respond(module: Any, preprocessing: Preprocessing) -> str:
     shape = preprocessing.input_size or preprocessing.output_size
     x = torch.from_numpy(generator.random((2, *shape), np.float32))
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        threads = few_threads(module, preprocessing)
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]), threads:
             torch.manual_seed(0)
             y = module(x).double()
         y = y.mean((2, 3)) if y.ndim == 4 else y

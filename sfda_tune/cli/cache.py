@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,23 +13,39 @@ from sfda_tune.cli.options import CacheDir, Debug
 from sfda_tune.cli.terminal import messages, output, print_table
 from sfda_tune.pipelines.terminal import say, text
 
-cache_app = typer.Typer(help="Look at the kept features, or delete them.", no_args_is_help=True)
+cache_app = typer.Typer(
+    help="Look at the kept features, or delete them. SFDA_TUNE_CACHE_SIZE=20GB keeps their folder "
+    "below that size: what is longest unused goes.",
+    no_args_is_help=True,
+)
 
 
 @cache_app.command("show")
 def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
-    """Show where the features are kept and what they take."""
-    store = _store(cache)
+    """Show what is kept of which data set and backbone, what it takes, and when it was used.
+
+    An image that is in several data sets counts for the first one.
+    """
+    from sfda_tune.extraction.store import size_limit
+
+    store, limit = _store(cache), size_limit()
     totals = store.summary()
+    notes = sum(stat.st_size for _, stat in store.notes())
     table = Table(title=text(store.root), title_justify="left")
-    for name in ("backbone", "entries", "images", "MB"):
-        table.add_column(name, justify="left" if name == "backbone" else "right")
-    for name, total in sorted(totals.items()):
-        megabytes = f"{total['bytes'] / 1e6:.1f}"
-        table.add_row(text(name), str(total["entries"]), str(total["images"]), megabytes)
-    size = sum(total["bytes"] for total in totals.values()) / 1e6
+    left = ("data set", "backbone")
+    for name in (*left, "segments", "images", "MB", "unused for"):
+        table.add_column(name, justify="left" if name in left else "right")
+    for names, total in sorted(totals.items()):
+        counts = (f"{total[name]:.0f}" for name in ("segments", "images"))
+        megabytes, unused = f"{total['bytes'] / 1e6:.1f}", _span(time.time() - total["used"])
+        table.add_row(*map(text, names), *counts, megabytes, unused)
+    if notes:
+        table.add_row("(notes on weights, networks and scores)", "", "", "", f"{notes / 1e6:.1f}")
+    size = (sum(total["bytes"] for total in totals.values()) + notes) / 1e6
     table.add_section()
-    table.add_row("all", str(sum(t["entries"] for t in totals.values())), "", f"{size:.1f}")
+    segments = sum(total["segments"] for total in totals.values())
+    allowed = "" if limit is None else f" of {limit / 1e6:.1f}"
+    table.add_row("all", "", f"{segments:.0f}", "", f"{size:.1f}{allowed}")
     print_table(table)
 
 
@@ -39,12 +56,29 @@ def clear_cache(
         float | None,
         typer.Option(metavar="DAYS", min=0, help="Only features not used for so many days."),
     ] = None,
+    larger_than: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Only those of networks with more than that: 500MB."),
+    ] = None,
+    outdated: Annotated[
+        bool, typer.Option("--outdated", help="Only what earlier versions kept; it is not used.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Delete kept features; they are computed again when needed."""
+    """Delete kept features; they are computed again when needed. Options add up."""
+    from sfda_tune.values.text import parse_bytes
+
+    size = None if larger_than is None else parse_bytes("--larger-than", larger_than)
     store = _store(cache)
-    count, size = store.clear(older_than)
-    say(output, f"deleted {count} entries, {size / 1e6:.1f} MB, from {store.root}")
+    count, freed = store.clear(older_than, size, outdated=outdated)
+    say(output, f"deleted {count} files, {freed / 1e6:.1f} MB, from {store.root}")
+
+
+def _span(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return "0 min"
 
 
 def _store(cache: str | None) -> Any:

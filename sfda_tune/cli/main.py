@@ -16,6 +16,7 @@ import typer
 
 from sfda_tune import __version__
 from sfda_tune.cli.cache import cache_app
+from sfda_tune.cli.doctor import diagnose
 from sfda_tune.cli.options import spread_lists
 from sfda_tune.cli.rank import rank
 from sfda_tune.cli.reports import evaluate_scores, list_backbones, report_on
@@ -48,6 +49,7 @@ app.command()(predict)
 app.command("backbones")(list_backbones)
 app.command("evaluate")(evaluate_scores)
 app.command("report")(report_on)
+app.command("doctor")(diagnose)
 
 
 def _version(show: bool) -> None:

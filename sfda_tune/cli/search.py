@@ -46,6 +46,10 @@ def search(
         typer.Option(metavar="URL", help="Database that workers share. Default: RUN/study.db."),
     ] = None,
     workers: Annotated[int, typer.Option(metavar="N", help="Processes that train at once.")] = 1,
+    decoders: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Decoding processes of each. Default: one per core."),
+    ] = None,
     keep: Annotated[
         int | None, typer.Option(metavar="K", help="Tune at most K backbones. Default: 3.")
     ] = None,
@@ -116,6 +120,7 @@ def search(
             engine=engine,
             storage=storage,
             workers=workers,
+            decoders=decoders,
             keep=keep,
             objective=tuple(objective.replace(" ", "").split(",")),
             metric=metric,

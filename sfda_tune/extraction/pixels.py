@@ -120,12 +120,11 @@ class SharedPixels:
 
     def rows(
         self,
-        start: int,
-        stop: int,
+        rows: np.ndarray,
         seconds: dict[str, float],
         tick: Callable[[], None] | None = None,
     ) -> np.ndarray:
-        """Decode up to `stop` and return the readable rows in [start, stop); tick now and then.
+        """Decode as far as the last of sorted `rows`; return the readable; tick now and then.
 
         What the caller waited is added to ``seconds["decode"]``, and the work of the decoding that
         it brought about to ``seconds["decode_work"]``.
@@ -133,7 +132,7 @@ class SharedPixels:
         started = time.perf_counter()
         with self._lock:
             try:
-                while self.filled < stop:
+                while self.filled <= rows[-1]:
                     seconds["decode_work"] += self._fill()
                     if tick is not None:
                         tick()
@@ -143,13 +142,13 @@ class SharedPixels:
             if self.filled == self.n:
                 self._batches = None  # lets the workers go
         seconds["decode"] += time.perf_counter() - started
-        return np.array([r for r in range(start, stop) if r not in self.unreadable], np.int64)
+        return rows[[r not in self.unreadable for r in rows.tolist()]]
 
-    def reasons(self, start: int, stop: int) -> dict[str, str]:
-        """Return position from `start` → reason, for the unreadable rows in [start, stop)."""
+    def reasons(self, rows: np.ndarray) -> dict[int, str]:
+        """Return position in `rows` → reason, for the unreadable ones."""
         with self._lock:  # another thread may be adding some
-            found = sorted(self.unreadable.items())
-        return {str(row - start): why for row, why in found if start <= row < stop}
+            found = dict(self.unreadable)
+        return {p: found[row] for p, row in enumerate(rows.tolist()) if row in found}
 
     def pixels(self, key: Any, rows: np.ndarray) -> torch.Tensor:
         """Return the inputs of readable rows, (len(rows), channels, height, width).

@@ -17,13 +17,13 @@ from sfda_tune.extraction.store import Entry
 from sfda_tune.values.features import Backbone
 
 __all__ = ["SHARD", "Outcome", "Plan", "Unit"]
-SHARD = 1024  # images in one entry of the store; part of what `store.FORMAT` means
+SHARD = 512  # images that a backbone is shown before its features are kept
 
 
 # One unit of work: one backbone on some shards --------------------------------------------------
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Everything a worker needs; `shards` are row ranges within `dataset`."""
+    """Everything a worker needs; of each shard the rows of `dataset` that the backbone lacks."""
 
     backbone: Backbone
     preprocessing: Preprocessing
@@ -31,8 +31,8 @@ class Unit:
     run: str
     number: int  # units of the same number share the pixels of `dataset`
     preprocessings: tuple[Preprocessing, ...]
-    shards: tuple[tuple[int, int, int], ...]  # index in the plan, start, stop
-    images: tuple[tuple[str, ...], ...]  # content digests, for the key in the store
+    shards: tuple[tuple[int, np.ndarray], ...]  # index in the plan, rows
+    images: tuple[tuple[str, ...], ...]  # their content digests, for the store
     weights: str | None
     max_unreadable: float  # images, in the whole data set
     crashing: Mapping[int, str] = field(default_factory=dict)  # row of `dataset` → why not to read
@@ -46,8 +46,8 @@ class Outcome:
 
     name: str
     entries: dict[int, Entry] = field(default_factory=dict)
-    keys: dict[int, str] = field(default_factory=dict)  # of those the store holds now
-    unreadable: dict[int, Mapping[str, str]] = field(default_factory=dict)  # of all entries
+    kept: set[int] = field(default_factory=set)  # shards whose entries the store holds now
+    unreadable: dict[int, Mapping[int, str]] = field(default_factory=dict)  # of all entries
     error: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     n_images: int = 0
@@ -63,27 +63,47 @@ class BackboneJob:
 
     description: loading.Description
     weights: str | None
-    entries: dict[int, Entry | str] = field(default_factory=dict)  # or its key in the store
-    unkept: dict[int, Entry | str] = field(default_factory=dict)  # what the store does not have
-    keys: list[str] = field(default_factory=list)  # of all shards, if the weights are known
+    key: str | None  # in the store, if the weights are known
+    stored: np.ndarray  # rows of the data set that are in the store, a mask
+    held: list[tuple[np.ndarray, Entry]] = field(default_factory=list)  # rows that are here
+    unkept: list[tuple[np.ndarray, Entry]] = field(default_factory=list)  # and nowhere else
     cached: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def lacks(self, crashing: Mapping[int, str]) -> np.ndarray:
+        """Return the rows of which nothing is known yet, a mask."""
+        lacking = ~self.stored
+        lacking[list(crashing)] = False
+        for rows, entry in self.held:
+            lacking[rows[entry.known]] = False
+        return lacking
 
 
 @dataclass(eq=False)
 class Plan:
-    """What is missing: which backbones on which shards; cut into units by who runs it."""
+    """What is missing: which backbones on which rows; cut into units by who runs it."""
 
     run: str  # unique name
     dataset: ImageDataset
     jobs: dict[str, Any]  # by name of the backbone
-    shards: list[tuple[int, int]]  # start and stop, rows of the data set
     images: list[str]  # content digests
-    missing: dict[str, frozenset[int]]  # backbone → shards
     max_unreadable: float  # images, in the whole data set
+    lacking: dict[str, np.ndarray] = field(default_factory=dict)  # backbone → rows, a mask
     failed: set[str] = field(default_factory=set)  # backbones that get no further unit
     # Row of the data set → why it must not be read; an executor adds those it found
     crashing: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shards = cut_shards(list(self.lacking.values()))  # rows of the data set
+        self.missing = {  # backbone → shards in which it lacks something
+            name: frozenset(s for s, rows in enumerate(self.shards) if lacking[rows].any())
+            for name, lacking in self.lacking.items()
+        }
+
+    def rows(self, name: str, shard: int) -> np.ndarray:
+        """Return the rows of a shard that a backbone lacks."""
+        rows = self.shards[shard]
+        return rows[self.lacking[name][rows]]
 
     def preprocessing(self, name: str) -> Preprocessing:
         """Return the preprocessing of a backbone; equal keys share their pixels."""
@@ -104,9 +124,8 @@ class Plan:
         names = [
             n for n in names if n not in self.failed and not self.missing[n].isdisjoint(shards)
         ]
-        spans = [self.shards[shard] for shard in shards]
-        starts = np.cumsum([0, *map(length, spans)])
-        rows = np.concatenate([np.arange(*span) for span in spans])
+        starts = np.cumsum([0, *(len(self.shards[s]) for s in shards)])
+        rows = np.concatenate([self.shards[s] for s in shards])
         distinct = {self.preprocessing(n).key: self.preprocessing(n) for n in reversed(names)}
         part = self.dataset.subset(rows)
         crashing = {p: self.crashing[r] for p, r in enumerate(rows) if r in self.crashing}
@@ -114,6 +133,7 @@ class Plan:
             if name in self.failed:  # meanwhile
                 continue
             mine = [(p, s) for p, s in enumerate(shards) if s in self.missing[name]]
+            lacking = self.lacking[name]
             yield Unit(
                 self.jobs[name].description.backbone,
                 self.preprocessing(name),
@@ -121,8 +141,8 @@ class Plan:
                 self.run,
                 number,
                 tuple(reversed(distinct.values())),
-                tuple((s, int(starts[p]), int(starts[p + 1])) for p, s in mine),
-                tuple(tuple(self.images[slice(*self.shards[s])]) for _, s in mine),
+                tuple((s, starts[p] + np.flatnonzero(lacking[self.shards[s]])) for p, s in mine),
+                tuple(tuple(self.images[r] for r in self.rows(name, s)) for _, s in mine),
                 self.jobs[name].weights,
                 self.max_unreadable,
                 crashing,
@@ -131,9 +151,26 @@ class Plan:
             )
 
 
-def cut_shards(n: int) -> list[tuple[int, int]]:
-    """Return the rows of all shards of so many images."""
-    return [(start, min(start + SHARD, n)) for start in range(0, n, SHARD)]
+def cut_shards(lacking: Any) -> list[np.ndarray]:
+    """Return the rows that are lacked, in shards; those that the same backbones lack together.
+
+    The rows that most backbones lack come first: who lacks only these has no others decoded.
+
+    >>> [rows.tolist() for rows in cut_shards(np.array([[1, 0, 1], [0, 0, 1]], bool))]
+    [[2, 0]]
+    """
+    if not len(lacking):
+        return []
+    users = np.sum(lacking, axis=0)
+    distinct = {mask.tobytes(): mask for mask in lacking}.values()  # many lack the same
+    rows = np.flatnonzero(users)
+    rows = rows[np.lexsort((rows, *(mask[rows] for mask in distinct), -users[rows]))]
+    return [rows[start : start + SHARD] for start in range(0, len(rows), SHARD)]
+
+
+def largest_shard(n: int) -> int:
+    """Return the images in the largest shard of so many."""
+    return min(n, SHARD)
 
 
 def cut_units(plan: Plan) -> Iterator[Unit]:
@@ -143,10 +180,6 @@ def cut_units(plan: Plan) -> Iterator[Unit]:
     at_once = shards_at_once(map(plan.preprocessing, users))
     for first in range(0, len(needed), at_once):
         yield from plan.units(users, needed[first : first + at_once], first)
-
-
-def length(shard: tuple[int, int]) -> int:
-    return shard[1] - shard[0]
 
 
 def shards_at_once(preprocessings: Iterable[Preprocessing], memory: int | None = None) -> int:

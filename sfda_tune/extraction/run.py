@@ -1,14 +1,15 @@
 """Extraction: many backbones over one data set, each image decoded once.
 
-The rows are cut into *shards* of `SHARD` images, in which features are stored. As many shards as
-fit into memory are decoded together, by worker processes: every image once, resized once per
-distinct `Geometry`; the 8-bit result is shared by all backbones with that geometry. A *unit* is
-one backbone over these shards. The units run one after the other, so the first backbones can be
-ranked while the others run, and a kill loses at most the shard at hand.
+What is in the store already is left out. The other rows are cut into *shards* of `plan.SHARD`
+images. As many shards as fit into memory are decoded together, by worker processes: every
+image once, resized once per distinct `Geometry`; the 8-bit result is shared by all backbones with
+that geometry. A *unit* is one backbone over these shards. The units run one after the other, so
+the first backbones can be ranked while the others run, and a kill loses at most the shard at hand.
 
 The first backbone that asks for pixels drives the decoding, so decoding overlaps its forward
-passes. A batch never crosses a shard: the features of a row do not depend on how many rows,
-workers or processes there are.
+passes. Every batch is as large as the others, and filled up where images are few: on one device,
+with one number of threads and one batch size, the features of an image are the same bits whatever
+else is computed, or was in the store.
 
 An `Executor` runs the same units elsewhere: it is handed the `Plan` of what is missing and one
 `Worker`, cuts the plan into units as it sees fit, and hands back their outcomes.
@@ -22,41 +23,43 @@ import logging
 import multiprocessing
 import pickle
 import threading
+import time
 import uuid
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
+from sfda_tune import __version__
 from sfda_tune.backbones import fingerprints, loading
 from sfda_tune.backbones.devices import is_working, resolve_device
 from sfda_tune.backbones.plugins import load_plugin
-from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
 from sfda_tune.data.loader import BATCH, Loader, count_workers, cut, is_in_memory
 from sfda_tune.extraction.crashes import CRASH_REASON, PILLOW
 from sfda_tune.extraction.pixels import Decoder, forget_pixels, require_memory
-from sfda_tune.extraction.plan import (
-    BackboneJob,
-    Outcome,
-    Plan,
-    Unit,
-    cut_shards,
-    cut_units,
-    length,
-)
+from sfda_tune.extraction.plan import BackboneJob, Outcome, Plan, Unit, cut_units, largest_shard
 from sfda_tune.extraction.settings import Extraction, Map, Settings
-from sfda_tune.extraction.store import Entry, FeatureStore, make_key
+from sfda_tune.extraction.store import (
+    Entry,
+    FeatureStore,
+    RemoteStore,
+    make_key,
+    nothing,
+    size_limit,
+)
 from sfda_tune.extraction.worker import (
     LANES,
     Executor,
+    OnDemand,
     Turn,
     Worker,
     describe_error,
@@ -68,6 +71,7 @@ from sfda_tune.values.features import Backbone, Features
 __all__ = ["extract", "extract_within"]
 
 logger = logging.getLogger(__name__)
+LOOK = 30.0  # seconds between two looks at the size of the store
 
 
 def extract(
@@ -126,8 +130,8 @@ def extract(
             "`executor` needs a `store` and no `map_fn`: its workers leave the features in a "
             "folder that all machines share, and this process reads them there."
         )
-    with executor or contextlib.nullcontext():
-        yield from extract_within(dataset, backbones, settings, store, map_fn, executor, progress)
+    with contextlib.nullcontext() if executor is None else OnDemand(executor) as demand:
+        yield from extract_within(dataset, backbones, settings, store, map_fn, demand, progress)
 
 
 def extract_within(
@@ -136,10 +140,10 @@ def extract_within(
     settings: Settings | None,
     store: FeatureStore | None,
     map_fn: Map | None,
-    executor: Executor | None,
+    executor: OnDemand | None,
     progress: Any,
 ) -> Generator[Extraction, None, None]:
-    """Do as `extract` does, within an executor that is entered already."""
+    """Do as `extract` does, within what enters the executor when it must."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "a process that is being started runs the script again that started it; put the "
@@ -147,66 +151,74 @@ def extract_within(
         )
     settings = settings or Settings()
     resolve = resolve_device if executor is None else executor.resolve_device
-    settings = replace(settings, device=resolve(settings.device))
-    shards = cut_shards(len(dataset))
+    n, limit, begun = len(dataset), settings.max_unreadable, time.time()
     jobs: dict[str, BackboneJob] = {}
     for backbone in backbones:
         try:
-            description = loading.describe(backbone)
-            require_memory(description.preprocessing, length(shards[0]))
-            weights = fingerprints.fingerprint(backbone) if store is not None else None
-            jobs[backbone.name] = BackboneJob(description, weights)
+            description, weights = _describe(backbone, store)
+            require_memory(description.preprocessing, largest_shard(n))
+            key = None
+            if weights is not None:
+                pixels = fingerprint_pixels(description.preprocessing)
+                key = make_key(weights, pixels, settings.precision)
+            jobs[backbone.name] = BackboneJob(description, weights, key, np.zeros(n, bool))
         except Exception as error:
             logger.debug("%s cannot be described", backbone.name, exc_info=True)
             yield Extraction(backbone, None, np.empty(0, np.int64), describe_error(error))
 
-    images = dataset.digests() if store is not None else [""] * len(dataset)
-    most = settings.max_unreadable * len(dataset)
-    plan = Plan(uuid.uuid4().hex, dataset, jobs, shards, images, {}, most)
+    images = dataset.digests() if store is not None else [""] * n
+    plan = Plan("", dataset, jobs, images, limit * n)
     plan.crashing.update(_without_content(dataset, images))
     done: list[str] = []
     known = len(plan.crashing)  # rows that somebody cannot read, so that nobody shows them
-    everything = frozenset(range(len(shards)))
+
+    def finish(name: str) -> Iterator[Extraction]:
+        if (extraction := _finish(jobs[name], plan, store, limit)) is not None:
+            done.append(name)
+            yield extraction
 
     def finish_again() -> Iterator[Extraction]:
         nonlocal known
         if len(plan.crashing) > known:
             known = len(plan.crashing)
             for name in done[:]:
-                job = jobs[name]
-                _look_up(job, plan, store, settings)
-                job.entries.update(job.unkept)
-                if everything <= job.entries.keys():
-                    yield _finish(job, plan, settings, store)
-                else:  # nobody kept them: they are computed again
-                    done.remove(name)
+                done.remove(name)
+                jobs[name].held = list(jobs[name].unkept)
+                yield from finish(name)  # if nobody kept them, they are computed again
 
     doubtful: dict[int, list[BackboneJob]] = {}
     for name, job in jobs.items():
-        _look_up(job, plan, store, settings)
-        doubts = _doubt(job, plan)
+        found = _look_up(job, plan, store)
+        doubts = _doubt(job, found, plan)
         for row in doubts:
             doubtful.setdefault(row, []).append(job)
         yield from finish_again()
-        if not doubts and everything <= job.entries.keys():
-            done.append(name)
-            yield _finish(job, plan, settings, store)
-        elif job.keys:  # entries are read again when the others are there
-            job.entries = {shard: job.keys[shard] for shard in job.entries}
+        if not doubts and not job.lacks(plan.crashing).any():
+            job.held = [(np.arange(n), found)]
+            yield from finish(name)
+        del found  # what is not whole is read again when the rest is there
     _look_again(doubtful, plan, settings)
     yield from finish_again()
     for name, job in jobs.items():
-        plan.missing[name] = frozenset() if name in done else everything.difference(job.entries)
-        if name not in done and not plan.missing[name]:
-            done.append(name)
-            yield _finish(job, plan, settings, store)
+        if name not in done and not job.lacks(plan.crashing).any():
+            yield from finish(name)
+    plan = _plan_again(plan, done)
+    rows = sum(int(mask.sum()) for mask in plan.lacking.values())
     if progress is not None:
-        rows = sum(length(shards[s]) for absent in plan.missing.values() for s in absent)
         progress.start(rows, len(done))
-
+    if not plan.lacking:
+        return
+    if store is not None and store.has_outdated:
+        warnings.warn(
+            f"what an earlier version kept in {store.root} is not used; `sfda-tune cache clear "
+            "--outdated` deletes it",
+            stacklevel=2,
+        )
+    settings = replace(settings, device=resolve(settings.device))
     tell = progress.advance if progress and map_fn is None and executor is None else None
     worker = Worker(settings, store, tell)
     outcomes: Any = ()
+    keeper = _Keeper(store, begun)
     try:
         while True:
             outcomes = (
@@ -226,40 +238,46 @@ def extract_within(
                         f"({outcome.not_kept}); the run goes on",
                         stacklevel=2,
                     )
+                rows_of = {s: plan.rows(outcome.name, s) for s in outcome.unreadable}
                 for shard, unreadable in outcome.unreadable.items():
-                    for row, why in unreadable.items():
-                        plan.crashing.setdefault(shards[shard][0] + int(row), why)
+                    for position, why in unreadable.items():
+                        plan.crashing.setdefault(int(rows_of[shard][position]), why)
                 yield from finish_again()
                 if outcome.name in plan.failed:
                     continue
                 job.cached = False
-                job.weights = job.weights or outcome.weights
-                job.entries.update(outcome.entries)
+                if job.key is None and store is not None and outcome.weights is not None:
+                    pixels = fingerprint_pixels(job.description.preprocessing)
+                    job.key = make_key(outcome.weights, pixels, settings.precision)
+                    job.weights = outcome.weights
                 for part, spent in outcome.seconds.items():
                     job.seconds[part] = job.seconds.get(part, 0.0) + spent
-                if executor is not None:
-                    job.entries.update(outcome.keys)  # what is in the store did not travel
+                new = {s: (rows_of[s], entry) for s, entry in outcome.entries.items()}
+                unkept = [new[s] for s in new if s not in outcome.kept]
+                for shard in outcome.kept:
+                    job.stored[rows_of[shard]] = True
                 if executor is not None or (store is not None and outcome.not_kept is None):
-                    unkept = outcome.entries.keys() - outcome.keys.keys()
-                    job.unkept.update((shard, outcome.entries[shard]) for shard in unkept)
+                    job.unkept += unkept
+                job.held += new.values()
                 if outcome.error is not None:
                     plan.failed.add(outcome.name)
                     yield replace(_blank(job), error=outcome.error, seconds=job.seconds)
-                elif len(job.entries) == len(shards):
-                    done.append(outcome.name)
-                    yield _finish(job, plan, settings, store)
-                else:  # until its other shards are done the features need no memory
-                    job.entries.update(outcome.keys)
+                elif not job.lacks(plan.crashing).any():
+                    yield from finish(outcome.name)
+                    keeper.look()
+                if outcome.name not in done:  # until the rest is done they need no memory
+                    kept = [new[s][1] for s in new if s in outcome.kept]
+                    job.held = [one for one in job.held if not any(one[1] is e for e in kept)]
             left = [name for name in jobs if name not in plan.failed and name not in done]
-            again = {name: everything.difference(jobs[name].entries) for name in left}
             if came.isdisjoint(left):
                 break
             forget_pixels(plan.run)
-            plan = replace(plan, run=uuid.uuid4().hex, missing=dict.fromkeys(jobs, frozenset()))
-            plan.missing.update(again)
+            plan = _plan_again(plan, done)
         for name in left:
+            lacks, missing = jobs[name].lacks(plan.crashing), plan.missing[name]
+            absent = sum(lacks[plan.shards[shard]].any() for shard in missing)
             error = (
-                f"nothing came back for {len(again[name])} of its {len(shards)} parts; look at "
+                f"nothing came back for {absent} of its {len(missing)} parts; look at "
                 "what runs them (`map_fn`, `executor`), and rank again"
             )
             yield replace(_blank(jobs[name]), error=error, seconds=jobs[name].seconds)
@@ -267,6 +285,73 @@ def extract_within(
         if isinstance(outcomes, Generator):
             outcomes.close()
         forget_pixels(plan.run)
+        keeper.look(last=True)
+
+
+def _describe(
+    backbone: Backbone, store: FeatureStore | None
+) -> tuple[loading.Description, str | None]:
+    """Return what is known of a backbone, and the fingerprint of its weights, where it is known.
+
+    To build a network, only to see its size, takes a second; so the store notes what came of it.
+    """
+    if store is None:
+        return loading.describe(backbone), None
+    weights = noted = None
+    if backbone.load is None:
+        with contextlib.suppress(Exception):  # which `describe` explains
+            weights = fingerprints.fingerprint(backbone, None, store.digest_file)
+    if weights is not None:
+        noted = store.recall("networks", make_key(weights, __version__, ""), NETWORK)
+    if weights is not None and noted is not None:
+        with contextlib.suppress(TypeError):
+            geometry = Geometry(**{k: _immutable(v) for k, v in noted["geometry"].items()})
+            mean, std = (tuple(map(float, noted[name])) for name in ("mean", "std"))
+            n_params, n_dims = noted["n_params"], noted["n_dims"]
+            preprocessing = Preprocessing(geometry, mean, std)
+            return loading.Description(backbone, n_params, n_dims, preprocessing), weights
+    found = loading.describe(backbone)
+    if weights is None:
+        weights = fingerprints.fingerprint(backbone, None, store.digest_file)
+    p = found.preprocessing
+    if weights is not None and p.geometry is not None and backbone.load is None:
+        known = {"n_params": found.n_params, "n_dims": found.n_dims}
+        known |= {"geometry": asdict(p.geometry), "mean": p.mean, "std": p.std}
+        store.note("networks", make_key(weights, __version__, ""), known)
+    return found, weights
+
+
+def _immutable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+NETWORK = {"n_params": int, "n_dims": (int, None), "mean": [float], "std": [float]}
+NETWORK |= {"geometry": {"input_size": [int], "interpolation": str, "crop_pct": float,
+                         "crop_mode": str, "fill": [float]}}  # fmt: skip
+
+
+def _plan_again(plan: Plan, done: Sequence[str]) -> Plan:
+    """Return the plan of what is missing now."""
+    names = [name for name in plan.jobs if name not in done and name not in plan.failed]
+    lacking = {name: plan.jobs[name].lacks(plan.crashing) for name in names}
+    return replace(plan, run=uuid.uuid4().hex, lacking=lacking)
+
+
+class _Keeper:
+    """Sees to it, now and then, that a store keeps within its limit."""
+
+    def __init__(self, store: FeatureStore | None, begun: float) -> None:
+        self.store, self.begun, self.looked = store, begun, time.monotonic()
+        self.limit = None if isinstance(store, RemoteStore | None) else size_limit()
+
+    def look(self, *, last: bool = False) -> None:
+        if self.store is None or self.limit is None:
+            return
+        if last or time.monotonic() - self.looked > LOOK:
+            with contextlib.suppress(OSError):  # a read-only store
+                count, size = self.store.shrink(self.limit, self.begun)
+                logger.info("%d segments, %d bytes, made room in the cache", count, size)
+            self.looked = time.monotonic()
 
 
 def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, str]:
@@ -282,42 +367,37 @@ def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, 
     return found
 
 
-def _look_up(job: BackboneJob, plan: Plan, store: FeatureStore | None, settings: Settings) -> None:
-    """Find the entries that there are."""
-    if store is None or job.weights is None:
-        return
-    pixels = fingerprint_pixels(job.description.preprocessing)
-    job.keys = [
-        make_key(plan.images[a:b], job.weights, pixels, settings.precision) for a, b in plan.shards
-    ]
-    found = {shard: store.get(key) for shard, key in enumerate(job.keys)}
-    job.entries = {shard: entry for shard, entry in found.items() if entry is not None}
+def _look_up(job: BackboneJob, plan: Plan, store: FeatureStore | None) -> Entry:
+    """Find what there is."""
+    if store is None or job.key is None:
+        return Entry(nothing(), np.empty(0, np.int64))
+    found = store.get(job.key, plan.images)
+    job.stored[found.known] = True
+    return found
 
 
-def _doubt(job: BackboneJob, plan: Plan) -> list[int]:
-    """Return the rows that entries call unreadable, and that may be readable by now.
+def _doubt(job: BackboneJob, found: Entry, plan: Plan) -> list[int]:
+    """Return the rows that are kept as unreadable, and that may be readable by now.
 
     What a decoder makes of bytes depends on its version and on the formats it knows. An image that
     crashes it is believed to do so where it is the same; another decoder has to try it anew, where
     a crash does no harm.
     """
     rows: list[int] = []
-    for shard, entry in cast(dict[int, Entry], dict(job.entries)).items():
-        for position, why in entry.unreadable.items():
-            row = plan.shards[shard][0] + int(position)
-            if why.startswith(CRASH_REASON) and why.endswith(PILLOW):
-                plan.crashing.setdefault(row, why)
-            elif why.startswith(CRASH_REASON) and row not in plan.crashing:
-                job.entries.pop(shard, None)
-            elif row not in plan.crashing:
-                rows.append(row)
+    for row, why in found.unreadable.items():
+        if why.startswith(CRASH_REASON) and why.endswith(PILLOW):
+            plan.crashing.setdefault(row, why)
+        elif why.startswith(CRASH_REASON) and row not in plan.crashing:
+            job.stored[row] = False
+        elif row not in plan.crashing:
+            rows.append(row)
     return rows
 
 
 def _look_again(
     doubtful: Mapping[int, Sequence[BackboneJob]], plan: Plan, settings: Settings
 ) -> None:
-    """Read doubtful rows again; drop the entries of those that somebody can read by now."""
+    """Read doubtful rows again; forget what was kept of those that somebody can read by now."""
     rows = sorted(doubtful.keys() - plan.crashing.keys())
     if not rows:
         return
@@ -339,7 +419,7 @@ def _look_again(
     for row in rows:
         if row not in plan.crashing:
             for job in doubtful[row]:
-                job.entries.pop(row // length(plan.shards[0]), None)
+                job.stored[row] = False
 
 
 def _problems(items: list[tuple[list[Any], str | None, float]]) -> list[str | None]:
@@ -442,38 +522,40 @@ def _blank(job: BackboneJob) -> Extraction:
 
 
 def _finish(
-    job: BackboneJob, plan: Plan, settings: Settings, store: FeatureStore | None
-) -> Extraction:
-    """Join the shards of one backbone."""
-    dataset, shards = plan.dataset, plan.shards
-    entries: list[Entry] = []
-    for shard, (start, stop) in enumerate(shards):
-        entry = job.entries.get(shard)
-        if isinstance(entry, str):
-            entry = store.get(entry) if store is not None else None
-        if entry is None:
-            return replace(_blank(job), error="its cached features vanished meanwhile; run again")
-        told = np.sort([*entry.rows, *map(int, entry.unreadable)])
-        if len(entry.x) != len(entry.rows) or not np.array_equal(told, np.arange(stop - start)):
-            raise RuntimeError(
-                f"the features of {job.description.backbone.name} do not belong to rows {start} … "
-                f"{stop - 1}; run `sfda-tune cache clear` and rank again"
-            )
-        entries.append(_without(entry, start, stop, plan.crashing))
-    job.entries = {}  # the features live on with whoever takes them
-    unreadable = {
-        start + int(row): why
-        for entry, (start, _) in zip(entries, shards, strict=True)
-        for row, why in entry.unreadable.items()
-    }
-    if len(unreadable) > settings.max_unreadable * len(dataset):
-        raise too_many_unreadable(unreadable, dataset, settings.max_unreadable)
-    rows = np.concatenate([e.rows + s for e, (s, _) in zip(entries, shards, strict=True)])
-    spent = sum(e.info.get("forward_seconds", 0.0) for e in entries)
-    hungriest = max((e.info for e in entries), key=lambda info: info.get("peak_memory", 0))
+    job: BackboneJob, plan: Plan, store: FeatureStore | None, limit: float
+) -> Extraction | None:
+    """Join all that is known of one backbone; None if something is gone, which is said."""
+    dataset, n = plan.dataset, len(plan.dataset)
+    here, job.held = job.held, []  # the features live on with whoever takes them
+    absent = np.ones(n, bool)
+    for rows, entry in here:
+        absent[rows[entry.known]] = False
+    absent[list(plan.crashing)] = False
+    if absent.any() and store is not None and job.key is not None:
+        rows = np.flatnonzero(absent)
+        found = store.get(job.key, [plan.images[row] for row in rows])
+        absent[rows[found.known]] = False
+        if absent.any():
+            logger.info("%s: features of %d images vanished", _name(job), absent.sum())
+            job.held = here
+        here = [*here, (rows, found)]
+    if absent.any():
+        job.stored[absent] = False
+        return None
+    unreadable = {int(rows[p]): why for rows, entry in here for p, why in entry.unreadable.items()}
+    unreadable = dict(sorted((unreadable | plan.crashing).items()))
+    if len(unreadable) > limit * n:
+        raise too_many_unreadable(unreadable, dataset, limit)
+    parts = [(rows[entry.rows], entry) for rows, entry in here if len(entry.rows)]
+    rows = np.concatenate([rows for rows, _ in parts]) if parts else np.empty(0, np.int64)
+    infos = [entry.info for _, entry in parts]
+    spent = sum(info.get("forward_seconds", 0.0) for info in infos)
+    hungriest = max(infos, key=lambda info: info.get("peak_memory") or 0, default={})
+    order = np.argsort(rows, kind="stable")
+    order = order[~np.isin(rows[order], list(unreadable))]
     result = replace(
         _blank(job),
-        rows=rows,
+        rows=rows[order],
         unreadable=unreadable,
         images_per_second=len(rows) / spent if spent else None,
         peak_memory=hungriest.get("peak_memory"),
@@ -482,21 +564,14 @@ def _finish(
         seconds=job.seconds,
     )
     try:
-        name = job.description.backbone.name
-        x = np.concatenate([e.x for e in entries if len(e.rows)])
-        features = Features(x, dataset.labels[rows], dataset.classes, name)
+        x = parts[0][1].x if len(parts) == 1 else np.concatenate([e.x for _, e in parts])
+        if len(order) != len(x) or (order != np.arange(len(x))).any():
+            x = x[order]
+        features = Features(x, dataset.labels[rows[order]], dataset.classes, _name(job))
     except ValueError as error:
         return replace(result, error=str(error))
     return replace(result, features=features)
 
 
-def _without(entry: Entry, start: int, stop: int, crashing: Mapping[int, str]) -> Entry:
-    """Leave out what somebody else could not read, so that all backbones see the same rows."""
-    bad = {row - start: why for row, why in crashing.items() if start <= row < stop}
-    if not bad:
-        return entry
-    keep = ~np.isin(entry.rows, list(bad))
-    more = {str(row): why for row, why in bad.items()}
-    return replace(
-        entry, x=entry.x[keep], rows=entry.rows[keep], unreadable={**entry.unreadable, **more}
-    )
+def _name(job: BackboneJob) -> str:
+    return job.description.backbone.name

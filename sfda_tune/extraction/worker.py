@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,18 +21,18 @@ from sfda_tune.backbones.devices import compute, few_threads, is_out_of_memory
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import UNREADABLE, Passing, get_switches, set_switches
+from sfda_tune.data.decoding import Passing, get_switches, set_switches
 from sfda_tune.extraction.pixels import PIN, SharedPixels, lend_pixels
 from sfda_tune.extraction.plan import Outcome, Plan, Unit
 from sfda_tune.extraction.settings import Settings
-from sfda_tune.extraction.store import Entry, FeatureStore, make_key
+from sfda_tune.extraction.store import Entry, FeatureStore, make_key, nothing
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Executor", "Worker"]
+__all__ = ["Executor", "OnDemand", "Worker"]
 # What lets a GPU compute all the time; `tests/benchmarks/gpu.py` measures each of them alone.
 LANES = 2  # units under way: while one computes, the next one's network is opened
 SIDE_STREAM = True  # and are read while it computes
@@ -93,7 +93,7 @@ class Worker:
         except Exception as error:
             logger.debug("%s failed", unit.backbone.name, exc_info=True)
             outcome.error = describe_error(error)
-            outcome.entries, outcome.keys, outcome.unreadable = {}, {}, {}
+            outcome.entries, outcome.kept, outcome.unreadable = {}, set(), {}
         return outcome
 
     def _run(self, unit: Unit, outcome: Outcome) -> None:
@@ -102,57 +102,69 @@ class Worker:
         outcome.seconds["load"] = time.perf_counter() - started
         on_gpu = forward.device.type == "cuda"
         kept: deque[Any] = deque()
+        about = outcome, n_params, unit.dataset.name
         with ThreadPoolExecutor(1) as keeper:  # a thread starts with the first entry
             threads = few_threads(forward.module, unit.preprocessing)
             with self.turn or contextlib.nullcontext(), threads:
                 for shard in self._forward_all(unit, outcome, forward):
                     if not on_gpu:
-                        self._keep(shard, outcome, n_params)
+                        self._keep(shard, *about)
                         continue
-                    kept.append(keeper.submit(self._keep, shard, outcome, n_params))
+                    kept.append(keeper.submit(self._keep, shard, *about))
                     if len(kept) > 2:
                         kept.popleft().result()
             for entry in kept:
                 entry.result()
+        self._compact(unit, outcome)
         with _MOVES:
             del forward
 
     def _forward_all(self, unit: Unit, outcome: Outcome, forward: _Forward) -> Iterator[_Shard]:
-        """Compute the shards of a unit, but for those that are in the store."""
-        pixels = fingerprint_pixels(unit.preprocessing)
-        pin = PIN and forward.device.type == "cuda"
+        """Compute the shards of a unit, but for what is in the store by now."""
+        key, pin = self._key(unit, outcome), PIN and forward.device.type == "cuda"
+        look = self.store is not None and (unit.retry or unit.weights is None)
         with lend_pixels(unit, self.settings, pin=pin, threads=self.threads) as shared:
             filled = shared.filled
             try:
-                for (number, start, stop), images in zip(unit.shards, unit.images, strict=True):
-                    key = make_key(images, outcome.weights or "", pixels, self.settings.precision)
-                    outcome.n_images += stop - start
-                    if unit.retry and self.store is not None and (entry := self.store.get(key)):
-                        outcome.entries[number], outcome.keys[number] = entry, key
-                        outcome.unreadable[number] = entry.unreadable
-                        continue
-                    shard = self._forward(unit, outcome, forward, shared, range(start, stop))
+                for (number, rows), images in zip(unit.shards, unit.images, strict=True):
+                    outcome.n_images += len(rows)
+                    known = Entry(nothing(), np.empty(0, np.int64))
+                    if look and self.store is not None:
+                        known = self.store.get(key, images)
+                    shard = self._forward(unit, outcome, forward, shared, rows, known)
                     shard.number, shard.key, shard.images = number, key, images
                     yield shard
             finally:
                 outcome.n_decoded = shared.filled - filled
 
+    def _key(self, unit: Unit, outcome: Outcome) -> str:
+        pixels = fingerprint_pixels(unit.preprocessing)
+        return make_key(outcome.weights or "", pixels, self.settings.precision)
+
     def _forward(
-        self, unit: Unit, outcome: Outcome, forward: _Forward, shared: SharedPixels, shard: range
+        self,
+        unit: Unit,
+        outcome: Outcome,
+        forward: _Forward,
+        shared: SharedPixels,
+        shard: np.ndarray,
+        known: Entry,
     ) -> _Shard:
-        """Compute the rows of a shard; on a GPU only begin to."""
-        seconds, start, stop = outcome.seconds, shard.start, shard.stop
+        """Compute the rows of a shard beside the known ones; on a GPU only begin to."""
+        seconds = outcome.seconds
         # Who watches may stop the run: also while slow images are decoded.
         tick = None if self.advance is None else partial(self.advance, unit.backbone.name, 0)
         waited, started = seconds["decode"], time.perf_counter()
+        positions = np.setdiff1d(np.arange(len(shard)), known.known)
+        if self.advance is not None and len(positions) < len(shard):
+            self.advance(unit.backbone.name, len(shard) - len(positions))
         parts, good, peak = [], [], {}
         forward.begin()
-        position = start
-        while position < stop:
+        while len(positions):
             if self.turn is not None:
                 self.turn.check()
-            end = min(position + forward.batch_size, stop)
-            rows = shared.rows(position, end, seconds, tick)
+            some, positions = np.split(positions, [forward.batch_size])
+            rows = shared.rows(shard[some], seconds, tick)
             if len(shared.unreadable) > unit.max_unreadable:
                 raise too_many_unreadable(
                     shared.unreadable, unit.dataset, self.settings.max_unreadable
@@ -165,17 +177,17 @@ class Worker:
                     parts.append(part)
                 else:
                     parts.append(forward(pixels))
-                good.append(rows - start)
+                good.append(some[np.isin(shard[some], rows)])
             if self.advance is not None:
-                self.advance(unit.backbone.name, end - position)
-            position = end
+                self.advance(unit.backbone.name, len(some))
         features = _to_host(parts)
         spent = time.perf_counter() - started - (seconds["decode"] - waited)
         rows = np.concatenate(good) if good else np.empty(0, np.int64)
-        unreadable = shared.reasons(start, stop)
-        return _Shard(features, rows, unreadable, peak, forward.clock(spent))
+        new = np.setdiff1d(np.arange(len(shard)), known.known)
+        unreadable = {int(new[p]): why for p, why in shared.reasons(shard[new]).items()}
+        return _Shard(features, rows, unreadable, peak, forward.clock(spent, len(rows)), known)
 
-    def _keep(self, done: _Shard, outcome: Outcome, n_params: int) -> None:
+    def _keep(self, done: _Shard, outcome: Outcome, n_params: int, dataset: str) -> None:
         """Wait for the features of a shard and put them into the store."""
         started = time.perf_counter()
         x, forward_seconds = done.features(), done.seconds()
@@ -186,6 +198,7 @@ class Worker:
             "n_params": n_params,
             "forward_seconds": forward_seconds,
             "device": self.settings.device,
+            "dataset": dataset,
             **done.peak,
         }
         entry = Entry(x, done.rows, done.unreadable, info)
@@ -194,14 +207,25 @@ class Worker:
                 f"its features are not finite in {self.settings.precision}"
                 + ("" if self.settings.precision == "float32" else "; try float32")
             )
-        outcome.entries[done.number] = entry
-        outcome.unreadable[done.number] = entry.unreadable
-        if self.store is not None and _is_lasting(entry, done.images):
+        outcome.entries[done.number] = _unite(done.known, entry)
+        outcome.unreadable[done.number] = outcome.entries[done.number].unreadable
+        if self.store is not None:
+            lasting = {
+                p: why for p, why in done.unreadable.items() if not isinstance(why, Passing)
+            }
             try:
-                self.store.put(done.key, entry)
-                outcome.keys[done.number] = done.key
+                self.store.put(done.key, done.images, replace(entry, unreadable=lasting))
+                outcome.kept.add(done.number)
             except OSError as error:  # a full disk costs the cache, not the result
                 outcome.not_kept = str(error)
+
+    def _compact(self, unit: Unit, outcome: Outcome) -> None:
+        """Join what has piled up in the store; if that fails, it stays as it is."""
+        if self.store is not None and outcome.kept:
+            try:
+                self.store.compact(self._key(unit, outcome))
+            except OSError:
+                logger.debug("%s: its segments are not joined", outcome.name, exc_info=True)
 
     def _load(self, unit: Unit) -> tuple[_Forward, str, int]:
         import torch
@@ -213,7 +237,8 @@ class Worker:
         module, preprocessing = loading.load(unit.backbone)
         weights = unit.weights or ""
         if not weights and self.store is not None:
-            weights = fingerprints.fingerprint(unit.backbone, module) or ""
+            digest = self.store.digest_file
+            weights = fingerprints.fingerprint(unit.backbone, module, digest) or ""
         n_params = sum(p.numel() for p in module.parameters())
         with _MOVES:
             module = module.to(device).to(memory_format=torch.channels_last)
@@ -229,9 +254,10 @@ class _Shard:
 
     features: Callable[[], np.ndarray]
     rows: np.ndarray
-    unreadable: dict[str, str]
+    unreadable: dict[int, str]
     peak: dict[str, int]
     seconds: Callable[[], float]
+    known: Entry  # what was in the store
     number: int = 0
     key: str = ""
     images: Sequence[str] = ()
@@ -248,6 +274,7 @@ class _Forward:
         self.module, self.preprocessing = module, preprocessing
         self.device, self.precision = device, settings.precision
         self.batch_size = settings.batch_size or _default_batch(preprocessing, device)
+        self._computed = 0  # images since `begin`
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._moved: deque[torch.Tensor] = deque(maxlen=2)  # what the device may still read
         self._copies = None
@@ -256,15 +283,20 @@ class _Forward:
 
     def begin(self) -> None:
         """Begin to measure the time that the device computes."""
+        self._computed = 0
         self._events = self._events[-2:]
         self._first = len(self._events)
 
-    def clock(self, spent: float) -> Callable[[], float]:
-        """Return what tells how long a GPU computed since `begin`; others tell the `spent`."""
+    def clock(self, spent: float, n: int) -> Callable[[], float]:
+        """Return what tells how long `n` images took since `begin`, without what filled batches.
+
+        That is what a GPU says; of others it is of the seconds `spent`.
+        """
         events = self._events[self._first :]
+        share = n / max(self._computed, 1)
         if self.device.type != "cuda":
-            return lambda: spent
-        return lambda: sum(a.elapsed_time(b) for a, b in events) / 1000
+            return lambda: spent * share
+        return lambda: sum(a.elapsed_time(b) for a, b in events) / 1000 * share
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
@@ -330,7 +362,13 @@ class _Forward:
     def _compute(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
+        n = len(pixels)
         with torch.inference_mode(), compute(self.device, self.precision):
+            # Kernels differ by the size of a batch, and so do the last bits of what they give, but
+            # not by the place in it: so every batch is as large, and the last image fills it up.
+            if n < self.batch_size:
+                rest = pixels[-1:].expand(self.batch_size - n, *pixels.shape[1:])
+                pixels = torch.cat([pixels, rest])
             batch = self.preprocessing.normalize(pixels)
             features = self.module(batch.contiguous(memory_format=torch.channels_last))
             if isinstance(features, torch.Tensor) and features.ndim == 4:
@@ -341,7 +379,8 @@ class _Forward:
                     "a backbone must return features (n, n_dims) or (n, n_dims, h, w) but "
                     f"returned {got}"
                 )
-            return features.float()
+            self._computed += len(pixels)
+            return features[:n].float()
 
 
 def fingerprint_pixels(preprocessing: Preprocessing) -> str:
@@ -351,16 +390,16 @@ def fingerprint_pixels(preprocessing: Preprocessing) -> str:
     return f"{text} {json.dumps(changed, sort_keys=True, default=str)}" if changed else text
 
 
-def _is_lasting(entry: Entry, images: Sequence[str]) -> bool:
-    """Whether an entry holds for its images at any time.
-
-    It does not if one of them could not be read for a reason that may pass, except where its
-    digest, which is part of the key, says so.
-    """
-    return not any(
-        isinstance(why, Passing) and images[int(row)] != UNREADABLE
-        for row, why in entry.unreadable.items()
-    )
+def _unite(old: Entry, new: Entry) -> Entry:
+    """Put what was known of some images beside what was computed for the others."""
+    if not len(old.known):
+        return new
+    if not len(new.known):
+        return old
+    rows = np.concatenate([old.rows, new.rows])
+    x = np.concatenate([entry.x for entry in (old, new) if len(entry.rows)] or [nothing()])
+    order = np.argsort(rows)
+    return Entry(x[order], rows[order], {**old.unreadable, **new.unreadable}, new.info)
 
 
 def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:
@@ -368,7 +407,7 @@ def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:
     import torch
 
     if not parts:
-        return lambda: np.empty((0, 0), np.float32)
+        return nothing
     features = torch.cat(parts)
     if features.device.type != "cuda":
         return lambda: features.cpu().numpy()
@@ -385,10 +424,15 @@ def _to_host(parts: list[torch.Tensor]) -> Callable[[], np.ndarray]:
 
 
 def _default_batch(preprocessing: Preprocessing, device: torch.device) -> int:
-    """Keep the pixels of a batch about constant: 32 images of 224², eight times that on a GPU."""
+    """Keep the pixels of a batch about constant: 16 images of 224², sixteen times that on a GPU.
+
+    A power of two, so that it divides `plan.SHARD`; small on a CPU, where more gain nothing, and
+    few images would have to fill it.
+    """
     _, height, width = preprocessing.input_size or (3, 224, 224)
-    size = (32 if device.type == "cpu" else 256) * 224 * 224 // (height * width)
-    return int(2 ** np.clip(np.floor(np.log2(max(size, 1))), 0, 9))
+    few, most = (16, 7) if device.type == "cpu" else (256, 9)
+    size = few * 224 * 224 // (height * width)
+    return int(2 ** np.clip(np.floor(np.log2(max(size, 1))), 0, most))
 
 
 def describe_error(error: Exception) -> str:
@@ -425,3 +469,41 @@ class Executor(Protocol):
     def report(self) -> dict[str, Any]:
         """Return what `Ranking.info["executor"]` is to hold, as JSON values."""
         ...
+
+
+class OnDemand:
+    """An executor that is entered when there is something to run, and left at the end.
+
+    Where everything is in the store, no cluster is started, nor asked for.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.device: str | None = None
+        self._stack = contextlib.ExitStack()
+        self._entered = False
+
+    def __enter__(self) -> OnDemand:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _enter(self) -> Executor:
+        if not self._entered:
+            self._stack.enter_context(self.executor)
+            self._entered = True
+        return self.executor
+
+    def resolve_device(self, device: str) -> str:
+        """Return the device of the workers; it stays known as `device`."""
+        self.device = self._enter().resolve_device(device)
+        return self.device
+
+    def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
+        """Run the plan."""
+        return self._enter().run(worker, plan)
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what the executor tells; nothing if it had nothing to run."""
+        return self.executor.report() if self._entered else None

@@ -188,13 +188,13 @@ class Images:
 
 
 def look_at(
-    dataset: ImageDataset, check: Callable[[], None] | None = None
+    dataset: ImageDataset, check: Callable[[], None] | None = None, workers: int | None = None
 ) -> tuple[dict[int, str], list[str]]:
     """Decode every image: rows that cannot be read, with the reason; all digests of pixels.
 
-    `check` is called before each, and may raise.
+    `check` is called before each, and may raise; so many `workers` decode, by default any.
     """
-    images = Images(dataset, _digest, None, check)
+    images = Images(dataset, _digest, workers, check)
     found = [images[row] for row in range(len(images))]
     bad = {row: why for row, why in enumerate(found) if isinstance(why, str)}
     return bad, [UNREADABLE if row in bad else one.hex() for row, one in enumerate(found)]

@@ -239,7 +239,7 @@ def with_head(
     from PIL import Image
 
     example = preprocessing.build()(Image.new("RGB", (256, 256)))
-    with torch.inference_mode():
+    with torch.inference_mode(), few_threads(module, preprocessing):
         width = _pool(module(example[None].float())).shape[1]
     headed = _headed(module, width, n_classes)
     return headed.eval(), preprocessing, [headed.head]

@@ -58,6 +58,7 @@ class SearchConfig:
     seed: int
     out: Path
     progress: Any
+    decoders: int | None = None
 
     def __post_init__(self) -> None:
         objective = self.objective
@@ -114,6 +115,8 @@ def _check_numbers(c: SearchConfig) -> None:
     for name in ("trials", "workers", "keep", "epochs", "samples"):
         if g[name] is not None or name in ("workers", "keep"):
             c._set(name, integer(name, g[name], 1))
+    if c.decoders is not None:
+        c._set("decoders", integer("decoders", c.decoders, 0))
     for name in ("max_params", "max_latency"):
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")

@@ -67,7 +67,7 @@ def open_inputs(
     def find_usable(opened: Mapping[str, ImageDataset]) -> tuple[dict[str, np.ndarray], Any]:
         """Return the rows that can be read, and the twins among the training images."""
         if splits is None:
-            surveys.append(_look(opened, config.max_unreadable, check))
+            surveys.append(_look(opened, config.max_unreadable, check, config.decoders))
             bad, twins = surveys[0].unreadable, surveys[0].twins
         else:
             bad, twins = splits.get("left_out", {}), _read_twins(splits, len(opened["train"]))
@@ -85,10 +85,13 @@ def open_inputs(
 
 
 def _look(
-    opened: Mapping[str, ImageDataset], limit: float, check: Callable[[], None] | None
+    opened: Mapping[str, ImageDataset],
+    limit: float,
+    check: Callable[[], None] | None,
+    workers: int | None = None,
 ) -> Survey:
     """Look at all images; refuse the data set if too many cannot be read."""
-    seen = {name: look_at(data, check) for name, data in opened.items()}
+    seen = {name: look_at(data, check, workers) for name, data in opened.items()}
     bad = {name: unreadable for name, (unreadable, _) in seen.items()}
     pixels = {name: digests for name, (_, digests) in seen.items()}
     names = {opened[name].item_name(row): why for name in bad for row, why in bad[name].items()}

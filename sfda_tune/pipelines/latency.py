@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.backbones.devices import resolve_device
+from sfda_tune.backbones.devices import few_threads, resolve_device
 from sfda_tune.backbones.loading import describe, load
 from sfda_tune.values.features import Backbone
 
@@ -36,7 +36,7 @@ def time_forward(module: Any, preprocessing: Any, device: str) -> float:
     x = preprocessing.normalize(torch.stack([pixels])).to(device)
     module, times = module.to(device), []
     until = time.perf_counter() + 0.5
-    with torch.inference_mode():
+    with torch.inference_mode(), few_threads(module, preprocessing):
         while len(times) < 4 or (len(times) < 30 and time.perf_counter() < until):
             started = time.perf_counter()
             module(x).sum().item()  # waits for the device

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,9 +25,10 @@ from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
-from sfda_tune.extraction.worker import Executor
+from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
+from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.forecast import (
@@ -208,11 +209,10 @@ def rank(
 
     started = time.perf_counter()
     result, interrupted = None, False
-    with executor or nullcontext(), as_progress(progress) as bar:
-        if executor is not None:  # whose devices are known now
-            settings = replace(settings, device=executor.resolve_device(device))
+    demand = None if executor is None else OnDemand(executor)
+    with demand or nullcontext(), as_progress(progress) as bar:
         copies = _Copies(whole, codes, twins)
-        run = _RankingRun(images, candidates, settings, store, map_fn, executor, scorer, copies)
+        run = _RankingRun(images, candidates, settings, store, map_fn, demand, scorer, copies)
         try:
             if race:
                 judge = find_judge(candidates, train or "full") if forecasts else None
@@ -222,7 +222,7 @@ def rank(
         except KeyboardInterrupt:
             interrupted = True
             run.scores = run.finished()
-        report = None if executor is None else executor.report()
+        report = None if demand is None else demand.report()
     for backbone in candidates:
         unfinished = Score(backbone.name, error="not finished (interrupted)")
         run.scores.setdefault(backbone.name, unfinished)
@@ -339,7 +339,7 @@ class _RankingRun:
     settings: Settings
     store: FeatureStore | None
     map_fn: Map | None
-    executor: Executor | None
+    executor: OnDemand | None
     scorer: Scorer
     copies: _Copies
     scores: dict[str, Score] = field(default_factory=dict)
@@ -376,7 +376,7 @@ class _RankingRun:
                     extraction = seen[name] = _join(before.get(name), extraction)
                 extraction = self.copies.leave_out(extraction)
                 begun = time.perf_counter()
-                result = _score(extraction, self.scorer, self.settings.device)
+                result = _score(extraction, self.noting, self.device)
                 self.seconds["score"] += time.perf_counter() - begun
                 if extraction.features is not None:
                     self.rows = of[name] = extraction.rows
@@ -423,6 +423,21 @@ class _RankingRun:
             self.scores[name] = replace(old, value=value, per_sample=None, details=details)
         return result
 
+    @cached_property
+    def noting(self) -> NotingScorer:
+        """What scores, unless the store has a note of the same."""
+        return NotingScorer(self.scorer, self.store)
+
+    @cached_property
+    def device(self) -> str:
+        """What this process computes scores on, whoever extracts."""
+        try:
+            return resolve_device(self.settings.device)
+        except ValueError:
+            if self.executor is None:
+                raise
+            return "cpu"
+
     def finished(self) -> dict[str, Score]:
         """Return the scores on all images: an interrupted race has others, too."""
         n = len(self.images) - len(self.unreadable) - len(self.copies.dropped)
@@ -443,7 +458,7 @@ class _RankingRun:
             "classes": list(images.classes),
             "samples": samples,
             "seed": seed,
-            "device": self.settings.device,
+            "device": (self.executor and self.executor.device) or self.device,
             "precision": self.settings.precision,
             "unreadable": {
                 images.item_name(r): self.unreadable[r] for r in sorted(self.unreadable)
@@ -478,7 +493,7 @@ def _join(old: Extraction | None, new: Extraction) -> Extraction:
     )
 
 
-def _score(extraction: Extraction, scorer: Scorer, device: str) -> Score:
+def _score(extraction: Extraction, scorer: NotingScorer, device: str) -> Score:
     """Score an extraction and add to the score's details what the extraction measured."""
     name = extraction.backbone.name
     spent = sum(extraction.seconds.get(part, 0.0) for part in ("load", "decode", "forward"))

@@ -36,6 +36,7 @@ def search(
     engine: str = "optuna",
     storage: str | None = None,
     workers: int = 1,
+    decoders: int | None = None,
     keep: int | None = None,
     objective: str | Sequence[str] = "accuracy",
     metric: str = "accuracy",
@@ -80,6 +81,9 @@ def search(
         URL of the engine's database; default: SQLite in `out`.
     workers : int, default 1
         Processes that train at the same time; on several GPUs, each its own.
+    decoders : int, optional
+        Processes that decode images, for each of these; 0 decodes in the process itself. Default:
+        one per core, at most 8. Has no influence on the result.
     keep : int, default 3
         How many backbones are tuned.
     objective : "accuracy", or ("accuracy", "latency") or ("accuracy", "params")
@@ -136,7 +140,7 @@ def search(
         samples=samples, test=test, split=split, image_column=image_column,
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
-        progress=progress,
+        progress=progress, decoders=decoders,
     )  # fmt: skip
     with (
         counting(),

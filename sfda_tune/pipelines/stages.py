@@ -152,7 +152,7 @@ def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
         ranking = rank(
             inputs.parts["train"], admitted, seed=config.seed, device=inputs.device,
             precision=config.precision, cache=config.cache, plugins=config.plugins,
-            progress=watch, max_unreadable=config.max_unreadable,
+            progress=watch, max_unreadable=config.max_unreadable, workers=config.decoders,
         )  # fmt: skip
     except RankingInterruptedError as stop:
         if not watch.is_over:

@@ -53,6 +53,7 @@ def train(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> S
         val=inputs.parts["val"],
         checkpoint_dir=folder.trial(trial.folder),
         device=inputs.device,
+        workers=config.decoders,
         max_unreadable=config.max_unreadable,
         shared=inputs.shared,
         should_stop=is_over,
@@ -139,7 +140,8 @@ def train_winner(
         try:
             run = FixedLengthFineTuning(
                 backbone, (both, parts["val"]), config, folder.trial("final"), True, inputs.device,
-                None, should_stop=(lambda: budget.now() >= end) if has_checkpoint else None,
+                inputs.config.decoders,
+                should_stop=(lambda: budget.now() >= end) if has_checkpoint else None,
             ).interpolate(at.get("interpolation", 1.0))  # fmt: skip
             _train_until(run, last)
             _save(run, folder, best, at, "train and val")
@@ -152,6 +154,7 @@ def train_winner(
     run = finetune(
         backbone, parts["train"], config, val=parts["val"], device=inputs.device,
         checkpoint_dir=folder.trial(best.folder), shared=inputs.shared,
+        workers=inputs.config.decoders,
     )  # fmt: skip
     _train_until(run, last)  # it is there, unless its checkpoint was damaged
     _save(run, folder, best, at, "train")

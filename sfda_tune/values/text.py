@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = [
     "csv_line", "describe_images", "format_count", "integer", "is_integer", "is_number",
-    "json_text", "one_line", "printable", "read_csv_cell", "require", "some",
+    "json_text", "one_line", "parse_bytes", "printable", "read_csv_cell", "require", "some",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
@@ -123,6 +123,18 @@ def is_number(value: Any) -> bool:
     (True, True, False, False)
     """
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """Return the bytes of a size that people write; of what has this `name`, for messages.
+
+    >>> parse_bytes("size", "20GB"), parse_bytes("size", "1.5 MiB"), parse_bytes("size", "0")
+    (20000000000, 1572864, 0)
+    """
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
+    if found is None or (found[3] and not found[2]):
+        raise ValueError(f"{name} must be a size such as 500MB or 20GB but is {text!r}.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 
 def format_count(n: float) -> str:

@@ -479,9 +479,9 @@ def _infos(store: FeatureStore) -> list[dict]:
     from safetensors import safe_open
 
     found = []
-    for file in store.root.glob("features/*/*.safetensors"):
-        with safe_open(file, "numpy") as entry:
-            found.append(json.loads(entry.metadata().get("info", "{}")))
+    for file, _ in store.entries():
+        with safe_open(file, "numpy") as segment:
+            found += json.loads(segment.metadata()["parts"])
     return found or [{}]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from termios import TIOCSWINSZ
 
 import pytest
+import torch
 from rich.console import Console
 
 from sfda_tune import Ranking, __version__
@@ -90,11 +91,34 @@ def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_p
     assert [line.split(",")[1] for line in csv[1:]] == list(ranking)
     fresh = cli_here("rank", *arguments, "--no-cache")
     assert "cached" not in fresh
-    shown = cli_here("cache", "show")
-    assert "convnext" in shown
-    assert "144" not in shown.split("all")[0]
-    assert "deleted 4 entries" in cli_here("cache", "clear")
-    assert "deleted 0 entries" in cli_here("cache", "clear", "--older-than", 1)
+    lines = [line.split("│") for line in cli_here("cache", "show").splitlines() if "│" in line]
+    kept = {line[2].strip(): line for line in lines if line[1].strip() == "my photos"}
+    assert sorted(kept) == ["convnext", "efficientnet", "resnet", "vit"]
+    assert [cell.strip() for cell in kept["vit"][3:5]] == ["1", "36"]
+    assert "deleted 0 files" in cli_here("cache", "clear", "--older-than", 1)
+    assert "deleted 0 files" in cli_here("cache", "clear", "--larger-than", "1GB")
+    assert "deleted 4 files" in cli_here("cache", "clear", "--larger-than", "1kB")
+    assert "deleted 0 files" not in cli_here("cache", "clear")  # the notes
+    assert "my photos" not in cli_here("cache", "show")
+
+
+def test_doctor(cli_here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://me:secret@host:10001")
+    told = cli_here("doctor", "--cache", tmp_path / "cache")
+    for word in (
+        f"sfda-tune {__version__}",
+        torch.__version__,
+        "/dev/shm",
+        "reachable",
+        "no prob",
+    ):
+        assert word in " ".join(told.split())
+    assert "secret" not in told
+    monkeypatch.setenv("SFDA_TUNE_CACHE_SIZE", "plenty")
+    told, _ = cli_here("doctor", code=1, both=True)
+    assert "SFDA_TUNE_CACHE_SIZE must be a size" in told
 
 
 def test_backbones_in_every_spelling(cli_here, photos, toy_zoo, tmp_path):

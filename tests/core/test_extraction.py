@@ -289,6 +289,10 @@ def test_labels_and_paths_do_not_matter_to_the_store_but_pixels_do(photos, zoo, 
     assert run(open_dataset(moved), zoo[:1], store=store)["convnext"].cached
     file = moved / "new ant" / "03.jpg"
     file.write_bytes((moved / "new bee" / "03.jpg").read_bytes())
+    again = run(open_dataset(moved), zoo[:1], store=store)["convnext"]
+    assert again.cached  # nothing new
+    assert (again.features.x[3] == again.features.x[15]).all()
+    Image.new("RGB", (40, 30)).save(file)
     assert not run(open_dataset(moved), zoo[:1], store=store)["convnext"].cached
 
 
@@ -331,7 +335,7 @@ def test_after_an_interrupt_only_the_unfinished_is_computed(
     with pytest.raises(KeyboardInterrupt):
         run(dataset, zoo, settings, store=store, progress=stop)
     assert not pixels.SHARED  # the pixels are given back
-    kept = sum(len(store.get(p.stem).rows) for p, _ in store.entries())
+    kept = int(sum(total["images"] for total in store.summary().values()))
     assert kept >= after - 16
     count = StopAfter(10**9)
     results = run(dataset, zoo, settings, store=store, progress=count)
@@ -340,10 +344,20 @@ def test_after_an_interrupt_only_the_unfinished_is_computed(
         np.testing.assert_array_equal(x, whole[name])
 
 
+def kept_by(store, backbone):
+    """The segments of one backbone, oldest first."""
+    found = [p for p, _ in store.entries() if f'"backbone": "{backbone}"'.encode() in unescaped(p)]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def unescaped(path):
+    return path.read_bytes().replace(b"\\", b"")
+
+
 def test_a_damaged_entry_is_computed_again(dataset, zoo, tmp_path):
     store = FeatureStore(tmp_path)
     first = run(dataset, zoo[:2], store=store)
-    path = next(p for p, _ in store.entries() if store.get(p.stem).info["backbone"] == "convnext")
+    (path,) = kept_by(store, "convnext")
     path.write_bytes(path.read_bytes()[:200])
     again = run(dataset, zoo[:2], store=store)
     assert [again[n].cached for n in ("convnext", "efficientnet")] == [False, True]
@@ -356,15 +370,16 @@ def test_between_shards_features_wait_in_the_store(dataset, zoo, tmp_path, monke
     monkeypatch.setattr(pixels, "PIXEL_BYTES", 1)
     reads = []
     get = FeatureStore.get
-    monkeypatch.setattr(FeatureStore, "get", lambda self, key: reads.append(key) or get(self, key))
+    monkeypatch.setattr(FeatureStore, "get", lambda self, key, images: (
+        reads.append(len(images)) or get(self, key, images)))  # fmt: skip
     results = run(dataset, zoo[:2], store=FeatureStore(tmp_path))
-    assert len(reads) == 2 * 3 + 2 * 2  # looked up at the start; two of three shards read again
+    assert reads == [36, 36, 32, 32]  # looked up at the start; two of three shards read again
     for name, x in features(results).items():
         np.testing.assert_allclose(x, whole[name], atol=2e-6)
 
 
 def test_a_full_disk_costs_the_cache_not_the_result(dataset, zoo, tmp_path, monkeypatch):
-    def full(self, key, entry: Entry):
+    def full(self, key, images, entry: Entry):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(FeatureStore, "put", full)
@@ -542,14 +557,14 @@ def test_what_entries_call_unreadable_is_tried_again(spoilt, zoo, tmp_path, monk
     again = run(spoilt, zoo[:2], store=store)
     assert all(e.cached and list(e.unreadable) == [5, 19] for e in again.values())
     assert len(decoded) == 1  # of the other, no header can be read
-    for path, _ in store.entries():
-        entry = store.get(path.stem)
+    for path, _ in list(store.entries()):
+        key, digests = path.parent.name, spoilt.digests()
+        entry = store.get(key, digests)
         keep = entry.rows != 7
-        unreadable = {**entry.unreadable, "7": "Too many open files"}
-        store.put(
-            path.stem,
-            replace(entry, x=entry.x[keep], rows=entry.rows[keep], unreadable=unreadable),
-        )
+        unreadable = {**entry.unreadable, 7: "Too many open files"}
+        path.unlink()
+        entry = replace(entry, x=entry.x[keep], rows=entry.rows[keep], unreadable=unreadable)
+        store.put(key, digests, entry)
     healthy = run(spoilt, zoo[:2], store=store)
     assert all(list(e.unreadable) == [5, 19] and not e.cached for e in healthy.values())
 

@@ -168,15 +168,14 @@ def test_an_image_that_is_no_file_is_unreadable(strange):
 def test_an_entry_that_is_no_file_is_absent(make_strange, tmp_path):
     from sfda_tune.extraction.store import Entry, FeatureStore, make_key
 
-    store, key = FeatureStore(tmp_path / "cache"), make_key(["a"], "w", "p", "float32")
-    path = store.path(key)
+    store, key = FeatureStore(tmp_path / "cache"), make_key("w", "p", "float32")
+    path = store.path(key, f"1-{'0' * 32}")
     path.parent.mkdir(parents=True)
     make_strange(path)
-    assert store.get(key) is None
+    assert not len(store.get(key, ["a"]).known)
     store.summary()
-    if not path.is_dir():
-        store.put(key, Entry(np.zeros((1, 2), np.float32), np.arange(1)))
-        assert store.get(key) is not None
+    store.put(key, ["a"], Entry(np.zeros((1, 2), np.float32), np.arange(1)))
+    assert len(store.get(key, ["a"]).known) == 1
 
 
 @pytest.mark.parametrize(

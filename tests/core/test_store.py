@@ -18,36 +18,80 @@ from sfda_tune.extraction.store import (
     open_store,
 )
 
-KEY = make_key(["a", "b"], "weights", "preprocessing", "float32")
+KEY = make_key("weights", "preprocessing", "float32")
+IMAGES = ["a", "b", "c", "d"]
 
 
-def entry(seed: int = 0) -> Entry:
-    x = np.random.default_rng(seed).normal(size=(3, 5)).astype(np.float32)
-    return Entry(x, np.array([0, 1, 3]), {"2": "truncated"}, {"backbone": "net", "n_params": 7})
+def entry(seed: int = 0, n: int = 4) -> Entry:
+    """Of `n` images; the third one is unreadable."""
+    rows = np.delete(np.arange(n), 2)
+    x = np.random.default_rng(seed).normal(size=(n, 5)).astype(np.float32)[rows]
+    info = {"backbone": "net", "n_params": 7, "dataset": "photos", "forward_seconds": float(n)}
+    return Entry(x, rows, {2: "truncated"}, info)
+
+
+def put(store, images=IMAGES, seed=0):
+    """Put the entry of some images; return where it lies."""
+    before = {path for path, _ in store.entries()}
+    store.put(KEY, images, entry(seed, len(images)))
+    (path,) = {path for path, _ in store.entries()} - before
+    return path
 
 
 def test_what_goes_in_comes_out(tmp_path):
     store = FeatureStore(tmp_path / "new" / "cache")
-    assert store.get(KEY) is None
-    store.put(KEY, entry())
-    again = store.get(KEY)
-    assert again is not None
+    assert not len(store.get(KEY, IMAGES).known)
+    put(store)
+    again = store.get(KEY, IMAGES)
     np.testing.assert_array_equal(again.x, entry().x)
     assert again.rows.tolist() == [0, 1, 3]
-    assert again.unreadable == {"2": "truncated"}
-    assert again.info == {"backbone": "net", "n_params": 7}
+    assert again.unreadable == {2: "truncated"}
+    assert again.info == entry().info
     assert [p.suffix for p in (tmp_path / "new").rglob("*") if p.is_file()] == [".safetensors"]
+
+
+def test_images_are_found_in_any_order_and_company(tmp_path):
+    store = FeatureStore(tmp_path)
+    put(store)
+    put(store, ["e", "f", "g", "a"], seed=1)  # `a` is there already: the bits are the same anyway
+    x = {**dict(zip("abd", entry().x, strict=True)), "f": entry(1).x[1], "e": entry(1).x[0]}
+    found = store.get(KEY, ["f", "none", "d", "c", "b", "e", "f", "g"])
+    assert found.rows.tolist() == [0, 2, 4, 5, 6]
+    np.testing.assert_array_equal(found.x, [x[k] for k in "fdbef"])
+    assert found.unreadable == {3: "truncated", 7: "truncated"}
+    assert found.known.tolist() == [0, 2, 3, 4, 5, 6, 7]
+    one = store.get(KEY, ["b"])
+    assert one.info["forward_seconds"] == pytest.approx(1.0)  # its share of four
+    assert not len(store.get("0" * 40, IMAGES).known)
+
+
+def test_who_can_read_an_image_is_believed(tmp_path):
+    """Another version of a decoder could not."""
+    for seed, order in enumerate((["a", "b", "c"], ["c", "a", "b"])):
+        store = FeatureStore(tmp_path / str(seed))
+        for images in (order, ["c", "x", "y"]) if seed else (["c", "x", "y"], order):
+            put(store, images)
+        found = store.get(KEY, ["c", "y"])
+        assert found.rows.tolist() == [0]
+        assert found.unreadable == {1: "truncated"}
+
+
+def test_many_images_make_segments_of_a_few_hundred(tmp_path):
+    store, images = FeatureStore(tmp_path), [f"i{k}" for k in range(1300)]
+    store.put(KEY, images, entry(n=1300))
+    sizes = sorted(int(path.name.partition("-")[0]) for path, _ in store.entries())
+    assert sizes == [276, 512, 512]
+    np.testing.assert_array_equal(store.get(KEY, images).x, entry(n=1300).x)
+    assert store.get(KEY, images).info["forward_seconds"] == pytest.approx(1300)
 
 
 def test_the_key_depends_on_everything():
     others = [
-        make_key(["b", "a"], "weights", "preprocessing", "float32"),
-        make_key(["a"], "weights", "preprocessing", "float32"),
-        make_key(["a", "b"], "other", "preprocessing", "float32"),
-        make_key(["a", "b"], "weights", "other", "float32"),
-        make_key(["a", "b"], "weights", "preprocessing", "float16"),
+        make_key("other", "preprocessing", "float32"),
+        make_key("weights", "other", "float32"),
+        make_key("weights", "preprocessing", "float16"),
     ]
-    assert len({KEY, *others}) == 6
+    assert len({KEY, *others}) == 4
 
 
 def _truncate(path):
@@ -61,13 +105,14 @@ def _flip_a_bit(path):
 
 
 def _foreign(path):
-    save_file({"x": np.zeros((3, 5), np.float32), "rows": np.arange(3)}, path)
+    save_file({"x": np.zeros((3, 5), np.float32)}, path)
 
 
 def _of_another_key(path):
-    other = FeatureStore(path.parents[3] / "other")
-    other.put("0" * 40, entry())
-    path.write_bytes(other.path("0" * 40).read_bytes())
+    other = FeatureStore(path.parents[4] / "other")
+    other.put("0" * 40, IMAGES, entry())
+    ((file, _),) = other.entries()
+    path.write_bytes(file.read_bytes())
 
 
 def _garbage(path):
@@ -84,70 +129,129 @@ def _folder(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [_truncate, _flip_a_bit, _foreign, _of_another_key, _garbage, _empty]
+    "damage", [_truncate, _flip_a_bit, _foreign, _of_another_key, _garbage, _empty, _folder]
 )
-def test_damaged_entries_count_as_absent_and_are_replaced(tmp_path, damage, caplog):
+def test_damaged_segments_count_as_absent_and_are_replaced(tmp_path, damage, caplog):
     store = FeatureStore(tmp_path / "cache")
-    store.put(KEY, entry())
-    damage(store.path(KEY))
-    assert store.get(KEY) is None
-    assert "ignoring the cache file" in caplog.text
+    damage(put(store))
+    assert not len(store.get(KEY, IMAGES).known)
+    if damage is not _folder:
+        assert "ignoring the cache file" in caplog.text
     store.summary()
-    store.put(KEY, entry(1))
-    again = store.get(KEY)
-    assert again is not None
-    np.testing.assert_array_equal(again.x, entry(1).x)
+    put(store, seed=1)
+    np.testing.assert_array_equal(store.get(KEY, IMAGES).x, entry(1).x)
 
 
 @pytest.mark.parametrize(
     ("field", "text"),
     [
-        ("info", "[1]"),
-        ("info", "null"),
-        ("info", '{"forward_seconds": "x"}'),
-        ("info", "[" * 100_000),
+        ("parts", "[1]"),
+        ("parts", "null"),
+        ("parts", '[{"images": 4, "forward_seconds": "x"}]'),
+        ("parts", '[{"images": 3}]'),
+        ("parts", '[{"images": 5}, {"images": -1}]'),
+        ("parts", "[" * 100_000),
         ("unreadable", "[]"),
         ("unreadable", '{"2": 5}'),
         ("unreadable", '{"7": "truncated"}'),
         ("unreadable", '{"x": "truncated"}'),
+        ("unreadable", '{"-1": "truncated"}'),
+        ("images", "a b c"),
+        ("images", ""),
     ],
 )
 @pytest.mark.parametrize("resealed", [False, True])
 def test_a_strange_header_counts_as_absent(tmp_path, field, text, resealed):
     store = FeatureStore(tmp_path)
-    store.put(KEY, entry())
-    with safe_open(store.path(KEY), "np") as file:
-        header, tensors = dict(file.metadata()), {k: file.get_tensor(k) for k in ("x", "rows")}
+    path = put(store)
+    with safe_open(path, "np") as file:
+        header, x = dict(file.metadata()), file.get_tensor("x")
     header[field] = text
     if resealed:  # as another version of the package may have written it
-        header["digest"] = store_module._digest(tensors["x"], tensors["rows"], header)
-    save_file(tensors, store.path(KEY), header)
-    assert store.get(KEY) is None
+        header["digest"] = store_module._digest(x, header)
+    save_file({"x": x}, path, header)
+    assert not len(store.get(KEY, IMAGES).known)
     store.summary()
 
 
 @pytest.mark.parametrize(
-    ("x", "rows"),
-    [
-        (np.zeros((3, 5)), np.arange(3)),
-        (np.zeros((3, 5), np.float32), np.arange(3, dtype=np.int32)),
-        (np.zeros((3, 5), np.float32), np.array([2, 1, 0])),
-        (np.zeros((3, 5), np.float32), np.array([0, 1, 5])),
-        (np.zeros((3, 5), np.float32), np.arange(4)),
-        (np.zeros(3, np.float32), np.arange(3)),
-    ],
+    "x",
+    [np.zeros((3, 5)), np.zeros((4, 5), np.float32), np.zeros(3, np.float32)],
 )
-def test_strange_arrays_count_as_absent(tmp_path, x, rows):
+def test_strange_arrays_count_as_absent(tmp_path, x):
     store = FeatureStore(tmp_path)
-    store.put(KEY, Entry(x, rows))
-    assert store.get(KEY) is None
+    store._put(KEY, store_module._Segment(IMAGES, x, {2: "truncated"}, [{"images": 4}]))
+    assert sum(1 for _ in store.entries()) == 1
+    assert not len(store.get(KEY, IMAGES).known)
     store.summary()
+
+
+# Joined -----------------------------------------------------------------------------------------
+def put_many(store, n=40):
+    """One image at a time."""
+    for k in range(n):
+        one = Entry(np.full((1, 3), k, np.float32), np.arange(1), {}, {"dataset": f"{k % 2}"})
+        store.put(KEY, [f"i{k}"], one)
+    return [f"i{k}" for k in range(n)]
+
+
+@pytest.mark.parametrize("root", ["folder", "memory://bucket/of/features"])
+def test_small_segments_that_pile_up_are_joined(tmp_path, root):
+    store = open_store(root if "://" in root else tmp_path / root)
+    images = put_many(store, 15)
+    assert store.compact(KEY) == 0  # a few do no harm
+    images = put_many(store)
+    store.put(KEY, ["bad", "i1"], Entry(np.empty((0, 0), np.float32), np.empty(0, int), {0: "x"}))
+    before = store.get(KEY, [*images, "bad"])
+    assert store.compact(KEY) == 41
+    assert len(store._list(KEY)) == 1
+    after = store.get(KEY, [*images, "bad"])
+    np.testing.assert_array_equal(after.x, before.x)
+    assert after.x[:, 0].tolist() == list(range(40))
+    assert after.unreadable == before.unreadable == {40: "x"}
+    if "://" not in root:
+        kept = {dataset: total["images"] for (dataset, _), total in store.summary().items()}
+        assert kept == {"0": 20, "1": 20, "?": 1}
+    else:
+        fsspec = pytest.importorskip("fsspec")
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_what_is_joined_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    store, read = FeatureStore(tmp_path), FeatureStore._read
+    images = put_many(store)
+
+    def join_first(self, key, name):
+        monkeypatch.setattr(FeatureStore, "_read", read)
+        assert self.compact(key) == 40
+        return read(self, key, name)
+
+    monkeypatch.setattr(FeatureStore, "_read", join_first)
+    assert store.get(KEY, images).x[:, 0].tolist() == list(range(40))
+
+
+def _join_and_look(root):
+    store, images = FeatureStore(root), [f"i{k}" for k in range(40)]
+    for _ in range(20):
+        store.compact(KEY)
+        assert store.get(KEY, images).x[:, 0].tolist() == list(range(40))
+        put_many(store, 17)
+    return True
+
+
+def test_several_processes_join_and_look_and_lose_nothing(tmp_path):
+    import multiprocessing
+
+    put_many(FeatureStore(tmp_path))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(3, mp_context=context) as pool:
+        assert all(pool.map(_join_and_look, [tmp_path] * 3))
 
 
 def test_a_shared_store_heeds_the_umask(tmp_path):
     old = os.umask(0o002)
     try:
-        FeatureStore(tmp_path / "cache").put(KEY, entry())
+        put(FeatureStore(tmp_path / "cache"))
     finally:
         os.umask(old)
     for path in (tmp_path / "cache").rglob("*"):
@@ -156,11 +260,10 @@ def test_a_shared_store_heeds_the_umask(tmp_path):
 
 def test_a_folder_in_the_way_is_an_os_error(tmp_path):
     store = FeatureStore(tmp_path)
-    store.put(KEY, entry())
-    _folder(store.path(KEY))
-    assert store.get(KEY) is None
+    _folder(put(store))
+    assert not len(store.get(KEY, IMAGES).known)
     with pytest.raises(OSError, match="directory"):
-        store.put(KEY, entry())
+        store.put(KEY, IMAGES, entry())
 
 
 def test_a_file_is_no_cache(tmp_path):
@@ -172,10 +275,8 @@ def test_a_file_is_no_cache(tmp_path):
 def _write_many(root):
     store = FeatureStore(root)
     for _ in range(30):
-        store.put(KEY, entry())
-        again = store.get(KEY)
-        assert again is not None
-        np.testing.assert_array_equal(again.x, entry().x)
+        store.put(KEY, IMAGES, entry())
+        np.testing.assert_array_equal(store.get(KEY, IMAGES).x, entry().x)
     return True
 
 
@@ -191,37 +292,85 @@ def test_a_kill_while_writing_leaves_no_entry(tmp_path):
     script = (
         "import os, numpy as np, sfda_tune.extraction.store as s\n"
         "os.replace = lambda *a: os._exit(9)\n"
-        f"s.FeatureStore({str(tmp_path)!r}).put({KEY!r}, "
+        f"s.FeatureStore({str(tmp_path)!r}).put({KEY!r}, ['a', 'b'], "
         "s.Entry(np.zeros((2, 2), np.float32), np.arange(2)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
     store = FeatureStore(tmp_path)
-    assert store.get(KEY) is None
+    assert not len(store.get(KEY, ["a", "b"]).known)
     assert len(list(tmp_path.rglob("*.tmp"))) == 1
     store.clear()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+DAY = 86400.0
+
+
+def age(path, days):
+    old = time.time() - days * DAY
+    os.utime(path, (old, old))
+
+
 def test_summary_and_clear(tmp_path):
     store = FeatureStore(tmp_path)
-    other = make_key([], "", "", "")
-    store.put(KEY, entry())
-    store.put(other, entry())
+    first, second = put(store), put(store, ["e", "f", "g"])
+    other = make_key("", "", "")
+    store.put(other, IMAGES, Entry(np.zeros((4, 999), np.float32), np.arange(4)))
     summary = store.summary()
-    assert summary["net"]["entries"] == 2
-    assert summary["net"]["images"] == 6
-    size = sum(p.stat().st_size for p in tmp_path.rglob("*.safetensors"))
-    assert summary["net"]["bytes"] == size
-    old = time.time() - 3 * 86400
-    os.utime(store.path(KEY), (old, old))
+    assert set(summary) == {("photos", "net"), ("?", "?")}
+    net = summary["photos", "net"]
+    assert (net["segments"], net["images"]) == (2, 7)
+    assert net["bytes"] == pytest.approx(first.stat().st_size + second.stat().st_size)
+    second_size = second.stat().st_size
+    age(first, 3)
+    assert time.time() - net["used"] < 60
+    assert store.clear(older_than=2, larger_than=10_000) == (0, 0)  # both at once
+    assert store.clear(larger_than=10_000)[0] == 1
+    assert set(store.summary()) == {("photos", "net")}
     assert store.clear(older_than=2)[0] == 1
-    assert store.get(KEY) is None
-    assert store.get(other) is not None
-    os.utime(store.path(other), (old, old))
-    store.get(other)  # a read counts as use
+    assert store.get(KEY, IMAGES).known.tolist() == []
+    assert store.get(KEY, ["e", "f", "g"]).known.tolist() == [0, 1, 2]
+    age(second, 3)
+    store.get(KEY, ["e"])  # a read counts as use
     assert store.clear(older_than=2)[0] == 0
-    assert store.clear() == (1, size // 2)
+    assert store.clear() == (1, second_size)
     assert store.summary() == {}
+
+
+def test_what_is_longest_unused_makes_room(tmp_path):
+    store = FeatureStore(tmp_path)
+    paths = [put(store, [f"{k}a", f"{k}b", f"{k}c"], seed=k) for k in range(6)]
+    for days, path in zip((5, 3, 9, 1, 0, 0), paths, strict=True):
+        age(path, days)
+    size = paths[0].stat().st_size
+    begun = time.time() - DAY / 2
+    assert store.shrink(6 * size, begun) == (0, 0)
+    assert store.shrink(4 * size, begun) == (2, 2 * size)
+    assert [path.exists() for path in paths] == [False, True, False, True, True, True]
+    store.get(KEY, ["1a"])  # used again: younger than the fourth
+    assert store.shrink(3 * size, begun) == (1, size)
+    assert paths[1].exists()
+    assert store.shrink(0, begun) == (0, 0)  # what this run has used stays
+
+
+@pytest.mark.parametrize("text", ["plenty", "-1GB", "20 XB", "GB"])
+def test_a_limit_that_is_no_size_is_refused(monkeypatch, tmp_path, text):
+    monkeypatch.setenv("SFDA_TUNE_CACHE_SIZE", text)
+    with pytest.raises(ValueError, match="SFDA_TUNE_CACHE_SIZE must be a size such as 500MB"):
+        open_store(tmp_path)
+
+
+def test_what_an_earlier_version_kept_is_left_alone_and_said(tmp_path):
+    store, old = FeatureStore(tmp_path), tmp_path / "features" / "ab" / f"{'ab' * 20}.safetensors"
+    assert not store.has_outdated
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"x" * 1000)
+    path = put(store)
+    assert store.has_outdated
+    assert store.summary()["(of an earlier version, not used)", ""]["bytes"] == 1000
+    assert store.clear(outdated=True) == (1, 1000)
+    assert path.exists()
+    assert not (tmp_path / "features").exists()
 
 
 def test_default_place(monkeypatch, tmp_path):
@@ -235,16 +384,16 @@ def test_default_place(monkeypatch, tmp_path):
 def test_a_bucket_holds_what_a_folder_does(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     bucket, folder = open_store("memory://bucket/of/features"), FeatureStore(tmp_path)
-    assert bucket.get(KEY) is None
+    assert not len(bucket.get(KEY, IMAGES).known)
     for store in (bucket, folder):
-        store.put(KEY, entry())
-        found = store.get(KEY)
-        np.testing.assert_array_equal(found.x, entry().x)
+        store.put(KEY, IMAGES, entry())
+        np.testing.assert_array_equal(store.get(KEY, ["d", "a"]).x, entry().x[[2, 0]])
     fs = fsspec.filesystem("memory")
     (path,) = fs.find("/bucket/of/features")
-    assert path.endswith(f"of/features/{folder.path(KEY).relative_to(tmp_path).as_posix()}")
-    folder.path(KEY).write_bytes(fs.cat_file(path))
-    np.testing.assert_array_equal(folder.get(KEY).x, entry().x)
+    ((file, _),) = folder.entries()
+    assert path.endswith(f"of/features/{file.relative_to(tmp_path).as_posix()}")
+    file.write_bytes(fs.cat_file(path))
+    np.testing.assert_array_equal(folder.get(KEY, IMAGES).x, entry().x)
     fs.pipe_file(path, b"damaged")
-    assert bucket.get(KEY) is None
+    assert not len(bucket.get(KEY, IMAGES).known)
     fs.rm("/bucket", recursive=True)

@@ -89,5 +89,5 @@ class Load:
 class FullStore(FeatureStore):
     """A full disk."""
 
-    def put(self, key, entry):
+    def put(self, key, images, entry):
         raise OSError(28, "No space left on device")
