@@ -65,6 +65,13 @@ def rank(
         ),
     ] = False,
     top: Annotated[int, typer.Option(metavar="K", help="The top that a race is to find.")] = 5,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for the images, such as `10m`: the most promising candidates for their "
+            "price come first; what there is no time for is ranked by what is known of it."
+        ),
+    ] = None,
     ensemble: Annotated[
         int | None,
         typer.Option(metavar="K", help="Also choose K backbones to fine-tune together."),
@@ -160,6 +167,7 @@ def rank(
             progress=False if quiet else Bar(messages),
             race=race,
             top=top,
+            budget=budget,
             ensemble=ensemble,
         )
     except sfda_tune.RankingInterruptedError as stop:

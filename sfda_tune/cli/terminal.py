@@ -13,7 +13,7 @@ from rich.table import Table
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import printable
+from sfda_tune.values.text import printable, some
 
 if TYPE_CHECKING:
     from sfda_tune.selection.uncertainty import Confidence
@@ -117,6 +117,12 @@ def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
         groups = [", ".join(map(str, group)) for group in odds.groups if len(group) > 1]
         if groups and not trained:  # what a forecast tells apart, its odds say better
             lines.append(f"Not told apart by these images: {'; '.join(groups)}")
+    if unseen := ranking.info.get("not_looked_at"):
+        were = "was" if len(unseen) == 1 else "were"
+        lines.append(
+            f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen)}; the same "
+            "command, with more time, goes on from there"
+        )
     if race := ranking.info.get("race"):
         saved = 1 - race["forward_passes"] / race["full_run"]
         lines.append(

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -26,13 +26,15 @@ from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor, OnDemand
-from sfda_tune.metrics.priors import look_up_facts
+from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
+from sfda_tune.pipelines.budget import RankingWatch, parse_budget
 from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.forecast import (
     MODES,
+    forecast,
     is_known,
     order_by_forecast,
     simulate_forecast,
@@ -44,6 +46,7 @@ from sfda_tune.values.text import integer, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
+SLICE = 0.15  # of the time that is left: candidates that are extracted together
 PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
 
 
@@ -82,6 +85,7 @@ def rank(
     progress: Any = False,
     race: bool = False,
     top: int = 5,
+    budget: str | float | None = None,
     ensemble: int | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
@@ -133,6 +137,11 @@ def rank(
         The features are cached stage by stage, apart from those of a full run.
     top : int, default 5
         How many backbones a race is to find.
+    budget : str or float, optional
+        A time such as "10m", or seconds, from the first image on: the most promising candidates
+        for their price come first (by what is known of them before), and where the time is over
+        the others are ranked by that alone; ``info["not_looked_at"]`` names them. A later call
+        goes on from there. What is done in time depends on the machine.
     ensemble : int, optional
         Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
         ``info["ensemble"]`` has them. All features are then held in memory.
@@ -193,6 +202,12 @@ def rank(
             f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
             "leave race out, or take 'sfda'."
         )
+    seconds = parse_budget(budget)
+    if race and seconds is not None:
+        raise ValueError(
+            "`race` shows few images to all candidates and `budget` all images to few: both are "
+            "given; leave one out."
+        )
     if ensemble is not None:
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
@@ -217,15 +232,18 @@ def rank(
             if race:
                 judge = find_judge(candidates, train or "full") if forecasts else None
                 result = run.race(RaceConfig(top, seed=seed), bar, judge)
+            elif seconds is not None:
+                facts = find_candidate_facts(candidates)
+                run.measure_within(seconds, facts, bar, None if ensemble is None else run.seen)
             else:
                 run.measure(candidates, None, bar, None if ensemble is None else run.seen)
         except KeyboardInterrupt:
             interrupted = True
             run.scores = run.finished()
         report = None if demand is None else demand.report()
-    for backbone in candidates:
-        unfinished = Score(backbone.name, error="not finished (interrupted)")
-        run.scores.setdefault(backbone.name, unfinished)
+    unseen = [backbone.name for backbone in candidates if backbone.name not in run.scores]
+    why = "interrupted" if interrupted else f"the {seconds or 0:g} s were over"
+    run.scores |= {name: Score(name, error=f"not looked at: {why}") for name in unseen}
     run.seconds["total"] = time.perf_counter() - started
     if run.unreadable:
         names = [images.item_name(row) for row in sorted(run.unreadable)]
@@ -240,6 +258,8 @@ def rank(
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
     info = run.info(samples, seed) | copies
+    if unseen:
+        info["not_looked_at"] = unseen
     if report is not None:
         info["executor"] = report
     if result is not None:
@@ -251,7 +271,7 @@ def rank(
         }
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
-    if not interrupted:
+    if not (interrupted or unseen):
         add_sizes(run.scores, candidates)
     ranking = Ranking(
         tuple(scorer.combine(list(run.scores.values()))),
@@ -268,6 +288,11 @@ def rank(
 
 def find_judge(candidates: list[Backbone], train: str) -> Judge:
     """Return what makes of scores of candidates the forecasts by which a race is decided."""
+    return partial(simulate_forecast, facts=find_candidate_facts(candidates), train=train)
+
+
+def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:
+    """Return what is known of candidates; sizes are measured where the others are known."""
     found = look_up_facts(backbone.spec for backbone in candidates)
     facts = {backbone.name: found[backbone.spec] for backbone in candidates}
     if is_known(facts):
@@ -275,7 +300,28 @@ def find_judge(candidates: list[Backbone], train: str) -> Judge:
             if not math.isfinite(facts[backbone.name].gmacs):
                 size = dict(zip(("gmacs", "macts"), measure_cost(backbone), strict=True))
                 facts[backbone.name] = replace(facts[backbone.name], **size)
-    return partial(simulate_forecast, facts=facts, train=train)
+    return facts
+
+
+def find_prices(facts: Mapping[str, Facts]) -> dict[str, float]:
+    """Return about what an image costs a network, in GMACs; the median where nothing is known."""
+    price = {name: fact.gmacs + fact.macts / 20 for name, fact in facts.items()}
+    known = [p for p in price.values() if math.isfinite(p)]
+    middle = float(np.median(known)) if known else 1.0
+    return {name: p if math.isfinite(p) else middle for name, p in price.items()}
+
+
+def order_by_promise(facts: Mapping[str, Facts]) -> list[str]:
+    """Return the candidates by P(best) for their price, before any image was seen.
+
+    >>> order_by_promise(look_up_facts(["resnet18.a1_in1k", "resnet50.a1_in1k", "vgg19.tv_in1k"]))
+    ['resnet50.a1_in1k', 'resnet18.a1_in1k', 'vgg19.tv_in1k']
+    """
+    if not is_known(facts):
+        return list(facts)
+    first, *rest = facts
+    best, price = forecast({first: 0.0}, unseen=rest, facts=facts).best, find_prices(facts)
+    return sorted(facts, key=lambda name: -best[name] / price[name])
 
 
 def add_sizes(scores: dict[str, Score], candidates: list[Backbone]) -> None:
@@ -387,6 +433,49 @@ class _RankingRun:
         for name in [name for name, rows in of.items() if not _same(self.rows, rows)]:
             error = "its images are not those of the other backbones; rank again"
             self.scores[name] = replace(self.scores[name], error=error)
+
+    def measure_within(
+        self, seconds: float, facts: Mapping[str, Facts], bar: Any, seen: Any = None
+    ) -> None:
+        """Extract and score as many candidates as there is time for, the most promising first.
+
+        Some at a time, for at most `SLICE` of the time that is left, so that a wrong estimate of
+        their price costs little: seconds are taken to be proportional to `find_prices`, by what
+        those before have taken.
+        """
+        begun = time.perf_counter()
+        order, price = order_by_promise(facts), find_prices(facts)
+        left, by_name = list(order), {b.name: b for b in self.candidates}
+        spent = paid = 0.0
+
+        def is_over() -> bool:
+            return time.perf_counter() - begun >= seconds
+
+        watch = RankingWatch(bar, is_over)
+        while left and not is_over():
+            room, rate = seconds - (time.perf_counter() - begun), spent / paid if paid else 0.0
+            some, total = [], 0.0
+            for name in left:
+                cost = rate * price[name]
+                if cost < room and (not some or (paid and total + cost < SLICE * room)):
+                    some.append(name)
+                    total += cost
+            if not some:
+                return
+            left = [name for name in left if name not in some]
+            started, rows = time.perf_counter(), self.rows
+            try:
+                self.measure([by_name[name] for name in some], None, watch, seen)
+            except KeyboardInterrupt:
+                if not watch.is_over:
+                    raise
+                self.rows = rows if self.rows is None else self.rows
+                self.scores = self.finished()
+                return
+            new = [n for n in some if not self.scores[n].details.get("cached")]
+            if new:
+                spent += time.perf_counter() - started
+                paid += sum(price[name] for name in new)
 
     def race(self, config: RaceConfig, bar: Any, judge: Judge | None = None) -> RaceResult:
         """Score all candidates on few images, and ever fewer of them on more."""

@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.data.decoding import get_switches, set_switches
-from sfda_tune.pipelines.budget import RANK_SHARE, SHORT_SHARE, Budget, RankingWatch, Workload
+from sfda_tune.pipelines.budget import RANK_SHARE, SHORT_SHARE, Budget, Workload
 from sfda_tune.pipelines.clock import Beat
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import DIED, Job, Trial, run_trial
 from sfda_tune.pipelines.inputs import Inputs, open_inputs
 from sfda_tune.pipelines.latency import measure_costs
-from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
+from sfda_tune.pipelines.ranking import rank
 from sfda_tune.pipelines.run_folder import RunFolder, begin, name_study
 from sfda_tune.pipelines.training import (
     evaluate_winner,
@@ -56,6 +56,7 @@ from sfda_tune.selection.uncertainty import shortlist
 from sfda_tune.values.files import read_json, write_json
 from sfda_tune.values.formats import TRIAL
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import some
 
 __all__ = ["choose_short", "run_stages", "work"]
 
@@ -147,25 +148,24 @@ def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
     config, excluded = inputs.config, folder.state["excluded"]
     admitted = [b for name, b in inputs.backbones.items() if name not in excluded]
     end = budget.end_of_share(RANK_SHARE, budget.begun)
-    watch = RankingWatch(folder.progress, lambda: budget.now() > end)
-    try:
-        ranking = rank(
-            inputs.parts["train"], admitted, seed=config.seed, device=inputs.device,
-            precision=config.precision, cache=config.cache, plugins=config.plugins,
-            progress=watch, max_unreadable=config.max_unreadable, workers=config.decoders,
-        )  # fmt: skip
-    except RankingInterruptedError as stop:
-        if not watch.is_over:
-            raise
-        ranking = stop.ranking
+    ranking = rank(
+        inputs.parts["train"], admitted, seed=config.seed, device=inputs.device,
+        precision=config.precision, cache=config.cache, plugins=config.plugins,
+        progress=folder.progress, max_unreadable=config.max_unreadable,
+        workers=config.decoders,
+        budget=None if math.inf == end else max(end - budget.now(), 1e-3),
+    )  # fmt: skip
+    unseen = ranking.info.get("not_looked_at", [])
     if len(ranking.failed) == len(ranking):
         name, why = next(iter(ranking.failed.items()))
-        hint = budget.hint if watch.is_over else ""
+        hint = budget.hint if unseen else ""
         raise ValueError(f"no backbone could be ranked; {name}: {why}{hint}")
     ranking.to_json(folder.path / "ranking.json")
     excluded |= ranking.failed
-    note = f"{len(ranking) - len(ranking.failed)} of {len(inputs.backbones)} backbones ranked"
-    note += ", then their part of the budget was spent" * watch.is_over
+    n_seen = len(ranking) - len(ranking.failed) - len(unseen)
+    note = f"{n_seen} of {len(inputs.backbones)} backbones ranked"
+    if unseen:
+        note += f", then their part of the budget was spent; not looked at: {some(unseen)}"
     note += "".join(f"; without {name}: {why}" for name, why in list(excluded.items())[:3])
     note += f"; and {len(excluded) - 3} more" * (len(excluded) > 3)
     folder.leave("rank", note, excluded=excluded)

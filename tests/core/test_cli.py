@@ -460,8 +460,9 @@ def test_interrupted_it_shows_and_writes_what_is_finished(
     assert "Interrupted" in err.read_text()
     assert "quick" in out.read_text()
     ranking = Ranking.from_json(written)
-    assert ranking.shortlist(5) == ["quick"]
-    assert list(ranking.failed) == ["slow"]
+    assert ranking.info["not_looked_at"] == ["slow"]
+    assert ranking.records()[0]["score"] is not None
+    assert "1 of 2 was not looked at: slow" in out.read_text()
 
 
 def test_nohup_stays(cli_here):

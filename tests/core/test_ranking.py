@@ -1,4 +1,5 @@
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -17,9 +18,12 @@ from sfda_tune import (
     score,
 )
 from sfda_tune.extraction.settings import Settings
+from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.sfda import sfda
 from sfda_tune.pipelines.progress import NullProgress
+from sfda_tune.pipelines.ranking import find_prices, order_by_promise
 from sfda_tune.selection.forecast import find_evidence, order_by_forecast
+from sfda_tune.selection.odds import judge
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
@@ -188,8 +192,12 @@ def test_ctrl_c_hands_over_what_is_finished(photos, toy_zoo):
         rank(photos, toy_zoo, progress=StopAfterFirst(), **CPU)
     ranking = caught.value.ranking
     assert len(ranking) == 4
-    assert len(ranking.failed) == 3
-    assert set(ranking.failed.values()) == {"not finished (interrupted)"}
+    unseen = ranking.info["not_looked_at"]
+    assert len(unseen) == 3
+    assert not ranking.failed
+    notes = {ranking.score(name).details["note"] for name in unseen}
+    assert notes == {"not looked at: interrupted"}
+    assert len(ranking.shortlist(probability=0.95)) == 4  # of any part the best may be elsewhere
     assert isinstance(caught.value, KeyboardInterrupt)
 
 
@@ -204,6 +212,50 @@ def test_cache_is_used_by_default_and_can_be_turned_off(photos, toy_zoo, cache, 
         not rank(photos, toy_zoo, cache=tmp_path / "b", **options).score("vit").details["cached"]
     )
     assert (tmp_path / "b").is_dir()
+
+
+def test_within_a_budget_the_rest_is_not_looked_at(photos, toy_zoo, tmp_path):
+    class Slow(NullProgress):
+        """Waits where images have been seen, so that the time is over in the third backbone."""
+
+        seen = 0
+
+        def advance(self, backbone, n_images):
+            self.seen += n_images
+            while self.seen > 2 * 36 and time.perf_counter() < end:
+                time.sleep(0.05)
+
+    options = {**CPU, "cache": tmp_path}
+    rank(photos, toy_zoo / "vit", device="cpu", workers=0, cache=False)  # what is imported once
+    end = time.perf_counter() + 4
+    cut = rank(photos, toy_zoo, budget=3.0, progress=Slow(), **options)
+    unseen = cut.info["not_looked_at"]
+    assert len(unseen) == 2
+    assert not cut.failed
+    for record in cut.records():
+        assert (record["score"] is None) is (record["backbone"] in unseen)
+        assert record["note"] == "not looked at: the 3 s were over" * (record["score"] is None)
+    assert sum(judge(cut).best.values()) == pytest.approx(1)
+    assert cut.labels is not None
+    whole = rank(photos, toy_zoo, budget="10m", **options)
+    assert "not_looked_at" not in whole.info
+    assert {**whole} == {**rank(photos, toy_zoo, **CPU)}
+    scored = rank(photos, toy_zoo, metric="sfda", budget=1e-4, **CPU)
+    assert set(scored.failed.values()) == {"not looked at: the 0.0001 s were over"}
+    with pytest.raises(ValueError, match="`budget` must be a time"):
+        rank(photos, toy_zoo, budget="soon", **CPU)
+    with pytest.raises(ValueError, match="`race` shows few images"):
+        rank(photos, toy_zoo, budget="1m", race=True, **CPU)
+
+
+def test_the_most_promising_for_their_price_come_first():
+    names = ["resnet18.a1_in1k", "resnet50.a1_in1k", "vgg19.tv_in1k", "convnext_large.fb_in1k"]
+    order = order_by_promise(look_up_facts(names))
+    assert order[0] == "resnet50.a1_in1k"
+    assert order[-1] == "vgg19.tv_in1k"  # large, old
+    assert order_by_promise(look_up_facts(["mine", "yours"])) == ["mine", "yours"]
+    prices = find_prices(look_up_facts([*names, "mine"]))
+    assert min(prices.values()) < prices["mine"] < max(prices.values())
 
 
 def test_all_backbones_fail(photos):
