@@ -18,7 +18,7 @@ from sfda_tune.pipelines.trials import best_epoch, find_best, of_backbone
 
 __all__ = ["Budget", "RankingWatch", "Workload", "ends_later", "parse_budget"]
 
-RANK_SHARE, SHORT_SHARE, RETRAIN_SHARE = 0.5, 0.4, 0.3  # at most so much of a budget
+RANK_SHARE, RETRAIN_SHARE = 0.5, 0.3  # at most so much of a budget
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,7 @@ def _create(folder: RunFolder, inputs: Inputs, arguments: Mapping[str, Any], fou
         "candidates": candidates, "excluded": excluded,
         "survivors": [], "separable": None, "decision": "", "objectives": list(config.objective),
         "metric": config.metric, "engine": config.engine, "storage": redact(config.storage),
-        "trials": [], "short_trials": [], "best": None, "front": [], "costs": costs,
+        "trials": [], "best": None, "front": [], "costs": costs,
         "seconds": {"total": 0.0, "train_everything_estimate": None},
     }  # fmt: skip
     for note in shared:  # the other notes stand with the result

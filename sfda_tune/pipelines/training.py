@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,20 +13,19 @@ from sfda_tune.data.splits import join
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import OutOfTimeError, measure
 from sfda_tune.finetuning.models import load_model, predict
-from sfda_tune.finetuning.run import BEST, CHECKPOINT, FineTuning, finetune
+from sfda_tune.finetuning.run import FineTuning, finetune
 from sfda_tune.pipelines.budget import Budget, Workload
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.pipelines.inputs import Inputs
 from sfda_tune.pipelines.latency import time_forward
 from sfda_tune.pipelines.result import write_predictions
 from sfda_tune.pipelines.run_folder import RunFolder
-from sfda_tune.pipelines.spaces import Space
 from sfda_tune.pipelines.trials import best_epoch
 from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.values.files import read_json, write_json
 from sfda_tune.values.formats import PROVENANCE
 
-__all__ = ["evaluate_winner", "train_fully", "train_shortly", "train_winner"]
+__all__ = ["evaluate_winner", "train", "train_winner"]
 
 Steps = Generator[Trial, None, None]  # the trial after every epoch
 IsOver = Callable[[], bool]  # whether the time is over
@@ -81,34 +78,6 @@ def _describe(
     )
     seconds = max(seconds, sum(e["seconds"] for e in epochs))
     return replace(trial, value=best, values=(best, *costs), seconds=seconds, epochs=epochs)
-
-
-def train_shortly(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
-    """Train the first epochs of a full fine-tuning."""
-    last = max(1, min(3, inputs.n_epochs // 4))
-    with closing(train(folder, inputs, trial, is_over)) as steps:
-        for now in steps:
-            yield now
-            if now.epochs[-1]["number"] >= last:
-                return
-
-
-def train_fully(folder: RunFolder, inputs: Inputs, trial: Trial, is_over: IsOver) -> Steps:
-    """Train to the end, from the short fine-tuning on if there was one."""
-    reuse_checkpoint(folder, trial, inputs.space)
-    yield from train(folder, inputs, trial, is_over)
-
-
-def reuse_checkpoint(folder: RunFolder, trial: Trial, space: Space) -> None:
-    """Give a trial the epochs that its backbone had with the same parameters before."""
-    plausible, own = folder.state.get("plausible", []), folder.trial(trial.folder)
-    if trial.backbone not in plausible or dict(trial.params) != space.default():
-        return
-    short = folder.trial(f"short-{plausible.index(trial.backbone)}")
-    if not (own / CHECKPOINT).is_file():
-        for name in (BEST, CHECKPOINT):  # without the latter, the former is not looked at
-            with suppress(FileNotFoundError):
-                os.replace(short / name, own / name)
 
 
 # The winner -------------------------------------------------------------------------------------

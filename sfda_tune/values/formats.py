@@ -105,10 +105,8 @@ SEARCH: dict[Any, Any] = {
     "metric?": str,
     "engine?": str,
     "storage?": TEXT,
-    "plausible?": [str],
     "scores?": {str: float},
     "trials?": [OUTLINE],
-    "short_trials?": [OUTLINE],
     "front?": [int],
     "costs?": (
         {str: {"latency_ms?": COUNT, "n_params?": COUNT, "seconds_per_epoch?": COUNT}},
@@ -138,7 +136,6 @@ STATE: dict[Any, Any] = {
     if "trials" not in key and key != "seconds?"
 } | {
     "trials": [TRIAL],
-    "short_trials": [TRIAL],
     "seconds": {"total": AtLeast(0), "train_everything_estimate": COUNT},
 }
 FOUND: dict[Any, Any] = STATE | {
