@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +65,9 @@ def rank(
             help="Show few images to all, more only to those that may still be in the top.",
         ),
     ] = False,
-    top: Annotated[int, typer.Option(metavar="K", help="The top that a race is to find.")] = 5,
+    top: Annotated[
+        int | None, typer.Option(metavar="K", help="The top that a race is to find. Default: 5.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -183,6 +186,11 @@ def rank(
     if interrupted:
         say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
+    if len(ranking) > len(ranking.failed) + 1:
+        words = ["sfda-tune", "search", dataset, "--backbones"]
+        words += [str(ranking.score(n).details.get("spec", n)) for n in ranking.shortlist(3)]
+        words += [word for one in imports or () for word in ("--import", one)]
+        say(messages, f"Next: {shlex.join(words)}")
     if len(ranking.failed) == len(ranking):
         fail("no backbone could be ranked; each one's error stands below the table.")
 

@@ -102,6 +102,12 @@ def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
     from sfda_tune.selection.uncertainty import shortlist
 
     lines, trained = [], is_forecast(ranking)
+    if odds is not None and trained and len(odds.names) > 1:
+        first, best = str(odds.names[0]), list(odds.best.values())
+        lines.append(
+            f"Fine-tune {printable(first)} first: of these {len(best)} it will be the best with "
+            f"probability {best[0]:.2f}, and one of the first three with {sum(best[:3]):.2f}."
+        )
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]
         by = "by this score"

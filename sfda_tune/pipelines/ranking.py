@@ -46,6 +46,7 @@ from sfda_tune.values.text import integer, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
+TOP = 5
 SLICE = 0.15  # of the time that is left: candidates that are extracted together
 PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
 
@@ -84,7 +85,7 @@ def rank(
     executor: Executor | None = None,
     progress: Any = False,
     race: bool = False,
-    top: int = 5,
+    top: int | None = None,
     budget: str | float | None = None,
     ensemble: int | None = None,
 ) -> Ranking:
@@ -135,8 +136,8 @@ def rank(
         Show few images to all backbones and more only to those that still have a chance to be in
         the `top`, see `sfda_tune.selection.racing`: the same top as without, with probability .95.
         The features are cached stage by stage, apart from those of a full run.
-    top : int, default 5
-        How many backbones a race is to find.
+    top : int, optional
+        How many backbones a race is to find; 5 by default.
     budget : str or float, optional
         A time such as "10m", or seconds, from the first image on: the most promising candidates
         for their price come first (by what is known of them before), and where the time is over
@@ -203,6 +204,9 @@ def rank(
             "leave race out, or take 'sfda'."
         )
     seconds = parse_budget(budget)
+    if top is not None and not race:
+        raise ValueError(f"`top` is for a race but is {top!r} without one; add race=True.")
+    top = TOP if top is None else top
     if race and seconds is not None:
         raise ValueError(
             "`race` shows few images to all candidates and `budget` all images to few: both are "

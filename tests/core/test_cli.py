@@ -85,7 +85,10 @@ def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_p
         assert word in out
     ranking = Ranking.from_json(tmp_path / "r.json")
     assert [line.split("│")[2].strip() for line in out.splitlines() if "│ " in line] == [*ranking]
-    again = cli_here("rank", *arguments, "--out", tmp_path / "r.csv")
+    again, err = cli_here("rank", *arguments, "--out", tmp_path / "r.csv", both=True)
+    specs = [ranking.score(name).details["spec"] for name in ranking.shortlist(3)]
+    words = ["sfda-tune", "search", str(photos), "--backbones", *specs]
+    assert f"Next: {shlex.join(words)}" in " ".join(err.split("\n"))
     assert again.count("cached") == 4
     csv = (tmp_path / "r.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in csv[1:]] == list(ranking)

@@ -327,6 +327,9 @@ def test_the_command_line_says_which_will_be_best_after_training(capsys):
     show_ranking(order_by_forecast(a_ranking()))
     said = capsys.readouterr().out
     assert "because of" in said
+    first, p = next(iter(forecast(a_ranking()).best.items()))
+    wanted = f"Fine-tune {first} first: of these 4 it will be the best with probability {p:.2f}"
+    assert wanted in said
     assert "ImageNet" in said
     show_ranking(order_by_forecast(a_ranking(names=NAMES[:1])))
     assert f"Best after fine-tuning, with probability .95: {NAMES[0]}" in capsys.readouterr().out

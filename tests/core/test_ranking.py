@@ -148,6 +148,7 @@ def test_a_metric_that_fails_is_recorded(photos, toy_zoo):
         ({"metric": max, "variant": "paper"}, "`variant` belongs to the metric 'sfda'"),
         ({"metric": "forecast", "variant": "loo"}, "`variant` belongs to the metric 'sfda'"),
         ({"metric": "sfda", "train": "head"}, "`train` is for the metric 'forecast'"),
+        ({"top": 3}, "`top` is for a race but is 3 without one"),
         ({"train": "both"}, "`train` must be one of full, head"),
         ({"metric": "leep"}, "'leep' needs logits, which `rank` does not have; choose one of"),
         ({"device": "nonsense"}, "`device`"),
