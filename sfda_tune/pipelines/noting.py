@@ -67,8 +67,8 @@ class NotingScorer:
             per_sample = noted["per_sample"]
             if per_sample is not None:
                 per_sample = np.frombuffer(b64decode(per_sample), "<f8")
-            told = noted["value"], per_sample, *features.x.shape, noted["details"]
-            return Score(features.backbone, *told)
+            n, d = features.n_samples, features.n_dims
+            return Score(features.backbone, noted["value"], per_sample, n, d, noted["details"])
         score: Any = self.scorer.score(features, device)
         if score.error is None:
             per_sample = (
