@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -370,3 +371,30 @@ def test_a_bucket_has_no_notes():
     store = open_store("memory://notes")
     store.note("subject", "ab" * 20, 3)
     assert store.recall("subject", "ab" * 20, int) is None
+
+
+def test_what_was_whole_and_vanishes_as_a_row_turns_out_bad_is_computed_again(
+    photos, zoo, tmp_path
+):
+    dataset, store = open_dataset(photos), FeatureStore(tmp_path)
+    whole = run(dataset, zoo[:2])
+    run(dataset, zoo[:1], store=store)
+
+    def lose(worker, units):
+        for unit in units:
+            outcome = worker(unit)
+            if unit.backbone.name == zoo[1].name:
+                store.clear()
+                entry = outcome.entries[0]
+                keep = entry.rows != 5
+                entry = replace(entry, x=entry.x[keep], rows=entry.rows[keep], unreadable={5: "x"})
+                outcome.entries[0], outcome.unreadable[0] = entry, {5: "x"}
+                outcome.kept.clear()
+            yield outcome
+
+    results = run(dataset, zoo[:2], store=store, map_fn=lose)
+    keep = np.delete(np.arange(36), 5)
+    for name, e in results.items():
+        assert e.error is None
+        assert e.rows.tolist() == keep.tolist()
+        np.testing.assert_array_equal(e.features.x, whole[name].features.x[keep])
