@@ -64,7 +64,12 @@ def _versions() -> Iterator[Fact]:
     yield "python", f"{platform.python_version()}, {platform.platform()}", ""
     for name in PACKAGES:
         try:
-            yield name, version(name), ""
+            found = version(name)
+            if name == "torch":  # with what it was built for
+                import torch
+
+                found = torch.__version__
+            yield name, found, ""
         except PackageNotFoundError:
             wrong = "" if name == "sfda-tune" else f"missing: pip install {name}"
             yield name, "not installed", wrong  # the package itself: run from a source tree

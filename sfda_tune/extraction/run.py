@@ -269,8 +269,8 @@ def extract_within(
                     kept = [new[s][1] for s in new if s in outcome.kept]
                     job.held = [one for one in job.held if not any(one[1] is e for e in kept)]
             left = [name for name in jobs if name not in plan.failed and name not in done]
-            if came.isdisjoint(left):
-                break
+            if came.isdisjoint(left) and plan.lacking.keys() >= set(left):
+                break  # else what was in the store has vanished since
             forget_pixels(plan.run)
             plan = _plan_again(plan, done)
         for name in left:

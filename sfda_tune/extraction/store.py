@@ -168,25 +168,24 @@ class FeatureStore:
         return entry
 
     def _get(self, key: str, names: Sequence[str], images: Sequence[str]) -> Entry:
-        place: dict[str, int] = {}
+        place: dict[str, int] = {}  # an image may come several times
         codes = np.array([place.setdefault(one, len(place)) for one in images], np.int64)
-        parts: list[np.ndarray] = []  # of `x`
+        have = np.zeros(len(place), bool)
+        parts: list[tuple[np.ndarray, np.ndarray]] = []  # codes, and their rows of `x`
         told: list[tuple[dict[str, Any], float]] = []  # and the share of it that is asked for
-        row_of = np.full(len(place), -1)  # of the joined parts, by code
         unreadable: dict[int, str] = {}  # by code
-        used, n = [], 0
+        used: list[str] = []
         for name, head in zip(names, self._heads(key, names), strict=True):
             try:
                 mine = _read_images(head) if head is not None else ()  # gone
             except DAMAGED as error:
                 self._ignore(key, name, error)
                 continue
-            wanted = [code for one in mine if (code := place.get(one)) is not None]
-            if not any(row_of[code] < 0 for code in wanted):
+            if all(have[code] for one in mine if (code := place.get(one)) is not None):
                 continue
             try:
                 found = _parse(self._read(key, name), key)
-                if parts and found.x.size and found.x.shape[1] != parts[0].shape[1]:
+                if parts and found.x.size and found.x.shape[1] != parts[0][1].shape[1]:
                     raise ValueError("its features have another width")
             except FileNotFoundError:
                 continue
@@ -197,29 +196,29 @@ class FeatureStore:
                 continue
             used.append(name)
             at = np.array([place.get(one, -1) for one in found.images], np.int64)
-            new = (at >= 0) & (row_of[at] < 0)
-            bad = np.fromiter(found.unreadable, np.int64)
-            for row in bad[new[bad]].tolist():
-                unreadable.setdefault(int(at[row]), found.unreadable[row])
+            new = (at >= 0) & ~have[at]
             ends = np.cumsum([part["images"] for part in found.parts])
             for part, some in zip(found.parts, np.split(new, ends), strict=False):
                 told.append((part, float(some.mean())))
             readable = np.ones(len(at), bool)
-            readable[bad] = False
-            mine = np.flatnonzero(new[readable])
-            if len(mine):
-                row_of[at[readable][mine]] = np.arange(n, n + len(mine))
-                parts.append(found.x if len(mine) == len(found.x) else found.x[mine])
-                n += len(mine)
+            readable[list(found.unreadable)] = False
+            unreadable |= {int(at[row]): why for row, why in found.unreadable.items() if new[row]}
+            new, at = new[readable], at[readable]
+            if new.any():
+                have[at[new]] = True
+                parts.append((at[new], found.x if new.all() else found.x[new]))
         self._touch(key, used)
-        rows = np.flatnonzero(row_of[codes] >= 0) if n else np.empty(0, np.int64)
-        order = row_of[codes[rows]]
-        x = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else nothing()
-        if len(order) != len(x) or (order != np.arange(len(x))).any():
-            x = x[order]
-        lost = {p: unreadable[c] for p, c in enumerate(codes.tolist()) if c in unreadable}
-        lost = {p: why for p, why in lost.items() if row_of[codes[p]] < 0} if lost else {}
-        return Entry(x, rows, lost, _sum_up(told))
+        rank = np.cumsum(have) - 1
+        x = np.empty((have.sum(), parts[0][1].shape[1]), np.float32) if parts else nothing()
+        for mine, part in parts:
+            x[rank[mine]] = part
+        rows = np.flatnonzero(have[codes])
+        if len(place) < len(codes):
+            x = x[rank[codes[rows]]]
+        lost = [
+            p for p, code in enumerate(codes.tolist()) if code in unreadable and not have[code]
+        ]
+        return Entry(x, rows, {p: unreadable[codes[p]] for p in lost}, _sum_up(told))
 
     def put(self, key: str, images: Sequence[str], entry: Entry) -> None:
         """Keep what is known of images; another process that keeps the same does no harm.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from base64 import b64decode, b64encode
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class NotingScorer:
             per_sample = noted["per_sample"]
             if per_sample is not None:
                 per_sample = np.frombuffer(b64decode(per_sample), "<f8")
-            n, d = features.x.shape
+            n, d = features.n_samples, features.n_dims
             return Score(features.backbone, noted["value"], per_sample, n, d, noted["details"])
         score: Any = self.scorer.score(features, device)
         if score.error is None:
@@ -78,7 +79,8 @@ class NotingScorer:
                 per_sample = b64encode(per_sample.astype("<f8").tobytes()).decode()
             value = {"value": score.value, "per_sample": per_sample}
             value |= {"details": dict(score.details)}
-            self.store.note("scores", digest.hexdigest(), value)
+            with suppress(TypeError, ValueError):  # a detail that is none of JSON's
+                self.store.note("scores", digest.hexdigest(), value)
         return score
 
 

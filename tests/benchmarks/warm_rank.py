@@ -4,11 +4,11 @@
 
 Checkpoint folders of ten architectures of timm, with weight files of their real size (sparse, for
 nobody loads them), images as JPEG files, and random features of the networks' widths in the
-store. Seconds of the processor, so that a busy machine counts less. Each measurement is a fresh
-process that has imported torch, timm and the package and has ranked one backbone on eight other
-images; then it ranks all. ``first`` is the first such run, which digests the weights; ``warm`` the
-median of three later ones; ``bare`` is what reading the segments and scoring alone take, in the
-same process.
+store. Each measurement is a fresh process that has imported torch, timm and the package and has
+ranked one backbone on eight other images; then it ranks all. ``first`` is the first such run,
+which digests the weights, builds and scores; ``warm`` the median of three later ones; ``bare`` is
+what reading the segments and scoring alone take, in the same process. All are seconds of the
+processor: other work on a machine counts less.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from PIL import Image, ImageFile
 import sfda_tune
 from sfda_tune import Backbone, BackboneError, open_dataset
 from sfda_tune.backbones import demo
+from sfda_tune.data import loader
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import get_switches
 from sfda_tune.data.loader import Loader, cut
@@ -822,6 +823,20 @@ def test_the_board_shows_stage_trials_and_time_left():
     assert board.rich.tasks[0].description == "tune: 1 of 4 trials, best 0.9000 by vit (trial 0)"
     board.show(trials, trials[0], None, time.time() + 3600)
     assert board.rich.tasks[0].fields["left"] in ("ETA 1:00:00", "ETA 0:59:59")
+
+
+@pytest.mark.parametrize("decoders", [0, 2])
+def test_so_many_processes_decode(photos, toy_zoo, tmp_path, monkeypatch, decoders):
+    started, start = set(), loader._start
+    monkeypatch.setattr(loader, "_start", lambda *how: started.add(how[2]) or start(*how))
+    how = {"trials": 1, "epochs": 1, "device": "cpu", "cache": False, "out": tmp_path / "run"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few images
+        search(photos, toy_zoo / "resnet", decoders=decoders, **how)
+    assert started <= {decoders, min(decoders, 1)}  # fewer for a part of few images
+    assert bool(started) == bool(decoders)
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert told["decoders"] == decoders
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -1,5 +1,10 @@
 """Whoever computed the features of an image, nobody computes them again, and all see the same."""
 
+import functools
+import os
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +16,11 @@ from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.extraction import plan
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
-from sfda_tune.extraction.store import FeatureStore
+from sfda_tune.extraction.store import FeatureStore, open_store
+from sfda_tune.metrics.scoring import Scorer
+from sfda_tune.pipelines.noting import NotingScorer
+from sfda_tune.values.features import Features
+from sfda_tune.values.files import digest_file
 
 CPU = Settings(device="cpu", workers=0)
 HERE = {"device": "cpu", "workers": 0}
@@ -211,8 +220,6 @@ def test_what_vanishes_meanwhile_is_computed_again(photos, zoo, tmp_path, monkey
 
 
 def test_a_limit_holds_and_spares_what_the_run_needs(photos, zoo, tmp_path, monkeypatch):
-    import os
-
     dataset, store = open_dataset(photos), FeatureStore(tmp_path)
     run(dataset, zoo[:2], store=store)
     size = sum(stat.st_size for _, stat in store.entries())
@@ -265,3 +272,129 @@ def test_an_unreadable_image_is_known_wherever_it_comes(net, counted, tmp_path):
     again = list(extract(some, [counted], Settings(**HERE, max_unreadable=0.5), store=store))[-1]
     assert (again.cached, again.rows.tolist(), list(again.unreadable)) == (True, [0, 2], [1])
     np.testing.assert_array_equal(again.features.x, first.features.x[[6, 0]])
+
+
+# Notes ------------------------------------------------------------------------------------------
+def test_a_warm_ranking_builds_no_network_and_computes_no_score(
+    photos, toy_zoo, tmp_path, monkeypatch
+):
+    how = {**HERE, "cache": tmp_path}
+    first = rank(photos, toy_zoo, **how)
+    monkeypatch.setattr(
+        "sfda_tune.backbones.loading.create", lambda *_, **__: pytest.fail("built")
+    )
+    monkeypatch.setattr(Scorer, "score", lambda *_: pytest.fail("scored"))
+    again = rank(photos, toy_zoo, **how)
+    for old, new in zip(first.scores, again.scores, strict=True):
+        assert (old.backbone, old.value) == (new.backbone, new.value)
+        np.testing.assert_array_equal(old.per_sample, new.per_sample)
+        for key, value in old.details.items():
+            if key not in ("cached", "note", "images_per_second"):
+                assert new.details[key] == value
+    with pytest.raises(pytest.fail.Exception, match="scored"):
+        rank(photos, toy_zoo, metric="knn", **how)
+
+
+def features(seed=0):
+    return Features(np.random.default_rng(seed).normal(size=(30, 5)), np.arange(30) % 3, "abc")
+
+
+def test_a_note_is_of_these_features_labels_and_metric_only(tmp_path):
+    store, one = FeatureStore(tmp_path), features()
+    others = [
+        features(1),
+        Features(one.x, (one.y + 1) % 3, "abc"),
+        Features(one.x[:29], one.y[:29], "abc"),
+    ]
+    noting = NotingScorer(Scorer("sfda"), store)
+    expected = noting.score(one, "cpu")
+    for other in others:
+        assert noting.score(other, "cpu").value == Scorer("sfda").score(other).value
+    for scorer in (Scorer("sfda", "paper"), Scorer("knn"), Scorer("sfda + knn")):
+        found = NotingScorer(scorer, store).score(one, "cpu")
+        assert found.value == scorer.score(one).value
+        assert found.details == NotingScorer(scorer, store).score(one, "cpu").details
+    assert noting.score(one, "cpu").value == expected.value
+    assert sum(1 for _ in store.notes()) == 7
+
+
+def test_metrics_of_ones_own_are_always_computed(tmp_path):
+    calls = []
+
+    def mine(x, y):
+        calls.append(1)
+        return float(x.mean())
+
+    for metric in (mine, functools.partial(mine)):
+        noting = NotingScorer(Scorer(metric), FeatureStore(tmp_path))
+        noting.score(features(), "cpu")
+        noting.score(features(), "cpu")
+    assert len(calls) == 4
+    assert not list(FeatureStore(tmp_path).notes())
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"{}", b"0\n{}", b"\xff" * 50])
+def test_a_damaged_note_is_none(tmp_path, content):
+    store = FeatureStore(tmp_path)
+    store.note("subject", "ab" * 20, {"value": 3})
+    assert store.recall("subject", "ab" * 20, {"value": int}) == {"value": 3}
+    assert store.recall("subject", "ab" * 20, {"value": str}) is None
+    ((path, _),) = store.notes()
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    assert store.recall("subject", "ab" * 20, {"value": int}) is None
+    path.write_bytes(whole.replace(b"3", b"4"))
+    assert store.recall("subject", "ab" * 20, {"value": int}) is None
+    assert store.clear()[0] == 1
+    assert not list(store.notes())
+
+
+def test_a_file_is_digested_again_when_it_has_changed(tmp_path):
+    store, file = FeatureStore(tmp_path / "cache"), tmp_path / "weights"
+
+    def write(byte, age):
+        file.write_bytes(byte * (2 << 20))
+        then = time.time() - age
+        os.utime(file, (then, then))
+
+    write(b"a", 100)
+    assert store.digest_file(file) == digest_file(file)
+    assert not list(store.notes())  # it was changed just now, by its ctime
+    time.sleep(2.1)
+    assert store.digest_file(file) == digest_file(file)
+    assert len(list(store.notes())) == 1
+    write(b"b", 100)  # same size, and nearly the same time
+    assert store.digest_file(file) == digest_file(file)
+
+
+def test_a_bucket_has_no_notes():
+    store = open_store("memory://notes")
+    store.note("subject", "ab" * 20, 3)
+    assert store.recall("subject", "ab" * 20, int) is None
+
+
+def test_what_was_whole_and_vanishes_as_a_row_turns_out_bad_is_computed_again(
+    photos, zoo, tmp_path
+):
+    dataset, store = open_dataset(photos), FeatureStore(tmp_path)
+    whole = run(dataset, zoo[:2])
+    run(dataset, zoo[:1], store=store)
+
+    def lose(worker, units):
+        for unit in units:
+            outcome = worker(unit)
+            if unit.backbone.name == zoo[1].name:
+                store.clear()
+                entry = outcome.entries[0]
+                keep = entry.rows != 5
+                entry = replace(entry, x=entry.x[keep], rows=entry.rows[keep], unreadable={5: "x"})
+                outcome.entries[0], outcome.unreadable[0] = entry, {5: "x"}
+                outcome.kept.clear()
+            yield outcome
+
+    results = run(dataset, zoo[:2], store=store, map_fn=lose)
+    keep = np.delete(np.arange(36), 5)
+    for name, e in results.items():
+        assert e.error is None
+        assert e.rows.tolist() == keep.tolist()
+        np.testing.assert_array_equal(e.features.x, whole[name].features.x[keep])

@@ -151,6 +151,17 @@ def test_what_is_in_the_store_is_not_computed_again(executor, dataset, zoo, tmp_
     assert watch.seen == watch.total <= 8 * absent
 
 
+def test_where_all_is_kept_no_cluster_is_asked_for(photos, toy_zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    nobody = RayExecutor("127.0.0.1:1")
+    here = sfda_tune.rank(photos, toy_zoo / "vit", device="cpu", cache=tmp_path)
+    there = sfda_tune.rank(photos, toy_zoo / "vit", cache=tmp_path, executor=nobody)
+    assert there["vit"] == here["vit"]
+    assert "executor" not in there.info
+    with pytest.raises(ConnectionError, match="no cluster answers there"):
+        sfda_tune.rank(photos, toy_zoo, cache=tmp_path, executor=nobody)
+
+
 def test_an_interrupt_keeps_what_is_finished_and_lets_the_actors_go(
     ray_cluster, photos, toy_zoo, tmp_path
 ):
