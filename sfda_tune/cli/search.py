@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sfda_tune.cli.terminal import check_out, fail, messages, output, split_commas
+from sfda_tune.cli.terminal import check_out, fail, messages, output, show_result, split_commas
 
 __all__ = ["predict", "search"]
 
@@ -145,8 +145,7 @@ def search(
     except KeyboardInterrupt:
         say(messages, "The same command goes on from here.")
         raise
-    say(output, found)
-    say(output, found.images)
+    show_result(found)
 
 
 def predict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,9 +14,10 @@ from rich.table import Table
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import printable, some
+from sfda_tune.values.text import format_count, printable, some
 
 if TYPE_CHECKING:
+    from sfda_tune.pipelines.result import SearchResult
     from sfda_tune.selection.uncertainty import Confidence
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's; recent typers bring their own click
@@ -89,6 +91,35 @@ def _sure(c: Confidence) -> dict[str, dict[str, str]]:
             c.names, c.rank_interval, c.best.values(), strict=True
         )
     }
+
+
+def show_result(result: SearchResult) -> None:
+    """Print what a search found: the winner in figures, how it came about, and what comes next."""
+    best, summary = result.best, result.summary
+    table = Table(title=text(f"{best['backbone']}, trial {best['trial']}"), title_justify="left")
+    table.add_column(f"on {summary['n_images']['test']} test images")
+    table.add_column("", justify="right", no_wrap=True)
+    for name, value in result.test.items():
+        shown = f"{value:.4f}"
+        if name == "accuracy" and "test_interval" in best:
+            shown += " (95 %: {:.4f} to {:.4f})".format(*best["test_interval"])
+        table.add_row(name.replace("_", " "), shown)
+    if best.get("latency_ms"):
+        table.add_row("latency of one image", f"{best['latency_ms']:.1f} ms")
+    if best.get("n_params"):
+        table.add_row("parameters", format_count(best["n_params"]))
+    for name, value in best["params"].items():
+        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        table.add_row(text(name.replace("_", " ")), text(shown))
+    seconds = summary["seconds"]["total"]
+    table.add_row("trials", f"{len(result.trials)} in {seconds:.0f} s")
+    print_table(table)
+    say(output, f"{summary['decision']}.")
+    for note in summary.get("notes", ()):
+        say(output, f"note: {note}")
+    say(output, result.images)
+    folder = shlex.quote(str(result.folder))
+    say(messages, f"Next: sfda-tune predict {folder} IMAGES; sfda-tune report {folder}")
 
 
 def _with_odds(headings: list[str]) -> list[str]:

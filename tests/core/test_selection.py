@@ -846,7 +846,13 @@ def test_the_command_line(tmp_path, capsys):
     command = "search digits --trials 1 --epochs 1 --samples 60 -q --out"
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), str(run), "--backbones", ONE])
-    assert f"{ONE} (trial 0, 1 in all): accuracy" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"{ONE}, trial 0" in out
+    found = SearchResult.open(run)
+    low, high = found.best["test_interval"]
+    assert f"{found.test['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})" in out
+    assert "all 1 ranked backbones are tuned" in out
+    assert f"Next: sfda-tune predict {run} IMAGES" in " ".join(err.split())
     images.mkdir()
     data = open_dataset("digits")
     for row in range(3):
