@@ -11,7 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from sfda_tune.cli.options import CacheDir, Debug, Imports
-from sfda_tune.cli.terminal import check_out, fail, messages, show_ranking, split_commas
+from sfda_tune.cli.terminal import (
+    check_out,
+    fail,
+    messages,
+    output,
+    show_ranking,
+    split_commas,
+)
 from sfda_tune.pipelines.terminal import say
 from sfda_tune.values.ranking import Ranking
 
@@ -75,6 +82,10 @@ def rank(
             "price come first; what there is no time for is ranked by what is known of it."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only tell what it will cost: time, downloads, memory."),
+    ] = False,
     ensemble: Annotated[
         int | None,
         typer.Option(metavar="K", help="Also choose K backbones to fine-tune together."),
@@ -147,6 +158,18 @@ def rank(
     interrupted = False
     warnings.simplefilter("ignore", CopiesWarning)  # said below the table
     specs = ["demo:*"] if backbones is None else split_commas(backbones)
+    kept = False if no_cache else cache or True
+    if dry_run:
+        from sfda_tune.pipelines.bill import draw_up_bill
+
+        bill = draw_up_bill(
+            dataset, specs, samples=samples, seed=seed, split=split, image_column=image_column,
+            label_column=label_column, device=device, precision=precision, cache=kept,
+            plugins=imports or (),
+        )  # fmt: skip
+        for line in str(bill).splitlines():
+            say(output, line)
+        return
     try:
         ranking = sfda_tune.rank(
             dataset,
@@ -164,7 +187,7 @@ def rank(
             batch_size=batch_size,
             workers=workers,
             max_unreadable=max_unreadable,
-            cache=False if no_cache else cache or True,
+            cache=kept,
             plugins=imports or (),
             executor=executor,
             progress=False if quiet else Bar(messages),

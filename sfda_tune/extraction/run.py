@@ -31,7 +31,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ from sfda_tune.extraction.worker import (
 )
 from sfda_tune.values.features import Backbone, Features
 
-__all__ = ["extract", "extract_within"]
+__all__ = ["Pending", "extract", "extract_within", "find_pending"]
 
 logger = logging.getLogger(__name__)
 LOOK = 30.0  # seconds between two looks at the size of the store
@@ -286,6 +286,48 @@ def extract_within(
             outcomes.close()
         forget_pixels(plan.run)
         keeper.look(last=True)
+
+
+class Pending(NamedTuple):
+    """What there is left to do for a backbone."""
+
+    description: loading.Description
+    is_local: bool  # whether its weights are here
+    n_images: int  # without features
+
+
+def find_pending(
+    dataset: ImageDataset,
+    backbones: Sequence[Backbone],
+    store: FeatureStore | None,
+    precision: str = "float32",
+) -> tuple[dict[str, Pending], dict[str, str]]:
+    """Return what an extraction would have to do, by backbone, and who cannot be opened, and why.
+
+    >>> from sfda_tune import open_dataset, resolve_backbones
+    >>> images = open_dataset("digits").sample(30)
+    >>> pending, failed = find_pending(images, resolve_backbones("demo:resnet_glyphs"), None)
+    >>> pending["demo:resnet_glyphs"].n_images, failed
+    (30, {})
+    """
+    images = dataset.digests() if store is not None else [""] * len(dataset)
+    pending: dict[str, Pending] = {}
+    failed: dict[str, str] = {}
+    for backbone in backbones:
+        try:
+            description, weights = _describe(backbone, store)
+            if store is None and backbone.load is None:
+                weights = fingerprints.fingerprint(backbone)
+        except Exception as error:  # whatever a backbone does
+            failed[backbone.name] = describe_error(error)
+            continue
+        n_missing = len(dataset)
+        if store is not None and weights is not None:
+            pixels = fingerprint_pixels(description.preprocessing)
+            n_missing -= len(store.get(make_key(weights, pixels, precision), images).known)
+        is_local = weights is not None or backbone.load is not None
+        pending[backbone.name] = Pending(description, is_local, n_missing)
+    return pending, failed
 
 
 def _describe(

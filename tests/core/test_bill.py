@@ -1,0 +1,69 @@
+"""What a ranking will cost, told before it begins, against what it takes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sfda_tune import Backbone, rank, resolve_backbones
+from sfda_tune.cli.main import main
+from sfda_tune.pipelines.bill import draw_up_bill
+
+CPU = {"device": "cpu"}
+
+
+def test_what_is_kept_costs_nothing(photos, toy_zoo, tmp_path):
+    cache = tmp_path / "cache"
+    before = draw_up_bill(photos, toy_zoo, cache=cache, **CPU)
+    assert (before.n_backbones, before.n_images) == (4, 36)
+    assert (before.n_computed, before.n_kept) == (4 * 36, 0)
+    assert before.to_download == ()
+    assert before.failed == {}
+    assert before.forward > 0
+    assert before.decode > 0
+    ranking = rank(photos, toy_zoo, cache=cache, workers=0, **CPU)
+    assert before.disk == sum(4 * 36 * s.n_dims for s in ranking.scores)
+    assert before.memory == 4 * max(s.details["n_params"] for s in ranking.scores)
+    after = draw_up_bill(photos, toy_zoo, cache=cache, **CPU)
+    assert (after.n_computed, after.n_kept) == (0, 4 * 36)
+    assert after.forward == after.decode == after.disk == 0
+    some = draw_up_bill(photos, toy_zoo, cache=cache, samples=9, **CPU)
+    assert (some.n_computed, some.n_kept) == (0, 4 * 9)
+
+
+def test_a_larger_network_is_dearer_and_what_fails_is_named(photos, toy_zoo, tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text(json.dumps({"architecture": "no_such_net"}))
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"")
+    names = ["resnet18.a1_in1k", "resnet50.a1_in1k", str(tmp_path / "broken")]
+    bill = draw_up_bill(photos, names, samples=9, cache=False, **CPU)
+    assert list(bill.to_download) == names[:2]  # nothing is fetched for a bill
+    assert 100e6 < bill.download < 150e6  # 11.2 and 23.5 million parameters
+    assert list(bill.failed) == ["broken"]
+    assert "no_such_net" in bill.failed["broken"]
+    assert "to download first: the weights of 2, about 1" in str(bill)
+    small = draw_up_bill(photos, names[:1], samples=9, cache=False, **CPU)
+    assert bill.memory > small.memory
+    own = Backbone("mine", load=resolve_backbones(str(toy_zoo / "vit"))[0].load or _load)
+    mine = draw_up_bill(photos, [own], samples=9, cache=False, **CPU)
+    assert mine.to_download == ()
+    assert np.isfinite(mine.forward)
+
+
+def _load():
+    import torch
+
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return (
+        net,
+        lambda image: torch.from_numpy(np.array(image.resize((8, 8)))).permute(2, 0, 1) / 255.0,
+    )
+
+
+def test_the_command_line_tells_and_does_nothing(photos, toy_zoo, tmp_path, capsys, cache):
+    arguments = ["rank", str(photos), "-b", str(toy_zoo), "--device", "cpu", "--dry-run"]
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    out = capsys.readouterr().out
+    assert out.startswith("4 backbones, 36 images: 144 forward passes, 0 more are kept")
+    assert not list(cache.rglob("*.safetensors"))
