@@ -1,6 +1,7 @@
 """What a ranking will cost, told before it begins, against what it takes."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from sfda_tune import Backbone, rank, resolve_backbones
 from sfda_tune.cli.main import main
 from sfda_tune.pipelines.bill import draw_up_bill
 
-CPU = {"device": "cpu"}
+CPU: Any = {"device": "cpu"}
 
 
 def test_what_is_kept_costs_nothing(photos, toy_zoo, tmp_path):
