@@ -309,9 +309,9 @@ class _Forward:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if size == 1:
+                if self.batch_size == 1:
                     raise MemoryError("out of memory with a single image") from error
-                self.batch_size = max(size // 2, 1)
+                self.batch_size //= 2  # so large was this one, too, with what filled it up
                 logger.info("out of memory: batches of %d now", self.batch_size)
             else:
                 start += size

@@ -627,6 +627,8 @@ def test_the_batch_is_halved_for_as_long_as_memory_is_short(dataset):
     np.testing.assert_allclose(results["small"].features.x, results["large"].features.x, atol=1e-6)
     assert net.sizes[:4] == [32, 16, 8, 4]
     assert max(net.sizes[3:]) == 4
+    (one,) = run(dataset.subset([7]), backbones[:1], replace(CPU, batch_size=32)).values()
+    np.testing.assert_array_equal(one.features.x, results["small"].features.x[[7]])
 
 
 BROKEN = {
