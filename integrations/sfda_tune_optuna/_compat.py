@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Container, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution
+from optuna.pruners import BasePruner, PatientPruner
 from optuna.samplers import (
     BaseGASampler,
     BaseSampler,
@@ -37,6 +39,33 @@ def unwrap(sampler: BaseSampler) -> BaseSampler:
     while isinstance(sampler, PartialFixedSampler):
         sampler = sampler._base_sampler
     return sampler
+
+
+def find_pruners(study: Study) -> list[BasePruner]:
+    """Return the pruner of a study and those it wraps, the outermost first."""
+    found: list[BasePruner] = [study.pruner]
+    while isinstance(found[-1], PatientPruner) and found[-1]._wrapped_pruner is not None:
+        found.append(found[-1]._wrapped_pruner)
+    return found
+
+
+def make_whole_grid(grid: GridSampler, param_name: str, names: Sequence[str]) -> GridSampler:
+    """Return a grid that has the backbones, too, if it does not yet."""
+    space = grid._search_space
+    if param_name in space or not names:
+        return grid
+    rng = copy.deepcopy(grid._rng).rng  # the same in all workers, which share a seed or have none
+    return GridSampler({**space, param_name: list(names)}, seed=int(rng.randint(2**31)))
+
+
+def read_grid(grid: GridSampler) -> list[dict[str, Any]]:
+    """Return the points of a grid, by their ids."""
+    return [dict(zip(grid._param_names, point, strict=True)) for point in grid._all_grids]
+
+
+def find_untried(grid: GridSampler, study: Study) -> list[int]:
+    """Return the ids of the points that no trial has had, of a trial that has none yet."""
+    return grid._get_unvisited_grid_ids(study)
 
 
 def read_trials(study: Study) -> list[FrozenTrial]:
@@ -95,8 +124,8 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.system_attrs.get("constraints") or ())
 
 
-def walk_parts(base: BaseSampler) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield (owner, key, value) of what a sampler holds, and what the samplers within it hold.
+def walk_parts(base: BaseSampler) -> Iterator[Any]:
+    """Yield what a sampler holds, and what the samplers within it hold.
 
     Attributes of samplers and the entries of lists, tuples and dicts: no other objects, which are
     the user's own and may be large.
@@ -109,8 +138,8 @@ def walk_parts(base: BaseSampler) -> Iterator[tuple[Any, Any, Any]]:
             continue
         seen.add(id(owner))
         held = vars(owner) if isinstance(owner, BaseSampler) else owner
-        for key, value in list(held.items() if isinstance(held, dict) else enumerate(held)):
-            yield owner, key, value
+        for value in list(held.values() if isinstance(held, dict) else held):
+            yield value
             small = isinstance(value, (list, tuple, dict)) and len(value) < MANY
             if small or isinstance(value, BaseSampler):
                 queue.append(value)
@@ -124,7 +153,7 @@ def rekey(base: BaseSampler, key: Sequence[int]) -> None:
     draws as it likes.
     """
     kinds = (LazyRandomState, np.random.RandomState, np.random.Generator, random.Random)
-    found = {id(part): part for _, _, part in walk_parts(base) if isinstance(part, kinds)}
+    found = {id(part): part for part in walk_parts(base) if isinstance(part, kinds)}
     for position, part in enumerate(found.values()):
         seeds = np.random.SeedSequence([*key, position])
         if isinstance(part, np.random.Generator):
@@ -137,11 +166,9 @@ def rekey(base: BaseSampler, key: Sequence[int]) -> None:
 
 def forget_spaces(base: BaseSampler) -> None:
     """Empty the caches of search spaces: they go by the trial's number, for one backbone only."""
-    for owner, key, part in walk_parts(base):
+    for part in walk_parts(base):
         if isinstance(part, (IntersectionSearchSpace, _GroupDecomposedSearchSpace)):
-            fresh = type(part)(include_pruned=part._include_pruned)
-            held = vars(owner) if isinstance(owner, BaseSampler) else owner
-            held[key] = fresh
+            vars(part).update(vars(type(part)(include_pruned=part._include_pruned)))
 
 
 def find_fixed(study: Study, sampler: BaseSampler, base: BaseSampler) -> dict[str, Any]:
@@ -154,19 +181,21 @@ def find_fixed(study: Study, sampler: BaseSampler, base: BaseSampler) -> dict[st
     return fixed
 
 
-def fix_param(
-    trial: FrozenTrial, name: str, value: Any, shift: Sequence[float] = (0.0,)
-) -> FrozenTrial:
+@lru_cache(typed=True)
+def _only(value: Any) -> CategoricalDistribution:
+    return CategoricalDistribution((value,))
+
+
+def fix_param(trial: FrozenTrial, name: str, value: Any, shift: Sequence[float]) -> FrozenTrial:
     """Return a trial as if its parameter `name`, if it has one, had been and had to be `value`.
 
     Its values, also the intermediate ones, move by `shift`.
     """
     fixed = object.__new__(FrozenTrial)
-    vars(fixed).update(vars(trial))
+    fixed.__dict__ = {**trial.__dict__}
     if name in trial.params:
         fixed._params = {**trial.params, name: value}
-        single = CategoricalDistribution((value,))
-        fixed._distributions = {**trial.distributions, name: single}
+        fixed._distributions = {**trial.distributions, name: _only(value)}
     if any(shift):
         if trial._values is not None:
             fixed._values = [v + s for v, s in zip(trial._values, shift, strict=True)]

@@ -51,10 +51,12 @@ from scipy.stats import rankdata
 
 from sfda_tune.selection.calibration import (
     Calibration,
+    History,
     Observation,
     backbone_name,
     calibrate,
     estimate_errors,
+    estimate_levels,
     fit_model,
     log_improvement,
     scores_by_name,
@@ -126,7 +128,7 @@ def choose(
     _check_options(policy, prior_strength, exploration, cost_exponent)
     names = sorted(set(scores if candidates is None else candidates))
     require("candidates", names, "the host's choices, at least one", names)
-    history = list(history)
+    history = History.of(history)
     backed_off = find_backed_off(history, number)
     fit = fit_model(names, scores, history, prior_strength, errors)
     rng = np.random.default_rng([seed, number])
@@ -207,8 +209,9 @@ def delegate_to_base_sampler(
 def find_backed_off(history: Iterable[Observation], number: int) -> frozenset[str]:
     """Return the backbones that trial `number` is not to try, whoever proposes them.
 
-    One that never gave a value and failed f times comes back from trial 4ᶠ on: out of memory it
-    would fail again, but a smaller batch may suit it.
+    One that never gave a value and failed f ≥ 2 times, or was stopped for itself alone, comes back
+    from trial 4ᶠ on: out of memory it would fail again, but a smaller batch may suit it. A single
+    failure may be Ctrl-C, an error of the objective or a value that is not finite.
 
     Examples
     --------
@@ -217,9 +220,12 @@ def find_backed_off(history: Iterable[Observation], number: int) -> frozenset[st
     (frozenset({'vit'}), frozenset())
     """
     ended = [o for o in history if o.state != "running"]
-    fails = Counter(o.backbone for o in ended if o.state == "failed")
-    runs = {o.backbone for o in ended if o.state != "failed"}
-    return frozenset(b for b, f in fails.items() if b not in runs and number < 4**f)
+    stopped = Counter(o.backbone for o in ended if o.state == "stopped")
+    fails = stopped + Counter(o.backbone for o in ended if o.state == "failed")
+    runs = {o.backbone for o in ended if o.state not in ("failed", "stopped")}
+    return frozenset(
+        b for b, f in fails.items() if b not in runs and (stopped[b] or f > 1) and number < 4**f
+    )
 
 
 @dataclass(frozen=True)
@@ -323,6 +329,29 @@ class BackbonePolicy:
                 )
         return self.survivors
 
+    def compare_names(
+        self, param_name: str, params: Collection[str], choices: Collection[Any] | None
+    ) -> str | None:
+        """Say how the names of a trial differ from ours so that the scores are of no use.
+
+        `params` are the names of its parameters, `choices` what `param_name` offers, if it does.
+        Names with a score that are no choices are a shortlist's, unless choices lack a score.
+        """
+        if param_name not in params:
+            return (
+                f"`param_name` must be a parameter of the trials, but is {param_name!r} and they "
+                f"have {some(sorted(map(str, params)))}: the scores are not used."
+            )
+        scored = {name for name, score in self.scores.items() if math.isfinite(score)}
+        offered = set(map(backbone_name, choices or ()))
+        unused, unknown = sorted(scored - offered), sorted(offered - scored)
+        if not scored or not unused or (not unknown and offered):
+            return None
+        return (
+            f"`scores` must be for the choices of {param_name!r}, but {some(unused)} are no "
+            f"choices, and {some(unknown) or 'none'} have no score and count as average."
+        )
+
     def delegates(self, history: Iterable[Observation], number: int) -> bool:
         """Tell whether a trial is the host's own; never against the user's word."""
         if self.policy != "calibrated" or self.survivors is not None:
@@ -337,6 +366,17 @@ class BackbonePolicy:
             return None
         rng = np.random.default_rng([self.seed, _WEIGHTS, number])
         return rng.dirichlet(np.ones(n_objectives)).tolist()
+
+    def estimate_levels(
+        self, history: Iterable[Observation], *, follows_scores: bool = True
+    ) -> dict[str, float]:
+        """Return what each backbone is expected to reach; without the scores, of the trials alone."""
+        return estimate_levels(
+            self.scores,
+            history,
+            prior_strength=self.prior_strength if follows_scores else 0.0,
+            errors=self.errors,
+        )
 
     def calibrate(self, history: Iterable[Observation]) -> Calibration:
         """Compare the scores with the values of the trials."""
