@@ -23,7 +23,7 @@ from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat, exhaustive, store
 from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_backbone
 from sfda_tune_optuna.pruner import SFDAPruner
-from sfda_tune_optuna.views import BackboneView
+from sfda_tune_optuna.views import BackboneView, Kinds
 
 __all__ = ["SFDASampler"]
 
@@ -45,6 +45,7 @@ class _Assignment(NamedTuple):
 class _StudyState:
     """What is known of one study."""
 
+    kinds: Kinds
     is_saved: bool = False  # whether the saved ranking was compared
     is_checked: bool = False  # whether the names were
     seen: dict[int, Observation] = field(default_factory=dict)
@@ -443,7 +444,8 @@ class SFDASampler(BaseSampler):
             history = self._observe(study, trials, **options)
             found = self.policy.estimate_levels(history, follows_scores=i == 0)
             levels.append({name: sign * level for name, level in found.items()})
-        return BackboneView(study, trials, self._param_name, backbone, choice, levels)
+        kinds = self._find_state(study).kinds
+        return BackboneView(study, trials, self._param_name, backbone, choice, levels, kinds)
 
     def _infer_space(
         self, study: Study, trial: FrozenTrial, view: Any
@@ -478,7 +480,9 @@ class SFDASampler(BaseSampler):
     def _find_state(self, study: Study) -> _StudyState:
         with self._lock:
             of_storage = self._studies.setdefault(_compat.find_storage(study), {})
-            return of_storage.setdefault(_compat.find_study_id(study), _StudyState())
+            return of_storage.setdefault(
+                _compat.find_study_id(study), _StudyState(Kinds(self._param_name))
+            )
 
     def _save_or_compare(self, study: Study) -> None:
         """Save the ranking, or warn once if the study holds another one."""

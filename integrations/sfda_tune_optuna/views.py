@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 from sfda_tune_optuna._compat import View, fix_param
 from sfda_tune_optuna.history import GATED, read_backbone
 
-__all__ = ["BackboneView"]
+__all__ = ["BackboneView", "Kinds"]
 
 
 class BackboneView:
@@ -32,6 +32,8 @@ class BackboneView:
         The value of the parameter that is called `backbone`.
     levels : sequence of mapping of str to float
         What each backbone is expected to reach, for each objective.
+    kinds : Kinds
+        Of the study.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class BackboneView:
         backbone: str,
         choice: Any,
         levels: Sequence[Mapping[str, float]],
+        kinds: Kinds,
     ) -> None:
-        self._study = study
+        self._study, self._kinds = study, kinds
         self._trials: list[FrozenTrial] = []
         self._own: list[FrozenTrial] = []
         for trial in trials:
@@ -65,11 +68,31 @@ class BackboneView:
 
     def with_params(self, space: Mapping[str, BaseDistribution]) -> Any:
         """Return a study of its own trials, and of those others that have the same parameters."""
+        fitting: dict[int, bool] = {}
 
         def fits(trial: FrozenTrial) -> bool:
             if id(trial) in self._own_ids or not trial.state.is_finished():
                 return True
-            has = trial.distributions
-            return all(has.get(name) == dist for name, dist in space.items())
+            kind = self._kinds.find(trial)
+            if id(kind) not in fitting:
+                fitting[id(kind)] = space.items() <= kind
+            return fitting[id(kind)]
 
         return View(self._study, [trial for trial in self._trials if fits(trial)])
+
+
+class Kinds:
+    """The distributions of finished trials, which share few sets of them."""
+
+    def __init__(self, param_name: str) -> None:
+        self._param_name = param_name
+        self._by_number: dict[int, frozenset[tuple[str, BaseDistribution]]] = {}
+        self._all: dict[Any, frozenset[tuple[str, BaseDistribution]]] = {}
+
+    def find(self, trial: FrozenTrial) -> frozenset[tuple[str, BaseDistribution]]:
+        """Return the distributions of a trial but the backbone's; equal ones as one object."""
+        if trial.number not in self._by_number:
+            items = trial.distributions.items()
+            kind = frozenset((name, dist) for name, dist in items if name != self._param_name)
+            self._by_number[trial.number] = self._all.setdefault(kind, kind)
+        return self._by_number[trial.number]
