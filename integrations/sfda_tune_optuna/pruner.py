@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,10 +13,14 @@ from optuna.trial import FrozenTrial
 
 from sfda_tune.selection import policy as decisions
 from sfda_tune.selection.calibration import backbone_name, scores_by_name
-from sfda_tune_optuna._compat import flag_trial
+from sfda_tune.values.text import some
+from sfda_tune_optuna._compat import find_pruners, flag_trial, read_trials
 from sfda_tune_optuna.history import GATED
+from sfda_tune_optuna.store import SFDAWarning
 
 __all__ = ["SFDAPruner", "find_survivors", "gate"]
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
 class SFDAPruner(BasePruner):
@@ -65,6 +70,7 @@ class SFDAPruner(BasePruner):
         self._survivors = find_survivors(survivors_or_ranking, keep)
         self._base = NopPruner() if base_pruner is None else base_pruner
         self._param_name = param_name
+        self._is_checked = False
 
     @property
     def param_name(self) -> str:
@@ -78,12 +84,44 @@ class SFDAPruner(BasePruner):
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Tell whether the trial is to stop."""
+        self._check_once(study)
         if not _is_stopped(trial, self._survivors, self._param_name):
             return self._base.prune(study, trial)
         # The base is not asked: it would count the trial in its rungs.
         if GATED not in trial.user_attrs:
             flag_trial(study, trial, GATED, True)
+            backbone, kept = trial.params[self._param_name], len(self._survivors)
+            _logger.info(
+                f"Trial {trial.number}: backbone {backbone} stopped before training: not among "
+                f"the {kept} kept"
+            )
         return True
+
+    def _check_once(self, study: Study) -> None:
+        """Warn if no trial can be stopped: another pruner is asked first, or the name is wrong."""
+        if self._is_checked:
+            return
+        outer = find_pruners(study)[0]
+        if outer is not self and self in find_pruners(study):
+            self._is_checked = True
+            name = type(outer).__name__
+            warnings.warn(
+                f"{name} asks `SFDAPruner` only after some epochs, so that backbones that were "
+                f"not kept are trained; write SFDAPruner(..., base_pruner={name}(...)).",
+                SFDAWarning,
+                stacklevel=3,
+            )
+        finished = [t for t in read_trials(study) if t.state.is_finished() and t.params]
+        if finished:
+            self._is_checked = True
+            names = sorted({name for t in finished for name in t.params})
+            if self._param_name not in names:
+                warnings.warn(
+                    f"`param_name` must be a parameter of the trials, but is {self._param_name!r} "
+                    f"and they have {some(names)}: no trial is stopped for its backbone.",
+                    SFDAWarning,
+                    stacklevel=3,
+                )
 
 
 def gate(
