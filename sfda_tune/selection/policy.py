@@ -64,13 +64,14 @@ from sfda_tune.selection.calibration import (
 from sfda_tune.values.text import integer, is_integer, is_number, require, some
 
 __all__ = [
-    "BackbonePolicy", "choose", "delegate_to_base_sampler", "find_backed_off", "make_seed",
-    "scalarize", "survivors",
+    "BackbonePolicy", "choose", "delegate_to_base_sampler", "find_backed_off", "find_kept",
+    "make_seed", "scalarize", "survivors",
 ]  # fmt: skip
 
 POLICIES = ("calibrated", "prior", "greedy")
 _WEIGHTS = 3  # a random stream beside those of the hosts
 FREE, EVERY, DOUBT = 8, 8, 2  # `delegate_to_base_sampler`
+KEEP = 5  # `find_kept`
 
 
 def choose(
@@ -177,6 +178,36 @@ def survivors(scores: Mapping[str, float], keep: int | None = None) -> tuple[str
     """
     order = sorted((n for n in scores if math.isfinite(scores[n])), key=lambda n: (-scores[n], n))
     return tuple(order[: None if keep is None else integer("keep", keep, 1)])
+
+
+def find_kept(
+    scores: Mapping[Any, float] | Collection[Any], keep: int | None = None
+) -> frozenset[str]:
+    """Return who is kept: the best `keep` of the scores, or the names that are given.
+
+    Parameters
+    ----------
+    scores : Ranking, mapping of str to float, or collection of str
+    keep : int, optional
+        Of scores; default: 5. Not allowed with names.
+
+    Raises
+    ------
+    ValueError
+
+    Examples
+    --------
+    >>> sorted(find_kept({"vit": 3.0, "resnet": 2.0, "alexnet": 1.0}, 2))
+    ['resnet', 'vit']
+    """
+    is_many = isinstance(scores, Collection) and not isinstance(scores, str) and len(scores) > 0
+    require("scores", scores, "scores or a non-empty collection of names", is_many)
+    if isinstance(scores, Mapping):
+        best = survivors(scores_by_name(scores, "scores"), KEEP if keep is None else keep)
+        require("scores", scores, "a mapping with a finite score", best)
+        return frozenset(best)
+    require("keep", keep, "None when names are given instead of scores", keep is None)
+    return frozenset(backbone_name(name) for name in scores)
 
 
 def delegate_to_base_sampler(

@@ -282,7 +282,7 @@ def test_p14_asking_twice_is_asking_once():
 
 def test_survivors_that_are_no_choices_are_an_error():
     """Else every trial would be stopped, and nobody told why."""
-    message = r"`survivors_or_ranking` must name some of the choices of 'backbone', \['a'"
+    message = r"`scores` must name some of the choices of 'backbone', \['a'"
     with pytest.raises(ValueError, match=message):
         ask(make_study(SFDAPruner(["typo"])), "f").should_prune()
     with pytest.raises(ValueError, match=message):
@@ -318,13 +318,12 @@ def test_a_ranking_keeps_its_best():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((VALUES, None), ValueError, "`keep` must say how many"),
-        ((["a"], 2), ValueError, "`keep` must be None when the survivors are named but is 2"),
+        ((["a"], 2), ValueError, "`keep` must be None when names are given instead of .* is 2"),
         (([], None), ValueError, "must be scores or a non-empty collection"),
         (("abc", None), ValueError, "must be scores or a non-empty collection"),
         ((VALUES, 2.5), ValueError, "`keep` must be an integer ≥ 1 but is 2.5"),
         ((VALUES, 0), ValueError, "`keep` must be an integer ≥ 1 but is 0"),
-        (({"a": math.nan}, 1), ValueError, "must hold a finite score"),
+        (({"a": math.nan}, 1), ValueError, "must be a mapping with a finite score"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):
