@@ -280,7 +280,8 @@ class SFDASampler(BaseSampler):
         if param_name == self._param_name and backbone is not None:
             if isinstance(param_distribution, CategoricalDistribution):
                 return self._find_choice(study, trial, param_distribution.choices, given)
-            view = self._show(study, trial, _compat.read_trials(study), None)  # a number of that name
+            # A number of that name.
+            view = self._show(study, trial, _compat.read_trials(study), None)
         space = {param_name: param_distribution}
         shared = view.with_params(space) if isinstance(view, BackboneView) else view
         with self._lock:

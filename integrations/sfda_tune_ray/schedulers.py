@@ -108,8 +108,9 @@ class SFDAScheduler(_Wrapper):
 
     def set_survivors(self, survivors: Collection[Any]) -> None:
         """Change who survives: others stop at their next report, or before they start."""
-        names = not isinstance(survivors, Mapping)
-        require("survivors", survivors, "a non-empty collection of names", names)
+        is_many = isinstance(survivors, Collection) and not isinstance(survivors, (str, Mapping))
+        some_names = is_many and len(survivors) > 0
+        require("survivors", survivors, "a non-empty collection of names", some_names)
         self._survivors = find_kept(survivors)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:

@@ -38,8 +38,8 @@ class Observation:
 
     backbone: str
     # One of STATES. "failed": it gave no value, perhaps for its backbone (out of memory), perhaps
-    # not (Ctrl-C, an error, a value that is not finite): of a backbone that never gave one only the
-    # second counts. "stopped": it would be another time, for its backbone alone
+    # not (Ctrl-C, an error, a value that is not finite): the first of a backbone says nothing.
+    # "stopped": for its backbone alone, and it would be another time
     state: str
     # Higher is better. Of a pruned trial the last one reported: a lower bound of the final one
     value: float | None = None

@@ -401,7 +401,7 @@ class BackbonePolicy:
     def estimate_levels(
         self, history: Iterable[Observation], *, follows_scores: bool = True
     ) -> dict[str, float]:
-        """Return what each backbone is expected to reach; without the scores, of the trials alone."""
+        """Return what each backbone is expected to reach, by the scores and trials, or these."""
         return estimate_levels(
             self.scores,
             history,

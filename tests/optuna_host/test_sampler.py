@@ -559,7 +559,8 @@ class Annealing(optuna.samplers.BaseSampler):
     """State of its own, as in Optuna's tutorial on user-defined samplers."""
 
     def __init__(self, seed=0):
-        self.rng, self.temperature, self.moves, self.current = np.random.RandomState(seed), 1, 0, None
+        self.rng, self.temperature = np.random.RandomState(seed), 1.0
+        self.moves, self.current = 0, None
         self.independent = RandomSampler(seed=seed)
 
     def infer_relative_search_space(self, study, trial):
@@ -644,7 +645,7 @@ def test_a_fixed_backbone_is_the_trial_s_on_both_sides(fixed, inside):
     ids=["brute-force", "whole-grid", "grid-without-backbone"],
 )
 @pytest.mark.parametrize("backbone_first", [True, False])
-def test_exhaustive_bases_try_everything_once_in_the_order_of_the_scores(make_base, backbone_first):
+def test_exhaustive_bases_try_everything_once_best_scores_first(make_base, backbone_first):
     def run(trial):
         if backbone_first:
             value = VALUES[trial.suggest_categorical("backbone", NAMES)]
@@ -675,7 +676,7 @@ def test_brute_force_knows_conditional_spaces():
 
 
 def test_values_are_comparable_between_backbones_in_the_view():
-    """Backbone a is .3 better; the same parameters are as good under both, so none is preferred."""
+    """Backbone a is .3 better; the same parameters are as good under both."""
     seen = {}
 
     class Spy(RandomSampler):
