@@ -204,6 +204,14 @@ def fix_param(trial: FrozenTrial, name: str, value: Any, shift: Sequence[float])
     return fixed
 
 
+def make_past(trial: FrozenTrial, number: int, value: float) -> FrozenTrial:
+    """Return a complete trial of another study with a number and a value of its own."""
+    past = object.__new__(FrozenTrial)
+    past.__dict__ = {**trial.__dict__, "_number": number, "_trial_id": number, "_values": [value]}
+    past._system_attrs, past.intermediate_values = {}, {}
+    return past
+
+
 class View:
     """A study with other trials.
 

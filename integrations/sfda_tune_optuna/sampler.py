@@ -22,6 +22,7 @@ from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_see
 from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat, exhaustive, store
 from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_backbone
+from sfda_tune_optuna.previous import read_previous, recall
 from sfda_tune_optuna.pruner import SFDAPruner
 from sfda_tune_optuna.views import BackboneView, Kinds
 
@@ -88,6 +89,11 @@ class SFDASampler(BaseSampler):
         the durations of its trials.
     cost_exponent : float, default 0.0
         How much costs count; 0 is not at all.
+    previous : sequence of Study, optional
+        Studies on other data, with one objective: what their trials say of the other parameters,
+        discounted by how alike the first trials of this study respond
+        (`sfda_tune_optuna.previous`). Not saved with the study, and not for NSGA-II/III, Grid and
+        BruteForce.
     seed : int, optional
         Governs the choice and the base sampler's copies. Workers may share one seed: draws depend
         on the trial's number.
@@ -123,6 +129,7 @@ class SFDASampler(BaseSampler):
         conditional: bool = True,
         costs: Mapping[str, float] | None = None,
         cost_exponent: float = 0.0,
+        previous: Sequence[Study] = (),
         seed: int | None = None,
     ) -> None:
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
@@ -151,6 +158,7 @@ class SFDASampler(BaseSampler):
             base_sampler = _compat.make_whole_grid(base_sampler, param_name, names)
         self._base = base_sampler
         self._conditional = bool(conditional)
+        self._previous = [read_previous(study, param_name) for study in previous]
         self._assignments: OrderedDict[tuple[int, int], _Assignment] = OrderedDict()
         # By storage, too: two may have one of the same name and number.
         self._studies: WeakKeyDictionary[BaseStorage, dict[int, _StudyState]] = WeakKeyDictionary()
@@ -438,15 +446,20 @@ class SFDASampler(BaseSampler):
             return _compat.View(study, [t for t in trials if GATED not in t.user_attrs])
         choices = find_choices(trials, self._param_name) or ()
         choice = {backbone_name(c): c for c in choices}.get(backbone, backbone)
-        levels = []
+        levels, past = [], []
         for i, direction in enumerate(study.directions):
             sign = -1.0 if direction == optuna.study.StudyDirection.MINIMIZE else 1.0
             options = {"leave_out": trial.number, **({"objective": i} if i else {})}
             history = self._observe(study, trials, **options)
             found = self.policy.estimate_levels(history, follows_scores=i == 0)
             levels.append({name: sign * level for name, level in found.items()})
+        if self._previous:
+            require("previous", len(levels), "left out with several objectives", len(levels) == 1)
+            args = (self._previous, study, trials, self._param_name, self.policy.scores)
+            past = recall(*args, found.get(backbone, 0.0))
         kinds = self._find_state(study).kinds
-        return BackboneView(study, trials, self._param_name, backbone, choice, levels, kinds)
+        args = (self._param_name, backbone, choice, levels, kinds, past)
+        return BackboneView(study, trials, *args)
 
     def _infer_space(
         self, study: Study, trial: FrozenTrial, view: Any

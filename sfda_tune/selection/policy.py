@@ -31,6 +31,9 @@ The second factor is how records become rarer and smaller while one goes on draw
 goes to 0 or below, and the order is given up or reversed. Running trials count in t_k alone, so
 trials asked for together differ.
 
+**Hedge.** `BackbonePolicy` makes every third choice as if there were no scores, from the trials
+alone. While these agree it costs little; where the scores mislead, it finds what they hide.
+
 **Guarantee.** From trial 8 on every eighth trial is left to the host's own sampler, and every
 second one while the trials do not support the scores (s ≤ 0): see `delegate_to_base_sampler`.
 
@@ -71,6 +74,7 @@ __all__ = [
 POLICIES = ("calibrated", "prior", "greedy")
 _WEIGHTS = 3  # a random stream beside those of the hosts
 FREE, EVERY, DOUBT = 8, 8, 2  # `delegate_to_base_sampler`
+BLIND = 3  # `BackbonePolicy.choose`
 KEEP = 5  # `find_kept`
 
 
@@ -334,7 +338,13 @@ class BackbonePolicy:
         *,
         strict: bool = False,
     ) -> str:
-        """Choose; `strict` refuses survivors that are no candidates."""
+        """Choose; `strict` refuses survivors that are no candidates.
+
+        Under "calibrated" every third trial, from the third on, goes by the trials alone.
+        """
+        options = self.options
+        if self.policy == "calibrated" and number % BLIND == BLIND - 1:
+            options["prior_strength"] = 0.0
         return choose(
             self.scores,
             history,
@@ -343,7 +353,7 @@ class BackbonePolicy:
             number=number,
             survivors=self.mask(candidates, strict=strict),
             errors=self.errors,
-            **self.options,
+            **options,
         )
 
     def mask(self, candidates: Sequence[str], *, strict: bool = False) -> Collection[str] | None:
