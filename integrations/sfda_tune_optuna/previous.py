@@ -2,15 +2,15 @@
 
 A trial of an earlier study enters as r = (y − level of its backbone there) / sd, what its
 parameters did. How alike two studies respond is the rank correlation ρ of the r of this one with
-what the neighbours in the earlier one predict, shrunk towards `ALIKE`, worth `ALIKE_TRIALS`
-trials. The earlier trials count as ρ r, and not at all where ρ is below `LEAST`.
+what the neighbours in the earlier one predict, shrunk towards how alike the earlier studies are,
+at most `ALIKE`, worth `ALIKE_TRIALS` trials. The earlier trials count as ρ r, and not at all where ρ is below `LEAST`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,9 @@ from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.history import observe, read_backbone
 
-__all__ = ["PreviousStudy", "find_likeness", "read_previous", "recall"]
+__all__ = ["PreviousStudy", "find_likeness", "read_all", "recall"]
 
-ALIKE, ALIKE_TRIALS, LEAST = 0.5, 4.0, 0.2
+ALIKE, ALIKE_TRIALS, LEAST = 0.5, 4.0, 0.3
 SHOWN = 24  # trials of an earlier study, of all its levels of r
 NEIGHBOURS = 3
 
@@ -37,6 +37,7 @@ class PreviousStudy:
 
     trials: tuple[FrozenTrial, ...]
     response: np.ndarray
+    alike: float = ALIKE  # ρ before the first trial
 
 
 def read_previous(study: Study, param_name: str) -> PreviousStudy:
@@ -55,6 +56,23 @@ def read_previous(study: Study, param_name: str) -> PreviousStudy:
     kept = order[np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).astype(int))]
     spread = float(response.std()) or 1.0
     return PreviousStudy(tuple(trials[i] for i in kept), response[kept] / spread)
+
+
+def read_all(studies: Sequence[Study], param_name: str) -> list[PreviousStudy]:
+    """Read earlier studies; those that not even the others predict are trusted less.
+
+    Before the first trial ρ is what the others predict of a study, but at most `ALIKE`.
+    """
+    given = [read_previous(study, param_name) for study in studies]
+    found = []
+    for k, study in enumerate(given):
+        rhos = [
+            find_likeness(other, study.trials, study.response, param_name)
+            for other in given[:k] + given[k + 1 :]
+        ]
+        alike = min(ALIKE, max(0.0, float(np.mean(rhos)))) if rhos else ALIKE
+        found.append(replace(study, alike=alike))
+    return found
 
 
 def find_response(
@@ -87,9 +105,9 @@ def find_likeness(
     rho, n = 0.0, len(pairs)
     if n > 2 and all(np.ptp(column) > 0 for column in zip(*pairs, strict=True)):
         rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
-    elif n > 2:
-        n = 0
-    return (ALIKE_TRIALS * ALIKE + n * rho) / (ALIKE_TRIALS + n)
+    else:
+        n = 0  # nothing was predicted to differ, or did
+    return (ALIKE_TRIALS * previous.alike + n * rho) / (ALIKE_TRIALS + n)
 
 
 def recall(

@@ -22,7 +22,7 @@ from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_see
 from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat, exhaustive, store
 from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_backbone
-from sfda_tune_optuna.previous import read_previous, recall
+from sfda_tune_optuna.previous import read_all, recall
 from sfda_tune_optuna.pruner import SFDAPruner
 from sfda_tune_optuna.views import BackboneView, Kinds
 
@@ -158,7 +158,7 @@ class SFDASampler(BaseSampler):
             base_sampler = _compat.make_whole_grid(base_sampler, param_name, names)
         self._base = base_sampler
         self._conditional = bool(conditional)
-        self._previous = [read_previous(study, param_name) for study in previous]
+        self._previous = read_all(previous, param_name)
         self._assignments: OrderedDict[tuple[int, int], _Assignment] = OrderedDict()
         # By storage, too: two may have one of the same name and number.
         self._studies: WeakKeyDictionary[BaseStorage, dict[int, _StudyState]] = WeakKeyDictionary()
@@ -453,7 +453,7 @@ class SFDASampler(BaseSampler):
             history = self._observe(study, trials, **options)
             found = self.policy.estimate_levels(history, follows_scores=i == 0)
             levels.append({name: sign * level for name, level in found.items()})
-        if self._previous:
+        if self._previous and trial.number % 2 == 0:  # the others insure against misleading ones
             require("previous", len(levels), "left out with several objectives", len(levels) == 1)
             args = (self._previous, study, trials, self._param_name, self.policy.scores)
             past = recall(*args, found.get(backbone, 0.0))

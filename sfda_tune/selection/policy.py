@@ -127,7 +127,7 @@ def choose(
     Examples
     --------
     >>> scores = {"vit": 3.0, "resnet": 2.0, "alexnet": 1.0}
-    >>> choose(scores), choose(scores, [Observation("vit", "failed")])
+    >>> choose(scores), choose(scores, [Observation("vit", "failed")] * 2)
     ('vit', 'resnet')
     """
     _check_options(policy, prior_strength, exploration, cost_exponent)
