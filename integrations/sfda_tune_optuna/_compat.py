@@ -58,7 +58,7 @@ def make_whole_grid(grid: GridSampler, param_name: str, names: Sequence[str]) ->
     return GridSampler({**space, param_name: list(names)}, seed=int(rng.randint(2**31)))
 
 
-def read_grid(grid: GridSampler) -> list[dict[str, Any]]:
+def read_grid(grid: Any) -> list[dict[str, Any]]:
     """Return the points of a grid, by their ids."""
     return [dict(zip(grid._param_names, point, strict=True)) for point in grid._all_grids]
 
@@ -161,7 +161,8 @@ def rekey(base: BaseSampler, key: Sequence[int]) -> None:
         elif isinstance(part, random.Random):
             part.seed(seeds.generate_state(8).tobytes())
         else:
-            getattr(part, "rng", part).seed(seeds.generate_state(8))
+            state = part.rng if isinstance(part, LazyRandomState) else part
+            state.seed(seeds.generate_state(8))
 
 
 def forget_spaces(base: BaseSampler) -> None:
@@ -192,7 +193,7 @@ def fix_param(trial: FrozenTrial, name: str, value: Any, shift: Sequence[float])
     Its values, also the intermediate ones, move by `shift`.
     """
     fixed = object.__new__(FrozenTrial)
-    fixed.__dict__ = {**trial.__dict__}
+    vars(fixed).update(vars(trial))
     if name in trial.params:
         fixed._params = {**trial.params, name: value}
         fixed._distributions = {**trial.distributions, name: _only(value)}
@@ -207,7 +208,8 @@ def fix_param(trial: FrozenTrial, name: str, value: Any, shift: Sequence[float])
 def make_past(trial: FrozenTrial, number: int, value: float) -> FrozenTrial:
     """Return a complete trial of another study with a number and a value of its own."""
     past = object.__new__(FrozenTrial)
-    past.__dict__ = {**trial.__dict__, "_number": number, "_trial_id": number, "_values": [value]}
+    own = {"_number": number, "_trial_id": number, "_values": [value]}
+    vars(past).update({**vars(trial), **own})
     past._system_attrs, past.intermediate_values = {}, {}
     return past
 

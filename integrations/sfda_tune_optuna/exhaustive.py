@@ -12,7 +12,6 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.samplers import GridSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
@@ -23,18 +22,17 @@ __all__ = ["find_exhausted", "has_untried", "pick_grid_point"]
 
 
 def pick_grid_point(
-    grid: GridSampler,
+    points: Sequence[Mapping[str, Any]],
     study: Study,
     trial: FrozenTrial,
     param_name: str,
     untried: Collection[int],
     choose: Callable[[list[str]], str | None],
 ) -> str | None:
-    """Give a trial an `untried` point of the grid, of the backbone that `choose` names.
+    """Give a trial an `untried` one of the grid's points, of the backbone that `choose` names.
 
     Return the backbone; None if the trial keeps what it was given.
     """
-    points = _compat.read_grid(grid)
     by_name: dict[str, list[int]] = {}
     for number in sorted(untried):
         by_name.setdefault(backbone_name(points[number][param_name]), []).append(number)

@@ -41,6 +41,11 @@ def find_choices(trials: Sequence[FrozenTrial], param_name: str) -> tuple[Any, .
     return None
 
 
+def find_signs(study: Study) -> list[float]:
+    """Return what makes higher values of each objective better: 1 or −1."""
+    return [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in study.directions]
+
+
 def observe(
     study: Study,
     trials: Iterable[FrozenTrial],
@@ -60,7 +65,7 @@ def observe(
     evidence. One that was stopped for its backbone alone would be stopped another time.
     """
     seen = {} if seen is None else seen
-    signs = [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in study.directions]
+    signs = find_signs(study)
     history: dict[int, Observation] = {}
     complete, pruned, last_step = [], [], 0
     for trial in trials:

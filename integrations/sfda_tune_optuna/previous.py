@@ -3,7 +3,8 @@
 A trial of an earlier study enters as r = (y − level of its backbone there) / sd, what its
 parameters did. How alike two studies respond is the rank correlation ρ of the r of this one with
 what the neighbours in the earlier one predict, shrunk towards how alike the earlier studies are,
-at most `ALIKE`, worth `ALIKE_TRIALS` trials. The earlier trials count as ρ r, and not at all where ρ is below `LEAST`.
+at most `ALIKE`, worth `ALIKE_TRIALS` trials. The earlier trials count as ρ r, and not at all where
+ρ is below `LEAST`; the sampler shows them to every second trial.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
 from sfda_tune.selection.calibration import estimate_levels
 from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat
-from sfda_tune_optuna.history import observe, read_backbone
+from sfda_tune_optuna.history import find_signs, observe, read_backbone
 
 __all__ = ["PreviousStudy", "find_likeness", "read_all", "recall"]
 
@@ -82,7 +83,7 @@ def find_response(
     scores: Mapping[str, float],
 ) -> tuple[list[FrozenTrial], np.ndarray]:
     """Return the complete trials, and their values minus the level of their backbone."""
-    sign = -1.0 if study.directions[0] == StudyDirection.MINIMIZE else 1.0
+    [sign] = find_signs(study)
     levels = estimate_levels(scores, observe(study, trials, param_name))
     found = [
         (t, sign * t.values[0] - levels[name])
@@ -104,7 +105,8 @@ def find_likeness(
     ]
     rho, n = 0.0, len(pairs)
     if n > 2 and all(np.ptp(column) > 0 for column in zip(*pairs, strict=True)):
-        rho = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+        test: Any = spearmanr(np.array(pairs))
+        rho = float(test.statistic)
     else:
         n = 0  # nothing was predicted to differ, or did
     return (ALIKE_TRIALS * previous.alike + n * rho) / (ALIKE_TRIALS + n)
@@ -118,8 +120,11 @@ def recall(
     scores: Mapping[str, float],
     level: float,
 ) -> list[FrozenTrial]:
-    """Return the trials of earlier studies as if of this one, of a backbone with this `level`."""
-    sign = -1.0 if study.directions[0] == StudyDirection.MINIMIZE else 1.0
+    """Return the trials of earlier studies as if of this one, of a backbone with this `level`.
+
+    `level` is like the values, not signed.
+    """
+    [sign] = find_signs(study)
     complete, response = find_response(study, trials, param_name, scores)
     spread = (float(response.std()) if len(response) > 2 else 0.0) or 1.0
     shown: list[FrozenTrial] = []
@@ -128,7 +133,7 @@ def recall(
         if rho < LEAST:
             continue
         for trial, r in zip(earlier.trials, earlier.response.tolist(), strict=True):
-            value = sign * (level + rho * r * spread)
+            value = level + sign * rho * r * spread
             shown.append(_compat.make_past(trial, -1 - len(shown), value))
     return shown
 
@@ -140,9 +145,7 @@ def _predict(previous: PreviousStudy, trial: FrozenTrial, param_name: str) -> fl
         names = sorted((trial.params.keys() & other.params.keys()) - {param_name})
         if not names:
             return None
-        parts = [
-            _differ(other.distributions[n], other.params[n], trial.params[n]) for n in names
-        ]
+        parts = [_differ(other.distributions[n], other.params[n], trial.params[n]) for n in names]
         distance.append(sum(parts) / len(parts))
     nearest = np.argsort(distance, kind="stable")[:NEIGHBOURS]
     return float(previous.response[nearest].mean()) if distance else None

@@ -21,7 +21,15 @@ from sfda_tune.selection.calibration import Calibration, History, Observation, b
 from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_seed
 from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat, exhaustive, store
-from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_backbone
+from sfda_tune_optuna.history import (
+    ASKED,
+    GATED,
+    TOLD,
+    find_choices,
+    find_signs,
+    observe,
+    read_backbone,
+)
 from sfda_tune_optuna.previous import read_all, recall
 from sfda_tune_optuna.pruner import SFDAPruner
 from sfda_tune_optuna.views import BackboneView, Kinds
@@ -69,8 +77,10 @@ class SFDASampler(BaseSampler):
     param_name : str, default "backbone"
         The categorical parameter that holds the backbone.
     base_sampler : BaseSampler, optional
-        Draws all other parameters. Default: ``TPESampler()``. A `GridSampler` ends the study when
-        its grid is used up, over all backbones together.
+        Draws all other parameters, of all backbones: it lives as long as this sampler, is told of
+        every trial, and sees all of them as if made with the trial's backbone. Default:
+        ``TPESampler(n_startup_trials=4)``. `GridSampler` (a grid without `param_name` gets all
+        scored backbones) and `BruteForceSampler` try every combination once, good scores first.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
         See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
         sampler.
@@ -81,9 +91,9 @@ class SFDASampler(BaseSampler):
     exploration : float in [0, 1], default 0.05
         How often a trial steps outside `survivors`; 0 makes the mask strict.
     conditional : bool, default True
-        Whether the other parameters are drawn from the trials of the same backbone; each backbone
-        may then have parameters of its own, even with GP or CMA-ES. NSGA-II/III, Grid and
-        BruteForce always see all trials.
+        Whether the base sampler sees values that are comparable between backbones: minus what
+        each is expected to reach. Each backbone may then have parameters of its own, even with GP
+        or CMA-ES. Else, and always for NSGA-II/III, Grid and BruteForce, it sees the study as is.
     costs : mapping of str to float, optional
         Cost of a trial of each backbone, in any unit, such as `Ranking.costs`; default:
         the durations of its trials.
@@ -95,8 +105,10 @@ class SFDASampler(BaseSampler):
         (`sfda_tune_optuna.previous`). Not saved with the study, and not for NSGA-II/III, Grid and
         BruteForce.
     seed : int, optional
-        Governs the choice and the base sampler's copies. Workers may share one seed: draws depend
-        on the trial's number.
+        Governs the choice and what the base sampler draws: before each trial the generators in
+        its attributes, lists, dicts and inner samplers are seeded by the trial's number. So
+        workers may share one seed, and a resumed study draws as an uninterrupted one, for all
+        samplers of Optuna; not for a base with other state of its own, or hidden generators.
 
     Examples
     --------
@@ -424,13 +436,14 @@ class SFDASampler(BaseSampler):
         return None
 
     def _pick_grid_point(self, study: Study, trial: FrozenTrial, untried: list[int]) -> None:
+        points = _compat.read_grid(self._base)
         trials = _compat.read_trials(study)
 
         def choose(names: list[str]) -> str | None:
             return self._choose(study, trial, trials, names)
 
         args = (study, trial, self._param_name, untried, choose)
-        backbone = exhaustive.pick_grid_point(self._base, *args)
+        backbone = exhaustive.pick_grid_point(points, *args)
         if backbone is not None:
             key = _compat.find_trial_id(study, trial)
             self._remember(key, _Assignment(backbone, self._show(study, trial, trials, backbone)))
@@ -447,8 +460,7 @@ class SFDASampler(BaseSampler):
         choices = find_choices(trials, self._param_name) or ()
         choice = {backbone_name(c): c for c in choices}.get(backbone, backbone)
         levels, past = [], []
-        for i, direction in enumerate(study.directions):
-            sign = -1.0 if direction == optuna.study.StudyDirection.MINIMIZE else 1.0
+        for i, sign in enumerate(find_signs(study)):
             options = {"leave_out": trial.number, **({"objective": i} if i else {})}
             history = self._observe(study, trials, **options)
             found = self.policy.estimate_levels(history, follows_scores=i == 0)
@@ -456,7 +468,7 @@ class SFDASampler(BaseSampler):
         if self._previous and trial.number % 2 == 0:  # the others insure against misleading ones
             require("previous", len(levels), "left out with several objectives", len(levels) == 1)
             args = (self._previous, study, trials, self._param_name, self.policy.scores)
-            past = recall(*args, found.get(backbone, 0.0))
+            past = recall(*args, levels[0].get(backbone, 0.0))
         kinds = self._find_state(study).kinds
         args = (self._param_name, backbone, choice, levels, kinds, past)
         return BackboneView(study, trials, *args)

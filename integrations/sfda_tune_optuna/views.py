@@ -57,8 +57,8 @@ class BackboneView:
             if GATED in trial.user_attrs:
                 continue
             name = read_backbone(trial, param_name)
-            shift = [of.get(backbone, 0.0) - of.get(name, 0.0) for of in levels if name in of]
             if name is not None:
+                shift = [of.get(backbone, 0.0) - of[name] for of in levels if name in of]
                 trial = fix_param(trial, param_name, choice, shift)
             self._trials.append(trial)
             if name in (backbone, None):

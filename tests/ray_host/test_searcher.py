@@ -511,7 +511,9 @@ def test_a_base_that_cannot_be_held_to_a_backbone_is_refused():
     searcher = SFDASearcher(
         SCORES, base_searcher=base, param_name="model/backbone", metric="acc", mode="max", seed=0
     )
-    with pytest.raises(ValueError, match=r"HyperOptSearch cannot be held to '.'; use OptunaSearch"):
+    with pytest.raises(
+        ValueError, match=r"HyperOptSearch cannot be held to '.'; use OptunaSearch"
+    ):
         [searcher.suggest(f"t{i}") for i in range(3)]
 
 
