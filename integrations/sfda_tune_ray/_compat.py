@@ -194,7 +194,8 @@ def stop_unstarted(controller: Any, trial: Any) -> None:
     run and waits again is opened again, as when Tune goes on with it.
     """
     trial.init_local_path()  # else its path raises
-    callbacks = getattr(controller, "_callbacks", None)
+    controller = vars(controller).get("_tune_controller", controller)  # schedulers see a wrapper
+    callbacks = vars(controller).get("_callbacks")
     if trial.has_reported_at_least_once:
         if callbacks is not None:
             about = {"iteration": controller._iteration, "trials": controller._trials}
