@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution
+from optuna.pruners import BasePruner, PatientPruner
 from optuna.samplers import (
     BaseGASampler,
     BaseSampler,
@@ -20,12 +23,15 @@ from optuna.samplers import (
     PartialFixedSampler,
 )
 from optuna.samplers._lazy_random_state import LazyRandomState
+from optuna.search_space import IntersectionSearchSpace
+from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 # They keep state in the study (parents, grid) or read the storage directly: never on a view.
 POOLED = (BaseGASampler, GridSampler, BruteForceSampler)
+MANY = 1000  # entries of a container from which on it holds data, not parts of a sampler
 
 
 def unwrap(sampler: BaseSampler) -> BaseSampler:
@@ -33,6 +39,33 @@ def unwrap(sampler: BaseSampler) -> BaseSampler:
     while isinstance(sampler, PartialFixedSampler):
         sampler = sampler._base_sampler
     return sampler
+
+
+def find_pruners(study: Study) -> list[BasePruner]:
+    """Return the pruner of a study and those it wraps, the outermost first."""
+    found: list[BasePruner] = [study.pruner]
+    while isinstance(found[-1], PatientPruner) and found[-1]._wrapped_pruner is not None:
+        found.append(found[-1]._wrapped_pruner)
+    return found
+
+
+def make_whole_grid(grid: GridSampler, param_name: str, names: Sequence[str]) -> GridSampler:
+    """Return a grid that has the backbones, too, if it does not yet."""
+    space = grid._search_space
+    if param_name in space or not names:
+        return grid
+    rng = copy.deepcopy(grid._rng).rng  # the same in all workers, which share a seed or have none
+    return GridSampler({**space, param_name: list(names)}, seed=int(rng.randint(2**31)))
+
+
+def read_grid(grid: Any) -> list[dict[str, Any]]:
+    """Return the points of a grid, by their ids."""
+    return [dict(zip(grid._param_names, point, strict=True)) for point in grid._all_grids]
+
+
+def find_untried(grid: GridSampler, study: Study) -> list[int]:
+    """Return the ids of the points that no trial has had, of a trial that has none yet."""
+    return grid._get_unvisited_grid_ids(study)
 
 
 def read_trials(study: Study) -> list[FrozenTrial]:
@@ -91,45 +124,106 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return all(value <= 0 for value in trial.system_attrs.get("constraints") or ())
 
 
-def fork_sampler(base: BaseSampler, key: Sequence[int]) -> BaseSampler:
-    """Return a copy of `base` whose random numbers depend on `key` alone.
+def walk_parts(base: BaseSampler) -> Iterator[Any]:
+    """Yield what a sampler holds, and what the samplers within it hold.
 
-    A copy shares no state with other trials: neither a cached search space of another backbone nor
-    a random stream, so threads need no lock and a resumed study draws as an uninterrupted one.
+    Attributes of samplers and the entries of lists, tuples and dicts: no other objects, which are
+    the user's own and may be large.
     """
-    copied: dict[int, Any] = {}  # deepcopy notes every object it makes: no generator escapes
-    fork = copy.deepcopy(base, copied)
+    seen: set[int] = set()
+    queue: list[Any] = [base]
+    while queue:
+        owner = queue.pop()
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        held = vars(owner) if isinstance(owner, BaseSampler) else owner
+        for value in list(held.values() if isinstance(held, dict) else held):
+            yield value
+            small = isinstance(value, (list, tuple, dict)) and len(value) < MANY
+            if small or isinstance(value, BaseSampler):
+                queue.append(value)
 
-    def derive(kind: int, position: int) -> np.random.SeedSequence:
-        return np.random.SeedSequence([*key, kind, position])
 
-    parts = list(copied.values())
-    # The lazy states come last: they hold a RandomState that is among the parts, or none yet.
-    for kind, cls in enumerate((random.Random, np.random.Generator, np.random.RandomState)):
-        for position, part in enumerate(p for p in parts if isinstance(p, cls)):
-            words = derive(kind, position).generate_state(8)
-            if isinstance(part, np.random.Generator):
-                bits = part.bit_generator
-                bits.state = type(bits)(derive(kind, position)).state
-            elif isinstance(part, np.random.RandomState):
-                part.seed(words)
-            else:
-                part.seed(words.tobytes())
-    for position, part in enumerate(p for p in parts if isinstance(p, LazyRandomState)):
-        part.rng.seed(derive(3, position).generate_state(8))
-    return fork
+def rekey(base: BaseSampler, key: Sequence[int]) -> None:
+    """Let the random numbers that a sampler draws from now on depend on `key` alone.
+
+    So a resumed study draws as an uninterrupted one, and workers with one seed do not repeat each
+    other. It reaches the generators that `walk_parts` finds; a base that hides its own elsewhere
+    draws as it likes.
+    """
+    kinds = (LazyRandomState, np.random.RandomState, np.random.Generator, random.Random)
+    found = {id(part): part for part in walk_parts(base) if isinstance(part, kinds)}
+    for position, part in enumerate(found.values()):
+        seeds = np.random.SeedSequence([*key, position])
+        if isinstance(part, np.random.Generator):
+            part.bit_generator.state = type(part.bit_generator)(seeds).state  # type: ignore[call-arg]
+        elif isinstance(part, random.Random):
+            part.seed(seeds.generate_state(8).tobytes())
+        else:
+            state = part.rng if isinstance(part, LazyRandomState) else part
+            state.seed(seeds.generate_state(8))
+
+
+def forget_spaces(base: BaseSampler) -> None:
+    """Empty the caches of search spaces: they go by the trial's number, for one backbone only."""
+    for part in walk_parts(base):
+        if isinstance(part, (IntersectionSearchSpace, _GroupDecomposedSearchSpace)):
+            vars(part).update(vars(type(part)(include_pruned=part._include_pruned)))
+
+
+def find_fixed(study: Study, sampler: BaseSampler, base: BaseSampler) -> dict[str, Any]:
+    """Return what `PartialFixedSampler` fixes, around `sampler` in the study or as its `base`."""
+    fixed: dict[str, Any] = {}
+    for outer in (study.sampler, base):
+        while isinstance(outer, PartialFixedSampler) and outer is not sampler:
+            fixed = {**outer._fixed_params, **fixed}
+            outer = outer._base_sampler
+    return fixed
+
+
+@lru_cache(typed=True)
+def _only(value: Any) -> CategoricalDistribution:
+    return CategoricalDistribution((value,))
+
+
+def fix_param(trial: FrozenTrial, name: str, value: Any, shift: Sequence[float]) -> FrozenTrial:
+    """Return a trial as if its parameter `name`, if it has one, had been and had to be `value`.
+
+    Its values, also the intermediate ones, move by `shift`.
+    """
+    fixed = object.__new__(FrozenTrial)
+    vars(fixed).update(vars(trial))
+    if name in trial.params:
+        fixed._params = {**trial.params, name: value}
+        fixed._distributions = {**trial.distributions, name: _only(value)}
+    if any(shift):
+        if trial._values is not None:
+            fixed._values = [v + s for v, s in zip(trial._values, shift, strict=True)]
+        steps = trial.intermediate_values.items()
+        fixed.intermediate_values = {step: v + shift[0] for step, v in steps}
+    return fixed
+
+
+def make_past(trial: FrozenTrial, number: int, value: float) -> FrozenTrial:
+    """Return a complete trial of another study with a number and a value of its own."""
+    past = object.__new__(FrozenTrial)
+    own = {"_number": number, "_trial_id": number, "_values": [value]}
+    vars(past).update({**vars(trial), **own})
+    past._system_attrs, past.intermediate_values = {}, {}
+    return past
 
 
 class View:
-    """A study in which only the trials with ``keep(trial)`` exist.
+    """A study with other trials.
 
     Samplers ask a study for its trials and its directions; everything else is handed through, so
     that it also works on the restricted study that Hyperband hands out.
     """
 
-    def __init__(self, study: Study, keep: Callable[[FrozenTrial], bool]) -> None:
+    def __init__(self, study: Study, trials: Sequence[FrozenTrial]) -> None:
         self._study = study
-        self._keep = keep
+        self._trials = trials
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
@@ -140,9 +234,8 @@ class View:
         states: Container[TrialState] | None = None,
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
-        trials = self._study._get_trials(deepcopy=False, states=states, use_cache=use_cache)
-        kept = [trial for trial in trials if self._keep(trial)]
-        return copy.deepcopy(kept) if deepcopy else kept
+        trials = [t for t in self._trials if states is None or t.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
 
     def get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from dataclasses import replace
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.selection.calibration import Observation, backbone_name
+from sfda_tune.selection.calibration import History, Observation, backbone_name
 from sfda_tune.selection.policy import scalarize
 from sfda_tune_optuna._compat import is_feasible
 
@@ -41,66 +41,75 @@ def find_choices(trials: Sequence[FrozenTrial], param_name: str) -> tuple[Any, .
     return None
 
 
+def find_signs(study: Study) -> list[float]:
+    """Return what makes higher values of each objective better: 1 or −1."""
+    return [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in study.directions]
+
+
 def observe(
     study: Study,
     trials: Iterable[FrozenTrial],
     param_name: str,
     *,
     weights: Sequence[float] | None = None,
+    objective: int = 0,
     leave_out: int = -1,
-) -> list[Observation]:
+    seen: dict[int, Observation] | None = None,
+) -> History:
     """Translate trials to observations, higher values being better.
 
     Of the study only the directions are used; `weights` are of the objectives, see
-    `sfda_tune.selection.policy.scalarize`; the trial `leave_out` is the one being sampled. A trial
-    whose worker was killed, or that failed after it had reported values, is no evidence. One that
-    was stopped for its backbone alone has failed: it would be stopped another time.
+    `sfda_tune.selection.policy.scalarize`, without them it is the one `objective`; the trial
+    `leave_out` is the one being sampled; `seen` keeps what complete trials say from one call to
+    the next. A trial whose worker was killed, or that failed after it had reported values, is no
+    evidence. One that was stopped for its backbone alone would be stopped another time.
     """
-    directions = study.directions
-    signs = [-1.0 if d == StudyDirection.MINIMIZE else 1.0 for d in directions]
-    known = [
-        (backbone, trial)
-        for trial in trials
-        if trial.number != leave_out and (backbone := read_backbone(trial, param_name)) is not None
-    ]
-    complete = [trial for _, trial in known if trial.state == TrialState.COMPLETE]
-    values = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in complete]
-    utilities = dict(zip([t.number for t in complete], scalarize(values, weights), strict=True))
-    longest = max((_seconds(t) or 0.0 for t in complete), default=math.inf)
-    last_step = max((t.last_step or 0 for t in complete), default=0)
-    history = []
-    for backbone, trial in known:
-        params = {name: value for name, value in trial.params.items() if name != param_name}
-        about = {"cost": _seconds(trial), "feasible": is_feasible(trial), "params": params}
-        if trial.state == TrialState.COMPLETE:
-            history.append(Observation(backbone, "complete", utilities[trial.number], **about))
-        elif trial.state == TrialState.PRUNED:
-            value, step = None, None
-            if len(signs) == 1 and trial.value is not None and math.isfinite(trial.value):
-                value = signs[0] * trial.value
-            if trial.last_step is not None and last_step:  # else nobody knows the budget
-                step = min(1.0, (trial.last_step + 1) / (last_step + 1))
-            if GATED in trial.user_attrs:
-                history.append(Observation(backbone, "failed", **about))
-            else:
-                history.append(Observation(backbone, "pruned", value, step=step, **about))
-        elif trial.state == TrialState.FAIL:
+    seen = {} if seen is None else seen
+    signs = find_signs(study)
+    history: dict[int, Observation] = {}
+    complete, pruned, last_step = [], [], 0
+    for trial in trials:
+        number, state = trial.number, trial.state
+        backbone = None if number == leave_out else read_backbone(trial, param_name)
+        if backbone is None:
+            continue
+        if state == TrialState.COMPLETE:
+            if number not in seen:
+                seen[number] = _observe(trial, backbone, "complete", param_name)
+            history[number] = seen[number]
+            complete.append(trial)
+            last_step = max(last_step, trial.last_step or 0)
+        elif state == TrialState.PRUNED:
+            is_gated = GATED in trial.user_attrs
+            kind = "stopped" if is_gated else "pruned"
+            history[number] = _observe(trial, backbone, kind, param_name)
+            pruned += [] if is_gated else [trial]
+        elif state == TrialState.FAIL:
             # One that began here but whose worker never said that it failed: it was killed. One
             # that has reported values does fit into memory: Ctrl-C, or a setting that diverged.
             told = ASKED not in trial.system_attrs or TOLD in trial.system_attrs
             if told and not trial.intermediate_values:
-                history.append(Observation(backbone, "failed", **about))
-        elif trial.state == TrialState.RUNNING and not _is_lost(trial, longest):
-            history.append(Observation(backbone, "running", params=params))
-    return history
+                history[number] = _observe(trial, backbone, "failed", param_name)
+        elif state == TrialState.RUNNING:
+            history[number] = _observe(trial, backbone, "running", param_name)
+    for trial in pruned:
+        value, step = None, None
+        if len(signs) == 1 and trial.value is not None and math.isfinite(trial.value):
+            value = signs[0] * trial.value
+        if trial.last_step is not None and last_step:  # else nobody knows the budget
+            step = min(1.0, (trial.last_step + 1) / (last_step + 1))
+        history[trial.number] = replace(history[trial.number], value=value, step=step)
+    values = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in complete]
+    values = values if weights is not None else [v[objective:] for v in values]
+    for trial, value in zip(complete, scalarize(values, weights), strict=True):
+        if history[trial.number].value != value:
+            history[trial.number] = replace(history[trial.number], value=value)
+            seen[trial.number] = history[trial.number]
+    return History(history.values())
 
 
-def _seconds(trial: FrozenTrial) -> float | None:
-    return None if trial.duration is None else trial.duration.total_seconds()
-
-
-def _is_lost(trial: FrozenTrial, longest: float) -> bool:
-    """Tell whether a running trial's worker is surely gone, where no heartbeat would tell."""
-    if trial.datetime_start is None:
-        return False
-    return (datetime.now() - trial.datetime_start).total_seconds() > max(60.0, 5 * longest)
+def _observe(trial: FrozenTrial, backbone: str, state: str, param_name: str) -> Observation:
+    params = {name: value for name, value in trial.params.items() if name != param_name}
+    seconds = None if trial.duration is None else trial.duration.total_seconds()
+    feasible = is_feasible(trial)
+    return Observation(backbone, state, cost=seconds, feasible=feasible, params=params)

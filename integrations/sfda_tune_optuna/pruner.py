@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,12 +11,16 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import backbone_name, scores_by_name
-from sfda_tune_optuna._compat import flag_trial
+from sfda_tune.selection.calibration import backbone_name
+from sfda_tune.selection.policy import find_kept
+from sfda_tune.values.text import some
+from sfda_tune_optuna._compat import find_pruners, flag_trial, read_trials
 from sfda_tune_optuna.history import GATED
+from sfda_tune_optuna.store import SFDAWarning
 
-__all__ = ["SFDAPruner", "find_survivors", "gate"]
+__all__ = ["SFDAPruner", "gate"]
+
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
 class SFDAPruner(BasePruner):
@@ -27,10 +32,10 @@ class SFDAPruner(BasePruner):
 
     Parameters
     ----------
-    survivors_or_ranking : Ranking, mapping of str to float, or collection of str
-        The survivors themselves, or scores of which the best `keep` survive.
+    scores : Ranking, mapping of str to float, or collection of str
+        Scores of which the best `keep` survive, or the survivors themselves.
     keep : int, optional
-        How many survive. Required with scores, not allowed with names.
+        How many of the scored backbones survive. Default: 5; not allowed with names.
     base_pruner : BasePruner, optional
         Decides about the survivors. Default: never prunes.
     param_name : str, default "backbone"
@@ -51,7 +56,7 @@ class SFDAPruner(BasePruner):
 
     def __init__(
         self,
-        survivors_or_ranking: Mapping[Any, float] | Collection[Any],
+        scores: Mapping[Any, float] | Collection[Any],
         *,
         keep: int | None = None,
         base_pruner: BasePruner | None = None,
@@ -62,9 +67,10 @@ class SFDAPruner(BasePruner):
                 f"`base_pruner` must be a pruner of Optuna or None but is {base_pruner!r}; "
                 "pass an instance, for instance HyperbandPruner()."
             )
-        self._survivors = find_survivors(survivors_or_ranking, keep)
+        self._survivors = find_kept(scores, keep)
         self._base = NopPruner() if base_pruner is None else base_pruner
         self._param_name = param_name
+        self._is_checked = False
 
     @property
     def param_name(self) -> str:
@@ -78,17 +84,49 @@ class SFDAPruner(BasePruner):
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Tell whether the trial is to stop."""
+        self._check_once(study)
         if not _is_stopped(trial, self._survivors, self._param_name):
             return self._base.prune(study, trial)
         # The base is not asked: it would count the trial in its rungs.
         if GATED not in trial.user_attrs:
             flag_trial(study, trial, GATED, True)
+            backbone, kept = trial.params[self._param_name], len(self._survivors)
+            _logger.info(
+                f"Trial {trial.number}: backbone {backbone} stopped before training: not among "
+                f"the {kept} kept"
+            )
         return True
+
+    def _check_once(self, study: Study) -> None:
+        """Warn if no trial can be stopped: another pruner is asked first, or the name is wrong."""
+        if self._is_checked:
+            return
+        outer = find_pruners(study)[0]
+        if outer is not self and self in find_pruners(study):
+            self._is_checked = True
+            name = type(outer).__name__
+            warnings.warn(
+                f"{name} asks `SFDAPruner` only after some epochs, so that backbones that were "
+                f"not kept are trained; write SFDAPruner(..., base_pruner={name}(...)).",
+                SFDAWarning,
+                stacklevel=3,
+            )
+        finished = [t for t in read_trials(study) if t.state.is_finished() and t.params]
+        if finished:
+            self._is_checked = True
+            names = sorted({name for t in finished for name in t.params})
+            if self._param_name not in names:
+                warnings.warn(
+                    f"`param_name` must be a parameter of the trials, but is {self._param_name!r} "
+                    f"and they have {some(names)}: no trial is stopped for its backbone.",
+                    SFDAWarning,
+                    stacklevel=3,
+                )
 
 
 def gate(
     trial: Any,
-    survivors_or_ranking: Mapping[Any, float] | Collection[Any],
+    scores: Mapping[Any, float] | Collection[Any],
     *,
     keep: int | None = None,
     param_name: str = "backbone",
@@ -110,7 +148,7 @@ def gate(
     >>> study.trials[0].state.name
     'PRUNED'
     """
-    survivors = find_survivors(survivors_or_ranking, keep)
+    survivors = find_kept(scores, keep)
     if _is_stopped(trial, survivors, param_name):
         if not isinstance(trial, (optuna.trial.FrozenTrial, optuna.trial.FixedTrial)):
             trial.set_user_attr(GATED, True)
@@ -126,32 +164,7 @@ def _is_stopped(trial: Any, survivors: Collection[str], param_name: str) -> bool
     choices = getattr(trial.distributions[param_name], "choices", (backbone,))
     if not any(backbone_name(choice) in survivors for choice in choices):  # all would be stopped
         raise ValueError(
-            f"`survivors_or_ranking` must name some of the choices of {param_name!r}, "
+            f"`scores` must name some of the choices of {param_name!r}, "
             f"{sorted(map(backbone_name, choices))[:5]}, but names {sorted(survivors)[:5]}."
         )
     return True
-
-
-def find_survivors(
-    survivors_or_ranking: Mapping[Any, float] | Collection[Any], keep: int | None = None
-) -> frozenset[str]:
-    """Return the names of the survivors: those given, or the best `keep` of the scores."""
-    given = survivors_or_ranking
-    if isinstance(given, str) or not isinstance(given, Collection) or not len(given):
-        raise ValueError(
-            "`survivors_or_ranking` must be scores or a non-empty collection of names but is "
-            f"{given!r}."
-        )
-    if not isinstance(given, Mapping):
-        if keep is not None:
-            raise ValueError(
-                f"`keep` must be None when the survivors are named but is {keep!r}; pass the "
-                "ranking instead of the names."
-            )
-        return frozenset(backbone_name(name) for name in given)
-    if keep is None:
-        raise ValueError("`keep` must say how many of the scored backbones survive but is None.")
-    best = frozenset(decisions.survivors(scores_by_name(given), keep))
-    if not best:
-        raise ValueError("`survivors_or_ranking` must hold a finite score but holds none.")
-    return best

@@ -6,35 +6,59 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sfda_tune.selection.calibration import Calibration, backbone_name
+from sfda_tune.selection.calibration import Calibration, History, Observation, backbone_name
 from sfda_tune.selection.policy import BackbonePolicy, find_backed_off, make_seed
 from sfda_tune.values.text import require
-from sfda_tune_optuna import _compat, store
-from sfda_tune_optuna.history import ASKED, GATED, TOLD, find_choices, observe, read_backbone
+from sfda_tune_optuna import _compat, exhaustive, store
+from sfda_tune_optuna.history import (
+    ASKED,
+    GATED,
+    TOLD,
+    find_choices,
+    find_signs,
+    observe,
+    read_backbone,
+)
+from sfda_tune_optuna.previous import read_all, recall
 from sfda_tune_optuna.pruner import SFDAPruner
+from sfda_tune_optuna.views import BackboneView, Kinds
 
 __all__ = ["SFDASampler"]
 
 _logger = optuna.logging.get_logger(f"optuna.{__name__}")
 MAX_IN_FLIGHT = 1000  # trials in flight that are remembered; asked and never told ones leak
-_BACKBONE, _BASE = 1, 2  # what a random stream is for
+_RELATIVE, _INDEPENDENT, _BACKBONE = 1, 2, 3  # what a random stream is for
+# With trials shared between backbones few random ones suffice; see tests/benchmarks.
+N_STARTUP = 4
 
 
 class _Assignment(NamedTuple):
     """What a trial in flight was given."""
 
     backbone: str | None  # None: the base sampler proposes the backbone, too
-    base: Any = None  # its own copy of the base sampler; None after unpickling
+    view: Any = None  # what the base sampler sees of the study; None after unpickling
+
+
+@dataclass
+class _StudyState:
+    """What is known of one study."""
+
+    kinds: Kinds
+    is_saved: bool = False  # whether the saved ranking was compared
+    is_checked: bool = False  # whether the names were
+    seen: dict[int, Observation] = field(default_factory=dict)
+    last: tuple[Sequence[FrozenTrial], dict[str, Any], History] | None = None  # the last read
 
 
 class SFDASampler(BaseSampler):
@@ -53,8 +77,10 @@ class SFDASampler(BaseSampler):
     param_name : str, default "backbone"
         The categorical parameter that holds the backbone.
     base_sampler : BaseSampler, optional
-        Draws all other parameters. Default: ``TPESampler()``. A `GridSampler` ends the study when
-        its grid is used up, over all backbones together.
+        Draws all other parameters, of all backbones: it lives as long as this sampler, is told of
+        every trial, and sees all of them as if made with the trial's backbone. Default:
+        ``TPESampler(n_startup_trials=4)``. `GridSampler` (a grid without `param_name` gets all
+        scored backbones) and `BruteForceSampler` try every combination once, good scores first.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
         See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
         sampler.
@@ -65,17 +91,24 @@ class SFDASampler(BaseSampler):
     exploration : float in [0, 1], default 0.05
         How often a trial steps outside `survivors`; 0 makes the mask strict.
     conditional : bool, default True
-        Whether the other parameters are drawn from the trials of the same backbone; each backbone
-        may then have parameters of its own, even with GP or CMA-ES. NSGA-II/III, Grid and
-        BruteForce always see all trials.
+        Whether the base sampler sees values that are comparable between backbones: minus what
+        each is expected to reach. Each backbone may then have parameters of its own, even with GP
+        or CMA-ES. Else, and always for NSGA-II/III, Grid and BruteForce, it sees the study as is.
     costs : mapping of str to float, optional
         Cost of a trial of each backbone, in any unit, such as `Ranking.costs`; default:
         the durations of its trials.
     cost_exponent : float, default 0.0
         How much costs count; 0 is not at all.
+    previous : sequence of Study, optional
+        Studies on other data, with one objective: what their trials say of the other parameters,
+        discounted by how alike the first trials of this study respond
+        (`sfda_tune_optuna.previous`). Not saved with the study, and not for NSGA-II/III, Grid and
+        BruteForce.
     seed : int, optional
-        Governs the choice and the base sampler's copies. Workers may share one seed: draws depend
-        on the trial's number.
+        Governs the choice and what the base sampler draws: before each trial the generators in
+        its attributes, lists, dicts and inner samplers are seeded by the trial's number. So
+        workers may share one seed, and a resumed study draws as an uninterrupted one, for all
+        samplers of Optuna; not for a base with other state of its own, or hidden generators.
 
     Examples
     --------
@@ -108,6 +141,7 @@ class SFDASampler(BaseSampler):
         conditional: bool = True,
         costs: Mapping[str, float] | None = None,
         cost_exponent: float = 0.0,
+        previous: Sequence[Study] = (),
         seed: int | None = None,
     ) -> None:
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
@@ -126,13 +160,23 @@ class SFDASampler(BaseSampler):
         )
         self._ranking = scores
         self._param_name = param_name
-        self._base = TPESampler(seed=seed) if base_sampler is None else base_sampler
+        if base_sampler is None:
+            base_sampler = TPESampler(n_startup_trials=N_STARTUP, seed=seed)
+            self._base_name = None
+        else:
+            self._base_name = type(base_sampler).__name__
+        if isinstance(base_sampler, GridSampler):
+            names = sorted(self.policy.scores)
+            base_sampler = _compat.make_whole_grid(base_sampler, param_name, names)
+        self._base = base_sampler
         self._conditional = bool(conditional)
+        self._previous = read_all(previous, param_name)
         self._assignments: OrderedDict[tuple[int, int], _Assignment] = OrderedDict()
-        # Studies whose saved ranking was compared; two storages may have one of the same name.
-        self._known: WeakKeyDictionary[BaseStorage, set[int]] = WeakKeyDictionary()
+        # By storage, too: two may have one of the same name and number.
+        self._studies: WeakKeyDictionary[BaseStorage, dict[int, _StudyState]] = WeakKeyDictionary()
         self._has_warned = False
-        self._lock = threading.RLock()  # n_jobs > 1: threads share one sampler
+        self._asked_last: Any = None  # the trial that the base sampler has inferred a space for
+        self._lock = threading.RLock()  # n_jobs > 1: threads share one sampler, and its base
 
     @classmethod
     def from_study(
@@ -164,10 +208,11 @@ class SFDASampler(BaseSampler):
         settings = dict((store.load_record(study) or {}).get("settings", {}))
         ranking = store.load_ranking(study)
         was = settings.pop("base_sampler", None)
-        if base_sampler is None and was not in (None, "TPESampler"):
+        if base_sampler is None and was is not None:
             warnings.warn(
-                f"The study was sampled with {was}, which cannot be saved; TPESampler is used "
-                f"instead. Pass `base_sampler={was}(...)`.",
+                f"The study was sampled with a {was} of its own, which cannot be saved, nor can "
+                "its options and constraints; the default base sampler is used instead. Pass "
+                f"`base_sampler={was}(...)`.",
                 store.SFDAWarning,
                 stacklevel=2,
             )
@@ -179,7 +224,7 @@ class SFDASampler(BaseSampler):
         mask = self.policy.survivors
         return {
             "param_name": self._param_name,
-            "base_sampler": type(self._base).__name__,
+            "base_sampler": self._base_name,
             "survivors": list(mask) if isinstance(mask, tuple) else mask,
             "conditional": self._conditional,
             "seed": self._seed,
@@ -210,14 +255,17 @@ class SFDASampler(BaseSampler):
         _compat.mark_trial(study, trial, ASKED, True)
         with self._lock:
             self._assignments.pop(_compat.find_trial_id(study, trial), None)  # of another storage
+            untried = self._find_untried(study, trial)
             self._base.before_trial(study, trial)
+            if untried is not None:
+                self._pick_grid_point(study, trial, untried)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """Choose the backbone, whatever is suggested first; return the base sampler's space."""
-        backbone, base = self._find_assignment(study, trial)
-        space = base.infer_relative_search_space(self._view(study, backbone), trial)
+        backbone, view = self._find_assignment(study, trial)
+        space = self._infer_space(study, trial, view)
         if backbone is None:
             return space
         return {name: dist for name, dist in space.items() if name != self._param_name}
@@ -225,12 +273,18 @@ class SFDASampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Let the base sampler draw from the trials of the chosen backbone."""
-        backbone, base = self._find_assignment(study, trial)
-        params = base.sample_relative(self._view(study, backbone), trial, search_space)
+        """Let the base sampler draw from all trials, made comparable between backbones."""
+        backbone, view = self._find_assignment(study, trial)
+        shared = view.with_params(search_space) if isinstance(view, BackboneView) else view
+        with self._lock:
+            if self._asked_last != _compat.find_trial_id(study, trial):
+                self._infer_space(study, trial, view)  # some samplers keep it for the next call
+            self._rekey(trial, _RELATIVE)
+            params = self._base.sample_relative(shared, trial, search_space)
+        params = {name: value for name, value in params.items() if name in search_space}
         if backbone is None and self._param_name in params:  # the base sampler's own choice
             choice, dist = params[self._param_name], search_space[self._param_name]
-            params[self._param_name] = self._replace_backed_off(study, trial, choice, dist)
+            params[self._param_name] = self._replace_useless(study, trial, choice, dist)
         return params
 
     def sample_independent(
@@ -242,26 +296,38 @@ class SFDASampler(BaseSampler):
     ) -> Any:
         """Return the chosen backbone; let the base sampler draw everything else."""
         given = self._find_assignment(study, trial)
-        backbone, base = given
+        backbone, view = given
         if param_name == self._param_name and backbone is not None:
             if isinstance(param_distribution, CategoricalDistribution):
                 return self._find_choice(study, trial, param_distribution.choices, given)
-            backbone = None  # a number of the same name
-        view = self._view(study, backbone)
-        value = base.sample_independent(view, trial, param_name, param_distribution)
+            # A number of that name.
+            view = self._show(study, trial, _compat.read_trials(study), None)
+        space = {param_name: param_distribution}
+        shared = view.with_params(space) if isinstance(view, BackboneView) else view
+        with self._lock:
+            self._rekey(trial, _BACKBONE if param_name == self._param_name else _INDEPENDENT)
+            value = self._base.sample_independent(shared, trial, param_name, param_distribution)
         if param_name == self._param_name:
-            value = self._replace_backed_off(study, trial, value, param_distribution)
+            value = self._replace_useless(study, trial, value, param_distribution)
         return value
 
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """Tell the base sampler; forget the trial; say once if the scores mislead."""
+        """Tell the base sampler; forget the trial; say once if scores or names are wrong."""
         if state == TrialState.FAIL:  # a killed worker cannot say so: its trial is no evidence
             _compat.mark_trial(study, trial, TOLD, True)
         with self._lock:
             self._base.after_trial(study, trial, state, values)
             self._assignments.pop(_compat.find_trial_id(study, trial), None)
+            known = self._find_state(study)
+            is_first = not known.is_checked and state in (TrialState.COMPLETE, TrialState.PRUNED)
+            known.is_checked |= is_first
+        if is_first:
+            choices = find_choices([trial], self._param_name)
+            complaint = self.policy.compare_names(self._param_name, trial.params, choices)
+            if complaint is not None:
+                warnings.warn(complaint, store.SFDAWarning, stacklevel=2)
         if not self._has_warned and trial.number % 10 == 9:
             warning = self.calibration(study).warning
             if warning is not None:
@@ -279,12 +345,16 @@ class SFDASampler(BaseSampler):
         with self._lock:
             given = self._assignments.get(key)
         real = read_backbone(trial, self._param_name)  # enqueued, retried or already suggested
+        if real is None:
+            fixed = _compat.find_fixed(study, self, self._base)
+            if self._param_name in fixed:
+                real = backbone_name(fixed[self._param_name])
         is_known = given is not None and (given.backbone is None or real in (None, given.backbone))
-        if given is None or not is_known or given.base is None:
+        if given is None or not is_known or given.view is None:
             trials = _compat.read_trials(study)
             if given is None or not is_known:
                 given = _Assignment(self._choose(study, trial, trials) if real is None else real)
-            given = given._replace(base=self._fork(trial, trials, given.backbone))
+            given = given._replace(view=self._show(study, trial, trials, given.backbone))
             self._remember(key, given)
         return given
 
@@ -297,26 +367,38 @@ class SFDASampler(BaseSampler):
     ) -> str | None:
         """Return a backbone; None leaves it to the base sampler, never if `choices` are given."""
         may_delegate = choices is None  # else the objective asks for one of them now
-        if isinstance(_compat.unwrap(self._base), optuna.samplers.GridSampler):
-            may_delegate = False  # its grid need not have the backbone
+        if isinstance(_compat.unwrap(self._base), GridSampler):
+            may_delegate = False  # the grid's points are taken in our order
         if choices is None:
             choices = find_choices(trials, self._param_name)
         names = self.policy.scores if choices is None else map(backbone_name, choices)
-        names = self._find_unpruned(study, list(names))
+        names = self._find_useful(study, trial, trials, list(names))
         if not names:
             return None
         weights = self.policy.sample_weights(trial.number, len(study.directions))
-        history = observe(study, trials, self._param_name, weights=weights, leave_out=trial.number)
+        options = {"leave_out": trial.number, **({} if weights is None else {"weights": weights})}
+        history = self._observe(study, trials, **options)
         if may_delegate and self.policy.delegates(history, trial.number):
+            _logger.info(f"Trial {trial.number}: left to {type(self._base).__name__}")
             return None
-        return self.policy.choose(history, trial.number, names)
+        backbone = self.policy.choose(history, trial.number, names)
+        _logger.info(f"Trial {trial.number}: backbone {backbone} by score")
+        return backbone
 
-    def _find_unpruned(self, study: Study, names: list[str]) -> list[str]:
-        """Return those that an `SFDAPruner` would not stop: proposing the others wastes trials."""
-        pruner = study.pruner
-        if not isinstance(pruner, SFDAPruner) or pruner.param_name != self._param_name:
-            return names
-        return [name for name in names if name in pruner.survivors] or names
+    def _find_useful(
+        self, study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial], names: list[str]
+    ) -> list[str]:
+        """Return those that no `SFDAPruner` would stop and that have a combination left."""
+        useful = names
+        for pruner in _compat.find_pruners(study):
+            if isinstance(pruner, SFDAPruner) and pruner.param_name == self._param_name:
+                useful = [name for name in useful if name in pruner.survivors] or useful
+        if isinstance(_compat.unwrap(self._base), BruteForceSampler):
+            given = {n: v for n, v in trial.params.items() if n != self._param_name}
+            others = [t for t in trials if t.number != trial.number]
+            done = exhaustive.find_exhausted(others, self._param_name, given)
+            useful = [name for name in useful if name not in done] or useful
+        return useful
 
     def _find_choice(
         self, study: Study, trial: FrozenTrial, choices: Sequence[Any], given: _Assignment
@@ -324,69 +406,95 @@ class SFDASampler(BaseSampler):
         """Return the one of the choices that is the trial's backbone."""
         by_name = {backbone_name(choice): choice for choice in choices}
         self.policy.mask(list(by_name), strict=True)
-        if given.backbone not in by_name:  # chosen before the choices were known: the first trials
-            backbone = self._choose(study, trial, _compat.read_trials(study), choices)
-            given = given._replace(backbone=backbone)
+        trials = _compat.read_trials(study)
+        # It was chosen before the choices were known, or what was drawn before left it no rest.
+        if given.backbone not in self._find_useful(study, trial, trials, [*by_name]):
+            backbone = self._choose(study, trial, trials, choices)
+            given = _Assignment(backbone, self._show(study, trial, trials, backbone))
             self._remember(_compat.find_trial_id(study, trial), given)
         return by_name[str(given.backbone)]
 
-    def _replace_backed_off(
+    def _replace_useless(
         self, study: Study, trial: FrozenTrial, choice: Any, distribution: BaseDistribution
     ) -> Any:
         """Return the base sampler's choice, or another one if that would be of no use."""
         if not isinstance(distribution, CategoricalDistribution):
             return choice
         trials = _compat.read_trials(study)
-        history = observe(study, trials, self._param_name, leave_out=trial.number)
+        history = self._observe(study, trials, leave_out=trial.number)
         by_name = {backbone_name(choice): choice for choice in distribution.choices}
-        unpruned = self._find_unpruned(study, list(by_name))
-        if backbone_name(choice) in {*unpruned} - find_backed_off(history, trial.number):
+        useful = self._find_useful(study, trial, trials, list(by_name))
+        if backbone_name(choice) in {*useful} - find_backed_off(history, trial.number):
             return choice
         return by_name[str(self._choose(study, trial, trials, distribution.choices))]
 
+    def _find_untried(self, study: Study, trial: FrozenTrial) -> list[int] | None:
+        """Return the points of the base's grid that a new trial may take; None: no such grid."""
+        is_free = "fixed_params" not in trial.system_attrs and "grid_id" not in trial.system_attrs
+        if isinstance(self._base, GridSampler) and is_free:
+            return _compat.find_untried(self._base, study)
+        return None
+
+    def _pick_grid_point(self, study: Study, trial: FrozenTrial, untried: list[int]) -> None:
+        points = _compat.read_grid(self._base)
+        trials = _compat.read_trials(study)
+
+        def choose(names: list[str]) -> str | None:
+            return self._choose(study, trial, trials, names)
+
+        args = (study, trial, self._param_name, untried, choose)
+        backbone = exhaustive.pick_grid_point(points, *args)
+        if backbone is not None:
+            key = _compat.find_trial_id(study, trial)
+            self._remember(key, _Assignment(backbone, self._show(study, trial, trials, backbone)))
+
     # What the base sampler gets -------------------------------------------------------------
-    def _view(self, study: Study, backbone: str | None) -> Any:
-        """Return the study as the base sampler is to see it: without gated or foreign trials."""
+    def _show(
+        self, study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial], backbone: str | None
+    ) -> Any:
+        """Return the study as the base sampler is to see it."""
         if isinstance(_compat.unwrap(self._base), _compat.POOLED):
             return study
-        if not self._conditional:
-            backbone = None
-        name = self._param_name
+        if backbone is None or not self._conditional:
+            return _compat.View(study, [t for t in trials if GATED not in t.user_attrs])
+        choices = find_choices(trials, self._param_name) or ()
+        choice = {backbone_name(c): c for c in choices}.get(backbone, backbone)
+        levels, past = [], []
+        for i, sign in enumerate(find_signs(study)):
+            options = {"leave_out": trial.number, **({"objective": i} if i else {})}
+            history = self._observe(study, trials, **options)
+            found = self.policy.estimate_levels(history, follows_scores=i == 0)
+            levels.append({name: sign * level for name, level in found.items()})
+        if self._previous and trial.number % 2 == 0:  # the others insure against misleading ones
+            require("previous", len(levels), "left out with several objectives", len(levels) == 1)
+            args = (self._previous, study, trials, self._param_name, self.policy.scores)
+            past = recall(*args, levels[0].get(backbone, 0.0))
+        kinds = self._find_state(study).kinds
+        args = (self._param_name, backbone, choice, levels, kinds, past)
+        return BackboneView(study, trials, *args)
 
-        def keep(trial: FrozenTrial) -> bool:
-            if GATED in trial.user_attrs:
-                return False
-            if backbone is None:
-                return True
-            # Finished trials without the parameter belong to every backbone.
-            has = read_backbone(trial, name)
-            return has == backbone or (has is None and trial.state.is_finished())
-
-        return _compat.View(study, keep)
-
-    def _fork(
-        self, trial: FrozenTrial, trials: Sequence[FrozenTrial], backbone: str | None
-    ) -> BaseSampler:
-        """Copy the base sampler for one trial.
-
-        The random numbers of a backbone's n-th trial are the same for all backbones, so that they
-        start with equal parameters and differ by themselves alone (a paired design).
-        """
-        n_drawn = len(trial.params.keys() - {self._param_name})  # if begun elsewhere: go on
-        key = [self.policy.seed, _BASE, trial.number, n_drawn, 0]
-        if backbone is not None:
-            own = [
-                t
-                for t in trials
-                if t.number != trial.number
-                and read_backbone(t, self._param_name) in (None, backbone)
-            ]
-            n_done = sum(t.state.is_finished() for t in own)
-            is_alone = all(t.state != TrialState.RUNNING for t in own)  # else two are the n-th
-            key = [self.policy.seed, _BACKBONE, n_done, n_drawn]
-            key.append(0 if is_alone else trial.number + 1)
+    def _infer_space(
+        self, study: Study, trial: FrozenTrial, view: Any
+    ) -> dict[str, BaseDistribution]:
+        own = view.of_backbone() if isinstance(view, BackboneView) else view
         with self._lock:
-            return _compat.fork_sampler(self._base, key)
+            _compat.forget_spaces(self._base)
+            self._asked_last = _compat.find_trial_id(study, trial)
+            return self._base.infer_relative_search_space(own, trial)
+
+    def _rekey(self, trial: FrozenTrial, stage: int) -> None:
+        """Let what the base sampler draws depend on the trial alone, not on who drew before."""
+        n_drawn = len(trial.params.keys() - {self._param_name})
+        _compat.rekey(self._base, [self.policy.seed, trial.number, stage, n_drawn])
+
+    def _observe(self, study: Study, trials: Sequence[FrozenTrial], **options: Any) -> History:
+        known = self._find_state(study)
+        if known.last is None or known.last[0] is not trials or known.last[1] != options:
+            seen = known.seen if len(study.directions) == 1 else None
+            history = observe(study, trials, self._param_name, seen=seen, **options)
+            known.last = (trials, options, history)
+            return history
+        return known.last[2]
 
     def _remember(self, key: tuple[int, int], assigned: _Assignment) -> None:
         with self._lock:
@@ -395,14 +503,20 @@ class SFDASampler(BaseSampler):
             if len(self._assignments) > MAX_IN_FLIGHT:
                 self._assignments.popitem(last=False)
 
+    def _find_state(self, study: Study) -> _StudyState:
+        with self._lock:
+            of_storage = self._studies.setdefault(_compat.find_storage(study), {})
+            return of_storage.setdefault(
+                _compat.find_study_id(study), _StudyState(Kinds(self._param_name))
+            )
+
     def _save_or_compare(self, study: Study) -> None:
         """Save the ranking, or warn once if the study holds another one."""
         with self._lock:
-            known = self._known.setdefault(_compat.find_storage(study), set())
-            number = _compat.find_study_id(study)
-            if number in known or not self.policy.scores:
+            known = self._find_state(study)
+            if known.is_saved or not self.policy.scores:
                 return
-            known.add(number)
+            known.is_saved = True
         record = store.load_record(study)
         difference = None if record is None else store.compare_rankings(study, self._ranking)
         if record is None or (difference is None and "policy" not in record["settings"]):
@@ -419,12 +533,12 @@ class SFDASampler(BaseSampler):
 
     # Copies ---------------------------------------------------------------------------------
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the lock and the base's copies, which are made again."""
+        """Leave out the lock and what is read again from studies."""
         with self._lock:
             assignments = OrderedDict(
-                (key, d._replace(base=None)) for key, d in self._assignments.items()
+                (key, d._replace(view=None)) for key, d in self._assignments.items()
             )
-            left_out = ("_lock", "_known")
+            left_out = ("_lock", "_studies")
             return {k: v for k, v in vars(self).items() if k not in left_out} | {
                 "_assignments": assignments
             }
@@ -432,4 +546,4 @@ class SFDASampler(BaseSampler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make a lock of its own; what is known of studies is learnt again."""
         vars(self).update(state)
-        self._lock, self._known = threading.RLock(), WeakKeyDictionary()
+        self._lock, self._studies = threading.RLock(), WeakKeyDictionary()

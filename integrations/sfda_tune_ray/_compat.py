@@ -10,12 +10,14 @@ import copy
 import importlib.metadata
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ray._private.dict import flatten_dict, unflatten_dict
 from ray.tune.execution.tune_controller import TuneController
+from ray.tune.logger import LoggerCallback
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     PopulationBasedTraining,
@@ -37,6 +39,7 @@ __all__ = [
     "check_base_searcher",
     "copy_searcher",
     "end_at_once",
+    "fix_param",
     "flatten_dict",
     "is_lost",
     "pack_space",
@@ -64,7 +67,7 @@ def check_base_searcher(base: Any) -> None:
     if hasattr(base, "searcher"):
         raise ValueError(
             f"`base_searcher` must not be a wrapper but is a {name}; put it outside: "
-            f"{name}(SFDASearcher(ranking, base_searcher=...), ...)."
+            f"{name}(SFDASearcher(scores, base_searcher=...), ...)."
         )
     package, major = _OUTDATED.get(name, ("", 0))
     if package:
@@ -90,6 +93,17 @@ def copy_searcher(base: Searcher, key: str) -> Searcher:
     if hasattr(fork, "_study_name"):
         fork._study_name = f"{fork._study_name} {key}"  # type: ignore[attr-defined]
     return fork
+
+
+def fix_param(base: Any, name: str, value: Any) -> None:
+    """Let a searcher with a space of its own, maybe a conditional one, always take one value."""
+    study = getattr(base, "_ot_study", None)
+    if study is not None:
+        from optuna.samplers import PartialFixedSampler
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is experimental
+            study.sampler = PartialFixedSampler({name: value}, study.sampler)
 
 
 def add_point(base: Any, params: dict[str, Any], values: list[float]) -> bool:
@@ -173,12 +187,32 @@ def unpack_space(value: Any) -> Any:
 
 # Trials -----------------------------------------------------------------------------------------
 def stop_unstarted(controller: Any, trial: Any) -> None:
-    """Stop a trial that waits, so that `ResultGrid` can show it although it never ran."""
+    """Stop a trial that waits, so that `ResultGrid` can show it although it never ran.
+
+    Loggers that open a run when a trial starts (MLflow, W&B, Comet, …) know nothing of it, and
+    fail when they are to close that. So they are not told of a trial that never ran; one that has
+    run and waits again is opened again, as when Tune goes on with it.
+    """
     trial.init_local_path()  # else its path raises
-    if not trial.has_reported_at_least_once:
-        metrics = {"config": trial.config, "trial_id": trial.trial_id, "training_iteration": 0}
-        trial.run_metadata.last_result = {**metrics, "sfda_pruned": True, "done": True}
-    controller.stop_trial(trial)
+    controller = vars(controller).get("_tune_controller", controller)  # schedulers see a wrapper
+    callbacks = vars(controller).get("_callbacks")
+    if trial.has_reported_at_least_once:
+        if callbacks is not None:
+            about = {"iteration": controller._iteration, "trials": controller._trials}
+            callbacks.on_trial_start(**about, trial=trial)
+        controller.stop_trial(trial)
+        return
+    metrics = {"config": trial.config, "trial_id": trial.trial_id, "training_iteration": 0}
+    trial.run_metadata.last_result = {**metrics, "sfda_pruned": True, "done": True}
+    if callbacks is None:
+        controller.stop_trial(trial)
+        return
+    others = [c for c in callbacks._callbacks if not isinstance(c, LoggerCallback)]
+    try:
+        controller._callbacks = type(callbacks)(others)
+        controller.stop_trial(trial)
+    finally:
+        controller._callbacks = callbacks
 
 
 def is_lost(trial: Any) -> bool:

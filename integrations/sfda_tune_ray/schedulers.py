@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from sfda_tune.selection import policy as decisions
 from sfda_tune.selection.calibration import backbone_name, scores_by_name
+from sfda_tune.selection.policy import find_kept
+from sfda_tune.values.text import require, some
 from sfda_tune_ray import _compat
 
 __all__ = ["PerBackboneScheduler", "SFDAScheduler"]
+
+_logger = logging.getLogger(__name__)
+MANY = 3  # so many backbones, all stopped, are no chance
 
 
 class _Wrapper(TrialScheduler):
@@ -59,10 +64,10 @@ class SFDAScheduler(_Wrapper):
 
     Parameters
     ----------
-    ranking_or_survivors : Ranking, mapping of str to float, or collection of str
+    scores : Ranking, mapping of str to float, or collection of str
         Scores of which the best `keep` survive, or the survivors themselves.
-    keep : int, default 5
-        How many of the scored backbones survive.
+    keep : int, optional
+        How many of the scored backbones survive. Default: 5; not allowed with names.
     base_scheduler : TrialScheduler, optional
         Schedules the survivors. Default: `FIFOScheduler`. Not PBT, which copies backbones between
         trials; ResourceChangingScheduler refuses the unequal resources of `backbone_resources`.
@@ -78,18 +83,18 @@ class SFDAScheduler(_Wrapper):
 
     def __init__(
         self,
-        ranking_or_survivors: Mapping[Any, float] | Collection[Any],
+        scores: Mapping[Any, float] | Collection[Any],
         *,
-        keep: int = 5,
+        keep: int | None = None,
         base_scheduler: TrialScheduler | None = None,
         param_name: str = "backbone",
     ) -> None:
         super().__init__(base_scheduler or FIFOScheduler(), param_name)
         self._vetoed: set[str] = set()  # trials that the base does not know
-        given = ranking_or_survivors
-        if isinstance(given, Mapping):
-            given = decisions.survivors(scores_by_name(given), keep)
-        self.set_survivors(given)
+        self._scored = set(scores_by_name(scores)) if isinstance(scores, Mapping) else None
+        self._seen: set[str] = set()  # backbones of trials, until names are checked
+        self._is_checked = False
+        self.set_survivors(find_kept(scores, keep))
 
     @property
     def base_scheduler(self) -> TrialScheduler:
@@ -103,11 +108,10 @@ class SFDAScheduler(_Wrapper):
 
     def set_survivors(self, survivors: Collection[Any]) -> None:
         """Change who survives: others stop at their next report, or before they start."""
-        if isinstance(survivors, str) or not isinstance(survivors, Collection) or not survivors:
-            raise ValueError(
-                f"`survivors` must be a non-empty collection of names, but is {survivors!r}."
-            )
-        self._survivors = frozenset(backbone_name(name) for name in survivors)
+        is_many = isinstance(survivors, Collection) and not isinstance(survivors, (str, Mapping))
+        some_names = is_many and len(survivors) > 0
+        require("survivors", survivors, "a non-empty collection of names", some_names)
+        self._survivors = find_kept(survivors)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Note non-survivors: they cannot be stopped yet."""
@@ -120,8 +124,15 @@ class SFDAScheduler(_Wrapper):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """Stop the non-survivors that wait, before an actor is asked for; then ask the base."""
-        for trial in list(tune_controller.get_trials()):
+        trials = list(tune_controller.get_trials())
+        self._check_names(trials)
+        for trial in trials:
             if trial.status in (Trial.PENDING, Trial.PAUSED) and self._is_out(trial):
+                backbone, kept = self._find_backbone(trial), len(self._survivors)
+                _logger.info(
+                    f"Trial {trial.trial_id}: backbone {backbone} stopped before training: not "
+                    f"among the {kept} kept"
+                )
                 _compat.stop_unstarted(tune_controller, trial)
         return self._base.choose_trial_to_run(tune_controller)
 
@@ -161,6 +172,35 @@ class SFDAScheduler(_Wrapper):
         self._survivors, self._vetoed = frozenset(state["survivors"]), set(state["vetoed"])
         if state["base"] is not None:
             _compat.write_scheduler(self._base, state["base"])
+
+    def _check_names(self, trials: Sequence[Trial]) -> None:
+        """Warn once where names do not fit, so that nothing would be stopped, or everything."""
+        name, kept = "/".join(self._path), some(sorted(self._survivors))
+        for trial in () if self._is_checked else trials:
+            backbone, complaint = self._find_backbone(trial), None
+            if backbone is None:
+                has = some(sorted(_compat.flatten_dict(trial.config)))
+                complaint = (
+                    f"`param_name` must be a parameter of the trials, but is {name!r} and they "
+                    f"have {has}: no trial is stopped for its backbone."
+                )
+            elif self._scored is not None and backbone not in self._scored:
+                complaint = (
+                    f"`scores` must be for the choices of {name!r}, but {backbone} has no score "
+                    f"and is stopped; kept are {kept}."
+                )
+            elif self._scored is None and not self._seen & self._survivors:
+                self._seen.add(backbone)
+                fits = any(self._find_backbone(t) in self._survivors for t in trials)
+                if len(self._seen) >= MANY and not fits:
+                    complaint = (
+                        f"`scores` must name choices of {name!r}, but names {kept}, and all "
+                        f"trials so far are stopped: {some(sorted(self._seen))}."
+                    )
+            if complaint is not None:
+                self._is_checked = True
+                _logger.warning(complaint)
+                return
 
     def _is_out(self, trial: Trial) -> bool:
         backbone = self._find_backbone(trial)

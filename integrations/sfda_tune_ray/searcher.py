@@ -51,7 +51,7 @@ class SFDASearcher(Searcher):
 
     Parameters
     ----------
-    ranking : Ranking or mapping of str to float
+    scores : Ranking or mapping of str to float
         Higher is better. Backbones without a score are tried like average ones.
     base_searcher : Searcher, optional
         Draws all other parameters; it must not have been used. Every backbone gets a copy of its
@@ -114,7 +114,7 @@ class SFDASearcher(Searcher):
 
     def __init__(
         self,
-        ranking: Mapping[Any, float],
+        scores: Mapping[Any, float],
         *,
         base_searcher: Searcher | None = None,
         param_name: str = "backbone",
@@ -151,7 +151,7 @@ class SFDASearcher(Searcher):
         dicts = all(isinstance(point, Mapping) for point in points)
         require("points_to_evaluate", points, "a list of dicts", dicts)
         self.policy = BackbonePolicy(
-            ranking,
+            scores,
             policy=policy,
             prior_strength=prior_strength,
             survivors=survivors,
@@ -247,6 +247,8 @@ class SFDASearcher(Searcher):
             backbone = self.policy.choose(history, number, names)
         key = WHOLE if backbone is None else self._find_key(backbone)
         base = self._open(key)
+        who = f"left to {type(self._base).__name__}" if left else f"backbone {backbone} by score"
+        _logger.info(f"Trial {trial_id}: {who}")
         asked = {} if base is None else base.suggest(trial_id)
         if asked is None or asked == Searcher.FINISHED:
             return asked
@@ -256,8 +258,23 @@ class SFDASearcher(Searcher):
             backbone = backbone_name(_read(asked, self._path))
             if backbone not in names or backbone in find_backed_off(history, number):
                 backbone = self.policy.choose(history, number, names)
+                if self._brings_space and base is not None:  # whose other parameters may not fit
+                    base.on_trial_complete(trial_id, error=True)
+                    key = self._find_key(backbone)
+                    base = self._open(key)
+                    asked = {} if base is None else base.suggest(trial_id)
+                    if asked is None or asked == Searcher.FINISHED:
+                        return asked
+                    config = copy.deepcopy(asked)
             for path in _find_paths(self._spaces.get(backbone, {})):
                 _write(config, path, _read(own, (str(list(self._choices).index(backbone)), *path)))
+        own_choice = _read(asked, self._path)
+        if own_choice is not None and backbone_name(own_choice) != backbone and not point:
+            raise ValueError(
+                f"`base_searcher` must not choose {self.param_name!r} in a space of its own, "
+                f"where a {type(base).__name__} cannot be held to {backbone!r}; use OptunaSearch, "
+                "or `spaces` for parameters of some backbones only."
+            )
         for name, value in point.items():
             _write(config, tuple(name.split("/")), value)
         _write(config, self._path, self._choices[backbone])
@@ -495,8 +512,8 @@ class SFDASearcher(Searcher):
         by_name = {backbone_name(choice): choice for choice in choices}
         if not by_name.keys() & self.policy.scores.keys():
             raise ValueError(
-                f"`ranking` must hold the choices of {self.param_name!r} but has none of "
-                f"{sorted(by_name)[:5]}; it holds {sorted(self.policy.scores)[:5]}."
+                f"`scores` must be for the choices of {self.param_name!r} but has none of "
+                f"{sorted(by_name)[:5]}; they are for {sorted(self.policy.scores)[:5]}."
             )
         return by_name
 
@@ -514,7 +531,8 @@ class SFDASearcher(Searcher):
 
     # Base searchers -------------------------------------------------------------------------
     def _find_key(self, backbone: str) -> str:
-        return backbone if self._conditional or backbone in self._spaces else ""
+        has_own = self._conditional or self._brings_space or backbone in self._spaces
+        return backbone if has_own else ""
 
     def _find_space(self, key: str) -> dict[str, Any]:
         """Return the space that a base searcher draws from."""
@@ -534,6 +552,8 @@ class SFDASearcher(Searcher):
         base = _compat.copy_searcher(self._base, key)
         if self._space is not None and not self._brings_space:
             base.set_search_properties(self._metric, self._mode, self._find_space(key))
+        if self._brings_space and key != WHOLE:
+            _compat.fix_param(base, self.param_name, self._choices[key])
         return base
 
     def _open(self, key: str) -> Searcher | None:

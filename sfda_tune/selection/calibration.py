@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -17,11 +18,11 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import require
 
 __all__ = [
-    "Calibration", "Observation", "backbone_name", "calibrate", "estimate_errors",
-    "scores_by_name",
+    "Calibration", "History", "Observation", "backbone_name", "calibrate", "estimate_errors",
+    "estimate_levels", "scores_by_name",
 ]  # fmt: skip
 
-STATES = ("complete", "pruned", "failed", "running")
+STATES = ("complete", "pruned", "failed", "stopped", "running")
 
 # Fitted on every second table of tests/benchmarks/study_replay.py, which reports the others.
 SLOPE, SLOPE_TRIALS = 0.8, 1.5  # s₀ and ℓ, its weight in backbones
@@ -36,8 +37,9 @@ class Observation:
     """One trial, as evidence."""
 
     backbone: str
-    # One of STATES. "failed": it gave no value and hardly would another time (out of memory); so
-    # does a complete trial whose value is missing or not finite
+    # One of STATES. "failed": it gave no value, perhaps for its backbone (out of memory), perhaps
+    # not (Ctrl-C, an error, a value that is not finite): the first of a backbone says nothing.
+    # "stopped": for its backbone alone, and it would be another time
     state: str
     # Higher is better. Of a pruned trial the last one reported: a lower bound of the final one
     value: float | None = None
@@ -150,6 +152,32 @@ def calibrate(
     return Calibration(fit.slope, interval, tau, *about)
 
 
+def estimate_levels(
+    scores: Mapping[str, float],
+    history: Iterable[Observation],
+    *,
+    prior_strength: float = 1.0,
+    errors: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Return E[u_k], what each scored or tried backbone is expected to reach, like its values.
+
+    Values minus these compare trials of different backbones: what is left is due to the other
+    parameters. With few trials of a backbone it is mostly the prior's, so that a single trial
+    still says something of its own parameters.
+
+    Examples
+    --------
+    >>> history = [Observation("vit", "complete", 0.9), Observation("resnet", "complete", 0.5)]
+    >>> levels = estimate_levels({"vit": 1.0, "resnet": 0.0}, history)
+    >>> 0 < levels["vit"] - levels["resnet"]
+    True
+    """
+    history = History.of(history)
+    names = sorted({*scores, *history.evidence.names})
+    fit = fit_model(names, scores, history, prior_strength, errors)
+    return dict(zip(names, (fit.mean * fit.scale).tolist(), strict=True))
+
+
 def backbone_name(choice: Any) -> str:
     """Return the name of a choice: 1, True and "x" become "1", "True" and "x"."""
     return str(choice) if isinstance(choice, str) else repr(choice)  # never an `np.str_`
@@ -196,6 +224,64 @@ class _Fit(NamedTuple):
     scale: float
 
 
+class _Evidence(NamedTuple):
+    """The trials as arrays; per backbone, or per trial with a value."""
+
+    names: list[str]
+    counts: np.ndarray  # trials, failures, seconds, trials with seconds: of each backbone
+    backbone: np.ndarray  # position in `names`
+    raw: np.ndarray
+    full: np.ndarray  # whether it ran to its end
+    y: np.ndarray  # comparable
+    weight: np.ndarray
+    is_alone: bool  # nothing but the backbone varies
+
+
+class History(tuple[Observation, ...]):
+    """Trials, as evidence that is read once and asked several times."""
+
+    @classmethod
+    def of(cls, history: Iterable[Observation]) -> History:
+        """Return a history as it is, or one of the observations."""
+        return history if isinstance(history, History) else cls(history)
+
+    @cached_property
+    def evidence(self) -> _Evidence:
+        """The trials as arrays, in an order that does not depend on the given one."""
+        names = sorted({o.backbone for o in self})
+        index = {name: k for k, name in enumerate(names)}
+        tried, failed, seconds, paid = counts = np.zeros((4, len(names)))
+        stopped = np.zeros(len(names))
+        seen: list[Observation] = []
+        for o in self:
+            k, has_value = index[o.backbone], o.value is not None and math.isfinite(o.value)
+            tried[k] += 1
+            failed[k] += o.state == "failed" or (o.state == "complete" and not has_value)
+            stopped[k] += o.state == "stopped"
+            if o.state in ("complete", "pruned") and has_value:
+                seen.append(o)
+            if o.cost is not None and o.state == "complete":
+                seconds[k], paid[k] = seconds[k] + min(o.cost, LARGEST_NUMBER), paid[k] + 1
+        failed += np.where(failed > 0, stopped - 1, stopped)  # the first failure says nothing
+        backbone = np.array([index[o.backbone] for o in seen], dtype=int)
+        raw = np.array([o.value for o in seen], dtype=float)
+        raw = raw.clip(-LARGEST_NUMBER, LARGEST_NUMBER)  # squares of a diverged loss overflow
+        full = np.array([o.state == "complete" for o in seen], dtype=bool)
+        feasible = np.array([o.feasible for o in seen], dtype=bool)
+        steps = [o.step if o.step is not None and 0 < o.step <= 1 else 0.5 for o in seen]
+        weight = np.where(full, 1.0, np.array(steps, dtype=float))
+        params = [o.params for o in seen if o.params is not None]
+        X = _encode(params) if len(params) == len(seen) else None
+        # Sums are rounded in one order, whatever the caller's.
+        columns = () if X is None else X.T
+        order = np.lexsort((*columns, weight, feasible, raw, full, backbone))
+        arrays = (a[order] for a in (backbone, raw, full, feasible, weight))
+        backbone, raw, full, feasible, weight = arrays
+        X = None if X is None else X[order]
+        y, weight, is_alone = _comparable(raw, backbone, full, feasible, weight, X, params)
+        return _Evidence(names, counts, backbone, raw, full, y, weight, is_alone)
+
+
 def fit_model(
     candidates: Sequence[str],
     scores: Mapping[str, float],
@@ -205,28 +291,16 @@ def fit_model(
 ) -> _Fit:
     """Fit the model of the module's docstring, in its notation."""
     require("prior_strength", prior_strength, "a number ≥ 0", 0 <= prior_strength < math.inf)
-    # In one order always, so that even the rounding of sums does not depend on the caller's.
-    trials = sorted(history, key=lambda o: (o.backbone, o.state, repr(o.value), repr(o.params)))
-    names = [*candidates, *sorted({o.backbone for o in trials} - set(candidates))]
+    seen = History.of(history).evidence
+    names = [*candidates, *sorted({*seen.names} - {*candidates})]
     index, K = {name: k for k, name in enumerate(names)}, len(names)
     z, dz = _standardise(names, scores, errors or {})
     if prior_strength == 0:
         z, dz = np.zeros((2, K))
+    at = np.array([index[name] for name in seen.names], dtype=int)
     tried, failed, seconds, paid = np.zeros((4, K))
-    seen: list[Observation] = []
-    for o in trials:
-        k, has_value = index[o.backbone], o.value is not None and math.isfinite(o.value)
-        tried[k] += 1
-        failed[k] += o.state == "failed" or (o.state == "complete" and not has_value)
-        if o.state in ("complete", "pruned") and has_value:
-            seen.append(o)
-        if o.cost is not None and o.state == "complete":
-            seconds[k], paid[k] = seconds[k] + min(o.cost, LARGEST_NUMBER), paid[k] + 1
-    backbone = np.array([index[o.backbone] for o in seen], dtype=int)
-    raw = np.array([o.value for o in seen], dtype=float)
-    raw = raw.clip(-LARGEST_NUMBER, LARGEST_NUMBER)  # squares of a diverged loss overflow
-    full = np.array([o.state == "complete" for o in seen], dtype=bool)
-    y, weight, is_alone = _comparable(seen, raw, backbone, full)
+    tried[at], failed[at], seconds[at], paid[at] = seen.counts
+    backbone, raw, full, y, weight, is_alone = at[seen.backbone], *seen[3:]
     valued, n = np.bincount(backbone, None, K), np.bincount(backbone, weight, K)
     tried = tried - np.bincount(backbone[full], 1 - weight[full], K)
 
@@ -289,7 +363,13 @@ def _standardise(
 
 
 def _comparable(
-    seen: Sequence[Observation], raw: np.ndarray, backbone: np.ndarray, full: np.ndarray
+    raw: np.ndarray,
+    backbone: np.ndarray,
+    full: np.ndarray,
+    feasible: np.ndarray,
+    weight: np.ndarray,
+    X: np.ndarray | None,
+    params: Sequence[Mapping[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Return values as if with the best parameters, their weights, and if these never vary.
 
@@ -298,18 +378,14 @@ def _comparable(
     deviations counts 1/(1 + x²). Before, diverged values are moved up to three times the distance
     from the best to the median, so that they do not hide all other differences.
     """
-    steps = [o.step if o.step is not None and 0 < o.step <= 1 else 0.5 for o in seen]
-    weight = np.where(full, 1.0, np.array(steps, dtype=float))
-    if not seen:
+    if not len(raw):
         return raw, weight, False
-    y = np.where([o.feasible for o in seen], raw, raw.min())
+    y = np.where(feasible, raw, raw.min())
     middle = np.median(y)
     if y.max() > middle:
         y = np.maximum(y, middle - 3 * (y.max() - middle))
-    params = [o.params for o in seen if o.params is not None]
-    if len(params) < len(seen):
+    if X is None:
         return y, weight, False
-    X = _encode(params)
     if not (X.size and np.ptp(X, axis=0).any()):
         return y, weight, len(y) > 1 or not params[0]
     spread = y[full].std() if full.sum() > 3 else 0.0

@@ -31,6 +31,9 @@ The second factor is how records become rarer and smaller while one goes on draw
 goes to 0 or below, and the order is given up or reversed. Running trials count in t_k alone, so
 trials asked for together differ.
 
+**Hedge.** `BackbonePolicy` makes every third choice as if there were no scores, from the trials
+alone. While these agree it costs little; where the scores mislead, it finds what they hide.
+
 **Guarantee.** From trial 8 on every eighth trial is left to the host's own sampler, and every
 second one while the trials do not support the scores (s ≤ 0): see `delegate_to_base_sampler`.
 
@@ -51,10 +54,12 @@ from scipy.stats import rankdata
 
 from sfda_tune.selection.calibration import (
     Calibration,
+    History,
     Observation,
     backbone_name,
     calibrate,
     estimate_errors,
+    estimate_levels,
     fit_model,
     log_improvement,
     scores_by_name,
@@ -62,13 +67,15 @@ from sfda_tune.selection.calibration import (
 from sfda_tune.values.text import integer, is_integer, is_number, require, some
 
 __all__ = [
-    "BackbonePolicy", "choose", "delegate_to_base_sampler", "find_backed_off", "make_seed",
-    "scalarize", "survivors",
+    "BackbonePolicy", "choose", "delegate_to_base_sampler", "find_backed_off", "find_kept",
+    "make_seed", "scalarize", "survivors",
 ]  # fmt: skip
 
 POLICIES = ("calibrated", "prior", "greedy")
 _WEIGHTS = 3  # a random stream beside those of the hosts
 FREE, EVERY, DOUBT = 8, 8, 2  # `delegate_to_base_sampler`
+BLIND = 3  # `BackbonePolicy.choose`
+KEEP = 5  # `find_kept`
 
 
 def choose(
@@ -120,13 +127,13 @@ def choose(
     Examples
     --------
     >>> scores = {"vit": 3.0, "resnet": 2.0, "alexnet": 1.0}
-    >>> choose(scores), choose(scores, [Observation("vit", "failed")])
+    >>> choose(scores), choose(scores, [Observation("vit", "failed")] * 2)
     ('vit', 'resnet')
     """
     _check_options(policy, prior_strength, exploration, cost_exponent)
     names = sorted(set(scores if candidates is None else candidates))
     require("candidates", names, "the host's choices, at least one", names)
-    history = list(history)
+    history = History.of(history)
     backed_off = find_backed_off(history, number)
     fit = fit_model(names, scores, history, prior_strength, errors)
     rng = np.random.default_rng([seed, number])
@@ -177,6 +184,36 @@ def survivors(scores: Mapping[str, float], keep: int | None = None) -> tuple[str
     return tuple(order[: None if keep is None else integer("keep", keep, 1)])
 
 
+def find_kept(
+    scores: Mapping[Any, float] | Collection[Any], keep: int | None = None
+) -> frozenset[str]:
+    """Return who is kept: the best `keep` of the scores, or the names that are given.
+
+    Parameters
+    ----------
+    scores : Ranking, mapping of str to float, or collection of str
+    keep : int, optional
+        Of scores; default: 5. Not allowed with names.
+
+    Raises
+    ------
+    ValueError
+
+    Examples
+    --------
+    >>> sorted(find_kept({"vit": 3.0, "resnet": 2.0, "alexnet": 1.0}, 2))
+    ['resnet', 'vit']
+    """
+    is_many = isinstance(scores, Collection) and not isinstance(scores, str) and len(scores) > 0
+    require("scores", scores, "scores or a non-empty collection of names", is_many)
+    if isinstance(scores, Mapping):
+        best = survivors(scores_by_name(scores, "scores"), KEEP if keep is None else keep)
+        require("scores", scores, "a mapping with a finite score", best)
+        return frozenset(best)
+    require("keep", keep, "None when names are given instead of scores", keep is None)
+    return frozenset(backbone_name(name) for name in scores)
+
+
 def delegate_to_base_sampler(
     number: int,
     *,
@@ -207,8 +244,9 @@ def delegate_to_base_sampler(
 def find_backed_off(history: Iterable[Observation], number: int) -> frozenset[str]:
     """Return the backbones that trial `number` is not to try, whoever proposes them.
 
-    One that never gave a value and failed f times comes back from trial 4ᶠ on: out of memory it
-    would fail again, but a smaller batch may suit it.
+    One that never gave a value and failed f ≥ 2 times, or was stopped for itself alone, comes back
+    from trial 4ᶠ on: out of memory it would fail again, but a smaller batch may suit it. A single
+    failure may be Ctrl-C, an error of the objective or a value that is not finite.
 
     Examples
     --------
@@ -217,9 +255,12 @@ def find_backed_off(history: Iterable[Observation], number: int) -> frozenset[st
     (frozenset({'vit'}), frozenset())
     """
     ended = [o for o in history if o.state != "running"]
-    fails = Counter(o.backbone for o in ended if o.state == "failed")
-    runs = {o.backbone for o in ended if o.state != "failed"}
-    return frozenset(b for b, f in fails.items() if b not in runs and number < 4**f)
+    stopped = Counter(o.backbone for o in ended if o.state == "stopped")
+    fails = stopped + Counter(o.backbone for o in ended if o.state == "failed")
+    runs = {o.backbone for o in ended if o.state not in ("failed", "stopped")}
+    return frozenset(
+        b for b, f in fails.items() if b not in runs and (stopped[b] or f > 1) and number < 4**f
+    )
 
 
 @dataclass(frozen=True)
@@ -297,7 +338,13 @@ class BackbonePolicy:
         *,
         strict: bool = False,
     ) -> str:
-        """Choose; `strict` refuses survivors that are no candidates."""
+        """Choose; `strict` refuses survivors that are no candidates.
+
+        Under "calibrated" every third trial, from the third on, goes by the trials alone.
+        """
+        options = self.options
+        if self.policy == "calibrated" and number % BLIND == BLIND - 1:
+            options["prior_strength"] = 0.0
         return choose(
             self.scores,
             history,
@@ -306,7 +353,7 @@ class BackbonePolicy:
             number=number,
             survivors=self.mask(candidates, strict=strict),
             errors=self.errors,
-            **self.options,
+            **options,
         )
 
     def mask(self, candidates: Sequence[str], *, strict: bool = False) -> Collection[str] | None:
@@ -323,6 +370,29 @@ class BackbonePolicy:
                 )
         return self.survivors
 
+    def compare_names(
+        self, param_name: str, params: Collection[str], choices: Collection[Any] | None
+    ) -> str | None:
+        """Say how the names of a trial differ from ours so that the scores are of no use.
+
+        `params` are the names of its parameters, `choices` what `param_name` offers, if it does.
+        Names with a score that are no choices are a shortlist's, unless choices lack a score.
+        """
+        if param_name not in params:
+            return (
+                f"`param_name` must be a parameter of the trials, but is {param_name!r} and they "
+                f"have {some(sorted(map(str, params)))}: the scores are not used."
+            )
+        scored = {name for name, score in self.scores.items() if math.isfinite(score)}
+        offered = set(map(backbone_name, choices or ()))
+        unused, unknown = sorted(scored - offered), sorted(offered - scored)
+        if not scored or not unused or (not unknown and offered):
+            return None
+        return (
+            f"`scores` must be for the choices of {param_name!r}, but {some(unused)} are no "
+            f"choices, and {some(unknown) or 'none'} have no score and count as average."
+        )
+
     def delegates(self, history: Iterable[Observation], number: int) -> bool:
         """Tell whether a trial is the host's own; never against the user's word."""
         if self.policy != "calibrated" or self.survivors is not None:
@@ -337,6 +407,17 @@ class BackbonePolicy:
             return None
         rng = np.random.default_rng([self.seed, _WEIGHTS, number])
         return rng.dirichlet(np.ones(n_objectives)).tolist()
+
+    def estimate_levels(
+        self, history: Iterable[Observation], *, follows_scores: bool = True
+    ) -> dict[str, float]:
+        """Return what each backbone is expected to reach, by the scores and trials, or these."""
+        return estimate_levels(
+            self.scores,
+            history,
+            prior_strength=self.prior_strength if follows_scores else 0.0,
+            errors=self.errors,
+        )
 
     def calibrate(self, history: Iterable[Observation]) -> Calibration:
         """Compare the scores with the values of the trials."""

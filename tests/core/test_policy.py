@@ -180,7 +180,7 @@ def test_a_pruned_value_is_weaker_evidence_than_a_final_one():
 
 
 def test_running_trials_make_batches_differ():
-    for history in ([], RIGHT[::3], WRONG[::2], trials(60)):
+    for history in ([], RIGHT[::3], WRONG[::2], trials(30)):
         asked = []
         for number in range(100, 116):
             running = [seen(name, None, "running") for name in asked]
@@ -323,3 +323,41 @@ def test_a_policy_takes_names_in_an_array():
     policy = module.BackbonePolicy({"a": 1.0, "b": 2.0}, survivors=np.array(["b"]), exploration=0)
     assert policy.survivors == ("b",)
     assert {type(name) for name in policy.survivors} == {str}
+
+
+# Levels, hedges, names --------------------------------------------------------------------------
+def test_levels_say_what_a_backbone_reaches_in_units_of_the_values():
+    history = [seen(n, 100 * SCORES[n] + 7) for n in NAMES for _ in range(4)]
+    levels = calibration.estimate_levels(SCORES, history)
+    assert [levels[n] for n in NAMES] == pytest.approx([100 * k + 7 for k in range(12)], abs=60)
+    one = calibration.estimate_levels({}, [seen("a", 0.9), seen("b", 0.5), seen("b", 0.52)])
+    assert 0 < one["a"] - one["b"] < 0.5  # a single trial may have had bad parameters
+
+
+def test_every_third_choice_goes_by_the_trials_alone():
+    policy = module.BackbonePolicy(SCORES, seed=1)
+    picks = [policy.choose([], number, NAMES) for number in range(60)]
+    assert {name for i, name in enumerate(picks) if i % 3 != 2} == {"b11"}
+    assert len({name for i, name in enumerate(picks) if i % 3 == 2}) > 5
+    for other in ("prior", "greedy"):
+        greedy = module.BackbonePolicy(SCORES, seed=1, policy=other)
+        assert greedy.choose([], 2, NAMES) == choose(SCORES, number=2, seed=1, policy=other)
+
+
+def test_one_failure_is_no_evidence_and_a_stop_is():
+    for state, backs_off in (("failed", False), ("stopped", True)):
+        history = [seen("b11", None, state)]
+        assert ("b11" in module.find_backed_off(history, 3)) == backs_off
+        fit = calibration.fit_model(NAMES, SCORES, history, 1.0)
+        assert (fit.success[11] < fit.success[10]) == backs_off
+    twice = [seen("b11", None, "failed")] * 2
+    assert module.find_backed_off(twice, 15) == {"b11"}
+    assert module.find_backed_off(twice, 16) == frozenset()
+
+
+def test_names_that_do_not_fit_are_compared():
+    policy = module.BackbonePolicy({"a": 1.0, "b": 2.0, "c": math.nan})
+    assert policy.compare_names("net", ["net", "lr"], ["a", "b", "d"]) is None  # d is average
+    assert policy.compare_names("net", ["net", "lr"], ["a"]) is None  # a shortlist
+    assert "'net' and they have lr" in str(policy.compare_names("net", ["lr"], None))
+    assert "b are no choices, and B have" in str(policy.compare_names("net", ["net"], ["a", "B"]))

@@ -25,9 +25,13 @@ from optuna.testing.pytest_samplers import (
     RelativeSamplerTestCase,
     SingleOnlySamplerTestCase,
 )
+from optuna_lab import Climber, Swarm
 from sfda_tune_optuna import SFDASampler
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
+    pytest.mark.filterwarnings("ignore::sfda_tune_optuna.SFDAWarning"),  # no trial has a backbone
+]
 
 NAMES = (0, 1, 2, 3, "a", "b", "c", "x", "y", True, False)
 SCORES = {name: float(i % 7) for i, name in enumerate(NAMES)}
@@ -40,10 +44,14 @@ BASES = {
     "qmc": QMCSampler,
     "cmaes": lambda: CmaEsSampler(n_startup_trials=0, warn_independent_sampling=False),
     "gp": lambda: GPSampler(n_startup_trials=0),
+    # With state of their own; the second on the base class that OptunaHub's samplers have.
+    "swarm": Swarm,
+    "climber": Climber,
 }
+SINGLE = ("cmaes",)  # one objective
 
 
-QUICK = ("tpe", "random", "nsga2", "cmaes")
+QUICK = ("tpe", "random", "nsga2", "cmaes", "swarm", "climber")
 
 
 def cases(names=tuple(BASES), params=("backbone", "x")):
@@ -90,11 +98,11 @@ class TestRelative(_Fixture, RelativeSamplerTestCase):
     pass
 
 
-@pytest.mark.parametrize("sampler", cases([b for b in BASES if b != "cmaes"]), indirect=True)
+@pytest.mark.parametrize("sampler", cases([b for b in BASES if b not in SINGLE]), indirect=True)
 class TestMultiObjective(_Fixture, MultiObjectiveSamplerTestCase):
     pass
 
 
-@pytest.mark.parametrize("sampler", cases(["cmaes"]), indirect=True)
+@pytest.mark.parametrize("sampler", cases(SINGLE), indirect=True)
 class TestSingleOnly(_Fixture, SingleOnlySamplerTestCase):
     pass

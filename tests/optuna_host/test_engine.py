@@ -115,7 +115,7 @@ def test_no_time_is_no_evidence(job):
     assert (only.state, only.error) == ("failed", "no time for an epoch")
     study = open_study(limited)
     assert study.trials[0].state == TrialState.FAIL
-    assert observe(study, study.trials[:1], "backbone") == []
+    assert observe(study, study.trials[:1], "backbone") == ()
 
 
 def test_the_trial_of_a_dead_worker_goes_on_in_its_folder(job):
@@ -136,7 +136,7 @@ def test_the_trial_of_a_dead_worker_goes_on_in_its_folder(job):
     assert (heir.backbone, heir.params) == ("vit", SPACE.default())
     dead = study.trials[0]
     assert dead.state == TrialState.FAIL
-    assert observe(study, [dead], "backbone") == []  # nothing against the backbone
+    assert observe(study, [dead], "backbone") == ()  # nothing against the backbone
 
 
 def test_the_trial_of_a_living_worker_is_left_alone(job, tmp_path):

@@ -23,7 +23,7 @@ from optuna.pruners import (
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.trial import TrialState
 from optuna_lab import NAMES, VALUES, Log, make_trial, objective, spy_on
-from sfda_tune_optuna import SFDAPruner, SFDASampler, gate
+from sfda_tune_optuna import SFDAPruner, SFDASampler, SFDAWarning, gate
 
 from sfda_tune.selection import policy as decisions
 from sfda_tune.values.features import Score
@@ -216,7 +216,7 @@ def test_p12_gated_trials_do_not_reach_the_base_sampler():
             trial = ask(study, name)
             trial.suggest_float("lr", 1e-5, 1e-1, log=True)
             study.tell(trial, 0.5)
-    assert [seen for _, seen, _ in log] == [set(), {10}, set(), set(), {10}, {10, 11}]
+    assert [seen for _, seen, _ in log] == [set(), {10}, {10, 11}] * 2
 
 
 DISTRIBUTED = """
@@ -282,7 +282,7 @@ def test_p14_asking_twice_is_asking_once():
 
 def test_survivors_that_are_no_choices_are_an_error():
     """Else every trial would be stopped, and nobody told why."""
-    message = r"`survivors_or_ranking` must name some of the choices of 'backbone', \['a'"
+    message = r"`scores` must name some of the choices of 'backbone', \['a'"
     with pytest.raises(ValueError, match=message):
         ask(make_study(SFDAPruner(["typo"])), "f").should_prune()
     with pytest.raises(ValueError, match=message):
@@ -318,13 +318,12 @@ def test_a_ranking_keeps_its_best():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((VALUES, None), ValueError, "`keep` must say how many"),
-        ((["a"], 2), ValueError, "`keep` must be None when the survivors are named but is 2"),
+        ((["a"], 2), ValueError, "`keep` must be None when names are given instead of .* is 2"),
         (([], None), ValueError, "must be scores or a non-empty collection"),
         (("abc", None), ValueError, "must be scores or a non-empty collection"),
         ((VALUES, 2.5), ValueError, "`keep` must be an integer ≥ 1 but is 2.5"),
         ((VALUES, 0), ValueError, "`keep` must be an integer ≥ 1 but is 0"),
-        (({"a": math.nan}, 1), ValueError, "must hold a finite score"),
+        (({"a": math.nan}, 1), ValueError, "must be a mapping with a finite score"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, message):
@@ -333,3 +332,26 @@ def test_wrong_arguments_are_named(arguments, error, message):
         SFDAPruner(survivors, keep=keep)
     with pytest.raises(TypeError, match="`base_pruner` must be a pruner"):
         SFDAPruner(["a"], base_pruner=MedianPruner)
+
+
+# What it says -----------------------------------------------------------------------------------
+def test_a_wrong_name_is_said_once_under_any_sampler():
+    study = make_study(SFDAPruner(SURVIVORS))
+    study.optimize(lambda trial: len(trial.suggest_categorical("model", NAMES)), n_trials=1)
+
+    def run(trial):
+        trial.suggest_categorical("model", NAMES)
+        return float(trial.should_prune())
+
+    with pytest.warns(SFDAWarning, match="is 'backbone' and they have model: no trial") as said:
+        study.optimize(run, n_trials=4)
+    assert len(said) == 1
+
+
+def test_behind_a_patient_pruner_it_says_that_it_is_asked_too_late():
+    study = make_study(PatientPruner(SFDAPruner(SURVIVORS), 1))
+    trial = ask(study, "f")
+    for step in range(4):
+        trial.report(-step, step)
+    with pytest.warns(SFDAWarning, match=r"base_pruner=PatientPruner\(\.\.\.\)"):
+        assert trial.should_prune()

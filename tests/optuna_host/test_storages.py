@@ -247,23 +247,16 @@ def test_a_large_ranking_in_a_real_database(place):
 
 
 # What counts as evidence -------------------------------------------------------------------------
-def test_a_lost_worker_without_heartbeat_is_forgotten_in_time():
+def test_a_running_trial_is_never_forgotten():
+    """Six times as long as any other: nobody but a heartbeat knows that its worker is gone."""
     study = optuna.create_study()
     now = datetime.now()
-    for ago in (100, 70, 10):
-        start = now - timedelta(seconds=ago)
-        trial = make_trial("a", state="RUNNING", choices=NAMES)
-        trial.datetime_start = start
-        study.add_trial(trial)
-    assert len(observe(study, study.trials, "backbone")) == 3  # nothing finished: who knows
-    done = make_trial("b")
-    done.datetime_start, done.datetime_complete = now - timedelta(seconds=1), now
-    study.add_trial(done)
-    states = [o.state for o in observe(study, study.trials, "backbone")]
-    assert states == ["running", "complete"]  # after a minute, and five times the longest trial
-    done.datetime_start = now - timedelta(seconds=18)
-    study.add_trial(done)
-    assert len(observe(study, study.trials, "backbone")) == 4
+    running, done = make_trial("a", state="RUNNING", choices=NAMES), make_trial("b")
+    running.datetime_start = now - timedelta(hours=6)
+    done.datetime_start, done.datetime_complete = now - timedelta(hours=1), now
+    study.add_trials([running, done])
+    history = observe(study, study.trials, "backbone")
+    assert [o.state for o in history] == ["running", "complete"]
 
 
 def test_failures_count_unless_the_worker_was_killed():
@@ -291,7 +284,7 @@ def test_values_become_higher_is_better_and_finite():
         study.add_trial(make_trial("c", state="PRUNED", user_attrs={"sfda:gated": True}))
         study.add_trial(make_trial(None, 9.0))
         *history, gated = observe(study, study.trials, "backbone")
-        assert (gated.backbone, gated.state, gated.value) == ("c", "failed", None)
+        assert (gated.backbone, gated.state, gated.value) == ("c", "stopped", None)
         assert [o.value for o in history] == [sign * v for v in (1.0, 3.0, 3.0, 1.0, 2.0)]
         assert (history[4].state, history[4].step) == ("pruned", None)
         assert [o.params for o in history] == [{"lr": 0.01}] * 5

@@ -16,6 +16,7 @@ from ray.tune.schedulers import (
     ResourceChangingScheduler,
     TrialScheduler,
 )
+from sfda_tune_optuna import SFDAPruner
 from sfda_tune_ray import PerBackboneScheduler, SchedulerStateCallback, SFDAScheduler, SFDASearcher
 from tune_lab import SCORES, find_metric, find_trials
 
@@ -225,3 +226,47 @@ def test_trap_C19_all_backbones_get_their_turn():
     for name in "xy":
         controller.add(name)
     assert scheduler.choose_trial_to_run(controller).config["backbone"] == "y"
+
+
+# What it says -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("scores", "name", "message"),
+    [
+        (SCORES, "model/backbone", "is 'model/backbone' and they have backbone: no trial is"),
+        (["x"], "backbone", "names x, and all trials so far are stopped: d, e, f"),
+        ({"x": 1.0, "f": 0.5}, "backbone", "but d has no score and is stopped; kept are f, x"),
+    ],
+)
+def test_names_that_do_not_fit_are_said_once(caplog, scores, name, message):
+    scheduler = SFDAScheduler(scores, param_name=name)
+    controller = Controller(scheduler)
+    with caplog.at_level(logging.WARNING):
+        for backbone in "ffdeabc":
+            controller.add(backbone)
+            scheduler.choose_trial_to_run(controller)
+    assert len(caplog.records) == 1
+    assert message in caplog.records[0].getMessage()
+
+
+def test_names_that_fit_are_not_complained_of(caplog):
+    for scores in (SCORES, ["a", "b"]):
+        scheduler = SFDAScheduler(scores)
+        controller = Controller(scheduler)
+        for backbone in "fabcde":
+            controller.add(backbone)
+        with caplog.at_level(logging.INFO):
+            scheduler.choose_trial_to_run(controller)
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+    assert "backbone f stopped before training: not among the 2 kept" in caplog.text
+
+
+def test_keep_means_the_same_as_in_optuna():
+    assert SFDAScheduler(SCORES).survivors == SFDAPruner(SCORES).survivors == {*"abcde"}
+    for make_it in (SFDAScheduler, SFDAPruner):
+        for arguments, message in (
+            ((["a"], 2), "`keep` must be None when names are given instead of scores but is 2"),
+            (([], None), "`scores` must be scores or a non-empty collection of names"),
+            ((SCORES, 0), "`keep` must be an integer ≥ 1 but is 0"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                make_it(arguments[0], keep=arguments[1])

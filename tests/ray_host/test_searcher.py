@@ -11,6 +11,7 @@ import pickle
 import numpy as np
 import optuna
 import pytest
+from hyperopt import hp
 from ray import tune
 from ray.tune.search import (
     BasicVariantGenerator,
@@ -451,7 +452,7 @@ def test_trap_S11_S12_metric_mode_and_space_are_set_once():
         ),
         ({"backbone": "a", "lr": tune.grid_search([1, 2])}, "but 'lr' is one"),
         ({"backbone": tune.uniform(0, 1)}, "`backbone` must be a tune.choice"),
-        ({"backbone": tune.choice(["x", "y"])}, "must hold the choices .* has none of"),
+        ({"backbone": tune.choice(["x", "y"])}, "must be for the choices .* has none of"),
         ({"backbone": tune.choice(["b", "c"])}, "points_to_evaluate` must be backbones among"),
     ],
 )
@@ -480,6 +481,40 @@ def test_trap_S15_a_base_with_a_space_of_its_own_stays_active():
         assert all(1e-5 <= config["lr"] <= 1e-1 for config in configs)
     late = SFDASearcher(SCORES, base_searcher=OptunaSearch(own, metric="acc", mode="max"))
     assert late.set_search_properties("acc", "max", dict(LR)) is False  # Tune says what to do
+
+
+def conditional(trial):
+    if trial.suggest_categorical("backbone", NAMES) == "a":
+        trial.suggest_float("drop_path", 0, 0.3)
+    else:
+        trial.suggest_float("bn_momentum", 0, 1)
+    trial.suggest_float("lr", 0, 1)
+
+
+def test_a_base_with_a_conditional_space_is_held_to_the_backbone():
+    for options in ({}, {"conditional": False}):
+        base = OptunaSearch(conditional, metric="acc", mode="max", seed=0)
+        searcher = make(base, {"backbone": backbone_space(SCORES)}, **options)
+        configs = drive(searcher, 30)
+        for config in configs:
+            own = "drop_path" if config["backbone"] == "a" else "bn_momentum"
+            assert config.keys() == {"backbone", "lr", own}
+        assert len({config["backbone"] for config in configs}) > 2
+
+
+def test_a_base_that_cannot_be_held_to_a_backbone_is_refused():
+    space = {
+        "lr": hp.uniform("lr", 0, 1),
+        "model": hp.choice("model", [{"backbone": name} for name in NAMES]),
+    }
+    base = HyperOptSearch(space, metric="acc", mode="max", random_state_seed=0)
+    searcher = SFDASearcher(
+        SCORES, base_searcher=base, param_name="model/backbone", metric="acc", mode="max", seed=0
+    )
+    with pytest.raises(
+        ValueError, match=r"HyperOptSearch cannot be held to '.'; use OptunaSearch"
+    ):
+        [searcher.suggest(f"t{i}") for i in range(3)]
 
 
 @each_base

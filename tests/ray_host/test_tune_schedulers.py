@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ray import tune
+from ray.tune.logger import LoggerCallback
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler
 from ray.tune.search.optuna import OptunaSearch
 from sfda_tune_ray import (
@@ -66,6 +67,33 @@ def test_trap_C14_C16_a_veto_counts_as_a_sample_and_as_pruned(tmp_path):
     )  # fmt: skip
     assert [r.metrics.get("acc") for r in results] == [None, VALUES["a"]]
     assert [t.state.name for t in find_study(base).trials] == ["PRUNED", "COMPLETE"]
+
+
+class Tracker(LoggerCallback):
+    """Opens a run when a trial starts, as those for MLflow, W&B and Comet do."""
+
+    def __init__(self):
+        self.runs, self.closed = {}, []
+
+    def log_trial_start(self, trial):
+        self.runs[trial] = []
+
+    def log_trial_result(self, iteration, trial, result):
+        self.runs[trial].append(result["acc"])
+
+    def log_trial_end(self, trial, failed=False):
+        self.closed.append(self.runs.pop(trial))
+
+
+def test_loggers_that_open_a_run_per_trial_do_not_hear_of_vetoed_ones(tmp_path):
+    tracker = Tracker()
+    results = fit(
+        train, tmp_path, {"backbone": tune.grid_search(NAMES[:4])},
+        scheduler=SFDAScheduler(SCORES, keep=2), callbacks=[tracker], **MAX,
+    )  # fmt: skip
+    assert not results.errors
+    assert sorted(tracker.closed) == [[VALUES["b"]], [VALUES["a"]]]
+    assert tracker.runs == {}
 
 
 DRIVER = """
