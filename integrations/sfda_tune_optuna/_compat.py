@@ -165,11 +165,24 @@ def rekey(base: BaseSampler, key: Sequence[int]) -> None:
             state.seed(seeds.generate_state(8))
 
 
-def forget_spaces(base: BaseSampler) -> None:
-    """Empty the caches of search spaces: they go by the trial's number, for one backbone only."""
-    for part in walk_parts(base):
-        if isinstance(part, (IntersectionSearchSpace, _GroupDecomposedSearchSpace)):
-            vars(part).update(vars(type(part)(include_pruned=part._include_pruned)))
+def load_spaces(base: BaseSampler, saved: Sequence[dict[str, Any]]) -> None:
+    """Give the caches of search spaces what `save_spaces` returned, or empty them.
+
+    They go by the trial's number alone, and would return another backbone's space.
+    """
+    for i, part in enumerate(_find_spaces(base)):
+        fresh = type(part)(include_pruned=part._include_pruned)
+        vars(part).update(saved[i] if i < len(saved) else vars(fresh))
+
+
+def save_spaces(base: BaseSampler) -> list[dict[str, Any]]:
+    """Return what the caches of search spaces hold."""
+    return [dict(vars(part)) for part in _find_spaces(base)]
+
+
+def _find_spaces(base: BaseSampler) -> list[Any]:
+    kinds = (IntersectionSearchSpace, _GroupDecomposedSearchSpace)
+    return [part for part in walk_parts(base) if isinstance(part, kinds)]
 
 
 def find_fixed(study: Study, sampler: BaseSampler, base: BaseSampler) -> dict[str, Any]:

@@ -469,6 +469,8 @@ class SFDASearcher(Searcher):
         if self._space is None and state["space"] is not None:
             space = _compat.unpack_space(state["space"])  # `Tuner.restore` does not tell it again
             self.set_search_properties(state["metric"], state["mode"], space)
+        if isinstance(self._base, RandomSearcher):  # for backbones opened later
+            self._base = RandomSearcher(state["seed"])
         bases = {}
         for key, blob in state["bases"].items():
             bases[key] = self._make_base(key)
