@@ -30,7 +30,6 @@ from sfda_tune_optuna.history import (
     observe,
     read_backbone,
 )
-from sfda_tune_optuna.previous import read_all, recall
 from sfda_tune_optuna.pruner import SFDAPruner
 from sfda_tune_optuna.views import BackboneView, Kinds
 
@@ -100,12 +99,6 @@ class SFDASampler(BaseSampler):
         the durations of its trials.
     cost_exponent : float, default 0.0
         How much costs count; 0 is not at all.
-    previous : sequence of Study, optional
-        Studies on other data, with one objective: what their trials say of the other parameters,
-        discounted by how alike the first trials of this study respond
-        (`sfda_tune_optuna.previous`). Experimental: with three other CLIP tables a study took .75
-        to .83 of the trials on the tables it was made on, and 1.1 times as many on others. Not
-        saved with the study, and not for NSGA-II/III, Grid and BruteForce.
     seed : int, optional
         Governs the choice and what the base sampler draws: before each trial the generators in
         its attributes, lists, dicts and inner samplers are seeded by the trial's number. So
@@ -143,7 +136,6 @@ class SFDASampler(BaseSampler):
         conditional: bool = True,
         costs: Mapping[str, float] | None = None,
         cost_exponent: float = 0.0,
-        previous: Sequence[Study] = (),
         seed: int | None = None,
     ) -> None:
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
@@ -172,7 +164,6 @@ class SFDASampler(BaseSampler):
             base_sampler = _compat.make_whole_grid(base_sampler, param_name, names)
         self._base = base_sampler
         self._conditional = bool(conditional)
-        self._previous = read_all(previous, param_name)
         self._assignments: OrderedDict[tuple[int, int], _Assignment] = OrderedDict()
         # By storage, too: two may have one of the same name and number.
         self._studies: WeakKeyDictionary[BaseStorage, dict[int, _StudyState]] = WeakKeyDictionary()
@@ -461,18 +452,14 @@ class SFDASampler(BaseSampler):
             return _compat.View(study, [t for t in trials if GATED not in t.user_attrs])
         choices = find_choices(trials, self._param_name) or ()
         choice = {backbone_name(c): c for c in choices}.get(backbone, backbone)
-        levels, past = [], []
+        levels = []
         for i, sign in enumerate(find_signs(study)):
             options = {"leave_out": trial.number, **({"objective": i} if i else {})}
             history = self._observe(study, trials, **options)
             found = self.policy.estimate_levels(history, follows_scores=i == 0)
             levels.append({name: sign * level for name, level in found.items()})
-        if self._previous and trial.number % 2 == 0:  # the others insure against misleading ones
-            require("previous", len(levels), "left out with several objectives", len(levels) == 1)
-            args = (self._previous, study, trials, self._param_name, self.policy.scores)
-            past = recall(*args, levels[0].get(backbone, 0.0))
         kinds = self._find_state(study).kinds
-        args = (self._param_name, backbone, choice, levels, kinds, past)
+        args = (self._param_name, backbone, choice, levels, kinds)
         return BackboneView(study, trials, *args)
 
     def _infer_space(

@@ -34,8 +34,6 @@ class BackboneView:
         What each backbone is expected to reach, for each objective.
     kinds : Kinds
         Of the study.
-    past : sequence of FrozenTrial
-        Trials of earlier studies, see `sfda_tune_optuna.previous.recall`.
     """
 
     def __init__(
@@ -47,10 +45,8 @@ class BackboneView:
         choice: Any,
         levels: Sequence[Mapping[str, float]],
         kinds: Kinds,
-        past: Sequence[FrozenTrial] = (),
     ) -> None:
         self._study, self._kinds = study, kinds
-        self._past = [fix_param(trial, param_name, choice, ()) for trial in past]
         self._trials: list[FrozenTrial] = []
         self._own: list[FrozenTrial] = []
         for trial in trials:
@@ -82,7 +78,7 @@ class BackboneView:
                 fitting[id(kind)] = space.items() <= kind
             return fitting[id(kind)]
 
-        return View(self._study, [t for t in (*self._past, *self._trials) if fits(t)])
+        return View(self._study, [t for t in self._trials if fits(t)])
 
 
 class Kinds:

@@ -41,7 +41,6 @@ from sfda_tune_optuna import (
     save_ranking,
 )
 from sfda_tune_optuna.history import observe
-from sfda_tune_optuna.previous import LEAST, find_likeness, find_response, read_all, recall
 
 from sfda_tune.selection import policy as decisions
 from sfda_tune.values.features import Score
@@ -965,60 +964,6 @@ def test_every_decision_is_one_line_of_the_log(caplog):
     left = [text for text in said if text.endswith("left to TPESampler")]
     assert left
     assert len(said) >= 20
-
-
-# Earlier studies --------------------------------------------------------------------------------
-def bump(trial, names=NAMES, sign=1.0, optimum=-3.0):
-    """The same optimum of lr for every backbone, on every data set."""
-    offset = names.index(trial.suggest_categorical("backbone", names)) / 10
-    lr = trial.suggest_float("lr", 1e-6, 1.0, log=True)
-    return sign * (-((np.log10(lr) - optimum) ** 2) - offset)
-
-
-def make_earlier(seed, **options):
-    names = ["x", "y", "z"]  # other backbones, in another unit, on other data
-    study = optuna.create_study(direction="minimize", sampler=RandomSampler(seed=seed))
-    study.optimize(lambda t: 100 * bump(t, names, -1.0, **options) + 7, n_trials=30)
-    return study
-
-
-def distance(previous, seed, n=7):
-    study = make_study(SFDASampler(VALUES, previous=previous, seed=seed))
-    study.optimize(bump, n_trials=n)
-    return float(np.mean([abs(np.log10(t.params["lr"]) + 3) for t in study.trials[:n]]))
-
-
-def test_earlier_studies_tell_of_the_parameters():
-    earlier = [make_earlier(seed) for seed in range(3)]
-    alone = np.mean([distance([], seed) for seed in range(6)])
-    warmed = np.mean([distance(earlier, seed) for seed in range(6)])
-    assert warmed < 0.85 * alone
-
-
-def test_earlier_studies_that_do_not_respond_alike_are_left_out():
-    misled = read_all([make_earlier(0, optimum=0.0)], "backbone")[0]
-    alike = read_all([make_earlier(0)], "backbone")[0]
-    study = make_study(SFDASampler(VALUES, seed=0))
-    study.optimize(bump, n_trials=12)
-    trials, response = find_response(study, study.trials, "backbone", VALUES)
-    rhos = [find_likeness(one, trials, response, "backbone") for one in (alike, misled)]
-    assert rhos[0] > 0.5
-    assert rhos[1] < LEAST
-    assert recall([misled], study, study.trials, "backbone", VALUES, 0.0) == []
-    shown = recall([alike], study, study.trials, "backbone", VALUES, 0.5)
-    best = max(shown, key=lambda trial: trial.value)
-    assert abs(np.log10(best.params["lr"]) + 3) < 0.5
-    assert len({t.number for t in shown}) == len(shown) == 24
-
-
-def test_earlier_studies_must_be_studies_with_one_objective():
-    two = optuna.create_study(directions=["maximize", "maximize"])
-    for previous, message in (([two], "studies with one objective"), (["s"], "list of studies")):
-        with pytest.raises(ValueError, match=message):
-            SFDASampler(VALUES, previous=previous)
-    two.sampler = SFDASampler(VALUES, previous=[make_earlier(0)], seed=0)
-    with pytest.raises(ValueError, match="left out with several objectives"):
-        two.optimize(lambda trial: (bump(trial), 1.0), n_trials=1)
 
 
 def test_one_sampler_may_serve_two_studies():
