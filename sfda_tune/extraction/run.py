@@ -209,10 +209,10 @@ def extract_within(
     if not plan.lacking:
         return
     if store is not None and store.has_outdated:
-        warnings.warn(
-            f"what an earlier version kept in {store.root} is not used; `sfda-tune cache clear "
-            "--outdated` deletes it",
-            stacklevel=2,
+        logger.warning(  # nothing is wrong with this run: no warning, which some make an error
+            "what an earlier version kept in %s is not used; `sfda-tune cache clear --outdated` "
+            "deletes it",
+            store.root,
         )
     settings = replace(settings, device=resolve(settings.device))
     tell = progress.advance if progress and map_fn is None and executor is None else None

@@ -247,8 +247,7 @@ class FeatureStore:
             "unreadable": json.dumps({str(row): why for row, why in segment.unreadable.items()}),
             "parts": json.dumps(segment.parts),
         }
-        # By what it holds, not by what it took: the same features have the same name anywhere.
-        name = f"{len(segment.images)}-{_digest(x, header, TEXTS[:-1])}"
+        name = f"{len(segment.images)}-{_name(segment, key)}"
         header["digest"] = _digest(x, header)
         try:
             self._write(key, name, save({"x": x}, metadata=header))
@@ -661,6 +660,22 @@ def _digest(x: np.ndarray, header: Mapping[str, str], told: Sequence[str] = TEXT
 def nothing() -> np.ndarray:
     """Return the features of no image."""
     return np.empty((0, 0), np.float32)
+
+
+def _name(segment: _Segment, key: str) -> str:
+    """Return a digest of what a segment holds, not of what it took, in whatever order.
+
+    So the same features have the same name anywhere: of two processes that join the same ones each
+    in its own order, neither deletes what the other has written.
+    """
+    order = sorted(range(len(segment.images)), key=segment.images.__getitem__)
+    readable = np.array([row not in segment.unreadable for row in range(len(order))], bool)
+    at = np.cumsum(readable) - 1
+    told = {segment.images[i]: segment.unreadable[i] for i in order if not readable[i]}
+    header = {"format": FORMAT, "key": key, "unreadable": json.dumps(told)}
+    header["images"] = " ".join(segment.images[i] for i in order)
+    x = np.ascontiguousarray(segment.x[[at[i] for i in order if readable[i]]])
+    return _digest(x, header, TEXTS[:-1])
 
 
 def _sum_up(told: Iterable[tuple[Mapping[str, Any], float]]) -> dict[str, Any]:

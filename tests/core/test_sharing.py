@@ -236,14 +236,18 @@ def test_a_limit_holds_and_spares_what_the_run_needs(photos, zoo, tmp_path, monk
     assert {name for _, name in store.summary()} == {zoo[0].name}
 
 
-def test_features_of_an_earlier_version_are_not_used_and_that_is_said(photos, zoo, tmp_path):
+def test_features_of_an_earlier_version_are_not_used_and_that_is_said(
+    photos, zoo, tmp_path, caplog
+):
     old = tmp_path / "features" / "ab" / f"{'ab' * 20}.safetensors"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"x")
     store = FeatureStore(tmp_path)
-    with pytest.warns(UserWarning, match="an earlier version kept in .* --outdated` deletes it"):
-        run(open_dataset(photos), zoo[:1], store=store)
+    run(open_dataset(photos), zoo[:1], store=store)
+    said = f"what an earlier version kept in {tmp_path} is not used; `sfda-tune cache clear"
+    assert caplog.text.count(said) == 1
     run(open_dataset(photos), zoo[:1], store=store)  # who misses nothing is not told
+    assert caplog.text.count(said) == 1
     assert old.exists()
 
 

@@ -230,6 +230,19 @@ def test_what_is_joined_while_it_is_read_is_read_again(tmp_path, monkeypatch):
     assert store.get(KEY, images).x[:, 0].tolist() == list(range(40))
 
 
+def test_the_same_images_in_another_order_have_the_same_name(tmp_path):
+    """Else two processes that join them might each delete what the other has just written."""
+    one, two = FeatureStore(tmp_path / "one"), FeatureStore(tmp_path / "two")
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    info, names = {"dataset": "d"}, ["a", "b", "bad", "c", "e"]
+    rows = np.array([0, 1, 3, 4])
+    one.put(KEY, names, Entry(x, rows, {2: "x"}, info))
+    two.put(KEY, names[::-1], Entry(x[::-1].copy(), np.array([0, 1, 3, 4]), {2: "x"}, info))
+    assert one._list(KEY) == two._list(KEY)
+    two.put(KEY, names, Entry(x + 1, rows, {2: "x"}, info))
+    assert len(two._list(KEY)) == 2
+
+
 def _join_and_look(root):
     store, images = FeatureStore(root), [f"i{k}" for k in range(40)]
     for _ in range(20):
