@@ -94,7 +94,7 @@ def test_features_in_a_bucket(environment, tmp_path):
         listed = urllib.request.urlopen(f"{url}/photos?list-type=2").read().decode()
         keys = re.findall("<Key>([^<]+)</Key>", listed)
         assert len(keys) == 2
-        assert all(key.startswith("x/features/") for key in keys)
+        assert all(key.startswith("x/segments/") for key in keys)
         rank("again.json")
     first, again = (Ranking.from_json(tmp_path / f"{name}.json") for name in ("first", "again"))
     assert dict(first) == dict(again) == dict(Ranking.from_json(tmp_path / "none.json"))
