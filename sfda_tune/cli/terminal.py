@@ -46,6 +46,7 @@ def show_ranking(ranking: Ranking) -> None:
     columns = headings if set(_SURE) <= set(headings) or not sure else _with_odds(headings)
     rows = [dict(zip(headings, cells, strict=True)) for cells in ranking.cells()]
     rows = [dict.fromkeys(_SURE, "") | sure.get(row["backbone"], {}) | row for row in rows]
+    columns = [c for c in columns if c not in _IF_ANY or any(row[c] for row in rows)]
     shown = _columns(columns, rows)
     for name in shown:
         if name == "backbone":  # folded where the terminal is narrow
@@ -78,6 +79,9 @@ def show_ranking(ranking: Ranking) -> None:
 
 
 _SURE = ("90% ranks", "P(best)")
+FIRST = {"full": "Fine-tune", "head": "Train a head on"}
+_IF_ANY = ("because of", "note")
+TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
 
 
 def _sure(c: Confidence) -> dict[str, dict[str, str]]:
@@ -136,15 +140,12 @@ def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
     if odds is not None and trained and len(odds.names) > 1:
         first, best = str(odds.names[0]), list(odds.best.values())
         lines.append(
-            f"Fine-tune {printable(first)} first: of these {len(best)} it will be the best with "
-            f"probability {best[0]:.2f}, and one of the first three with {sum(best[:3]):.2f}."
+            f"{FIRST[ranking.info['train']]} {printable(first)} first: of these {len(best)} it will "
+            f"be the best with probability {best[0]:.2f}, and one of the first three with {sum(best[:3]):.2f}."
         )
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]
-        by = "by this score"
-        if trained:
-            by = "a head is trained" if ranking.info["train"] == "head" else "fine-tuning"
-            by = f"once {by}" if by[0] == "a" else f"after {by}"
+        by = TRAINED[ranking.info["train"]] if trained else "by this score"
         if trained and len(names) == len(odds.names) > 1:
             lines.append(f"Any of them may be the best {by}.")
         elif trained or len(names) > 1:
@@ -182,7 +183,7 @@ def print_table(table: Table) -> None:
 
 def _columns(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
     """Leave out the less important columns where the terminal is too narrow for all."""
-    shown = [c for c in columns if c not in ("because of", "note") or any(r[c] for r in rows)]
+    shown = list(columns)
     room = output.width if output.is_terminal else 10_000
     wide = {c: max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown}
     for name in ("because of", "images/s", "params", "width", "score", *_SURE):

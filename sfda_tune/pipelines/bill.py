@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from sfda_tune.backbones.devices import compute, few_threads, resolve_device
-from sfda_tune.backbones.loading import Description, create, load, measure_cost
+from sfda_tune.backbones.devices import compute, resolve_device
+from sfda_tune.backbones.loading import Description, create, load
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import find_pending
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import open_store
 from sfda_tune.metrics.priors import look_up_facts
-from sfda_tune.values.text import some
+from sfda_tune.pipelines.budget import time_decoding
+from sfda_tune.pipelines.latency import time_forward
+from sfda_tune.pipelines.ranking import find_prices, measure_sizes
+from sfda_tune.values.text import format_duration, some
 
 __all__ = ["Bill", "draw_up_bill"]
 
-BATCH, PATIENCE = 8, 5.0  # images of a trial run, and the seconds it may take
+BATCH, PATIENCE = 8, 5.0  # images of a trial run; the seconds that decoding may take
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ class Bill:
         lines = [
             f"{self.n_backbones} backbones, {self.n_images} images: {self.n_computed} forward "
             f"passes, {self.n_kept} more are kept from before",
-            f"about {_say_time(self.forward)} of forward passes, {_say_time(self.decode)} of "
-            "decoding beside them; measured here just now, on the machine as it is",
+            f"about {format_duration(self.forward)} of forward passes, "
+            f"{format_duration(self.decode)} of decoding beside them; measured here just now, on the machine as it is",
             f"{_say_size(self.disk)} of features on disk, {_say_size(self.memory)} of memory for "
             "the largest network",
         ]
@@ -111,8 +107,9 @@ def draw_up_bill(
         images = images.sample(samples, seed=seed)
     pending, failed = find_pending(images, candidates, store, precision)
     missing = {name: p for name, p in pending.items() if p.n_images}
-    facts = look_up_facts(p.description.backbone.spec for p in missing.values())
-    prices = {name: _find_price(p.description, facts) for name, p in missing.items()}
+    todo = [p.description.backbone for p in missing.values()]
+    found = look_up_facts(backbone.spec for backbone in todo)
+    prices = find_prices(measure_sizes(todo, {b.name: found[b.spec] for b in todo}))
     n_computed = sum(p.n_images for p in missing.values())
     absent = [name for name, p in pending.items() if not p.is_local]
     sizes = {name: 4 * p.description.n_params for name, p in pending.items()}
@@ -125,67 +122,25 @@ def draw_up_bill(
         sum(sizes[name] for name in absent),
         sum(4 * (p.description.n_dims or 0) * p.n_images for p in missing.values()),
         max(sizes.values(), default=0),
-        _time_decoding(images) * max((p.n_images for p in missing.values()), default=0),
+        time_decoding(images, PATIENCE) * max((p.n_images for p in missing.values()), default=0),
         _time_forward({name: p.description for name, p in missing.items()}, prices, settings)
         * sum(prices[name] * p.n_images for name, p in missing.items()),
         failed,
     )
 
 
-def _find_price(description: Description, facts: Mapping[str, Any]) -> float:
-    """Return about what an image costs: 10⁹ multiplications, and activations that count little."""
-    backbone = description.backbone
-    gmacs, macts = facts[backbone.spec].gmacs, facts[backbone.spec].macts
-    if not math.isfinite(gmacs):
-        gmacs, macts = measure_cost(backbone)
-    price = gmacs + macts / 20
-    if math.isfinite(price):
-        return price
-    return max(description.n_params, 1) / 1e8  # a network of one's own
-
-
 def _time_forward(
     descriptions: Mapping[str, Description], prices: Mapping[str, float], settings: Settings
 ) -> float:
     """Return the seconds for a price of 1, by the network in the middle with any weights."""
-    import torch
-
     if not prices:
         return 0.0
     name = sorted(prices, key=lambda name: prices[name])[len(prices) // 2]
-    backbone, p = descriptions[name].backbone, descriptions[name].preprocessing
-    module = load(backbone)[0] if backbone.load else create(backbone, pretrained=False)
-    module = module.eval().to(settings.device)
-    x, times = torch.zeros(BATCH, *p.output_size, device=settings.device), []
-    until = time.perf_counter() + PATIENCE
-    with (
-        torch.inference_mode(),
-        compute(settings.device, settings.precision),
-        few_threads(module, p),
-    ):
-        while len(times) < 2 or (len(times) < 6 and time.perf_counter() < until):
-            started = time.perf_counter()
-            module(x).sum().item()  # waits for the device
-            times.append(time.perf_counter() - started)
-    return float(np.median(times[1:])) / BATCH / prices[name]
-
-
-def _time_decoding(images: ImageDataset) -> float:
-    started, n = time.perf_counter(), 0
-    for row in np.linspace(0, len(images) - 1, 8).astype(int):
-        with suppress(UnreadableImage):
-            images.load(row)
-        n += 1
-        if time.perf_counter() - started > PATIENCE:
-            break
-    return (time.perf_counter() - started) / n
-
-
-def _say_time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    backbone, preprocessing = descriptions[name].backbone, descriptions[name].preprocessing
+    module = load(backbone)[0] if backbone.load else create(backbone, pretrained=False).eval()
+    with compute(settings.device, settings.precision):
+        ms = time_forward(module, preprocessing, settings.device, BATCH)
+    return ms / 1000 / BATCH / prices[name]
 
 
 def _say_size(n: float) -> str:

@@ -227,14 +227,17 @@ def rank(
     from sfda_tune.pipelines.progress import as_progress
 
     started = time.perf_counter()
-    result, interrupted = None, False
+    result, facts, interrupted = None, None, False
     demand = None if executor is None else OnDemand(executor)
     with demand or nullcontext(), as_progress(progress) as bar:
         copies = _Copies(whole, codes, twins)
         run = _RankingRun(images, candidates, settings, store, map_fn, demand, scorer, copies)
         try:
             if race:
-                judge = find_judge(candidates, train or "full") if forecasts else None
+                judge = None
+                if forecasts:
+                    facts = find_candidate_facts(candidates)
+                    judge = partial(simulate_forecast, facts=facts, train=train or "full")
                 result = run.race(RaceConfig(top, seed=seed), bar, judge)
             elif seconds is not None:
                 facts = find_candidate_facts(candidates)
@@ -275,8 +278,11 @@ def rank(
         }
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
-    if not (interrupted or unseen):
-        add_sizes(run.scores, candidates)
+    if facts is None and not interrupted:
+        facts = find_candidate_facts(candidates)
+    if facts is not None:
+        known = [b for b in candidates if b.name in unseen or run.scores[b.name].error is None]
+        add_sizes(run.scores, known, facts)
     ranking = Ranking(
         tuple(scorer.combine(list(run.scores.values()))),
         scorer.label,
@@ -290,21 +296,21 @@ def rank(
     return ranking
 
 
-def find_judge(candidates: list[Backbone], train: str) -> Judge:
-    """Return what makes of scores of candidates the forecasts by which a race is decided."""
-    return partial(simulate_forecast, facts=find_candidate_facts(candidates), train=train)
-
-
 def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:
     """Return what is known of candidates; sizes are measured where the others are known."""
     found = look_up_facts(backbone.spec for backbone in candidates)
     facts = {backbone.name: found[backbone.spec] for backbone in candidates}
-    if is_known(facts):
-        for backbone in candidates:
-            if not math.isfinite(facts[backbone.name].gmacs):
-                size = dict(zip(("gmacs", "macts"), measure_cost(backbone), strict=True))
-                facts[backbone.name] = replace(facts[backbone.name], **size)
-    return facts
+    return measure_sizes(candidates, facts) if is_known(facts) else facts
+
+
+def measure_sizes(candidates: list[Backbone], facts: Mapping[str, Facts]) -> dict[str, Facts]:
+    """Return the facts with the sizes of networks that timm's tables lack."""
+    sized = dict(facts)
+    for backbone in candidates:
+        if not math.isfinite(facts[backbone.name].gmacs):
+            gmacs, macts = measure_cost(backbone)
+            sized[backbone.name] = replace(facts[backbone.name], gmacs=gmacs, macts=macts)
+    return sized
 
 
 def find_prices(facts: Mapping[str, Facts]) -> dict[str, float]:
@@ -328,19 +334,16 @@ def order_by_promise(facts: Mapping[str, Facts]) -> list[str]:
     return sorted(facts, key=lambda name: -best[name] / price[name])
 
 
-def add_sizes(scores: dict[str, Score], candidates: list[Backbone]) -> None:
-    """Add what a forecast asks of networks that timm's tables lack, if they know the others."""
+def add_sizes(
+    scores: dict[str, Score], candidates: list[Backbone], facts: Mapping[str, Facts]
+) -> None:
+    """Add to details what a forecast asks of networks that timm's tables lack."""
     found = look_up_facts(backbone.spec for backbone in candidates)
-    facts = {backbone.name: found[backbone.spec] for backbone in candidates}
-    if not is_known(facts):
-        return
     for backbone in candidates:
-        score = scores[backbone.name]
-        if score.error is None and not math.isfinite(facts[backbone.name].gmacs):
-            gmacs, macts = measure_cost(backbone)
-            if math.isfinite(gmacs):
-                details = {**score.details, "gmacs": gmacs, "macts": macts}
-                scores[backbone.name] = replace(score, details=details)
+        fact, score = facts[backbone.name], scores[backbone.name]
+        if not math.isfinite(found[backbone.spec].gmacs) and math.isfinite(fact.gmacs):
+            details = {**score.details, "gmacs": fact.gmacs, "macts": fact.macts}
+            scores[backbone.name] = replace(score, details=details)
 
 
 class _Copies:

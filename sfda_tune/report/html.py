@@ -32,7 +32,7 @@ from sfda_tune.selection.tables import listed
 from sfda_tune.selection.uncertainty import Confidence, shortlist
 from sfda_tune.values.files import write_text
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import describe_images, printable
+from sfda_tune.values.text import describe_images, format_duration, printable
 
 __all__ = ["render", "save_plots", "write_report"]
 
@@ -94,7 +94,12 @@ def render(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters |= {"count": shorten, "soft": _soften, "duration": _duration, "number": _number}
+    env.filters |= {
+        "count": shorten,
+        "soft": _soften,
+        "duration": format_duration,
+        "number": _number,
+    }
     env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
@@ -156,12 +161,12 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
 def _rows(ranking: Ranking, sure: Confidence | None) -> list[dict[str, Any]]:
     """Return one row per scored backbone: `Ranking.records`, what it is ranked by, the odds."""
     known = {r["backbone"]: r for r in sure.records()} if sure else {}
-    rows = []
+    rows, trained = [], is_forecast(ranking)
     for r in ranking.records()[: len(ranking) - len(ranking.failed)]:
         value, odds = ranking[r["backbone"]], known.get(r["backbone"], {})
         between = {"low": odds.get("score_low", value), "high": odds.get("score_high", value)}
         odds = {k: odds[k] for k in ("rank_low", "rank_high", "p_best") if odds}
-        shown = [_in_figures(r["forecast"], v) for v in (value, *between.values())]
+        shown = [_in_figures(v, trained) for v in (value, *between.values())]
         letters = (
             chr(96 + g) if g <= 26 else str(g)
             for g in known.get(r["backbone"], {}).get("groups", ())
@@ -171,8 +176,8 @@ def _rows(ranking: Ranking, sure: Confidence | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _in_figures(forecast: float | None, value: float) -> str:
-    return f"{value:.4f}" if forecast is None else f"{value:+.2f}"
+def _in_figures(value: float, trained: bool) -> str:
+    return f"{value:+.2f}" if trained else f"{value:.4f}"
 
 
 def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
@@ -224,14 +229,14 @@ def _costs(run: Run, key: str) -> dict[str, float]:
 def _tradeoffs(run: Run) -> list[dict[str, Any]]:
     """Set score against cost; a mark is (x, y, kind, label, what it is)."""
     charts, scores = [], run.ranking
-    by = 1.0 if is_forecast(scores) else None
+    trained = is_forecast(scores)
     rank = {name: i for i, name in enumerate(scores, 1)}
     for key, label, more in COSTS:
         costs = _costs(run, key)
         x, y = Axis.over(costs.values(), log=True), Axis.over(scores[n] for n in costs)
         at = {n: (x.at(cost), y.at(scores[n])) for n, cost in costs.items()}
         text = {
-            n: f"{n}: {_in_figures(by, scores[n])}, {shorten(float(f'{c:.4g}'))} {label}"
+            n: f"{n}: {_in_figures(scores[n], trained)}, {shorten(float(f'{c:.4g}'))} {label}"
             for n, c in costs.items()
         }
         front = find_front(scores, costs, maximize=more)
@@ -394,17 +399,3 @@ def _words(key: Any) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
-
-
-def _duration(seconds: float | None) -> str:
-    """Format seconds for people.
-
-    >>> [_duration(s) for s in (0.42, 75, 7321, None)]
-    ['0.42 s', '1 min 15 s', '2 h 2 min', '–']
-    """
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "csv_line", "describe_images", "format_count", "integer", "is_integer", "is_number",
+    "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer", "is_number",
     "json_text", "one_line", "parse_bytes", "printable", "read_csv_cell", "require", "some",
 ]  # fmt: skip
 
@@ -172,3 +172,17 @@ def some(values: Iterable[object], limit: int = 5, between: str = ", ") -> str:
     values = list(values)
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return between.join(map(str, values[:limit])) + more
+
+
+def format_duration(seconds: float | None) -> str:
+    """Format seconds for people.
+
+    >>> [format_duration(s) for s in (0.42, 75, 7321, None)]
+    ['0.42 s', '1 min 15 s', '2 h 2 min', '–']
+    """
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -86,6 +86,7 @@ def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_p
     ranking = Ranking.from_json(tmp_path / "r.json")
     assert [line.split("│")[2].strip() for line in out.splitlines() if "│ " in line] == [*ranking]
     again, err = cli_here("rank", *arguments, "--out", tmp_path / "r.csv", both=True)
+    assert "No room" not in err
     specs = [ranking.score(name).details["spec"] for name in ranking.shortlist(3)]
     words = ["sfda-tune", "search", str(photos), "--backbones", *specs]
     assert f"Next: {shlex.join(words)}" in " ".join(err.split("\n"))

@@ -373,9 +373,10 @@ def test_sizes_are_counted_where_the_table_knows_most(monkeypatch):
     own = resolve_backbones("demo:resnet_glyphs")
     known = resolve_backbones(NAMES)
     scores = {b.name: Score(b.name, 0.5) for b in [*known, *own]}
-    pipeline.add_sizes(scores, [*known, *own])
+    candidates = [*known, *own]
+    pipeline.add_sizes(scores, candidates, pipeline.find_candidate_facts(candidates))
     assert counted == ["demo:resnet_glyphs"]
     assert scores["demo:resnet_glyphs"].details == {"gmacs": 2.0, "macts": 9.0}
     assert not scores[NAMES[0]].details
-    pipeline.add_sizes(scores, own)
+    pipeline.add_sizes(scores, own, pipeline.find_candidate_facts(own))
     assert len(counted) == 1  # nothing would be forecast

@@ -53,6 +53,14 @@ def objective(trial: optuna.Trial) -> float:
     return VALUES[name] - abs(lr - 1e-3)
 
 
+def prunable(trial: optuna.Trial) -> float:
+    """The same, of which the pruner is asked at the end."""
+    value = objective(trial)
+    if trial.should_prune():
+        raise optuna.TrialPruned
+    return value
+
+
 def pairs(study: optuna.Study) -> list[tuple[str, float]]:
     return [(t.params["backbone"], t.params["lr"]) for t in study.trials]
 

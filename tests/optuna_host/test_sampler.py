@@ -30,7 +30,7 @@ from optuna.samplers import (
     TPESampler,
 )
 from optuna.trial import TrialState
-from optuna_lab import NAMES, VALUES, Log, make_trial, objective, pairs, spy_on
+from optuna_lab import NAMES, VALUES, Log, make_trial, objective, pairs, prunable, spy_on
 from scipy.stats import binomtest
 from sfda_tune_optuna import (
     SFDAPruner,
@@ -500,13 +500,7 @@ def test_the_sampler_proposes_nothing_that_the_pruner_stops(keep):
         pruner = SFDAPruner(best, base_pruner=HyperbandPruner())
         study = make_study(SFDASampler(scores, seed=seed), pruner=pruner)
 
-        def run(trial):
-            value = objective(trial)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-            return value
-
-        study.optimize(run, n_trials=40)
+        study.optimize(prunable, n_trials=40)
         assert [t.number for t in study.trials if t.params["backbone"] not in best] == []
 
 
@@ -949,13 +943,7 @@ def test_every_decision_is_one_line_of_the_log(caplog):
         study = make_study(pruner=SFDAPruner(VALUES, keep=3))
         study.enqueue_trial({"backbone": "f"})
 
-        def run(trial):
-            value = objective(trial)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-            return value
-
-        study.optimize(run, n_trials=20)
+        study.optimize(prunable, n_trials=20)
     finally:
         optuna.logging.disable_propagation()
     said = [r.getMessage() for r in caplog.records if "sfda_tune" in r.name]
