@@ -140,8 +140,9 @@ def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
     if odds is not None and trained and len(odds.names) > 1:
         first, best = str(odds.names[0]), list(odds.best.values())
         lines.append(
-            f"{FIRST[ranking.info['train']]} {printable(first)} first: of these {len(best)} it will "
-            f"be the best with probability {best[0]:.2f}, and one of the first three with {sum(best[:3]):.2f}."
+            f"{FIRST[ranking.info['train']]} {printable(first)} first: of these {len(best)} it "
+            f"will be the best with probability {best[0]:.2f}, and one of the first three with "
+            f"{sum(best[:3]):.2f}."
         )
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]

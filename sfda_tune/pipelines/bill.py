@@ -62,7 +62,8 @@ class Bill:
             f"{self.n_backbones} backbones, {self.n_images} images: {self.n_computed} forward "
             f"passes, {self.n_kept} more are kept from before",
             f"about {format_duration(self.forward)} of forward passes, "
-            f"{format_duration(self.decode)} of decoding beside them; measured here just now, on the machine as it is",
+            f"{format_duration(self.decode)} of decoding beside them; measured here just now, on "
+            "the machine as it is",
             f"{_say_size(self.disk)} of features on disk, {_say_size(self.memory)} of memory for "
             "the largest network",
         ]

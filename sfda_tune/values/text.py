@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer", "is_number",
-    "json_text", "one_line", "parse_bytes", "printable", "read_csv_cell", "require", "some",
+    "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer",
+    "is_number", "json_text", "one_line", "parse_bytes", "printable", "read_csv_cell", "require",
+    "some",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
