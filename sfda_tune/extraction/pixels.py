@@ -232,9 +232,16 @@ def lend_pixels(
 
 
 def forget_pixels(run: str) -> None:
-    """Let the pixels of a run go."""
+    """Let the pixels of a run go, and the thread that watches them once none are left."""
+    global _JANITOR
     with SHARED_LOCK:
         SHARED.pop(run, None)
+        janitor = None if SHARED else _JANITOR
+        if janitor is not None:
+            janitor.cancel()
+            _JANITOR = None
+    if janitor is not None:  # without the lock, which it may be waiting for
+        janitor.join()
 
 
 def _forget_idle() -> None:
@@ -253,7 +260,7 @@ def watch_idle() -> None:
     global _JANITOR
     if _JANITOR is None and SHARED:
         _JANITOR = threading.Timer(IDLE, _forget_idle)
-        _JANITOR.daemon = True
+        _JANITOR.daemon, _JANITOR.name = True, "sfda-tune janitor"
         _JANITOR.start()
 
 
