@@ -11,6 +11,7 @@
 `open_dataset`      folders, tables, arrays, torchvision and Hugging Face data sets
 `resolve_backbones` timm names and globs, hub and local checkpoints, networks of your own
 `extract`           the features themselves
+`export_onnx`       the winner of a search as ONNX, with its preprocessing and a model card
 `forecast`          which of them will be best after fine-tuning, and how sure that is
 `select_ensemble`   which backbones to fine-tune together
 `Backbone` `Features` `MetricResult` `Score` `Ranking`  the values that travel between them
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sfda_tune.data.opening import open_dataset
     from sfda_tune.extraction.run import extract
     from sfda_tune.metrics.scoring import score
+    from sfda_tune.pipelines.export import export_onnx
     from sfda_tune.pipelines.ranking import RankingInterruptedError, rank
     from sfda_tune.pipelines.search import search
     from sfda_tune.selection.ensembles import select_ensemble
@@ -44,8 +46,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backbone", "BackboneError", "DatasetError", "Features", "Forecast", "ImageDataset",
-    "MetricResult", "Ranking", "RankingInterruptedError", "Score", "extract", "forecast",
-    "open_dataset", "rank", "resolve_backbones", "score", "search", "select_ensemble",
+    "MetricResult", "Ranking", "RankingInterruptedError", "Score", "export_onnx", "extract",
+    "forecast", "open_dataset", "rank", "resolve_backbones", "score", "search", "select_ensemble",
 ]  # fmt: skip
 
 __getattr__, __dir__ = hand_out(
@@ -58,6 +60,7 @@ __getattr__, __dir__ = hand_out(
         "data.opening": "open_dataset",
         "extraction.run": "extract",
         "metrics.scoring": "score",
+        "pipelines.export": "export_onnx",
         "pipelines.ranking": "RankingInterruptedError rank",
         "pipelines.search": "search",
         "selection.ensembles": "select_ensemble",

@@ -17,6 +17,7 @@ import typer
 from sfda_tune import __version__
 from sfda_tune.cli.cache import cache_app
 from sfda_tune.cli.doctor import diagnose
+from sfda_tune.cli.export import export
 from sfda_tune.cli.options import spread_lists
 from sfda_tune.cli.rank import rank
 from sfda_tune.cli.reports import evaluate_scores, list_backbones, report_on
@@ -46,6 +47,7 @@ app.add_typer(cache_app, name="cache")
 app.command()(rank)
 app.command()(search)
 app.command()(predict)
+app.command()(export)
 app.command("backbones")(list_backbones)
 app.command("evaluate")(evaluate_scores)
 app.command("report")(report_on)

@@ -1,0 +1,338 @@
+"""The winner of a search for others: ONNX, what to do to an image first, and a model card."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.splits import fingerprint, split_images
+from sfda_tune.finetuning.models import Model, load_model, predict
+from sfda_tune.pipelines.result import SearchResult
+from sfda_tune.values.files import check_folder, read_json, replacing, write_json, write_text
+from sfda_tune.values.formats import SPLITS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Export", "export_onnx"]
+
+LIMIT = 1e-4  # of a difference in probability that rounding explains
+N_NOISE = 16
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how it compares with the network in torch.
+
+    Parameters
+    ----------
+    folder : Path
+        With ``model.onnx``, ``preprocessing.json`` and ``README.md``, the model card.
+    images : str
+        What both were shown.
+    n_images : int
+    max_difference : float
+        The largest difference of a class probability.
+    accuracy, accuracy_torch : float or None
+        On these images; None where they have no labels.
+    """
+
+    folder: Path
+    images: str
+    n_images: int
+    max_difference: float
+    accuracy: float | None
+    accuracy_torch: float | None
+
+    def __str__(self) -> str:
+        same = (
+            ""
+            if self.accuracy is None
+            else f", accuracy {self.accuracy:.4f} (torch {self.accuracy_torch:.4f})"
+        )
+        return (
+            f"{self.folder / 'model.onnx'}: on {self.n_images} {self.images} its probabilities "
+            f"differ by at most {self.max_difference:.1e} from those of torch{same}"
+        )
+
+
+def export_onnx(
+    run: SearchResult | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    images: ImageDataset | None = None,
+    plugins: Iterable[str] = (),
+) -> Export:
+    """Write the winner of a search as ONNX, with all that its use needs, and compare the two.
+
+    The graph takes ``pixels``, uint8 of the shape (n, channels, height, width), as resized and
+    cropped by ``preprocessing.json``; normalisation and softmax are in it. It gives ``logits`` and
+    ``probabilities`` (n, n_classes), for any n. Needs the extra ``[onnx]``.
+
+    Parameters
+    ----------
+    run : SearchResult or path
+        A finished search.
+    out : path, optional
+        Folder to write to; default: ``RUN/export``.
+    images : ImageDataset, optional
+        On which both are compared. Default: the test images of the search, opened again; noise,
+        which the result says, if the search was given images in memory, or they are others now.
+    plugins : iterable of str
+        As for `load_model`.
+
+    Raises
+    ------
+    ValueError
+        If there is no finished search, its network or its transform is no network of timm's, or
+        the probabilities differ by more than 1e-4; nothing is written then.
+    ImportError
+        If ONNX is not installed.
+
+    Examples
+    --------
+    >>> print(Export(Path("run/export"), "test images", 120, 2.4e-07, 0.95, 0.95))
+    run/export/model.onnx: on 120 test images its probabilities differ by at most 2.4e-07 from \
+those of torch, accuracy 0.9500 (torch 0.9500)
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"exporting needs {', '.join(missing)}: pip install 'sfda-tune[onnx]', or in a "
+            "checkout pip install -e '.[onnx]'"
+        )
+    found = run if isinstance(run, SearchResult) else SearchResult.open(run)
+    folder = Path(found.folder / "export" if out is None else out)
+    check_folder("out", folder)
+    model = load_model(found.folder / "model", plugins=plugins)
+    geometry = model.preprocessing.geometry
+    if geometry is None:
+        raise ValueError(
+            f"{found.best['backbone']} has a transform of your own, which ONNX cannot hold; call "
+            "torch.onnx.export with `load_model(...).module`."
+        )
+    images, what = _test_images(found) if images is None else (images, "images that were given")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "model.onnx") as file:
+        _write_graph(model, file)
+        ours, theirs = predict(model, images, device="cpu"), _run(file, model, images)
+        seen = np.isfinite(ours).all(axis=1) & np.isfinite(theirs).all(axis=1)
+        difference = float(np.abs(ours - theirs)[seen].max(initial=0.0))
+        if not difference <= LIMIT:
+            raise ValueError(
+                f"the exported {found.best['backbone']} differs by {difference:.2g} in the "
+                f"probability of a class on {what}, more than {LIMIT:g}: it is not written. "
+                "Please report it with the output of `sfda-tune doctor`."
+            )
+    pair: list[float | None] = [None, None]
+    if what != "images of noise":
+        labels = np.array([_code(model, images.classes[c]) for c in images.labels])[seen]
+        pair = [float(np.mean(p[seen].argmax(1) == labels)) for p in (theirs, ours)]
+    export = Export(folder, what, int(seen.sum()), difference, *pair)
+    about = _describe(model)
+    write_json(folder / "preprocessing.json", about)
+    write_text(folder / "README.md", _write_card(found, model, export, about))
+    return export
+
+
+def _code(model: Model, name: str) -> int:
+    return model.classes.index(name) if name in model.classes else -1
+
+
+def _test_images(found: SearchResult) -> tuple[ImageDataset, str]:
+    """Open the test images again, or make some noise."""
+    config = read_json(found.folder / "config.json", {})
+    splits = read_json(found.folder / "splits.json", SPLITS)
+
+    def usable(opened: Mapping[str, ImageDataset]) -> tuple[dict[str, np.ndarray], Any]:
+        bad, twins = splits.get("left_out", {}), np.arange(len(opened["train"]))
+        for rows in splits.get("copies", ()):
+            twins[rows] = rows[0]
+        kept = {n: np.setdiff1d(np.arange(len(d)), bad.get(n, ())) for n, d in opened.items()}
+        return kept, twins
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts, _, _ = split_images(config, usable)
+        if fingerprint(parts) == splits["fingerprint"]:
+            return parts["test"], "test images"
+    except (OSError, ValueError, TypeError, KeyError):  # moved away since, or an object in memory
+        pass
+    rng = np.random.default_rng(0)
+    items = list(rng.integers(0, 256, (N_NOISE, 97, 131, 3), np.uint8))
+    return ImageDataset("noise", items, np.zeros(N_NOISE, np.int64), ("",)), "images of noise"
+
+
+def _write_graph(model: Model, file: Path) -> None:
+    import torch
+    from torch import nn
+
+    class Whole(nn.Module):
+        """From pixels to probabilities."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network: nn.Module = model.module
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.network(model.preprocessing.normalize(pixels))
+            return logits, logits.softmax(1)
+
+    size = model.preprocessing.output_size
+    pixels = torch.zeros((2, *size), dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        program: Any = torch.onnx.export(
+            Whole().eval(),
+            (pixels,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
+            input_names=["pixels"],
+            output_names=["logits", "probabilities"],
+            verbose=False,
+        )
+        program.save(str(file), external_data=False)
+
+
+def _run(file: Path, model: Model, images: ImageDataset) -> np.ndarray:
+    """Return what the graph says, as somebody would who has it and the transform alone."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    transform = model.preprocessing.build()
+    p = np.full((len(images), len(model.classes)), np.nan)
+    for row in range(len(images)):
+        try:
+            pixels = transform(images.load(row)).numpy()[None]
+        except Exception:  # `predict` has warned of it
+            continue
+        p[row] = np.asarray(session.run(["probabilities"], {"pixels": pixels})[0])[0]
+    return p
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    """Return what to do to an image, as JSON values."""
+    g = model.preprocessing.geometry
+    assert g is not None
+    (c, h, w), to = g.input_size, [math.floor(side / g.crop_pct) for side in g.input_size[1:]]
+    resize = {
+        "center": "the shorter side (the other in proportion)",
+        "squash": "both sides (the proportions are lost)",
+        "border": "the longer side (the other in proportion)",
+    }[g.crop_mode]
+    crop = {"do": "cut out the middle", "size": [h, w]}
+    if g.crop_mode == "border":
+        fill = [round(255 * value) for value in g.fill]
+        crop = {"do": "cut out or pad around the middle", "size": [h, w], "colour": fill}
+    return {
+        "steps": [
+            {"do": "convert", "to": "RGB" if c == 3 else "L", "bits": 8},
+            {"do": "resize", "what": resize, "to": to, "interpolation": g.interpolation}
+            | {"antialias": True, "as_in": "torchvision.transforms.Resize of a Pillow image"},
+            crop,
+        ],
+        "input": {"name": "pixels", "dtype": "uint8", "shape": ["n", c, h, w]},
+        "inside_the_graph": {
+            "scale": 1 / 255,
+            "mean": list(model.preprocessing.mean),
+            "std": list(model.preprocessing.std),
+        },
+        "outputs": {"logits": ["n", "classes"], "probabilities": ["n", "classes"]},
+        "classes": list(model.classes),
+    }
+
+
+_CARD = """\
+---
+{{ front }}
+---
+# {{ backbone }}, fine-tuned on {{ dataset }}
+
+{{ classes | length }} classes: {{ classes[:20] | join(", ") }}
+{{- ", …" if classes | length > 20 }}.
+Chosen by sfda_tune {{ version }} among {{ candidates }} backbones. {{ images }}.
+
+| on {{ n_test }} test images | |
+|---|---|
+{% for name, value in test.items() -%}
+| {{ name.replace("_", " ") }} | {{ "%.4f" | format(value) }}
+{%- if name == "accuracy" and interval %} ({{ interval }}){% endif %} |
+{% endfor -%}
+| latency of one image{{ where }} | {{ latency }} |
+| parameters | {{ "{:,}".format(n_params) }} |
+
+Weights of the pretrained network: {{ spec }}, licence {{ licence }}. What holds for them holds for
+these, too.
+
+## Use
+
+`preprocessing.json` says how an image becomes `pixels` (uint8, {{ shape }}); normalisation and
+softmax are in the graph.
+
+```python
+import onnxruntime
+session = onnxruntime.InferenceSession("model.onnx")
+(probabilities,) = session.run(["probabilities"], {"pixels": pixels})
+```
+
+{{ parity }}
+"""
+
+
+def _write_card(found: SearchResult, model: Model, export: Export, about: dict[str, Any]) -> str:
+    """Return the model card, with the front matter of the Hugging Face hub."""
+    import yaml
+    from jinja2 import Environment
+
+    best, config = found.best, getattr(model.module, "pretrained_cfg", None) or {}
+    spec, licence = str(model.provenance.get("spec", "")), config.get("license") or "unknown"
+    accuracy = {"type": "accuracy", "value": round(best["test"]["accuracy"], 4)}
+    task = {"type": "image-classification"}
+    data = {"name": str(found.summary["dataset"]), "type": "private"}
+    front: dict[str, Any] = {
+        "license": licence,
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "onnx", "sfda_tune"],
+        "model-index": [
+            {
+                "name": best["backbone"],
+                "results": [{"task": task, "dataset": data, "metrics": [accuracy]}],
+            }
+        ],
+    }
+    if config.get("hf_hub_id"):
+        front["base_model"] = config["hf_hub_id"]
+    interval, latency = best.get("test_interval"), best.get("latency_ms")
+    return (
+        Environment(autoescape=False, keep_trailing_newline=True)  # of Markdown
+        .from_string(_CARD)
+        .render(
+            front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+            backbone=best["backbone"],
+            dataset=found.summary["dataset"],
+            classes=model.classes,
+            version=model.provenance["versions"]["sfda_tune"],
+            candidates=len(found.summary["candidates"]),
+            images=found.images,
+            n_test=found.summary["n_images"]["test"],
+            test=best["test"],
+            interval=interval and "95 % interval {:.3f} to {:.3f}".format(*interval),
+            where=" (torch, where it was trained)",
+            latency="not measured" if latency is None else f"{latency:.1f} ms",
+            n_params=best["n_params"],
+            spec=spec,
+            licence=licence,
+            shape=" × ".join(map(str, about["input"]["shape"])),
+            parity=f"{export}.".replace(f"{export.folder}{os.sep}", ""),
+        )
+    )
