@@ -8,6 +8,7 @@ spec                        meaning
 ``hf-hub:owner/name``       a timm checkpoint on the Hugging Face hub
 ``local-dir:PATH``          a timm checkpoint folder (``config.json`` and weights)
 ``PATH``                    such a folder, a folder of such folders, or a glob over them
+``preset:medium``           twelve timm names for a size: fast, small, medium, large, medical
 ``demo:*``                  the small backbones that ship with the package, or a glob over them
 `Backbone`                  anything else: ``Backbone("mine", load=lambda: (module, transform))``
 ``{"mine": module}``        modules by name; with ``(module, transform)`` a transform of your own
@@ -23,6 +24,7 @@ import difflib
 import fnmatch
 import functools
 import glob as globbing
+import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -99,6 +101,12 @@ def resolve_backbones(specs: Any, *, plugins: Iterable[str] = ()) -> list[Backbo
     return _with_unique_names(list(distinct.values()))
 
 
+@functools.cache
+def _presets() -> dict[str, Any]:
+    """Return the presets: for each what it is for and its names, the most promising first."""
+    return json.loads(Path(__file__).with_name("presets.json").read_text("utf-8"))["presets"]
+
+
 def _with_unique_names(backbones: list[Backbone]) -> list[Backbone]:
     """Call folders of the same name by their whole path."""
     names = [b.name for b in backbones]
@@ -122,6 +130,12 @@ def _expand(spec: str) -> list[tuple[str, str]]:
         if not names:
             raise BackboneError(f"{spec!r} matches none of {['demo:' + n for n in demo.names()]}")
         return [(f"demo:{name}", f"demo:{name}") for name in names]
+    if spec.startswith("preset:"):
+        presets, name = _presets(), spec.partition(":")[2]
+        if name not in presets:
+            known = "; ".join(f"preset:{name}, {p['what']}" for name, p in presets.items())
+            raise BackboneError(f"{spec!r} is none of the presets: {known}")
+        return [pair for name in presets[name]["names"] for pair in _expand_timm(name)]
     if spec.startswith(("hf-hub:", "hf_hub:")):
         owner_and_name = spec.partition(":")[2]
         if "/" not in owner_and_name:

@@ -16,11 +16,12 @@ import typer
 
 from sfda_tune import __version__
 from sfda_tune.cli.cache import cache_app
+from sfda_tune.cli.config import take_config
 from sfda_tune.cli.doctor import diagnose
 from sfda_tune.cli.export import export
 from sfda_tune.cli.options import spread_lists
 from sfda_tune.cli.rank import rank
-from sfda_tune.cli.reports import evaluate_scores, list_backbones, report_on
+from sfda_tune.cli.reports import compare_rankings, evaluate_scores, list_backbones, report_on
 from sfda_tune.cli.search import predict, search
 from sfda_tune.cli.terminal import (
     PrintableFormatter,
@@ -50,6 +51,7 @@ app.command()(predict)
 app.command()(export)
 app.command("backbones")(list_backbones)
 app.command("evaluate")(evaluate_scores)
+app.command("compare")(compare_rankings)
 app.command("report")(report_on)
 app.command("doctor")(diagnose)
 
@@ -106,7 +108,13 @@ def _run(arguments: list[str]) -> NoReturn:
             signal.signal(sign, _on_terminate)
     try:
         with counting():
-            code = app(spread_lists(arguments), prog_name="sfda-tune", standalone_mode=False)
+            words, settings = take_config(arguments, app)
+            code = app(
+                spread_lists(words),
+                prog_name="sfda-tune",
+                standalone_mode=False,
+                default_map=settings,
+            )
     except UsageError as error:
         print_error(f"{error.format_message()} (see `sfda-tune --help`)")
         sys.exit(2)

@@ -17,6 +17,15 @@ Imports = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Options from a YAML file, by their names; those on the command line count more. "
+        "Such a file is written beside each result.",
+    ),
+]
 CacheDir = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sfda_tune.cli.options import CacheDir, Debug, Imports
+from sfda_tune.cli.config import write_config
+from sfda_tune.cli.options import CacheDir, Config, Debug, Imports
 from sfda_tune.cli.terminal import (
     check_out,
     fail,
@@ -24,6 +25,7 @@ from sfda_tune.values.ranking import Ranking
 
 
 def rank(
+    ctx: typer.Context,
     dataset: Annotated[
         str,
         typer.Argument(
@@ -125,9 +127,10 @@ def rank(
             "--ray",
             metavar="[ADDRESS]",
             help="Extract over the actors of a Ray cluster: `auto`, HOST:PORT, `ray://…`. Without "
-            "ADDRESS that of $RAY_ADDRESS, else a Ray on this machine. Needs sfda-tune[ray].",
+            "ADDRESS that of $RAY_ADDRESS, else a Ray on this machine. Needs sfda-tune\\[ray].",
         ),
     ] = None,
+    config: Config = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -202,7 +205,7 @@ def rank(
         if dataset == "digits" and len(specs) > 1 and os.path.exists(specs[-1]):
             fail(f"{error}; if {specs[-1]!r} is the data set: it stands before --backbones.")
         raise
-    problem = None if out is None else _write(ranking, out)  # before anything is shown
+    problem = None if out is None else _write(ranking, out, ctx)  # before anything is shown
     show_ranking(ranking)
     if problem:
         fail(problem)
@@ -230,13 +233,14 @@ def _ray(address: str) -> Any:
     return integration.RayExecutor(address or None)
 
 
-def _write(ranking: Ranking, out: Path) -> str | None:
+def _write(ranking: Ranking, out: Path, ctx: typer.Context) -> str | None:
     """Write the ranking; return what went wrong: it is still to be shown."""
     try:
         if out.suffix.lower() == ".csv":
             ranking.to_csv(out)
         else:
             ranking.to_json(out)
+        write_config(ctx, out.with_suffix(".config.yaml"))
     except OSError as error:
         return f"{str(out)!r} could not be written ({error.strerror or error})."
     return None

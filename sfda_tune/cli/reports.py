@@ -1,4 +1,4 @@
-"""``sfda-tune backbones``, ``evaluate`` and ``report``."""
+"""``sfda-tune backbones``, ``evaluate``, ``compare`` and ``report``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def list_backbones(
     table = Table()
     for name in ("backbone", "params", "MB", "width", "input"):
         table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
-    failures = 0
+    failures, size = 0, 0.0
     for backbone in track(found, "reading", console=messages, transient=True):
         try:
             d = describe(backbone)
@@ -46,6 +46,7 @@ def list_backbones(
             say(messages, f"{backbone.name}: {error}")
             continue
         _, height, width = d.preprocessing.input_size or (0, 0, 0)
+        size += d.n_params * 4 / 1e6
         table.add_row(
             text(backbone.name),
             format_count(d.n_params),
@@ -54,6 +55,7 @@ def list_backbones(
             f"{height}×{width}" if height else "",
         )
     print_table(table)
+    say(messages, f"{len(found) - failures} backbones, {size:,.0f} MB in all")
     if failures == len(found):
         raise typer.Exit(1)
 
@@ -85,7 +87,41 @@ def evaluate_scores(
     nested = any(isinstance(value, Mapping) for value in known.values())
     judge: Any = evaluate_many if nested else evaluate
     result = judge(read_scores(scores), known, seed=seed)
-    for line in repr(result).splitlines():
+    said = "" if nested else f"{result.describe()}\n\n"
+    for line in f"{said}{result!r}".splitlines():
+        say(output, line)
+
+
+def compare_rankings(
+    first: Annotated[
+        Path,
+        typer.Argument(metavar="A", help="A ranking (.json, .csv), or the folder of a search."),
+    ],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    debug: Debug = False,
+) -> None:
+    """Show who moved from ranking A to ranking B, and how far the two agree.
+
+    For example:
+
+      sfda-tune compare before.json after.json
+    """
+    from sfda_tune.selection.comparison import compare
+    from sfda_tune.selection.tables import read_scores
+
+    files = [path / "ranking.json" if path.is_dir() else path for path in (first, second)]
+    found = compare(*(read_scores(file) for file in files))
+    has_odds = any("p_best_b" in row for row in found.rows)
+    table = Table()
+    for name in ("backbone", "A", "B", "moved", *["P(best) A", "P(best) B"] * has_odds):
+        left = name == "backbone"
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in found.rows:
+        odds = [f"{row[k]:.2f}" if k in row else "" for k in ("p_best_a", "p_best_b")] * has_odds
+        moved = f"{row['moved']:+d}" if row["moved"] else ""
+        table.add_row(text(row["backbone"]), str(row["a"]), str(row["b"]), moved, *odds)
+    print_table(table)
+    for line in str(found).splitlines():
         say(output, line)
 
 

@@ -11,12 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
+from sfda_tune.cli.config import write_config
+from sfda_tune.cli.options import Config
 from sfda_tune.cli.terminal import check_out, fail, messages, output, show_result, split_commas
 
 __all__ = ["predict", "search"]
 
 
 def search(
+    ctx: typer.Context,
     dataset: Annotated[
         str, typer.Argument(help="As for `rank`; a folder may have train/, val/ and test/.")
     ],
@@ -96,6 +99,7 @@ def search(
     imports: Annotated[
         list[str] | None, typer.Option("--import", metavar="FILE_OR_MODULE", help="As for `rank`.")
     ] = None,
+    config: Config = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -145,6 +149,9 @@ def search(
     except KeyboardInterrupt:
         say(messages, "The same command goes on from here.")
         raise
+    finally:
+        if (out / "config.json").is_file():  # the search has begun
+            write_config(ctx, out / "config.yaml")
     show_result(found)
 
 

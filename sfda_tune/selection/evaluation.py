@@ -32,7 +32,7 @@ import numpy as np
 from scipy.stats import binomtest, kendalltau, pearsonr, rankdata, spearmanr
 
 from sfda_tune.selection.tables import TooFewError, numbers, pair
-from sfda_tune.values.text import integer
+from sfda_tune.values.text import integer, printable, some
 
 Values: TypeAlias = Mapping[Any, Any] | Sequence[Any] | np.ndarray
 Truths: TypeAlias = Mapping[str, Mapping[str, float]]
@@ -337,6 +337,35 @@ class Evaluation(_Report):
     without_two: tuple[float, float]
     picks: tuple[str, ...]
     left_out: Mapping[str, str]
+
+    def describe(self) -> str:
+        """Say in sentences what it would have meant to follow the ranking.
+
+        >>> print(evaluate({"a": 0.2, "b": 0.9, "c": 0.5}, {"a": 70, "b": 78, "c": 80}).describe())
+        Taking the first of these 3, b, loses 2 against the best, in units of the truth.
+        67 % of the pairs are in the right order (by chance 50 %); weighted tau 0.18, which a \
+random order reaches with probability 0.48.
+        """
+        lines = []
+        for k, who in ((1, some([printable(name) for name in self.picks], 3)), (3, "")):
+            lost = self.figures.get(f"regret_at_{k}", NAN)
+            if lost == lost:
+                what = (
+                    f"Taking the first of these {self.n_models}, {who}," if who else
+                    "Taking the best of its first three"
+                )  # fmt: skip
+                loses = f"loses {lost:.3g} against the best, in units of the truth"
+                lines.append(f"{what} {loses if lost else 'loses nothing'}.")
+        kendall, tau = self.figures["kendall_tau"], self.figures["weighted_tau"]
+        if tau == tau:
+            lines.append(
+                f"{50 * (1 + kendall):.0f} % of the pairs are in the right order (by chance 50 "
+                f"%); weighted tau {tau:.2f}, which a random order reaches with probability "
+                f"{self.p_value:.2g}."
+            )
+        if self.left_out:
+            lines.append(f"Left out: {some([printable(str(n)) for n in self.left_out], 3)}.")
+        return "\n".join(lines)
 
 
 def evaluate(

@@ -501,3 +501,15 @@ def test_what_stands_in_the_place_of_a_file_is_named(tmp_path, make_checkpoint):
             resolve_backbones(["demo:*"], plugins=[str(plugin)])
     with pytest.raises(BackboneError, match=r"is a FIFO; pass the folder that holds config\.json"):
         resolve_backbones([str(put(tmp_path / "w.safetensors", "FIFO"))])
+
+
+def test_presets_are_a_dozen_pretrained_networks_of_timm():
+    import timm
+
+    known = set(timm.list_pretrained())
+    for name in ("fast", "small", "medium", "large", "medical"):
+        found = [b.spec for b in resolve_backbones(f"preset:{name}")]
+        assert len(found) == 12
+        assert set(found) <= known
+    with pytest.raises(BackboneError, match=r"none of the presets: preset:fast, below 1 GMAC"):
+        resolve_backbones("preset:huge")

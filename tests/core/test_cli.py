@@ -500,3 +500,58 @@ def test_after_a_kill_only_the_unfinished_backbone_is_run(forked, photos, slow_z
 
     assert rank() == ({"quick": True, "slow": False}, True)
     assert rank() == ({"quick": True, "slow": True}, False)
+
+
+def test_options_may_come_from_a_file_which_stands_beside_each_result(cli_here, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "backbones: [demo:resnet_glyphs, demo:vit_glyphs]\nsamples: 80\nno_cache: true\n"
+    )
+    first = tmp_path / "a.json"
+    cli_here("rank", "digits", "--config", file, "--samples", 60, *RANK, "-o", first)
+    a = Ranking.from_json(first)
+    assert (a.info["n_samples"], len(a)) == (60, 2)  # the command line counts more
+    written = first.with_suffix(".config.yaml")
+    again = tmp_path / "b.json"
+    cli_here("rank", f"--config={written}", "-q", "-o", again)
+    b = Ranking.from_json(again)
+    assert dict(a) == dict(b)
+    assert (
+        again.with_suffix(".config.yaml").read_text().splitlines()[1:]
+        == (written.read_text().splitlines()[1:])
+    )
+    file.write_text("sampels: 3\n")
+    assert "did you mean 'samples'?" in cli_here("rank", "--config", file, code=1)
+    file.write_text("- 3\n")
+    assert "must hold options" in cli_here("rank", "--config", file, code=1)
+    assert "does not exist" in cli_here("rank", "--config", tmp_path / "none.yaml", code=1)
+    assert "after a command" in cli_here("--config", file, code=1)
+    file.write_text("samples: many\n")
+    assert "valid integer" in cli_here("rank", "--config", file, code=2)
+
+
+def test_a_search_writes_its_options_without_secrets(tmp_path, monkeypatch):
+    import typer
+
+    from sfda_tune.cli.config import write_config
+
+    command = typer.main.get_command(commands.app).commands["search"]
+    arguments = ["digits", "-o", str(tmp_path), "--storage", "postgresql://me:secret@host/db"]
+    context = command.make_context("search", [*arguments, "-b", "demo:*", "--trials", "3"])
+    write_config(context, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "me:secret" not in text
+    assert "# storage is left out" in text
+    assert "trials: 3" in text
+
+
+def test_help_shows_what_stands_in_brackets(cli_here):
+    assert "sfda-tune[ray]" in "".join(cli_here("rank", "-h").split())
+
+
+def test_compare_and_presets_on_the_command_line(cli_here, tmp_path):
+    for name, values in {"a": {"x": 2, "y": 1}, "b": {"x": 1, "y": 2}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    out = cli_here("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert "The first is y now, number 2 before; x is number 2." in out
+    assert "none of the presets" in cli_here("backbones", "preset:huge", code=1)

@@ -474,3 +474,44 @@ def test_failed_models_in_csv(write, cell):
 def test_errors_name_file_and_place(write, text, message):
     with pytest.raises(ValueError, match=rf"file\.csv{message}"):
         read_scores(write(text))
+
+
+def test_two_rankings_are_compared_by_what_they_have_in_common():
+    from sfda_tune.selection.comparison import compare
+
+    a = {"x": 0.9, "y": 0.8, "z": 0.7, "only": 1.0, "failed": None}
+    b = {"y": 5.0, "x": 4.0, "z": 3.0, "new": 9.0, "failed": 1.0}
+    found = compare(a, b)
+    moves = [(r["backbone"], r["a"], r["b"], r["moved"]) for r in found.rows]
+    assert moves == [("y", 2, 1, 1), ("x", 1, 2, -1), ("z", 3, 3, 0)]
+    assert (found.only_a, found.only_b) == (("only",), ("failed", "new"))
+    assert found.kendall_tau == pytest.approx(1 / 3)
+    assert str(found).startswith("The first is y now, number 2 before; x is number 2.")
+    with pytest.raises(ValueError, match="share none"):
+        compare({"a": 1.0}, {"b": 1.0})
+
+
+def test_compared_rankings_say_in_what_they_differ():
+    from sfda_tune.selection.comparison import compare
+
+    scores = [Score("a", 0.5), Score("b", 0.4)]
+    one = Ranking(scores, "sfda (loo)", info={"n_samples": 100, "fingerprint": "p"})
+    other = Ranking(scores, "knn", info={"n_samples": 200, "fingerprint": "q"})
+    assert compare(one, one).differences == ()
+    assert compare(one, other).differences == (
+        "They differ in metric: sfda (loo) and knn.",
+        "They differ in number of images: 100 and 200.",
+        "They differ in images.",
+    )
+
+
+def test_an_evaluation_in_sentences_speaks_of_what_is_lost():
+    truth = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6}
+    right = evaluate({"a": 4, "b": 3, "c": 2, "d": 1}, truth).describe()
+    assert "Taking the first of these 4, a, loses nothing." in right
+    assert "100 % of the pairs are in the right order" in right
+    wrong = evaluate({"a": 1, "b": 2, "c": 3, "e": 4, "d": 4}, truth).describe()
+    assert "d, loses 0.3 against the best" in wrong
+    assert "Taking the best of its first three loses 0.1 against the best" in wrong
+    assert "0 % of the pairs" in wrong
+    assert "Left out: e." in wrong
