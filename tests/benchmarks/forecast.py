@@ -28,6 +28,10 @@ In the report coefficients come from the *other* benchmarks. Benchmarks of more 
 give 12 random hubs of 15 for the odds. "Hit" is how often the first by P(best) is the best one,
 "P" its P(best); "in .95" how often the list holds the best one, "of" its part of the networks.
 
+Two data sets of the zoo came last and decided nothing (`HELD_OUT`; the report has them). With the
+coefficients that ship, weighted tau and regret of the first on wbc: forecast .51, .042 (best of
+three 0), SFDA .81, 0; magtile: .59, .078 (0), SFDA .61, .078 (.078).
+
 Tried, and not worth it: other ImageNets in place of the first (in weighted tau on a table -real
 and -v2 are from .05 worse to .03 better, -a from .14 worse to .02 better, -r and -sketch worse); a
 larger correlation of facts that are not known with the images (on the zoo the order gains .01, and
@@ -245,8 +249,12 @@ def to_head(tasks: list[Task]) -> list[Task]:
     return [replace(task, truth=task.frozen) for task in known]
 
 
+HELD_OUT = ("wbc", "magtile")  # of the zoo: their truth came last, and decides nothing
+
+
 def coefficients(tasks: list[Task]) -> dict[str, Any]:
     """Return what ships."""
+    tasks = [task for task in tasks if task.name not in HELD_OUT]
     names = sorted({task.benchmark for task in tasks})
     return {
         "by": "tests/benchmarks/forecast.py --fit",
