@@ -92,6 +92,8 @@ class SearchConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, without secrets; data and networks in memory by their type."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        if isinstance(values["backbones"], str) and not isinstance(self.backbones, Mapping):
+            values["backbones"] = [values["backbones"]]  # as the command line has it
         if self.space is not None:
             values["space"] = open_space(self.space).to_dict()
         return values | {"storage": redact(self.storage)}

@@ -189,6 +189,8 @@ def begin(folder: RunFolder, inputs: Inputs, measure: Callable[[], Costs]) -> No
         return
     old = read_json(path, dict.fromkeys(LIMITS, object))
     shown = {k: redact(v) if k == "storage" else v for k, v in old.items()}
+    if isinstance(old.get("backbones"), str):  # an earlier version kept what it was given
+        shown["backbones"] = [old["backbones"]]
     grown = any(ends_later(arguments[key], old[key]) for key in LIMITS)
     for key in [key for key in arguments if key not in (*FREE, "sfda_tune")]:
         if shown.get(key) != arguments[key] and not (grown and key in LIMITS):
@@ -197,7 +199,7 @@ def begin(folder: RunFolder, inputs: Inputs, measure: Callable[[], Costs]) -> No
                 f"now {key} is {arguments[key]!r}; take the same"
                 f"{', or more' if key in LIMITS else ''}, or another folder."
             )
-    if shown != old:  # an earlier version hid less
+    if shown != old:  # an earlier version hid less, or wrote it otherwise
         write_json(path, shown)
         with folder.edit() as state:
             state["storage"] = shown["storage"]

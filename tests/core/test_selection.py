@@ -175,6 +175,13 @@ def test_the_same_call_repeats_nothing_and_another_one_is_refused(found):
         search("digits", PAIR, **QUICK, cache=False, out=found.folder, space={"lr": 0.001})
 
 
+def test_python_and_the_command_line_continue_each_other(tmp_path):
+    call = {n: p.default for n, p in inspect.signature(search).parameters.items()}
+    call |= {"dataset": "digits", "out": tmp_path}
+    given = [SearchConfig(**call | {"backbones": b}) for b in (ONE, [ONE], (ONE,))]
+    assert len({json.dumps(config.to_dict()) for config in given}) == 1
+
+
 def test_the_same_seed_gives_the_same_trials(found, tmp_path, monkeypatch):
     heads, fit = [], finetuning.start_head
     monkeypatch.setattr(finetuning, "start_head", lambda *x: heads.append(x) or fit(*x))

@@ -1,5 +1,6 @@
 """Every example runs, as a user would run it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,21 @@ def test_example_runs(file, forked, clean_environment, tmp_path, monkeypatch):
     assert child.exitcode == 0, (tmp_path / "err").read_text()
     told = (tmp_path / "out").read_text()
     assert "images/s" in told or "skipped" in told
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_and_shows_what_it_gave(
+    forked, clean_environment, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in code)
+    script = tmp_path / "tutorial.py"
+    script.write_text("\n\n".join("".join(cell["source"]) for cell in code))
+    child = forked([script], tmp_path / "out", tmp_path / "err")
+    child.join(300)
+    assert child.exitcode == 0, (tmp_path / "err").read_text()
+    told = (tmp_path / "out").read_text()
+    assert "convnext_tiny.fb_in1k" in told
+    assert "test images" in told
