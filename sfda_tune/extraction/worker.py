@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sfda_tune.backbones import fingerprints, loading
-from sfda_tune.backbones.devices import compute, few_threads, is_out_of_memory
+from sfda_tune.backbones.devices import compute, few_threads, is_out_of_memory, use_threads
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
@@ -274,6 +274,7 @@ class _Forward:
         self.module, self.preprocessing = module, preprocessing
         self.device, self.precision = device, settings.precision
         self.batch_size = settings.batch_size or _default_batch(preprocessing, device)
+        self._paces: dict[int, list[float]] = {}  # seconds of batches, by number of threads
         self._computed = 0  # images since `begin`
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._moved: deque[torch.Tensor] = deque(maxlen=2)  # what the device may still read
@@ -305,7 +306,8 @@ class _Forward:
         while start < len(pixels):
             size = min(self.batch_size, len(pixels) - start)
             try:
-                parts.append(self._run(pixels[start : start + size]))
+                with self._in_threads():
+                    parts.append(self._run(pixels[start : start + size]))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -319,6 +321,30 @@ class _Forward:
             if self.device.type == "cuda":  # outside the handler, which keeps the tensors alive
                 torch.cuda.empty_cache()
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @contextlib.contextmanager
+    def _in_threads(self) -> Iterator[None]:
+        """Compute a batch with one thread, or all of PyTorch's: what was faster, here and now.
+
+        Beside other work a second thread may cost more than it brings. The first four batches try
+        both; all are as large, and their features the same to the last bit whatever the threads
+        (the 34 networks of the zoo and the demo, 1 and 2 threads), so the load may decide.
+        """
+        import torch
+
+        most = 1 if self.device.type != "cpu" else torch.get_num_threads()
+        paces = {n: self._paces.setdefault(n, []) for n in {1, most}}
+        tries = [n for n in paces if len(paces[n]) < 2]
+        n = (
+            min(tries, key=lambda n: (len(paces[n]), -n))
+            if tries
+            else min(paces, key=lambda n: min(paces[n]))
+        )
+        started = time.perf_counter()
+        with use_threads(n) if most > 1 else contextlib.nullcontext():
+            yield
+        if tries:
+            paces[n].append(time.perf_counter() - started)
 
     def measure(self, pixels: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
         """Compute on a GPU, and return the bytes that a batch took at most beside the weights."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -804,3 +805,31 @@ def test_tf32_is_for_cuda_devices(dataset, zoo):
     with pytest.raises(ValueError, match="`precision` 'tf32' needs a CUDA device but"):
         run(dataset, zoo, Settings(device="cpu", precision="tf32"))
     assert Settings(precision="tf32").device == "auto"  # not known yet
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_a_batch_is_computed_with_as_many_threads_as_are_fast(dataset, monkeypatch, best):
+
+    from torchvision.transforms import Compose, PILToTensor, Resize
+
+    used = []
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            used.append(torch.get_num_threads())
+            time.sleep(0.0 if used[-1] == best else 0.03)
+            return x.float().mean((2, 3))
+
+    monkeypatch.setattr(devices, "SMALL", 0.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        transform = Compose([Resize((8, 8)), PILToTensor()])
+        given = resolve_backbones({"slow": (Slow(), transform)})
+        (found,) = run(dataset, given, replace(CPU, batch_size=4)).values()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert found.error is None
+    assert sorted(used[:4]) == [1, 1, 2, 2]
+    assert used[4:] == [best] * 5
