@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sfda_tune.cli.options import CacheDir, Debug
-from sfda_tune.cli.terminal import messages, output, print_table
+from sfda_tune.cli.options import AsJson, CacheDir, Debug
+from sfda_tune.cli.terminal import messages, output, print_json, print_table
 from sfda_tune.pipelines.terminal import say, text
 
 cache_app = typer.Typer(
@@ -21,7 +21,7 @@ cache_app = typer.Typer(
 
 
 @cache_app.command("show")
-def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
+def show_cache(cache: CacheDir = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show what is kept of which data set and backbone, what it takes, and when it was used.
 
     An image that is in several data sets counts for the first one.
@@ -31,6 +31,10 @@ def show_cache(cache: CacheDir = None, debug: Debug = False) -> None:
     store, limit = _store(cache), size_limit()
     totals = store.summary()
     notes = sum(stat.st_size for _, stat in store.notes())
+    if as_json:
+        rows = [dict(zip(("dataset", "backbone"), n, strict=True)) | t for n, t in totals.items()]
+        print_json({"folder": str(store.root), "kept": rows, "notes": notes, "limit": limit})
+        return
     table = Table(title=text(store.root), title_justify="left")
     left = ("data set", "backbone")
     for name in (*left, "segments", "images", "MB", "unused for"):

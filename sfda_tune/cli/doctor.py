@@ -14,8 +14,8 @@ from typing import Any
 
 import typer
 
-from sfda_tune.cli.options import CacheDir, Debug
-from sfda_tune.cli.terminal import output
+from sfda_tune.cli.options import AsJson, CacheDir, Debug
+from sfda_tune.cli.terminal import output, print_json
 from sfda_tune.pipelines.terminal import say
 
 PACKAGES = (
@@ -35,12 +35,12 @@ SMALL_SHM = 1 << 30  # bytes; Docker gives 64 MB
 Fact = tuple[str, str, str]  # what, its value, and what is wrong with it
 
 
-def diagnose(cache: CacheDir = None, debug: Debug = False) -> None:
+def diagnose(cache: CacheDir = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show versions, devices, cache and hub, and what is missing: for a report of a bug.
 
     Nothing secret is shown. Ends with 1 if something keeps `rank` from working.
     """
-    problems = []
+    problems, told = [], {}
     for title, facts in (
         ("versions", _versions()),
         ("devices", _devices()),
@@ -48,14 +48,20 @@ def diagnose(cache: CacheDir = None, debug: Debug = False) -> None:
         ("hub", _hub()),
         ("settings", _settings()),
     ):
-        say(output, title)
+        told[title] = {}
         for what, value, problem in facts:
-            say(output, f"  {what:<18}{_without_home(value)}")
+            told[title][what] = _without_home(value)
             if problem:
                 problems.append(f"{what}: {_without_home(problem)}")
-    say(output, "problems" if problems else "no problems")
-    for problem in problems:
-        say(output, f"  {problem}")
+    if as_json:
+        print_json({**told, "problems": problems})
+    else:
+        for title, values in told.items():
+            say(output, title)
+            for what, value in values.items():
+                say(output, f"  {what:<18}{value}")
+        for line in ["problems", *(f"  {p}" for p in problems)] if problems else ["no problems"]:
+            say(output, line)
     if problems:
         raise typer.Exit(1)
 

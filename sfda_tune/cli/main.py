@@ -20,9 +20,10 @@ from sfda_tune.cli.config import take_config
 from sfda_tune.cli.doctor import diagnose
 from sfda_tune.cli.export import export
 from sfda_tune.cli.options import spread_lists
+from sfda_tune.cli.predict import predict
 from sfda_tune.cli.rank import rank
 from sfda_tune.cli.reports import compare_rankings, evaluate_scores, list_backbones, report_on
-from sfda_tune.cli.search import predict, search
+from sfda_tune.cli.search import search
 from sfda_tune.cli.terminal import (
     PrintableFormatter,
     UsageError,

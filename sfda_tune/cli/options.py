@@ -17,6 +17,10 @@ Imports = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Write one JSON document to standard output instead of tables."),
+]
 Config = Annotated[
     str | None,
     typer.Option(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from sfda_tune.cli.options import Debug, Imports
-from sfda_tune.cli.terminal import check_out, messages, output, print_table, split_commas
+from sfda_tune.cli.options import AsJson, Debug, Imports
+from sfda_tune.cli.terminal import (
+    check_out,
+    messages,
+    output,
+    print_json,
+    print_table,
+    split_commas,
+)
 from sfda_tune.pipelines.terminal import say, text
 from sfda_tune.values.files import check_folder
 from sfda_tune.values.text import format_count
@@ -72,6 +81,7 @@ def evaluate_scores(
         str | None, typer.Option(help="Column of the accuracies in a CSV of several.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the permutations.")] = 0,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Tell how good SCORES were, given the TRUTH.
@@ -87,6 +97,9 @@ def evaluate_scores(
     nested = any(isinstance(value, Mapping) for value in known.values())
     judge: Any = evaluate_many if nested else evaluate
     result = judge(read_scores(scores), known, seed=seed)
+    if as_json:
+        print_json(json.loads(result.to_json()))
+        return
     said = "" if nested else f"{result.describe()}\n\n"
     for line in f"{said}{result!r}".splitlines():
         say(output, line)
@@ -98,6 +111,7 @@ def compare_rankings(
         typer.Argument(metavar="A", help="A ranking (.json, .csv), or the folder of a search."),
     ],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Show who moved from ranking A to ranking B, and how far the two agree.
@@ -111,6 +125,9 @@ def compare_rankings(
 
     files = [path / "ranking.json" if path.is_dir() else path for path in (first, second)]
     found = compare(*(read_scores(file) for file in files))
+    if as_json:
+        print_json(asdict(found))
+        return
     has_odds = any("p_best_b" in row for row in found.rows)
     table = Table()
     for name in ("backbone", "A", "B", "moved", *["P(best) A", "P(best) B"] * has_odds):

@@ -1,21 +1,17 @@
-"""The commands ``sfda-tune search`` and ``sfda-tune predict``."""
+"""The command ``sfda-tune search``."""
 
 from __future__ import annotations
 
-import math
-import os
-import warnings
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sfda_tune.cli.config import write_config
 from sfda_tune.cli.options import Config
-from sfda_tune.cli.terminal import check_out, fail, messages, output, show_result, split_commas
+from sfda_tune.cli.terminal import messages, show_result, split_commas
 
-__all__ = ["predict", "search"]
+__all__ = ["search"]
 
 
 def search(
@@ -153,105 +149,6 @@ def search(
         if (out / "config.json").is_file():  # the search has begun
             write_config(ctx, out / "config.yaml")
     show_result(found)
-
-
-def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished search.")],
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="Files, or folders: as for `rank`.")
-    ],
-    csv: Annotated[
-        Path | None,
-        typer.Option(
-            "--csv",
-            metavar="FILE",
-            help="Write all probabilities there, as they become known. Names that a spreadsheet "
-            "would run begin with an apostrophe; bytes that are no UTF-8 are kept.",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    imports: Annotated[
-        list[str] | None, typer.Option("--import", metavar="FILE_OR_MODULE", help="As for `rank`.")
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    """Classify IMAGES with the winner of the search in RUN."""
-    from sfda_tune.data.folders import image_files
-    from sfda_tune.finetuning.models import load_model, predict_batches
-    from sfda_tune.pipelines.result import SearchResult
-    from sfda_tune.pipelines.terminal import say
-
-    if csv is not None:
-        check_out(csv, "--csv", replaces=False)
-    model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
-    files: list[str] = []
-    for given in images:
-        found = list(image_files(given)) if os.path.isdir(given) else [given]
-        if not found:
-            warnings.warn(f"{given!r} holds no image files", stacklevel=2)
-        files += found
-    if not files:
-        raise ValueError(f"`IMAGES` must be image files, or folders that hold some: {images!r}.")
-    table = _Table(csv, ["item", "predicted", "confidence", *(f"p_{c}" for c in model.classes)])
-    unreadable: dict[int, str] = {}
-    known = 0
-    with table:
-        for rows, p, bad in predict_batches(model, files, device=device):
-            lines, shown = [], []
-            for row, numbers in zip(rows, p.tolist(), strict=True):
-                is_known = all(map(math.isfinite, numbers))
-                best = max(range(len(numbers)), key=numbers.__getitem__)
-                name = model.classes[best] if is_known else ""
-                cells = [f"{x:.6g}" if is_known else "" for x in (numbers[best], *numbers)]
-                lines.append([files[row], name, *cells])
-                why = f"cannot be read: {bad[row]}" if row in bad else "has no finite numbers"
-                said = f"{name}  {numbers[best]:.3f}" if is_known else why
-                shown.append(f"{files[row]}  {said}")
-                known += is_known
-            table.write(lines)  # before they are shown: a kill loses nothing that was
-            for line in shown:
-                say(output, line)
-            unreadable |= bad
-    if unreadable:
-        text = f"{len(unreadable)} of {len(files)} images cannot be read"
-        warnings.warn(text, stacklevel=2)
-    if table.problem:
-        fail(f"{str(csv)!r} could not be written to the end ({table.problem}).")
-    if not known:
-        raise typer.Exit(1)
-
-
-class _Table:
-    """A CSV file that grows with what is known; what goes wrong is kept for later."""
-
-    def __init__(self, path: Path | None, head: list[str]) -> None:
-        self.path, self.head, self.problem = path, head, ""
-        self._file: Any = None
-
-    def __enter__(self) -> _Table:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            with suppress(OSError):  # what cannot be flushed was told already
-                self._file.close()
-
-    def write(self, rows: list[list[Any]]) -> None:
-        """Append rows; the first ones replace what the file held."""
-        from sfda_tune.values.text import csv_line
-
-        if self.path is None or self.problem:
-            return
-        try:
-            if self._file is None:
-                self._file = open(  # noqa: SIM115 - closed at the end
-                    self.path, "w", encoding="utf-8", errors="surrogateescape", newline=""
-                )
-                rows = [self.head, *rows]
-            self._file.write("".join(map(csv_line, rows)))
-            self._file.flush()
-        except OSError as error:
-            self.problem = error.strerror or str(error)
 
 
 def _fraction(text: str | None) -> float | str | None:

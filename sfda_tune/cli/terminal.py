@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -14,7 +15,7 @@ from rich.table import Table
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import format_count, printable, some
+from sfda_tune.values.text import format_count, printable, some, without_nan
 
 if TYPE_CHECKING:
     from sfda_tune.pipelines.result import SearchResult
@@ -171,6 +172,12 @@ def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
     if ensemble := ranking.info.get("ensemble"):
         lines.append(f"To fine-tune together: {', '.join(ensemble['backbones'])}")
     return lines
+
+
+def print_json(document: Any) -> None:
+    """Write one JSON document to standard output; what is no number is null, as JSON has it."""
+    for line in json.dumps(without_nan(document), indent=1).splitlines():  # ASCII: for any pipe
+        say(output, line)
 
 
 def print_table(table: Table) -> None:

@@ -83,6 +83,23 @@ def open_table(
     return ImageDataset(name, items, codes, classes, origin)
 
 
+def read_paths(path: str, image_column: str | None = None) -> list[str]:
+    """Return the paths that a CSV or Parquet file names, relative ones from its folder."""
+    path = absolute(path)
+    where = f"Table {path!r}"
+    read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
+    columns, cells, _ = read(path, where)
+    column = find_column("image_column", image_column, columns, where)
+    found = [as_cell(cell, os.path.dirname(path)) for cell in _listed(cells(column))]
+    paths = [item for item in found if isinstance(item, str)]
+    if len(paths) < len(found):
+        raise DatasetError(
+            f"{where}, column {column!r}, must hold a path in each row, but "
+            f"{len(found) - len(paths)} of {len(found)} have none."
+        )
+    return paths
+
+
 def _of_rows(found: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     """Return what `encode` is to know of some rows of a table."""
     found = {**found, "rows": [found["rows"][row] for row in rows] if "rows" in found else rows}

@@ -19,7 +19,7 @@ from typing import Any
 __all__ = [
     "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer",
     "is_number", "json_text", "one_line", "parse_bytes", "printable", "read_csv_cell", "require",
-    "some",
+    "some", "without_nan",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
@@ -58,6 +58,21 @@ def json_text(value: Any, **options: Any) -> str:
     """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, **options)
     return text.encode("utf-8", "backslashreplace").decode()  # in JSON, too, \udce9 is that
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values, with null for numbers that are none.
+
+    >>> without_nan({"a": (1.0, float("nan"))})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): without_nan(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [without_nan(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def csv_line(cells: Iterable[Any]) -> str:

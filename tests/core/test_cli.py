@@ -553,5 +553,12 @@ def test_compare_and_presets_on_the_command_line(cli_here, tmp_path):
     for name, values in {"a": {"x": 2, "y": 1}, "b": {"x": 1, "y": 2}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
     out = cli_here("compare", tmp_path / "a.json", tmp_path / "b.json")
+    for words in (("compare", "a.json", "b.json"), ("evaluate", "a.json", "b.json")):
+        told = json.loads(cli_here(words[0], *(tmp_path / w for w in words[1:]), "--json"))
+        assert told.get("kendall_tau", told.get("figures", {}).get("kendall_tau")) == -1
+    told = json.loads(cli_here("doctor", "--json", "--cache", tmp_path / "cache"))
+    assert told["versions"]["sfda-tune"] == __version__
+    assert told["problems"] == []
+    assert json.loads(cli_here("cache", "show", "--json", "--cache", tmp_path / "c"))["kept"] == []
     assert "The first is y now, number 2 before; x is number 2." in out
     assert "none of the presets" in cli_here("backbones", "preset:huge", code=1)

@@ -1028,6 +1028,26 @@ def test_predict_finds_what_rank_finds(found, tmp_path, capsys):
     assert names == [str(tmp_path / "new" / name) for name in found_too]
 
 
+def test_predict_takes_patterns_and_tables_and_writes_json(found, tmp_path, capsys):
+    data = open_dataset("digits")
+    for row in range(4):
+        data.load(row).save(tmp_path / f"{row}.png")
+    (tmp_path / "list.csv").write_text("path,split\n1.png,a\n3.png,b\n")
+    out = tmp_path / "p.jsonl"
+    predict_here(
+        found.folder, tmp_path / "[01].png", tmp_path / "list.csv", "--jsonl", out, "--json"
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told == [json.loads(line) for line in out.read_text().splitlines()]
+    assert [os.path.basename(r["item"]) for r in told] == ["0.png", "1.png", "1.png", "3.png"]
+    p = found.predict([tmp_path / "0.png"])[0]
+    assert list(told[0]["probabilities"].values()) == pytest.approx(p.tolist(), rel=1e-4)
+    assert told[0]["predicted"] == found.classes[p.argmax()]
+    (tmp_path / "list.csv").write_text("path\n\n")
+    predict_here(found.folder, tmp_path / "none*.png", code=1)
+    assert "holds no image files" in capsys.readouterr().err
+
+
 def test_predictions_are_written_as_they_become_known(found, tmp_path, monkeypatch, capsys):
     image = open_dataset("digits").load(0)
     files = [tmp_path / f"{k}.png" for k in range(40)]
