@@ -1,4 +1,4 @@
-"""The replays of `study_replay`, through `SFDASearcher` with OptunaSearch inside.
+"""The replays of `study_replay`, through `SFDASearcher`.
 
     python tests/benchmarks/study_replay_ray.py [--tables 8] [--seeds 10] [--fit 0]
 
@@ -19,7 +19,6 @@ import warnings
 import numpy as np
 import optuna
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
 from sfda_tune_ray import SFDASearcher
 from sfda_tune_ray.cluster import connect
 from study_replay import Case, make_case, ours, read_clip, read_shift
@@ -31,7 +30,7 @@ def make_space(case: Case) -> dict[str, object]:
 
 
 def make_searcher(case: Case) -> SFDASearcher:
-    return SFDASearcher(case.scores, base_searcher=OptunaSearch(seed=case.seed), seed=case.seed)
+    return SFDASearcher(case.scores, seed=case.seed)
 
 
 def look_up(case: Case, config: dict[str, object]) -> float:
