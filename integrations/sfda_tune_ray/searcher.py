@@ -427,13 +427,13 @@ class SFDASearcher(OptunaSearch):
         if kept.keys() != found.keys():
             left = some(sorted(found.keys() - kept.keys()))
             _logger.warning(f"A trial with parameters outside of the space: {left} left out.")
+        if any(map(math.isnan, values or ())):
+            state, values = TrialState.FAIL, None
         backbone = backbone_name(params[self.param_name])
         if state == TrialState.FAIL:
             self._fails[backbone] += 1
         else:
             self._runs.add(backbone)
-        if state == TrialState.COMPLETE and any(map(math.isnan, values or ())):
-            state, values = TrialState.FAIL, None
         trial = create_trial(
             state=state,
             values=values,

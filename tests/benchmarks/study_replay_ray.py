@@ -3,9 +3,8 @@
     python tests/benchmarks/study_replay_ray.py [--tables 8] [--seeds 10] [--fit 0]
 
 Trials to the goal of the searcher over those of `SFDASampler` on the same cases: geometric mean
-and 95 % of a paired bootstrap over seeds, which decide on the first settings in all tables. Both
-make the same choices from the same history, but the base draws other settings, so single cases
-differ and the mean should not. The searcher is called as Tune calls it, without the process that
+and 95 % of a paired bootstrap over seeds, which decide on the first settings in all tables. The
+choices and draws are the same, so every ratio is 1. The searcher is called as Tune calls it, without the process that
 Tune spends on every trial; ``--fit n`` runs n cases through ``Tuner.fit`` as well, and
 ``--seeds 0 --fit n`` these only.
 """

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_best_first_without_failures():
     assert backbone_space(SCORES).categories == ["top", "mid", "low"]
     assert backbone_space(SCORES, 2).categories == ["top", "mid"]
-    with pytest.raises(ValueError, match="`ranking` must hold at least one scored backbone"):
+    with pytest.raises(ValueError, match="`scores` must hold at least one scored backbone"):
         backbone_space(Ranking([Score("a", error="OSError: no weights")]))
     with pytest.raises(ValueError, match="`top_k` must be an integer ≥ 1 but is 0"):
         backbone_space(SCORES, 0)
