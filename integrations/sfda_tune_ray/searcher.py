@@ -431,7 +431,7 @@ class SFDASearcher(OptunaSearch):
             state, values = TrialState.FAIL, None
         backbone = backbone_name(params[self.param_name])
         if state == TrialState.FAIL:
-            self._fails[backbone] += 1
+            self._fails[backbone] += ITERATIONS not in attrs
         else:
             self._runs.add(backbone)
         trial = create_trial(

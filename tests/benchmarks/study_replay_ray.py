@@ -4,9 +4,9 @@
 
 Trials to the goal of the searcher over those of `SFDASampler` on the same cases: geometric mean
 and 95 % of a paired bootstrap over seeds, which decide on the first settings in all tables. The
-choices and draws are the same, so every ratio is 1. The searcher is called as Tune calls it, without the process that
-Tune spends on every trial; ``--fit n`` runs n cases through ``Tuner.fit`` as well, and
-``--seeds 0 --fit n`` these only.
+choices and draws are the same, so every ratio is 1. The searcher is called as Tune calls it,
+without the process that Tune spends on every trial; ``--fit n`` runs n cases through ``Tuner.fit``
+as well, and ``--seeds 0 --fit n`` these only.
 """
 
 from __future__ import annotations
