@@ -1,8 +1,9 @@
 """From a ranking to fine-tuned survivors with Ray Tune.
 
-`SFDASearcher` chooses the backbone by its score and by the trials so far; OptunaSearch draws the
-rest, from the trials of that backbone. Every backbone has an ASHA of its own, which stops bad
-settings and not slow starters. Run again with --resume after it was stopped: nothing is lost.
+`SFDASearcher` chooses the backbone by its score and by the trials so far; Optuna's TPE draws the
+rest, from all trials, made comparable between backbones. Every backbone has an ASHA of its own,
+which stops bad settings and not slow starters. Run again with --resume after it was stopped:
+nothing is lost.
 """
 
 import argparse
@@ -12,7 +13,6 @@ from pathlib import Path
 import optuna
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 from sfda_tune_ray import (
     PerBackboneScheduler,
     SchedulerStateCallback,
@@ -46,7 +46,7 @@ def main() -> None:
         needs = backbone_resources(ranking, cpus=1)  # with GPUs: gpu_memory=24e9
         trainable = finetune_trainable(data, config={"epochs": epochs})
         trainable = tune.with_resources(trainable, needs)
-        searcher = SFDASearcher(ranking, base_searcher=OptunaSearch(seed=0), seed=0)
+        searcher = SFDASearcher(ranking, seed=0)
         scheduler = PerBackboneScheduler(lambda: ASHAScheduler(max_t=epochs + 1))
         space = {"backbone": backbone_space(ranking, 5), "lr": tune.loguniform(1e-4, 1e-1)}
         if arguments.resume:  # with the searcher and scheduler that were saved

@@ -18,6 +18,11 @@ from sfda_tune_optuna._compat import is_feasible
 GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone
 ASKED = "sfda:asked"  # system attribute: begun under an `SFDASampler`
 TOLD = "sfda:told"  # system attribute: failed, and its own worker said so
+# User attributes of a trial of Ray Tune
+ITERATIONS = "sfda:iterations"  # how often it has reported; fewer than others: it ended early
+SECONDS = "sfda:seconds"  # that it took, without waiting
+LOST = "sfda:lost"  # it failed with its machine, or before it began
+REPLACES = "sfda:replaces"  # the number of the failed trial that came back as this one
 
 
 def read_backbone(trial: FrozenTrial, param_name: str) -> str | None:
@@ -67,18 +72,20 @@ def observe(
     seen = {} if seen is None else seen
     signs = find_signs(study)
     history: dict[int, Observation] = {}
-    complete, pruned, last_step = [], [], 0
+    complete, pruned, budget = [], [], 0
     for trial in trials:
         number, state = trial.number, trial.state
         backbone = None if number == leave_out else read_backbone(trial, param_name)
         if backbone is None:
             continue
+        if REPLACES in trial.user_attrs:
+            history.pop(trial.user_attrs[REPLACES], None)
         if state == TrialState.COMPLETE:
             if number not in seen:
                 seen[number] = _observe(trial, backbone, "complete", param_name)
             history[number] = seen[number]
             complete.append(trial)
-            last_step = max(last_step, trial.last_step or 0)
+            budget = max(budget, _count_steps(trial))
         elif state == TrialState.PRUNED:
             is_gated = GATED in trial.user_attrs
             kind = "stopped" if is_gated else "pruned"
@@ -88,16 +95,22 @@ def observe(
             # One that began here but whose worker never said that it failed: it was killed. One
             # that has reported values does fit into memory: Ctrl-C, or a setting that diverged.
             told = ASKED not in trial.system_attrs or TOLD in trial.system_attrs
-            if told and not trial.intermediate_values:
+            has_reported = trial.intermediate_values or ITERATIONS in trial.user_attrs
+            if told and not has_reported:
                 history[number] = _observe(trial, backbone, "failed", param_name)
         elif state == TrialState.RUNNING:
             history[number] = _observe(trial, backbone, "running", param_name)
-    for trial in pruned:
+    # Tune does not say that it stopped a trial: its iterations do, once others have had more.
+    early = [t for t in complete if t.user_attrs.get(ITERATIONS, budget) < budget]
+    for trial in early:
+        history[trial.number] = replace(history[trial.number], state="pruned")
+    complete = [t for t in complete if history[t.number].state == "complete"]
+    for trial in [*pruned, *early]:
         value, step = None, None
         if len(signs) == 1 and trial.value is not None and math.isfinite(trial.value):
             value = signs[0] * trial.value
-        if trial.last_step is not None and last_step:  # else nobody knows the budget
-            step = min(1.0, (trial.last_step + 1) / (last_step + 1))
+        if _count_steps(trial) and budget > 1:  # else nobody knows the budget
+            step = min(1.0, _count_steps(trial) / budget)
         history[trial.number] = replace(history[trial.number], value=value, step=step)
     values = [[s * v for s, v in zip(signs, t.values, strict=True)] for t in complete]
     values = values if weights is not None else [v[objective:] for v in values]
@@ -108,8 +121,14 @@ def observe(
     return History(history.values())
 
 
+def _count_steps(trial: FrozenTrial) -> int:
+    last = trial.last_step
+    return trial.user_attrs.get(ITERATIONS, 0 if last is None else last + 1)
+
+
 def _observe(trial: FrozenTrial, backbone: str, state: str, param_name: str) -> Observation:
     params = {name: value for name, value in trial.params.items() if name != param_name}
-    seconds = None if trial.duration is None else trial.duration.total_seconds()
+    lasted = None if trial.duration is None else trial.duration.total_seconds()
+    seconds = trial.user_attrs.get(SECONDS, lasted) or None  # 0: added, by somebody else
     feasible = is_feasible(trial)
     return Observation(backbone, state, cost=seconds, feasible=feasible, params=params)

@@ -24,6 +24,7 @@ from sfda_tune_optuna import _compat, exhaustive, store
 from sfda_tune_optuna.history import (
     ASKED,
     GATED,
+    LOST,
     TOLD,
     find_choices,
     find_signs,
@@ -308,7 +309,8 @@ class SFDASampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
         """Tell the base sampler; forget the trial; say once if scores or names are wrong."""
-        if state == TrialState.FAIL:  # a killed worker cannot say so: its trial is no evidence
+        # A killed worker cannot say so: its trial is no evidence.
+        if state == TrialState.FAIL and LOST not in trial.user_attrs:
             _compat.mark_trial(study, trial, TOLD, True)
         with self._lock:
             self._base.after_trial(study, trial, state, values)

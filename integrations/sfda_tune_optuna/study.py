@@ -24,7 +24,7 @@ from sfda_tune_optuna.store import load_ranking, load_record, save_ranking
 __all__ = ["calibrate_study", "enqueue_top_k", "extend_backbones", "suggest_backbone"]
 
 
-def suggest_backbone(trial: Any, ranking: Mapping[Any, float], name: str = "backbone") -> str:
+def suggest_backbone(trial: Any, scores: Mapping[Any, float], name: str = "backbone") -> str:
     """Suggest the backbone of a trial; works with every sampler.
 
     The choices are all backbones that could be scored, by name: Optuna forbids other choices in
@@ -33,7 +33,7 @@ def suggest_backbone(trial: Any, ranking: Mapping[Any, float], name: str = "back
     Parameters
     ----------
     trial : optuna.Trial
-    ranking : Ranking or mapping of str to float
+    scores : Ranking or mapping of str to float
     name : str, default "backbone"
         Name of the parameter.
 
@@ -49,17 +49,17 @@ def suggest_backbone(trial: Any, ranking: Mapping[Any, float], name: str = "back
     >>> suggest_backbone(trial, {"vit": 3.1, "resnet": 2.5})
     'vit'
     """
-    failed = ranking.failed if isinstance(ranking, Ranking) else {}
-    choices = sorted(backbone_name(backbone) for backbone in ranking if backbone not in failed)
+    failed = scores.failed if isinstance(scores, Ranking) else {}
+    choices = sorted(backbone_name(backbone) for backbone in scores if backbone not in failed)
     if not choices:
-        raise ValueError("`ranking` must hold at least one scored backbone but holds none.")
+        raise ValueError("`scores` must hold at least one scored backbone but holds none.")
     try:
         return trial.suggest_categorical(name, choices)
     except ValueError as error:
         if "dynamic value space" not in str(error):
             raise
         raise ValueError(
-            f"`ranking` must hold the backbones that the study's {name!r} was begun with but "
+            f"`scores` must hold the backbones that the study's {name!r} was begun with but "
             f"holds {len(choices)} others or fewer; copy the study with "
             "`extend_backbones(study, new, study_name=...)`."
         ) from error
@@ -67,7 +67,7 @@ def suggest_backbone(trial: Any, ranking: Mapping[Any, float], name: str = "back
 
 def enqueue_top_k(
     study: Study,
-    ranking: Mapping[Any, float],
+    scores: Mapping[Any, float],
     k: int = 3,
     *,
     param_name: str = "backbone",
@@ -79,7 +79,7 @@ def enqueue_top_k(
     Parameters
     ----------
     study : Study
-    ranking : Ranking or mapping of str to float
+    scores : Ranking or mapping of str to float
     k : int, default 3
     param_name : str, default "backbone"
     params : mapping, optional
@@ -103,7 +103,7 @@ def enqueue_top_k(
     []
     """
     enqueued = []
-    for name in decisions.survivors(scores_by_name(ranking), integer("k", k, 1)):
+    for name in decisions.survivors(scores_by_name(scores, "scores"), integer("k", k, 1)):
         before = len(study.get_trials(deepcopy=False))
         study.enqueue_trial({param_name: name, **(params or {})}, skip_if_exists=skip_if_exists)
         if len(study.get_trials(deepcopy=False)) > before:

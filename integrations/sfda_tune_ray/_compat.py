@@ -6,16 +6,13 @@ of `ray.tune` that its documentation leaves out.
 
 from __future__ import annotations
 
-import copy
-import importlib.metadata
-import math
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ray._private.dict import flatten_dict, unflatten_dict
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from ray._private.dict import flatten_dict
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.logger import LoggerCallback
 from ray.tune.schedulers import (
@@ -24,105 +21,101 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 from ray.tune.schedulers.trial_scheduler import FIFOScheduler
-from ray.tune.search import Searcher, sample
-from ray.tune.search.sample import Categorical, Domain, Quantized, _BackwardsCompatibleNumpyRng
-from ray.tune.search.variant_generator import assign_value, parse_spec_vars
+from ray.tune.search import SearchAlgorithm, Searcher
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Categorical, Domain, _BackwardsCompatibleNumpyRng
+from ray.tune.search.variant_generator import parse_spec_vars
 
 __all__ = [
     "Categorical",
     "Domain",
     "Weighted",
-    "add_point",
-    "assign_value",
-    "brings_space",
     "check_base_scheduler",
-    "check_base_searcher",
-    "copy_searcher",
+    "check_distributions",
+    "check_options",
+    "contains",
+    "convert_space",
     "end_at_once",
-    "fix_param",
     "flatten_dict",
     "is_lost",
-    "pack_space",
-    "parse_spec_vars",
     "read_scheduler",
     "stop_unstarted",
-    "unflatten_dict",
-    "unpack_space",
+    "suggest",
     "write_scheduler",
 ]
 
-# Searchers of Ray 2.60 that fail with newer versions of what they wrap, from this major on.
-_OUTDATED = {"AxSearch": ("ax-platform", 1), "BayesOptSearch": ("bayesian-optimization", 2)}
-
 
 # Searchers --------------------------------------------------------------------------------------
-def check_base_searcher(base: Any) -> None:
-    """Refuse what cannot be a base searcher, and say what to do instead."""
-    if not isinstance(base, Searcher):
-        raise ValueError(
-            "`base_searcher` must be a Searcher of Ray Tune (not a class) or None, but is "
-            f"{base!r}; for random search, what BasicVariantGenerator does, leave it out."
-        )
-    name = type(base).__name__
-    if hasattr(base, "searcher"):
-        raise ValueError(
-            f"`base_searcher` must not be a wrapper but is a {name}; put it outside: "
-            f"{name}(SFDASearcher(scores, base_searcher=...), ...)."
-        )
-    package, major = _OUTDATED.get(name, ("", 0))
-    if package:
-        version = importlib.metadata.version(package)
-        if int(version.partition(".")[0]) >= major:
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse searchers where a sampler of Optuna belongs, and say what to do instead."""
+    kinds = (Searcher, SearchAlgorithm)
+    for key, value in options.items():
+        is_searcher = isinstance(value, kinds)
+        is_searcher |= isinstance(value, type) and issubclass(value, kinds)
+        if not is_searcher and key != "base_searcher":
+            continue
+        name = value.__name__ if isinstance(value, type) else type(value).__name__
+        if hasattr(value, "searcher") and not isinstance(value, SearchAlgorithm):
             raise ValueError(
-                f"`base_searcher` must work but {name} fails with {package} {version}; install "
-                f"'{package}<{major}' or use OptunaSearch."
+                f"`{key}` must not be a wrapper but is a {name}; put it outside: "
+                f"{name}(SFDASearcher(scores), ...)."
             )
+        raise ValueError(
+            f"`{key}` must be a sampler of Optuna, given as `base_sampler`, but is a {name}; "
+            "write SFDASearcher(scores, base_sampler=optuna.samplers.TPESampler()) or leave it "
+            "out, and give define-by-run functions as `space`."
+        )
 
 
-def brings_space(base: Searcher) -> bool:
-    """Tell whether a searcher was made with a search space of its own."""
-    if type(base).set_search_properties is Searcher.set_search_properties:
-        return True
-    return any(bool(getattr(base, name, None)) for name in ("_space", "domain", "_dim_dict"))
+def convert_space(config: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    """Return the domains of a search space as distributions, nested names joined by "/"."""
+    _, domains, grids = parse_spec_vars(dict(config))
+    if grids:
+        where = "/".join(str(part) for part in grids[0][0])
+        raise ValueError(
+            f"`param_space` must not hold a grid_search but {where!r} is one; use tune.choice "
+            "here, or the grid without a search_alg and with SFDAScheduler."
+        )
+    for path, domain in domains:
+        if any(isinstance(choice, Domain) for choice in getattr(domain, "categories", ())):
+            raise ValueError(
+                f"`param_space` must not nest domains, but a choice in it is {domain!r}; use "
+                "`spaces` for parameters of some backbones only."
+            )
+        if not all(isinstance(part, str) for part in path):
+            raise ValueError(f"`param_space` must not hold domains in lists, as at {path!r}.")
+    return OptunaSearch.convert_search_space(dict(config))
 
 
-def copy_searcher(base: Searcher, key: str) -> Searcher:
-    """Copy a searcher that has seen nothing yet; Optuna's copies share its storage only."""
-    storage = getattr(base, "_storage", None)
-    fork = copy.deepcopy(base, {} if storage is None else {id(storage): storage})
-    if hasattr(fork, "_study_name"):
-        fork._study_name = f"{fork._study_name} {key}"  # type: ignore[attr-defined]
-    return fork
+def check_distributions(spaces: Sequence[Mapping[str, BaseDistribution]]) -> None:
+    """Refuse a name that has two kinds of values: in one study that is an error, but later."""
+    known: dict[str, BaseDistribution] = {}
+    for space in spaces:
+        for name, own in space.items():
+            try:
+                check_distribution_compatibility(known.setdefault(name, own), own)
+            except ValueError as error:
+                raise ValueError(
+                    f"`spaces` must give {name!r} the same choices wherever it is, but one is "
+                    f"{known[name]!r} and one {own!r}; give them two names."
+                ) from error
 
 
-def fix_param(base: Any, name: str, value: Any) -> None:
-    """Let a searcher with a space of its own, maybe a conditional one, always take one value."""
-    study = getattr(base, "_ot_study", None)
-    if study is not None:
-        from optuna.samplers import PartialFixedSampler
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is experimental
-            study.sampler = PartialFixedSampler({name: value}, study.sampler)
+def suggest(trial: Any, name: str, distribution: BaseDistribution) -> Any:
+    """Return the value of a parameter of an Optuna trial; its public methods are one a kind."""
+    return trial._suggest(name, distribution)
 
 
-def add_point(base: Any, params: dict[str, Any], values: list[float]) -> bool:
-    """Tell a searcher of a trial that is not its own; False if it cannot take it."""
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Tell whether a parameter may have a value."""
     try:
-        if len(values) == 1:
-            base.add_evaluated_point(params, values[0])
-        else:  # of Ray's searchers only Optuna's knows several objectives, but not here
-            from optuna.trial import create_trial
-
-            trial = create_trial(values=values, params=params, distributions=base._space)
-            base._ot_study.add_trial(trial)
-    except Exception:  # not implemented, or outside its space; must not end the experiment
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (ValueError, TypeError):
         return False
-    return True
 
 
 class Weighted(Categorical._Uniform):
-    """Draw categories with unequal probabilities; to Optuna and HyperOpt a plain categorical."""
+    """Draw categories with unequal probabilities; to Optuna a plain categorical."""
 
     def __init__(self, weights: list[float]) -> None:
         self.weights = weights
@@ -136,53 +129,6 @@ class Weighted(Categorical._Uniform):
         drawn = random_state.choice(len(self.weights), size=size, p=self.weights)
         items = [domain.categories[int(i)] for i in drawn]
         return items if size > 1 else items[0]
-
-
-def pack_space(value: Any) -> Any:
-    """Return a search space as JSON values; TypeError if it holds anything of an unknown class."""
-    if isinstance(value, Domain):
-        kind = type(value).__name__
-        if getattr(sample, kind, None) is not type(value) or kind == "Function":
-            raise TypeError(f"a {kind} cannot be saved as JSON")
-        sampler, step = value.get_sampler(), None
-        if isinstance(sampler, Quantized):
-            sampler, step = sampler.sampler, sampler.q
-        parts = {**vars(value), "sampler": type(sampler).__name__, **vars(sampler), "step": step}
-        return {"$domain": kind, **{name: pack_space(part) for name, part in parts.items()}}
-    if isinstance(value, dict):
-        return {name: pack_space(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [pack_space(part) for part in value]
-        return {"$tuple": parts} if isinstance(value, tuple) else parts
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": str(value)}
-    if isinstance(value, (str, int, float, type(None))):
-        return value
-    raise TypeError(f"a {type(value).__name__} cannot be saved as JSON")
-
-
-def unpack_space(value: Any) -> Any:
-    """Return the search space that `pack_space` has packed."""
-    if isinstance(value, list):
-        return [unpack_space(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    if "$float" in value:
-        return float(value["$float"])
-    parts = {name: unpack_space(part) for name, part in value.items()}
-    if "$tuple" in parts:
-        return tuple(parts["$tuple"])
-    if "$domain" not in parts:
-        return parts
-    cls, name = getattr(sample, parts["$domain"]), parts["sampler"]
-    names = ("categories",) if cls is Categorical else ("lower", "upper")
-    domain = cls(*(parts[n] for n in names))
-    sampler = Weighted if name == "Weighted" else getattr(cls, name)
-    own = [parts[n] for n in ("weights", "mean", "sd") if n in parts]
-    step = parts["step"]
-    sampler = sampler(*own)
-    domain.set_sampler(sampler if step is None else Quantized(sampler, step), allow_override=True)
-    return domain
 
 
 # Trials -----------------------------------------------------------------------------------------

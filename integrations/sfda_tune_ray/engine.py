@@ -135,9 +135,7 @@ def _quietly() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in TERMS}
     main = threading.current_thread() is threading.main_thread()
     handlers = {sign: signal.getsignal(sign) for sign in SIGNALS if main}
-    with suppress(ImportError):
-        import optuna  # noqa: F401 - sets the level of its logger
-    log = logging.getLogger("optuna")  # of the searcher that Tune wraps, if there is one
+    log = logging.getLogger("optuna")  # of the searcher's study
     level = log.level
     os.environ |= TERMS
     log.setLevel(max(level, logging.WARNING))
@@ -178,7 +176,6 @@ def _open_tuner(job: Job) -> raytune.Tuner:
     lacking = [point for point in defaults if point not in begun]  # of a lost actor, too
     searcher = SFDASearcher(
         job.scores,
-        base_searcher=_make_base(job, job.seed + len(known)),  # other draws than before
         points_to_evaluate=[*left, *lacking],
         **_aims(job),
         seed=job.seed,
@@ -226,16 +223,6 @@ def _aims(job: Job) -> dict[str, Any]:
     if len(modes) == 1:
         return {"metric": METRICS[0], "mode": modes[0]}
     return {"metric": METRICS[: len(modes)], "mode": modes}
-
-
-def _make_base(job: Job, seed: int) -> Any:
-    """Return Optuna's TPE if it is installed, else None: random."""
-    try:
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(**_aims(job), seed=seed)
-    except ImportError:
-        return None
 
 
 def _convert(space: Space) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sfda_tune.selection.calibration import backbone_name, scores_by_name
 from sfda_tune.selection.policy import find_kept
 from sfda_tune.values.text import require, some
 from sfda_tune_ray import _compat
+from sfda_tune_ray.searcher import SFDASearcher
 
 __all__ = ["PerBackboneScheduler", "SFDAScheduler"]
 
@@ -58,9 +59,9 @@ class _Wrapper(TrialScheduler):
 class SFDAScheduler(_Wrapper):
     """Stop trials of non-survivors before they cost an actor; else do what another scheduler does.
 
-    For those who keep their own search algorithm or grid; `SFDASearcher` rather does not suggest
-    such trials. Stopped trials count in ``num_samples``; their `Result` has no metric, but its
-    config and ``sfda_pruned=True``. To OptunaSearch they are pruned trials.
+    For those who keep their own search algorithm or grid; `SFDASearcher` is told of the survivors
+    and does not suggest such trials. Stopped trials count in ``num_samples``; their `Result` has
+    no metric, but its config and ``sfda_pruned=True``. To OptunaSearch they are pruned trials.
 
     Parameters
     ----------
@@ -115,6 +116,7 @@ class SFDAScheduler(_Wrapper):
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Note non-survivors: they cannot be stopped yet."""
+        self._tell_searcher(tune_controller)
         if trial.is_finished():  # `Tuner.restore` adds these again
             return
         if self._is_out(trial):
@@ -172,6 +174,13 @@ class SFDAScheduler(_Wrapper):
         self._survivors, self._vetoed = frozenset(state["survivors"]), set(state["vetoed"])
         if state["base"] is not None:
             _compat.write_scheduler(self._base, state["base"])
+
+    def _tell_searcher(self, tune_controller: Any) -> None:
+        searcher = tune_controller.search_alg
+        while hasattr(searcher, "searcher"):
+            searcher = searcher.searcher
+        if isinstance(searcher, SFDASearcher) and searcher.param_name == "/".join(self._path):
+            searcher.set_survivors(self._survivors)
 
     def _check_names(self, trials: Sequence[Trial]) -> None:
         """Warn once where names do not fit, so that nothing would be stopped, or everything."""

@@ -24,18 +24,18 @@ PARAMETER, PIXEL = 16, 2600
 
 
 def backbone_space(
-    ranking: Mapping[Any, float], top_k: int | None = None, *, temperature: float | None = None
+    scores: Mapping[Any, float], top_k: int | None = None, *, temperature: float | None = None
 ) -> _compat.Categorical:
     """Return a ``tune.choice`` of the best backbones, best first.
 
     Parameters
     ----------
-    ranking : Ranking or mapping of str to float
+    scores : Ranking or mapping of str to float
     top_k : int, optional
         How many; default: all that could be scored.
     temperature : float > 0, optional
-        Draw backbone k with P(k) ∝ exp(score_k / T). Random search obeys it; to OptunaSearch and
-        HyperOptSearch it is a plain choice.
+        Draw backbone k with P(k) ∝ exp(score_k / T). Random search obeys it; to model-based
+        searchers it is a plain choice.
 
     Raises
     ------
@@ -47,10 +47,10 @@ def backbone_space(
     >>> backbone_space({"vit": 3.1, "resnet": 2.5, "alexnet": 0.4}, 2).categories
     ['vit', 'resnet']
     """
-    scores = scores_by_name(ranking)
+    scores = scores_by_name(scores, "scores")
     names = list(survivors(scores, None if top_k is None else integer("top_k", top_k, 1)))
     if not names:
-        raise ValueError("`ranking` must hold at least one scored backbone, but holds none.")
+        raise ValueError("`scores` must hold at least one scored backbone, but holds none.")
     space = _compat.Categorical(names).uniform()
     if temperature is not None:
         if not 0 < temperature < math.inf:

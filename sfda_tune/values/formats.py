@@ -11,7 +11,7 @@ from sfda_tune.values.files import AtLeast
 
 __all__ = [
     "CLASSIFIER", "CONFIG", "ENVIRONMENT", "EXPERIMENTS", "FOUND", "HARD_IMAGE", "PROVENANCE",
-    "RANKING", "RECORD", "SEARCH", "SEARCHER", "STATE", "TRIAL",
+    "RANKING", "RECORD", "SEARCH", "STATE", "TRIAL",
 ]  # fmt: skip
 
 COUNT = (AtLeast(0), None)
@@ -170,19 +170,6 @@ CLASSIFIER: dict[Any, Any] = {
         "value_range_?": object,
         "n_features_in_?": (int, None),
     },
-}
-SEARCHER: dict[Any, Any] = {
-    "format": str,
-    "metric": object,
-    "mode": object,
-    "space": object,
-    "seed": object,
-    "number": AtLeast(0, int),
-    "points": AtLeast(0, int),
-    "unattributed": object,
-    "records": {str: {str: object}},
-    "base_searcher": str,
-    "bases": {str: str},
 }
 RECORD: dict[Any, Any] = {
     "version": int,

@@ -1,13 +1,12 @@
-"""The replays of `study_replay`, through `SFDASearcher` with OptunaSearch inside.
+"""The replays of `study_replay`, through `SFDASearcher`.
 
     python tests/benchmarks/study_replay_ray.py [--tables 8] [--seeds 10] [--fit 0]
 
 Trials to the goal of the searcher over those of `SFDASampler` on the same cases: geometric mean
-and 95 % of a paired bootstrap over seeds, which decide on the first settings in all tables. Both
-make the same choices from the same history, but the base draws other settings, so single cases
-differ and the mean should not. The searcher is called as Tune calls it, without the process that
-Tune spends on every trial; ``--fit n`` runs n cases through ``Tuner.fit`` as well, and
-``--seeds 0 --fit n`` these only.
+and 95 % of a paired bootstrap over seeds, which decide on the first settings in all tables. The
+choices and draws are the same, so every ratio is 1. The searcher is called as Tune calls it,
+without the process that Tune spends on every trial; ``--fit n`` runs n cases through ``Tuner.fit``
+as well, and ``--seeds 0 --fit n`` these only.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import warnings
 import numpy as np
 import optuna
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
 from sfda_tune_ray import SFDASearcher
 from sfda_tune_ray.cluster import connect
 from study_replay import Case, make_case, ours, read_clip, read_shift
@@ -31,7 +29,7 @@ def make_space(case: Case) -> dict[str, object]:
 
 
 def make_searcher(case: Case) -> SFDASearcher:
-    return SFDASearcher(case.scores, base_searcher=OptunaSearch(seed=case.seed), seed=case.seed)
+    return SFDASearcher(case.scores, seed=case.seed)
 
 
 def look_up(case: Case, config: dict[str, object]) -> float:

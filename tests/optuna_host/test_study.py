@@ -177,8 +177,8 @@ def test_wrong_arguments_are_named(k):
     study = optuna.create_study()
     with pytest.raises(ValueError, match=f"`k` must be an integer ≥ 1 but is {k!r}"):
         enqueue_top_k(study, VALUES, k)
-    for use in (save_ranking, enqueue_top_k):
-        with pytest.raises(ValueError, match="`ranking` must be a Ranking or a mapping but is"):
+    for use, name in ((save_ranking, "ranking"), (enqueue_top_k, "scores")):
+        with pytest.raises(ValueError, match=f"`{name}` must be a Ranking or a mapping but is"):
             use(study, NAMES)
 
 

@@ -6,12 +6,10 @@ import importlib
 import pytest
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.hyperopt import HyperOptSearch
 from ray.tune.search.optuna import OptunaSearch
 
 NAMES = """
 ray._private.dict:flatten_dict
-ray._private.dict:unflatten_dict
 ray._private.ray_constants:ENABLE_RAY_CLUSTER
 ray._raylet:Config.initialize
 ray._raylet:AuthenticationTokenLoader.instance
@@ -22,16 +20,16 @@ ray.tune.experiment:Trial.is_finished
 ray.tune.experiment:Trial.has_reported_at_least_once
 ray.tune.experiment:Trial.error_file
 ray.tune.search.sample:Categorical._Uniform
-ray.tune.search.sample:Quantized
 ray.tune.search.sample:_BackwardsCompatibleNumpyRng
-ray.tune.search.variant_generator:assign_value
 ray.tune.search.variant_generator:parse_spec_vars
 """
 OBJECTS = {
     "ASHAScheduler": (ASHAScheduler, ("_brackets", "_num_stopped", "_trial_info")),
     "Bracket": (lambda: ASHAScheduler()._brackets[0], ("_rungs",)),
-    "OptunaSearch": (OptunaSearch, ("_space", "_storage", "_study_name")),
-    "HyperOptSearch": (HyperOptSearch, ("domain",)),
+    "OptunaSearch": (
+        OptunaSearch,
+        ("_completed_trials", "_ot_study", "_ot_trials", "_setup_study", "_space", "_storage"),
+    ),
     "Trial": (lambda: Trial("stub", stub=True), ("run_metadata.last_result",)),
 }
 

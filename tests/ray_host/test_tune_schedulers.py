@@ -69,6 +69,19 @@ def test_trap_C14_C16_a_veto_counts_as_a_sample_and_as_pruned(tmp_path):
     assert [t.state.name for t in find_study(base).trials] == ["PRUNED", "COMPLETE"]
 
 
+def test_the_searcher_proposes_nothing_that_the_scheduler_stops(tmp_path):
+    misled = {name: -score for name, score in SCORES.items()}
+    searcher = SFDASearcher(misled, seed=0, points_to_evaluate=[{"backbone": "f"}])
+    results = fit(
+        train, tmp_path, {"backbone": tune.choice(NAMES)}, search_alg=searcher, num_samples=4,
+        scheduler=SFDAScheduler(["a", "b"]), max_concurrent_trials=2, reuse_actors=True, **MAX,
+    )  # fmt: skip
+    tried = [r.config["backbone"] for r in results]
+    assert tried[0] == "f"  # the user's word counts, and is vetoed
+    assert {*tried[1:]} == {"a", "b"}
+    assert searcher.calibration().n_trials == 3
+
+
 class Tracker(LoggerCallback):
     """Opens a run when a trial starts, as those for MLflow, W&B and Comet do."""
 
@@ -122,7 +135,7 @@ def make_driver_run(folder):
     scheduler = SFDAScheduler(
         SCORES, keep=6, base_scheduler=ASHAScheduler(max_t=2, grace_period=1)
     )
-    searcher = SFDASearcher(SCORES, base_searcher=OptunaSearch(seed=0), seed=0)
+    searcher = SFDASearcher(SCORES, seed=0)
     space = {"backbone": backbone_space(SCORES, 3), "lr": tune.uniform(0, 1)}
     return make_tuner(
         waits, folder, space | {"folder": str(folder)}, search_alg=searcher, num_samples=5,
@@ -133,7 +146,7 @@ def make_driver_run(folder):
 
 @pytest.mark.slow
 def test_trap_C18_T01_T03_a_killed_driver_is_restored(tmp_path, ray_cluster):
-    """Searcher, base searcher and rungs know all five trials, although the driver was killed."""
+    """Searcher and rungs know all five trials, although the driver was killed."""
     here = Path(__file__).parent
     package = str(here.parents[1] / "integrations")
     driver = subprocess.Popen(
@@ -155,8 +168,6 @@ def test_trap_C18_T01_T03_a_killed_driver_is_restored(tmp_path, ray_cluster):
     assert len(results) == 5
     assert not results.errors
     searcher = find_searcher(tuner)
-    assert [r.state for r in searcher.records.values()] == ["complete"] * 5
     assert searcher.calibration().n_trials == 5
-    told = [t for base in searcher.base_searchers.values() for t in find_study(base).trials]
-    assert [t.state.name for t in told] == ["COMPLETE"] * 5
+    assert [trial.state.name for trial in searcher.study.trials] == ["COMPLETE"] * 5
     assert len(find_rungs(find_config(tuner).scheduler.base_scheduler)[1]) == 5
