@@ -187,7 +187,8 @@ def _columns(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
     shown = list(columns)
     room = output.width if output.is_terminal else 10_000
     wide = {c: max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown}
-    for name in ("because of", "images/s", "params", "width", "score", *_SURE):
+    spare = ("because of", "images/s", "params", "width", "group", "90% interval", "score", *_SURE)
+    for name in spare:
         if name in shown and sum(wide[c] for c in shown) + 1 > room and len(shown) > 3:
             shown.remove(name)
     return shown

@@ -112,7 +112,7 @@ def render(run: Run) -> str:
         script=script,
         hashes=(_hash(style), _hash(script)),
         diagnostics=_diagnostics(run, sure),
-        rows=_rows(run.ranking, sure),
+        rows=_rows(run.ranking),
         ranked="forecast" if is_forecast(run.ranking) else "score",
         tradeoffs=_tradeoffs(run),
         course=_course(run),
@@ -158,21 +158,14 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     return files
 
 
-def _rows(ranking: Ranking, sure: Confidence | None) -> list[dict[str, Any]]:
-    """Return one row per scored backbone: `Ranking.records`, what it is ranked by, the odds."""
-    known = {r["backbone"]: r for r in sure.records()} if sure else {}
+def _rows(ranking: Ranking) -> list[dict[str, Any]]:
+    """Return one row per scored backbone: `Ranking.records`, and what it is ranked by."""
     rows, trained = [], is_forecast(ranking)
     for r in ranking.records()[: len(ranking) - len(ranking.failed)]:
-        value, odds = ranking[r["backbone"]], known.get(r["backbone"], {})
-        between = {"low": odds.get("score_low", value), "high": odds.get("score_high", value)}
-        odds = {k: odds[k] for k in ("rank_low", "rank_high", "p_best") if odds}
-        shown = [_in_figures(v, trained) for v in (value, *between.values())]
-        letters = (
-            chr(96 + g) if g <= 26 else str(g)
-            for g in known.get(r["backbone"], {}).get("groups", ())
-        )
-        rows.append(r | odds | between | {"value": value, "shown": shown, "sure": bool(odds)})
-        rows[-1]["groups"] = " ".join(letters)
+        value, sure = ranking[r["backbone"]], r["p_best"] is not None
+        low, high = (r["interval_low"], r["interval_high"]) if sure else (value, value)
+        shown = [_in_figures(v, trained) for v in (value, low, high)]
+        rows.append(r | {"value": value, "low": low, "high": high, "shown": shown, "sure": sure})
     return rows
 
 
