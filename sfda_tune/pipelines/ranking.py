@@ -39,6 +39,7 @@ from sfda_tune.selection.forecast import (
     order_by_forecast,
     simulate_forecast,
 )
+from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
@@ -47,6 +48,7 @@ from sfda_tune.values.text import integer, require, some
 __all__ = ["RankingInterruptedError", "rank"]
 
 TOP = 5
+N_HARD = 24  # images that a ranking names as the hardest
 SLICE = 0.15  # of the time that is left: candidates that are extracted together
 PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
 
@@ -289,11 +291,35 @@ def rank(
         None if run.rows is None else images.labels[run.rows],
         info,
     )
+    if run.rows is not None and (hard := name_hard_images(ranking, images, run.rows)):
+        ranking = replace(ranking, info={**info, "hard_images": hard})
     if forecasts:
         ranking = order_by_forecast(ranking, train or "full")
     if interrupted:
         raise RankingInterruptedError(ranking)
     return ranking
+
+
+def name_hard_images(
+    ranking: Ranking, images: ImageDataset, rows: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the images whose labels the good backbones find least likely; `rows` were ranked on.
+
+    Their names only: the pixels stay where they are.
+    """
+    evidence = judge_images(ranking)
+    if evidence is None:
+        return []
+    return [
+        {
+            "image": images.item_name(rows[i]),
+            "row": int(images.origin[rows[i]]),
+            "label": str(images.classes[images.labels[rows[i]]]),
+            "p": float(evidence.p[:, i].mean()),
+            "doubtful": bool(evidence.doubtful[i]),
+        }
+        for i in evidence.find_hardest(N_HARD)
+    ]
 
 
 def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:

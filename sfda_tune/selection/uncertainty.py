@@ -166,7 +166,8 @@ class Confidence(Value):
             rank = f"{r['rank']} [{r['rank_low']}–{r['rank_high']}]"
             score = f"{r['score']:.4f} [{r['interval_low']:.4f}, {r['interval_high']:.4f}]"
             lines.append(
-                f"{rank:>9}  {r['backbone']!s:<{width}}  {score:>26}  {r['p_best']:7.3f}  {r['group']}"
+                f"{rank:>9}  {r['backbone']!s:<{width}}  {score:>26}  {r['p_best']:7.3f}  "
+                f"{r['group']}"
             )
         return "\n".join(lines)
 

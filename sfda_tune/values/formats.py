@@ -28,6 +28,9 @@ RANKING: dict[Any, Any] = {
         "classes?": (list, None),
         "unreadable?": ({str: object}, None),
         "n_images?": AtLeast(0, int),
+        "hard_images?": [
+            {"image": str, "row": AtLeast(0, int), "label": str, "p": AtLeast(0), "doubtful": bool}
+        ],
         "copies?": ([{"image": str, "same_as": str}], None),
         "several_classes?": ([{"image": str, "classes": [str]}], None),
         "seconds?": (NUMBERS, None),
@@ -53,6 +56,7 @@ RANKING: dict[Any, Any] = {
                 "input_size?": ([AtLeast(1, int)], None),
                 "standard_error?": COUNT,
                 "evidence?": float,
+                "confusions?": [[AtLeast(0, int)]],
                 "forecast?": {
                     "rank_low": AtLeast(1, int),
                     "rank_high": AtLeast(1, int),

@@ -18,8 +18,8 @@ from typing import Any
 
 __all__ = [
     "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer",
-    "is_number", "json_text", "letters", "one_line", "parse_bytes", "printable", "read_csv_cell", "require",
-    "some",
+    "is_number", "json_text", "letters", "one_line", "parse_bytes", "printable", "read_csv_cell",
+    "require", "some",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
@@ -165,8 +165,9 @@ def describe_images(search: Mapping[str, Any]) -> str:
 
 
 def letters(groups: Iterable[int]) -> str:
-    """Write the numbers of neighbouring groups, from 1, as statisticians do: two that share a
-    letter are not told apart.
+    """Write the numbers of neighbouring groups, from 1, as letters.
+
+    As statisticians do: two backbones that share a letter are not told apart.
 
     >>> letters([1, 2]), letters([3, 4, 5, 6]), letters([26, 27])
     ('ab', 'c–f', 'z aa')
