@@ -28,6 +28,12 @@ RANKING: dict[Any, Any] = {
         "classes?": (list, None),
         "unreadable?": ({str: object}, None),
         "n_images?": AtLeast(0, int),
+        "arguments?": {
+            "dataset?": str,
+            "backbones?": [str],
+            "plugins?": [str],
+            "only_python?": [str],
+        },
         "hard_images?": [
             {"image": str, "row": AtLeast(0, int), "label": str, "p": AtLeast(0), "doubtful": bool}
         ],
@@ -55,6 +61,7 @@ RANKING: dict[Any, Any] = {
                 "peak_batch?": COUNT,
                 "input_size?": ([AtLeast(1, int)], None),
                 "standard_error?": COUNT,
+                "license?": TEXT,
                 "evidence?": float,
                 "confusions?": [[AtLeast(0, int)]],
                 "forecast?": {
