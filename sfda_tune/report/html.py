@@ -108,6 +108,7 @@ def render(run: Run) -> str:
         "soft": _soften,
         "duration": format_duration,
         "number": _number,
+        "probability": _probability,
     }
     env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
@@ -411,7 +412,7 @@ def _temperature(run: Run) -> dict[str, Any] | None:
         ("bins_before", "pruned", "before"),
         ("bins_after", "complete", "after"),
     ):
-        for sure, right, n in c.get(key) or ():
+        for sure, right, n in (bin_ for bin_ in c[key] if len(bin_) == 3):  # from a file
             text = f"{what}: sure {sure:.2f}, right {right:.2f}, images: {n}"
             marks.append((x.at(sure), y.at(right), kind, "", text))
     return {"c": c, "x": x, "y": y, "marks": marks, "lines": [(0, 0, 100, 100, "fit")]}
@@ -438,6 +439,10 @@ def _soften(name: Any) -> Any:
 def _words(key: Any) -> str:
     text = str(key).replace("_", " ")
     return text.replace("macro f1", "macro-F1").replace("log loss", "log-loss")
+
+
+def _probability(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "below .001"
 
 
 def _number(value: Any) -> str:

@@ -86,6 +86,14 @@ EPOCH = {
     "log_loss?": float,
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),
+    "temperature?": AtLeast(0),
+}
+CALIBRATION: dict[Any, Any] = {
+    **dict.fromkeys(("temperature", "ece_before", "ece_after"), AtLeast(0)),
+    **dict.fromkeys(("log_loss_before", "log_loss_after"), float),
+    "bins_before": [[AtLeast(0)]],
+    "bins_after": [[AtLeast(0)]],
+    "n_val": AtLeast(0, int),
 }
 OUTLINE: dict[Any, Any] = {  # of a trial, as a report needs it
     "number": int,
@@ -135,6 +143,7 @@ SEARCH: dict[Any, Any] = {
             "epochs?": (int, None),
             "val?": (NUMBERS, None),
             "test?": (NUMBERS, None),
+            "calibration?": (CALIBRATION, None),
             "latency_ms?": COUNT,
             "n_params?": COUNT,
         },

@@ -285,7 +285,8 @@ class Ranking(Value, Mapping[str, float]):
         hidden = {*(() if of_forecast else _OF_FORECAST), *(() if self._odds else _OF_ODDS)}
         order = [h for h in HEADINGS if h not in hidden]
         if of_forecast:  # the score stands behind what orders
-            order.insert(order.index("width"), order.pop(order.index("score")))
+            order.remove("score")
+            order.insert(order.index("width"), "score")
         return tuple(order)
 
     def cells(self) -> list[tuple[str, ...]]:
