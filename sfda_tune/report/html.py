@@ -68,9 +68,9 @@ def write_report(
         The folder that `sfda-tune search` wrote, finished or not, or a file of `Ranking.to_json`.
     out : path, optional
         Default: ``report.html`` in the folder, or the ranking's name with ``.html``.
-    images : bool or data set, default True
+    images : bool or ImageDataset, default True
         The page shows small pictures of the hardest images, where they are found: the files that
-        the ranking names, or the data set that is given (what `open_dataset` takes). False: none.
+        the ranking names, or the `ImageDataset` that is given. False: none.
 
     Raises
     ------

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import decode
-from sfda_tune.data.opening import open_dataset
+from sfda_tune.values.files import open_regular
 
 __all__ = ["draw_hard_images", "make_thumbnail"]
 
@@ -22,7 +18,7 @@ SIZE = 160  # pixels
 
 def make_thumbnail(image: Image.Image) -> str:
     """Return a small JPEG as base64."""
-    picture = image.convert("RGB")
+    picture = ImageOps.exif_transpose(image).convert("RGB")
     picture.thumbnail((SIZE, SIZE))
     picture.save(buffer := io.BytesIO(), "JPEG", quality=85, subsampling=0)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -32,23 +28,34 @@ def draw_hard_images(info: Mapping[str, Any], images: Any, n: int) -> dict[int, 
     """Return thumbnails of the first hard images of a ranking, by their place in its list.
 
     `images`: True looks for the files that the ranking names (and the digits, which scikit-learn
-    has); what `open_dataset` takes is looked into; False for none. What cannot be read is left
-    out.
+    has); an `ImageDataset` is looked into; False for none. What cannot be read is left out.
     """
     entries = list(info.get("hard_images") or ())[:n]
     if images is False or not entries:
         return {}
-    known = None
-    if images is not True:
-        known = images if isinstance(images, ImageDataset) else open_dataset(images)
-    elif (info.get("arguments") or {}).get("dataset") == "digits":
-        known = open_dataset("digits")
-    where = {} if known is None else {int(row): i for i, row in enumerate(known.origin)}
+    look = _finder(info, images)
     found = {}
     for k, entry in enumerate(entries):
-        with suppress(Exception):  # of whatever decoder: a picture less
-            if known is not None:
-                found[k] = make_thumbnail(known.load(where[entry["row"]]))
-            elif os.path.isfile(entry["image"]):
-                found[k] = make_thumbnail(decode(entry["image"]))
+        try:
+            found[k] = look(entry)
+        except Exception:  # of whatever decoder or data set: a picture less, which the page says
+            continue
     return found
+
+
+def _finder(info: Mapping[str, Any], images: Any) -> Callable[[Mapping[str, Any]], str]:
+    """Return what makes a thumbnail of an entry of the list, or raises."""
+    if images is not True:
+        where = {int(row): i for i, row in enumerate(images.origin)}
+        return lambda entry: make_thumbnail(images.load(where[entry["row"]]))
+    if (info.get("arguments") or {}).get("dataset") == "digits":
+        from sklearn.datasets import load_digits
+
+        grey = (load_digits().images * (255 / 16)).round().astype("uint8")
+        return lambda entry: make_thumbnail(Image.fromarray(grey[entry["row"]]))
+    return _draw_file
+
+
+def _draw_file(entry: Mapping[str, Any]) -> str:
+    with open_regular(entry["image"]) as file, Image.open(file) as image:
+        return make_thumbnail(image)
