@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Description", "describe", "load", "measure_cost"]
+__all__ = ["Description", "describe", "find_license", "load", "measure_cost"]
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz")
 
@@ -257,6 +257,35 @@ def timm_name(spec: str) -> str:
     if spec.startswith("demo:"):
         return f"local-dir:{demo.folder(spec[len('demo:') :])}"
     return spec
+
+
+def find_license(backbone: Backbone) -> str | None:
+    """Return the licence of the weights, as timm's registry or the checkpoint's folder tells it.
+
+    None where neither does: networks of your own, checkpoints of others on the hub. Nothing is
+    fetched.
+
+    >>> find_license(Backbone("resnet50.a1_in1k")), find_license(Backbone("mine", load=print))
+    ('apache-2.0', None)
+    """
+    from timm.models import get_pretrained_cfg
+
+    name = timm_name(backbone.spec)
+    source, _, rest = name.partition(":")
+    if backbone.load is not None:
+        return None
+    if source == "local-dir":
+        try:
+            config = read_config(rest)
+        except BackboneError:
+            return None
+        about = config.get("pretrained_cfg")
+        found = (about if isinstance(about, dict) else config).get("license")
+    else:
+        name = rest.removeprefix("timm/") if source == "hf-hub" else name
+        about = None if "/" in name else get_pretrained_cfg(name, allow_unregistered=True)
+        found = about and about.license
+    return found if isinstance(found, str) and found else None
 
 
 def _explain(backbone: Backbone, error: Exception) -> str:

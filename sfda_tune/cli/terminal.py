@@ -15,7 +15,7 @@ from rich.table import Table
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import format_count, printable, some, without_nan
+from sfda_tune.values.text import format_count, printable, without_nan
 
 if TYPE_CHECKING:
     from sfda_tune.pipelines.result import SearchResult
@@ -36,6 +36,7 @@ def split_commas(specs: list[str] | None) -> list[str]:
 
 def show_ranking(ranking: Ranking) -> None:
     """Print the table, what is known of its order, and what makes it doubtful."""
+    from sfda_tune.selection.advice import recommend
     from sfda_tune.selection.diagnostics import diagnose
     from sfda_tune.selection.odds import find_odds
 
@@ -64,7 +65,7 @@ def show_ranking(ranking: Ranking) -> None:
         say(messages, said)
     for name, error in ranking.failed.items():
         say(output, f"{name}: {error}")
-    for line in _findings(ranking, odds):
+    for line in recommend(ranking, odds):
         say(output, line)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
@@ -80,9 +81,7 @@ def show_ranking(ranking: Ranking) -> None:
 
 
 _SURE = ("90% ranks", "P(best)")
-FIRST = {"full": "Fine-tune", "head": "Train a head on"}
 _IF_ANY = ("because of", "note")
-TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
 
 
 def _sure(c: Confidence) -> dict[str, dict[str, str]]:
@@ -132,48 +131,6 @@ def _with_odds(headings: list[str]) -> list[str]:
     return [*headings[:at], *_SURE, *headings[at:]]
 
 
-def _findings(ranking: Ranking, odds: Confidence | None) -> list[str]:
-    """Say what follows from the ranking: the shortlist, the race, the ensemble."""
-    from sfda_tune.selection.forecast import is_forecast
-    from sfda_tune.selection.uncertainty import shortlist
-
-    lines, trained = [], is_forecast(ranking)
-    if odds is not None and trained and len(odds.names) > 1:
-        first, best = str(odds.names[0]), list(odds.best.values())
-        lines.append(
-            f"{FIRST[ranking.info['train']]} {printable(first)} first: of these {len(best)} it "
-            f"will be the best with probability {best[0]:.2f}, and one of the first three with "
-            f"{sum(best[:3]):.2f}."
-        )
-    if odds is not None:
-        names = [printable(str(name)) for name in shortlist(odds)]
-        by = TRAINED[ranking.info["train"]] if trained else "by this score"
-        if trained and len(names) == len(odds.names) > 1:
-            lines.append(f"Any of them may be the best {by}.")
-        elif trained or len(names) > 1:
-            among = "of those that finished the race, " * ("race" in ranking.info and not trained)
-            one_of = ", one of" * (len(names) > 1)
-            lines.append(f"Best {by}, {among}with probability .95{one_of}: {', '.join(names)}")
-        groups = [", ".join(map(str, group)) for group in odds.groups if len(group) > 1]
-        if groups and not trained:  # what a forecast tells apart, its odds say better
-            lines.append(f"Not told apart by these images: {'; '.join(groups)}")
-    if unseen := ranking.info.get("not_looked_at"):
-        were = "was" if len(unseen) == 1 else "were"
-        lines.append(
-            f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen)}; the same "
-            "command, with more time, goes on from there"
-        )
-    if race := ranking.info.get("race"):
-        saved = 1 - race["forward_passes"] / race["full_run"]
-        lines.append(
-            f"Race for the top {race['top']}: {race['forward_passes']} forward passes instead of "
-            f"{race['full_run']}, {saved:.0%} saved"
-        )
-    if ensemble := ranking.info.get("ensemble"):
-        lines.append(f"To fine-tune together: {', '.join(ensemble['backbones'])}")
-    return lines
-
-
 def print_json(document: Any) -> None:
     """Write one JSON document to standard output; what is no number is null, as JSON has it."""
     for line in json.dumps(without_nan(document), indent=1).splitlines():  # ASCII: for any pipe
@@ -194,7 +151,8 @@ def _columns(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
     shown = list(columns)
     room = output.width if output.is_terminal else 10_000
     wide = {c: max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown}
-    for name in ("because of", "images/s", "params", "width", "score", *_SURE):
+    spare = ("because of", "images/s", "params", "width", "group", "90% interval", "score", *_SURE)
+    for name in spare:
         if name in shown and sum(wide[c] for c in shown) + 1 > room and len(shown) > 3:
             shown.remove(name)
     return shown

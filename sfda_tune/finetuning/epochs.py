@@ -41,6 +41,8 @@ class Epoch:
         Training images over the time of training; NaN for epoch 0.
     interpolation : float, default 1
         How far these weights are on the way from the start to the trained ones.
+    temperature : float, default 1
+        By which their logits are to be divided, fitted to the validation images.
     """
 
     number: int
@@ -56,6 +58,7 @@ class Epoch:
     best_number: int
     images_per_second: float
     interpolation: float = 1.0
+    temperature: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields; NaN becomes None, so that it is strict JSON."""

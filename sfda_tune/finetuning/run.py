@@ -46,6 +46,7 @@ from sfda_tune.backbones.devices import check_precision, compute
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing
+from sfda_tune.finetuning.calibration import fit_temperature
 from sfda_tune.finetuning.checkpoints import DamagedError, read_state, write_state
 from sfda_tune.finetuning.config import MONITORS, FinetuneConfig
 from sfda_tune.finetuning.epochs import Epoch, OutOfTimeError, measure
@@ -753,7 +754,7 @@ class FineTuning(Iterator[Epoch]):
         module.eval()
         ends = number == self.config.epochs and number > 0 and bool(self._start)
         trained = _copy(module) if ends else {}
-        tries = []
+        tries, guesses = [], []
         for part in self._parts if ends else (1.0,):
             if part < 1:
                 module.load_state_dict(self._between(trained, part))
@@ -761,6 +762,7 @@ class FineTuning(Iterator[Epoch]):
             rows, p = predict() if number else self._start_once("epoch 0", predict)
             self._require_finite(p.sum(), number)
             values = measure(self.val.labels[rows], p)
+            guesses.append((self.val.labels[rows], p))
             tries.append(Epoch(
                 number=number,
                 steps=number * len(self._order),
@@ -774,8 +776,9 @@ class FineTuning(Iterator[Epoch]):
                 interpolation=part,
             ))  # fmt: skip
         # By the log-loss: on few images, the accuracies of such neighbours differ by chance.
-        epoch = min(tries, key=lambda epoch: epoch.log_loss)
-        epoch = replace(epoch, seconds=tries[-1].seconds)
+        at = min(range(len(tries)), key=lambda k: tries[k].log_loss)
+        temperature = fit_temperature(*guesses[at])
+        epoch = replace(tries[at], seconds=tries[-1].seconds, temperature=temperature)
         if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
             epoch = replace(epoch, best=self.best.best, best_number=self.best.number)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import time
 import warnings
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.backbones.devices import resolve_device
-from sfda_tune.backbones.loading import measure_cost
+from sfda_tune.backbones.loading import find_license, measure_cost
 from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.data.checks import absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
@@ -39,6 +41,7 @@ from sfda_tune.selection.forecast import (
     order_by_forecast,
     simulate_forecast,
 )
+from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
@@ -47,6 +50,7 @@ from sfda_tune.values.text import integer, require, some
 __all__ = ["RankingInterruptedError", "rank"]
 
 TOP = 5
+N_HARD = 24  # images that a ranking names as the hardest
 SLICE = 0.15  # of the time that is left: candidates that are extracted together
 PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
 
@@ -168,6 +172,16 @@ def rank(
     >>> len(ranking), ranking.info["n_samples"]
     (2, 100)
     """
+    arguments = _record_arguments(
+        dataset, backbones=_name_backbones(backbones), metric=metric, variant=variant,
+        train=train, samples=samples, seed=seed or None,
+        split=split, image_column=image_column, label_column=label_column,
+        device=None if device == "auto" else device,
+        precision=None if precision == "float32" else precision,
+        max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
+        plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
+        ensemble=ensemble,
+    )  # fmt: skip
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
     if executor is None:
         settings = replace(settings, device=resolve_device(device))
@@ -264,7 +278,7 @@ def rank(
     copies = run.copies.twins.describe(whole)
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
-    info = run.info(samples, seed) | copies
+    info = run.info(samples, seed) | copies | {"arguments": arguments}
     if unseen:
         info["not_looked_at"] = unseen
     if report is not None:
@@ -283,17 +297,67 @@ def rank(
     if facts is not None:
         known = [b for b in candidates if b.name in unseen or run.scores[b.name].error is None]
         add_sizes(run.scores, known, facts)
+    add_licenses(run.scores, candidates)
     ranking = Ranking(
         tuple(scorer.combine(list(run.scores.values()))),
         scorer.label,
         None if run.rows is None else images.labels[run.rows],
         info,
     )
+    if run.rows is not None and (hard := name_hard_images(ranking, images, run.rows)):
+        ranking = replace(ranking, info={**info, "hard_images": hard})
     if forecasts:
         ranking = order_by_forecast(ranking, train or "full")
     if interrupted:
         raise RankingInterruptedError(ranking)
     return ranking
+
+
+def _record_arguments(dataset: Any, **options: Any) -> dict[str, Any]:
+    """Return what `rank` was asked, as far as it is text or numbers; so that it can be repeated.
+
+    ``only_python`` names what is neither: a data set in memory, a function as metric.
+    """
+    found = {"dataset": dataset, **{k: v for k, v in options.items() if v is not None}}
+    if isinstance(dataset, str | os.PathLike) and dataset != "digits":
+        here = os.path.exists(path := absolute(dataset))
+        found["dataset"] = path if here else os.fspath(dataset)
+    plain = {k: v for k, v in found.items() if isinstance(v, str | numbers.Real | list)}
+    unknown = [k for k in found if k not in plain]
+    return plain | ({"only_python": unknown} if unknown else {})
+
+
+def _name_backbones(backbones: Any) -> Any:
+    """Return the specs as they were given, if they are text."""
+    if isinstance(backbones, str | os.PathLike):
+        return [os.fspath(backbones)]
+    if isinstance(backbones, list | tuple) and all(
+        isinstance(b, str | os.PathLike) for b in backbones
+    ):
+        return [os.fspath(b) for b in backbones]
+    return backbones
+
+
+def name_hard_images(
+    ranking: Ranking, images: ImageDataset, rows: np.ndarray
+) -> list[dict[str, Any]]:
+    """Return the images whose labels the good backbones find least likely; `rows` were ranked on.
+
+    Their names only: the pixels stay where they are.
+    """
+    evidence = judge_images(ranking)
+    if evidence is None:
+        return []
+    return [
+        {
+            "image": images.item_name(rows[i]),
+            "row": int(images.origin[rows[i]]),
+            "label": str(images.classes[images.labels[rows[i]]]),
+            "p": float(evidence.p[:, i].mean()),
+            "doubtful": bool(evidence.doubtful[i]),
+        }
+        for i in evidence.find_hardest(N_HARD)
+    ]
 
 
 def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:
@@ -343,6 +407,15 @@ def add_sizes(
         fact, score = facts[backbone.name], scores[backbone.name]
         if not math.isfinite(found[backbone.spec].gmacs) and math.isfinite(fact.gmacs):
             details = {**score.details, "gmacs": fact.gmacs, "macts": fact.macts}
+            scores[backbone.name] = replace(score, details=details)
+
+
+def add_licenses(scores: dict[str, Score], candidates: list[Backbone]) -> None:
+    """Add to details under which licence the weights come, where it is known."""
+    for backbone in candidates:
+        if license_ := find_license(backbone):
+            score = scores[backbone.name]
+            details = {**score.details, "license": license_}
             scores[backbone.name] = replace(score, details=details)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from sfda_tune.finetuning.models import predict
 from sfda_tune.values.files import check, read_json, say_kind, write_csv, write_json
 from sfda_tune.values.formats import FOUND, SEARCH
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import describe_images
+from sfda_tune.values.text import (
+    describe_images,
+    format_count,
+    format_duration,
+    printable,
+)
 
 __all__ = ["SearchResult", "write_predictions"]
 
@@ -49,7 +55,7 @@ def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: A
     write_json(folder / "hardest" / "hardest.json", entries)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """What a search found; `open` reads it from the folder.
 
@@ -117,6 +123,45 @@ class SearchResult:
     def predict(self, images: Any, **options: Any) -> np.ndarray:
         """Return class probabilities (n_images, n_classes); see `predictions.predict`."""
         return predict(self.folder / "model", images, **options)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return what there is to say of the winner, in figures: pairs of name and value."""
+        best, found = self.best, []
+        for name, value in self.test.items():
+            shown = f"{value:.4f}"
+            if name == "accuracy" and "test_interval" in best:
+                shown += " (95 %: {:.4f} to {:.4f})".format(*best["test_interval"])
+            found.append((name.replace("_", " "), shown))
+        if calibration := best.get("calibration"):
+            shown = "{ece_before:.4f}, {ece_after:.4f} at temperature {temperature:.2f}"
+            found.append(("calibration error", shown.format(**calibration)))
+        if best.get("latency_ms"):
+            found.append(("latency of one image", f"{best['latency_ms']:.1f} ms"))
+        if best.get("n_params"):
+            found.append(("parameters", format_count(best["n_params"])))
+        seconds = self.summary["seconds"]["total"]
+        found.append(("trials", f"{len(self.trials)} in {format_duration(seconds)}"))
+        return found
+
+    def _title(self) -> str:
+        n = self.summary["n_images"]["test"]
+        return (
+            f"{printable(self.best['backbone'])}, trial {self.best['trial']}, on {n} test "
+            f"image{'s' * (n != 1)}"
+        )
+
+    def __repr__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        lines = [f"  {name:<{width}}  {value}" for name, value in rows]
+        return "\n".join([f"SearchResult: {self._title()}", *lines, f"  {self.folder}"])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+            for name, value in self.rows()
+        )
+        return f"<table><caption>{escape(self._title())}</caption><tbody>{rows}</tbody></table>"
 
     def __str__(self) -> str:
         b, s = self.best, self.summary

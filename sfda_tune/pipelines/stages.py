@@ -279,7 +279,7 @@ def finish(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) ->
         if trial.number != best.number:
             folder.delete_weights(trial.folder)
     folder.enter("test", "testing")
-    found = evaluate_winner(folder, inputs, best.backbone)
+    found = evaluate_winner(folder, inputs, best)
     low, high = found["test_interval"]
     state = folder.state
     winner = summarise(best, todo.metric, state["costs"]) | found

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.data.splits import join
+from sfda_tune.finetuning.calibration import calibrate_on_test
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import OutOfTimeError, measure
 from sfda_tune.finetuning.models import load_model, predict
@@ -73,6 +74,7 @@ def _describe(
             "log_loss": e.log_loss,
             "train_loss": e.train_loss if math.isfinite(e.train_loss) else None,
             "seconds": e.seconds,
+            "temperature": e.temperature,
         }
         for e in run.history
     )
@@ -147,16 +149,26 @@ def _save(
     write_json(path, {**provenance, "search": note})
 
 
-def evaluate_winner(folder: RunFolder, inputs: Inputs, backbone: str) -> dict[str, Any]:
-    """Test RUN/model, write predictions and the hardest images; return what the test adds."""
-    c, images, own = inputs.config, inputs.parts["test"], inputs.backbones[backbone]
+def evaluate_winner(folder: RunFolder, inputs: Inputs, best: Trial) -> dict[str, Any]:
+    """Test RUN/model, write predictions and the hardest images; return what the test adds.
+
+    The temperature is that of the trial, whose validation images it had not seen; the model may
+    have been trained on them since.
+    """
+    c, images, own = inputs.config, inputs.parts["test"], inputs.backbones[best.backbone]
     path = folder.path / "model"
     model = load_model(path, backbone=own if own.load else None, plugins=c.plugins)
     p = predict(model, images, device=inputs.device, precision=c.precision)
     rows = np.flatnonzero(np.isfinite(p).all(1))
     write_predictions(folder.path, images, p, rows)
     right = int((p[rows].argmax(axis=1) == images.labels[rows]).sum())
+    temperature = best_epoch(best, c.metric).get("temperature")  # none in an older search
+    n_val = len(inputs.parts["val"])
+    calibration = temperature and calibrate_on_test(
+        images.labels[rows], p[rows].astype(np.float64), temperature, n_val
+    )
     return {
+        **({"calibration": calibration} if calibration else {}),
         "test": measure(images.labels[rows], p[rows]),
         "test_interval": accuracy_interval(right, len(rows)),
         "latency_ms": time_forward(model.module, model.preprocessing, inputs.device),

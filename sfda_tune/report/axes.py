@@ -58,3 +58,26 @@ def make_lines(points: Sequence[tuple[float, float]], kind: str) -> list[tuple[A
 def shorten(value: float) -> str:
     """Return a number as the ticks of an axis show it."""
     return format_count(value) if value >= 1000 else f"{value:.10g}"
+
+
+def place_labels(
+    points: Sequence[tuple[float, float, str]], width: float = 640, height: float = 264
+) -> list[str]:
+    """Return the label of each point, or "" where it would be printed over an earlier one.
+
+    Points are in per cent of `width` and `height` (pixels); labels stand to their upper right, in
+    figures of 7 × 12 pixels. Of many points only the first keep theirs.
+
+    >>> place_labels([(50, 50, "1"), (51, 50, "2"), (80, 50, "3")])
+    ['1', '', '3']
+    """
+    taken: list[tuple[float, float, float]] = []
+    labels = []
+    for x, y, label in points:
+        left, middle, right = 0.01 * x * width, 0.01 * y * height, 0.01 * x * width
+        right += 7.0 * len(label) + 4
+        free = all(right < a or left > b or abs(middle - m) > 13 for a, b, m in taken)
+        labels.append(label if free else "")
+        if free:
+            taken.append((left, right, middle))
+    return labels

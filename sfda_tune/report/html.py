@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import os
 import re
-import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sfda_tune.report.axes import Axis, make_lines, shorten
+from sfda_tune.report.axes import Axis, make_lines, place_labels, shorten
+from sfda_tune.report.commands import find_next, repeat, settle
 from sfda_tune.report.plots import count_confusions, find_front
-from sfda_tune.report.run import Run, read_run
+from sfda_tune.report.run import N_PICTURES, Run, read_run
+from sfda_tune.selection.advice import recommend
 from sfda_tune.selection.calibration import Calibration, Observation, calibrate
 from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.selection.forecast import is_forecast
+from sfda_tune.selection.images import ImageEvidence, judge_classes, judge_images
 from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.tables import listed
-from sfda_tune.selection.uncertainty import Confidence, shortlist
+from sfda_tune.selection.uncertainty import Confidence
 from sfda_tune.values.files import write_text
-from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import describe_images, format_duration, printable
 
 __all__ = ["render", "save_plots", "write_report"]
@@ -44,6 +46,7 @@ THEMES = {  # the first five for text, the others for marks
     "light": "#ffffff #f3f5f7 #1b1e22 #555c64 #005a8c #0072B2 #CC79A7 #D55E00 #6b737c #009E73",
     "dark": "#15181c #20252b #e8eaed #a8b0b8 #7cc4f0 #56B4E9 #CC79A7 #E69F00 #8d969e #2ec79b",
 }
+MANY = 60  # marks, of which only those on the front have room for a number
 COSTS = (  # name, words, whether more is better
     ("images_per_second", "images per second", True),
     ("latency_ms", "milliseconds per image", False),
@@ -52,7 +55,10 @@ COSTS = (  # name, words, whether more is better
 
 
 def write_report(
-    source: str | os.PathLike[str], out: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    images: Any = True,
 ) -> Path:
     """Write the page about a search or a ranking; return where it is.
 
@@ -62,6 +68,9 @@ def write_report(
         The folder that `sfda-tune search` wrote, finished or not, or a file of `Ranking.to_json`.
     out : path, optional
         Default: ``report.html`` in the folder, or the ranking's name with ``.html``.
+    images : bool or ImageDataset, default True
+        The page shows small pictures of the hardest images, where they are found: the files that
+        the ranking names, or the `ImageDataset` that is given. False: none.
 
     Raises
     ------
@@ -71,7 +80,7 @@ def write_report(
     Examples
     --------
     >>> import tempfile
-    >>> from sfda_tune import Score
+    >>> from sfda_tune import Ranking, Score
     >>> path = Path(tempfile.mkdtemp()) / "ranking.json"
     >>> _ = Ranking([Score("vit", 0.9), Score("resnet", 0.8)], "knn").to_json(path)
     >>> write_report(path).name
@@ -79,7 +88,7 @@ def write_report(
     """
     path = Path(source)
     target = Path(out or (path / "report.html" if path.is_dir() else path.with_suffix(".html")))
-    write_text(target, render(read_run(path)))
+    write_text(target, render(read_run(path, images)))
     return target
 
 
@@ -99,27 +108,40 @@ def render(run: Run) -> str:
         "soft": _soften,
         "duration": format_duration,
         "number": _number,
+        "probability": _probability,
     }
     env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
     script = (HERE / "report.js").read_text("utf-8")
-    sure = find_odds(run.ranking)
+    ranking, sure = run.ranking, find_odds(run.ranking)
+    command, lacking = repeat(run)
+    evidence = judge_images(ranking)
+    rows = _rows(run)
     return env.get_template("report.html.j2").render(
         run=run,
         search=run.search or {},
         style=style,
         script=script,
         hashes=(_hash(style), _hash(script)),
+        advice=recommend(ranking, sure),
         diagnostics=_diagnostics(run, sure),
-        rows=_rows(run.ranking, sure),
-        ranked="forecast" if is_forecast(run.ranking) else "score",
+        rows=rows,
+        licenses=sorted({r["license"] for r in rows if r["license"]}),
+        ranked="forecast" if is_forecast(ranking) else "score",
         tradeoffs=_tradeoffs(run),
+        evidence=evidence,
+        classes=judge_classes(evidence) if evidence else [],
+        dataset=_describe_dataset(run, evidence),
         course=_course(run),
         calibration=_calibration(run),
         test=_test(run),
-        command=_command(run),
+        temperature=_temperature(run),
+        command=command,
+        lacking=lacking,
+        next=find_next(run, run.folder or "RUN"),
         images=describe_images(run.search) if run.search and run.search.get("n_images") else "",
+        data=_data(run),
         Axis=Axis,
     )
 
@@ -134,7 +156,7 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     """
     from sfda_tune.report import plots
 
-    run, folder = read_run(source), Path(folder)
+    run, folder = read_run(source, images=False), Path(folder)
     figure = plots.import_figure()
     draw = {"ranking": partial(plots.plot_ranking, run.ranking)}
     for key, label, more in COSTS:
@@ -158,21 +180,19 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     return files
 
 
-def _rows(ranking: Ranking, sure: Confidence | None) -> list[dict[str, Any]]:
-    """Return one row per scored backbone: `Ranking.records`, what it is ranked by, the odds."""
-    known = {r["backbone"]: r for r in sure.records()} if sure else {}
-    rows, trained = [], is_forecast(ranking)
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """Return one row per scored backbone: `Ranking.records`, and what the page says of it."""
+    ranking, rows, latency = run.ranking, [], _costs(run, "latency_ms")
+    trained = is_forecast(ranking)
     for r in ranking.records()[: len(ranking) - len(ranking.failed)]:
-        value, odds = ranking[r["backbone"]], known.get(r["backbone"], {})
-        between = {"low": odds.get("score_low", value), "high": odds.get("score_high", value)}
-        odds = {k: odds[k] for k in ("rank_low", "rank_high", "p_best") if odds}
-        shown = [_in_figures(v, trained) for v in (value, *between.values())]
-        letters = (
-            chr(96 + g) if g <= 26 else str(g)
-            for g in known.get(r["backbone"], {}).get("groups", ())
-        )
-        rows.append(r | odds | between | {"value": value, "shown": shown, "sure": bool(odds)})
-        rows[-1]["groups"] = " ".join(letters)
+        name = r["backbone"]
+        value, sure = ranking[name], r["p_best"] is not None
+        low, high = (r["interval_low"], r["interval_high"]) if sure else (value, value)
+        shown = [_in_figures(v, trained) for v in (value, low, high)]
+        rows.append(r | {"value": value, "low": low, "high": high, "shown": shown, "sure": sure})
+        n, license_ = r["n_params"], ranking.score(name).details.get("license")
+        rows[-1] |= {"mb": 4e-6 * n if n else None, "license": license_}
+        rows[-1] |= {"latency_ms": latency.get(name)}
     return rows
 
 
@@ -180,40 +200,71 @@ def _in_figures(value: float, trained: bool) -> str:
     return f"{value:+.2f}" if trained else f"{value:.4f}"
 
 
-def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str]]:
-    """Return (severity, sentence), warnings first."""
+def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str, str]]:
+    """Return (severity, sentence, command that settles it), warnings first, each once."""
     search, ranking = run.search or {}, run.ranking
-    found = [("note", gap) for gap in run.gaps]
+    found = [("note", gap, "") for gap in run.gaps]
     if search and search.get("status") not in ("done", "budget spent"):
         text = f"The search is not done (state: {search.get('status')}); run it again to go on."
-        found.append(("warning", text))
-    found += [("warning", f"{note[:1].upper()}{note[1:]}.") for note in search.get("notes") or ()]
+        found.append(("warning", text, repeat(run)[0]))
+    for note in search.get("notes") or ():
+        found.append(("warning", f"{note[:1].upper()}{note[1:]}.", ""))
     if search.get("decision"):
-        found.append(("note", str(search["decision"])))
-    if sure:
-        names, trained = " or ".join(map(str, shortlist(sure))), is_forecast(ranking)
-        by = "after training" if trained else "by the score"
-        found.append(("note", f"Best {by}, with probability .95: {names}."))
-        groups = [] if trained else [g for g in sure.groups if len(g) > 1]
-        for group in groups[:3]:  # the letters tell all
-            found.append(("note", f"Not told apart by these images: {listed(group, 8)}"))
-    elif len(ranking) > len(ranking.failed):
+        found.append(("note", str(search["decision"]), ""))
+    if sure is None and len(ranking) > len(ranking.failed):
         text = "How certain the order is cannot be told: the scores are no means over images."
-        found.append(("note", text))
-    found += [(d.severity, d.message) for d in diagnose(ranking)]
+        found.append(("note", text, ""))
+    found += [
+        (d.severity, d.message[:1].upper() + d.message[1:], settle(run, d.kind))
+        for d in diagnose(ranking)
+    ]
     if warning := _calibrate(run).warning:
-        found.append(("warning", f"{warning}."))
+        found.append(("warning", f"{warning}.", ""))
     for name, why in (search.get("excluded") or {}).items():
-        found.append(("note", f"{name} was excluded: {why}."))
+        found.append(("note", f"{name} was excluded: {why}.", ""))
     for t in run.trials:
         if t["state"] == "failed":
             why = t["error"] or "no reason is known"
-            found.append(("warning", f"Trial {t['number']}, {t['backbone']}, failed: {why}"))
+            found.append(("warning", f"Trial {t['number']}, {t['backbone']}, failed: {why}", ""))
     if run.predictions:
         labels, _, classes = _classes(run)
         if empty := [c for c in classes if c not in set(labels)]:
-            found.append(("note", f"Classes without a test image: {listed(empty, 8)}"))
-    return sorted(found, key=lambda pair: pair[0] != "warning")
+            found.append(("note", f"Classes without a test image: {listed(empty, 8)}", ""))
+    once: dict[str, tuple[str, str, str]] = {}
+    for entry in found:
+        once.setdefault(entry[1], entry)
+    return sorted(once.values(), key=lambda entry: entry[0] != "warning")
+
+
+def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any]:
+    """Return what is remarkable about the images that were ranked on."""
+    info, labels = run.ranking.info, run.ranking.labels
+    entries = list(info.get("hard_images") or ())
+    about: dict[str, Any] = {"sizes": [], "hard": [], "n_doubtful": 0}
+    if labels is None or not len(labels):
+        return about
+    sizes = np.bincount(labels)
+    names = [str(c) for c in info.get("classes") or ()]
+    names += [f"class {c}" for c in range(len(names), len(sizes))]
+    present = np.flatnonzero(sizes)
+    order = present[np.argsort(sizes[present], kind="stable")]
+    about["sizes"] = [(names[c], int(sizes[c])) for c in order]
+    about["ratio"] = float(sizes[order[-1]] / sizes[order[0]])
+    if evidence:
+        about["n_doubtful"] = int(evidence.doubtful.sum())
+    shown = list(entries[:N_PICTURES])
+    about["hard"] = [e | {"data": run.pictures.get(k)} for k, e in enumerate(shown)]
+    about["n_pictures"] = len(run.pictures)
+    return about
+
+
+def _data(run: Run) -> str:
+    """Return what the page lets people take away, as JSON in ASCII."""
+    ranking = run.ranking
+    info = {k: ranking.info.get(k) for k in ("dataset", "n_samples", "n_classes", "seed")}
+    about = {"metric": ranking.metric, "info": info, "records": ranking.records()}
+    data = {"csv": ranking.to_csv(), "json": about}
+    return json.dumps(data, default=str, allow_nan=False)
 
 
 def _costs(run: Run, key: str) -> dict[str, float]:
@@ -241,9 +292,15 @@ def _tradeoffs(run: Run) -> list[dict[str, Any]]:
         }
         front = find_front(scores, costs, maximize=more)
         kind = dict.fromkeys(costs, "complete") | dict.fromkeys(front, "front")
-        marks = [(*at[n], kind[n], str(rank[n]), text[n]) for n in costs]
+        many = len(costs) > MANY
+        first = front if many else sorted(costs, key=lambda n: (kind[n] != "front", rank[n]))
+        numbers = place_labels([(*at[n], str(rank[n])) for n in first])
+        label_of = dict(zip(first, numbers, strict=True))
+        drawn = sorted(costs, key=lambda n: kind[n] == "front")  # the front over the others
+        marks = [(*at[n], kind[n], label_of.get(n, ""), text[n]) for n in drawn]
         lines = make_lines([at[n] for n in front], "front")
         about = {"cost": label, "more": more, "marks": marks, "lines": lines}
+        about["many"] = many
         if costs:
             charts.append({"x": x, "y": y, "names": [(rank[n], text[n]) for n in front]} | about)
     return charts
@@ -345,33 +402,20 @@ def _classes(run: Run) -> tuple[list[str], list[str], list[str]]:
     return labels, predicted, list(dict.fromkeys([*known, *sorted({*labels, *predicted})]))
 
 
-def _command(run: Run) -> str:
-    """Return the command line that does this again, without passwords."""
-    info, options = run.ranking.info, dict(run.config or {})
-    if run.search is None:
-        metric = re.fullmatch(r"(\w+)(?: \((\w+)\))?", run.ranking.metric)
-        options = {"dataset": info.get("dataset"), "samples": info.get("samples")}
-        options |= {"seed": info.get("seed"), "metric": metric and metric[1]}
-        options |= {"train" if is_forecast(run.ranking) else "variant": metric and metric[2]}
-        specs = [str(s.details.get("spec") or s.backbone) for s in run.ranking.scores]
-    else:
-        specs = options.pop("backbones", run.search.get("candidates"))
-        options = {"dataset": run.search.get("dataset")} | options
-        options |= {"import": options.pop("plugins", None)}
-    words = ["sfda-tune", "rank" if run.search is None else "search", str(options.pop("dataset"))]
-    words += ["--backbones", *map(str, [specs] if isinstance(specs, str) else specs or ())]
-    for key, value in options.items():
-        if key in ("format", "sfda_tune", "data", "progress") or value is None or value == []:
-            continue
-        option = "--" + key.replace("_", "-")
-        if key == "import":
-            words += [word for one in value for word in (option, str(one))]
-        elif not isinstance(value, bool):
-            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [option, value]
-        elif value and key != "cache":
-            words.append(option)
-    return re.sub(r"(://[^:/@\s]+):[^@\s]+@", r"\1:***@", shlex.join(words))
+def _temperature(run: Run) -> dict[str, Any] | None:
+    """Set how sure the winner is of its test images against how often it is right."""
+    c = ((run.search or {}).get("best") or {}).get("calibration")
+    if not c:
+        return None
+    x, y, marks = Axis(0.0, 1.0), Axis(0.0, 1.0), []
+    for key, kind, what in (
+        ("bins_before", "pruned", "before"),
+        ("bins_after", "complete", "after"),
+    ):
+        for sure, right, n in (bin_ for bin_ in c[key] if len(bin_) == 3):  # from a file
+            text = f"{what}: sure {sure:.2f}, right {right:.2f}, images: {n}"
+            marks.append((x.at(sure), y.at(right), kind, "", text))
+    return {"c": c, "x": x, "y": y, "marks": marks, "lines": [(0, 0, 100, 100, "fit")]}
 
 
 def _printable(value: Any) -> Any:
@@ -395,6 +439,10 @@ def _soften(name: Any) -> Any:
 def _words(key: Any) -> str:
     text = str(key).replace("_", " ")
     return text.replace("macro f1", "macro-F1").replace("log loss", "log-loss")
+
+
+def _probability(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "below .001"
 
 
 def _number(value: Any) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfda_tune.report.pictures import draw_hard_images, make_thumbnail
 from sfda_tune.report.plots import STATES
 from sfda_tune.values.files import check, open_regular, read_json, read_rows, say_kind
 from sfda_tune.values.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
@@ -17,6 +16,8 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import read_csv_cell
 
 __all__ = ["Run", "read_run"]
+
+N_PICTURES = 12
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Run:
     predictions: Sequence[Mapping[str, str]] = ()  # item, label, predicted
     hardest: Sequence[Mapping[str, Any]] = ()
     gaps: Sequence[str] = ()  # what is missing, in sentences
+    folder: str = ""  # of the search
+    pictures: Mapping[int, str] = field(default_factory=dict)  # of the hard images of the ranking
 
     @property
     def sign(self) -> int:
@@ -38,8 +41,10 @@ class Run:
         return -1 if (self.search or {}).get("metric") == "log_loss" else 1
 
 
-def read_run(source: str | os.PathLike[str]) -> Run:
+def read_run(source: str | os.PathLike[str], images: Any = True) -> Run:
     """Read the folder of a search, finished or not, or the file of a ranking.
+
+    `images` say where the pictures of hard images come from, see `draw_hard_images`.
 
     Raises
     ------
@@ -49,7 +54,8 @@ def read_run(source: str | os.PathLike[str]) -> Run:
     """
     path = Path(source)
     if path.is_file():
-        return Run(_read_ranking(path))
+        ranking = _read_ranking(path)
+        return Run(ranking, pictures=draw_hard_images(ranking.info, images, N_PICTURES))
     search = _read(path / "search.json", SEARCH)
     is_ranked = os.path.lexists(path / "ranking.json")
     if not search and not is_ranked:
@@ -60,6 +66,7 @@ def read_run(source: str | os.PathLike[str]) -> Run:
         )
     predictions = _read_predictions(path / "test_predictions.csv")
     entries = _read(path / "hardest" / "hardest.json", [object])
+    ranking = _read_ranking(path / "ranking.json") if is_ranked else Ranking(())
     hardest = [entry for e in entries if (entry := _add_picture(path / "hardest", e))]
     gaps = {
         "There is no ranking: the search ended before the backbones were ranked.": not is_ranked,
@@ -67,14 +74,16 @@ def read_run(source: str | os.PathLike[str]) -> Run:
         "Not all thumbnails of hard images could be read.": len(hardest) < len(entries),
     }
     return Run(
-        _read_ranking(path / "ranking.json") if is_ranked else Ranking(()),
+        ranking,
         search or None,
         _complete(search.get("trials") or (), path / "search.json"),
         _read(path / "config.json", CONFIG),
         _read(path / "environment.json", ENVIRONMENT),
         predictions,
-        hardest,
+        hardest if images is not False else [],
         [gap for gap, holds in gaps.items() if holds],
+        os.fspath(path),
+        draw_hard_images(ranking.info, images, N_PICTURES),
     )
 
 
@@ -131,6 +140,4 @@ def _add_picture(folder: Path, entry: Any) -> dict[str, Any] | None:
             picture = image.convert("RGB")
     except (OSError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
         return None
-    picture.thumbnail((160, 160))
-    picture.save(buffer := io.BytesIO(), "PNG")
-    return entry | {"data": base64.b64encode(buffer.getvalue()).decode("ascii")}
+    return entry | {"data": make_thumbnail(picture)}

@@ -63,6 +63,7 @@ __all__ = [
 
 MODES = ("full", "head")  # what will be trained: all weights, or a head on what stays as it is
 N_DRAWS = 4000
+_ODDS = ("interval_low", "interval_high", "rank_low", "rank_high", "p_best", "group")
 COLUMNS = {"error": "ImageNet", "gmacs": "GMACs", "macts": "activations"}
 
 
@@ -166,18 +167,15 @@ class Forecast:
 
     def records(self) -> list[dict[str, Any]]:
         """Return one flat record per backbone, best first."""
-        best, ranks = self.best, self.rank_interval.tolist()
         return [
             {
-                "backbone": name,
-                "mean": float(self.mean[k]),
-                "sd": float(self.sd[k]),
-                "rank_low": ranks[k][0],
-                "rank_high": ranks[k][1],
-                "p_best": best[name],
-                "why": self.explain(name),
+                "backbone": r["backbone"],
+                "mean": r["score"],
+                "sd": float(sd),
+                **{key: r[key] for key in _ODDS},
+                "why": self.explain(r["backbone"]),
             }
-            for k, name in enumerate(self.names)
+            for r, sd in zip(self.confidence().records(), self.sd, strict=True)
         ]
 
     def __repr__(self) -> str:

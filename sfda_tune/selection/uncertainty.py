@@ -34,7 +34,7 @@ from scipy.stats import t as student
 from sfda_tune.values.features import Value, read_only
 from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, is_number, some
+from sfda_tune.values.text import integer, is_number, letters, some
 
 __all__ = [
     "Confidence", "bootstrap", "confidence", "count_places", "draw_true_scores", "find_groups",
@@ -136,21 +136,21 @@ class Confidence(Value):
 
     def records(self) -> list[dict[str, Any]]:
         """Return one flat record per backbone, in rank order: what tables and JSON files show."""
-        letters: dict[Name, list[int]] = {name: [] for name in self.names}
+        numbers: dict[Name, list[int]] = {name: [] for name in self.names}
         for number, group in enumerate(self.groups, 1):
             for name in group:
-                letters[name].append(number)
+                numbers[name].append(number)
         return [
             {
                 "backbone": name,
                 "score": float(self.score[i]),
-                "score_low": float(self.score_interval[i, 0]),
-                "score_high": float(self.score_interval[i, 1]),
+                "interval_low": float(self.score_interval[i, 0]),
+                "interval_high": float(self.score_interval[i, 1]),
                 "rank": i + 1,
                 "rank_low": int(self.rank_interval[i, 0]),
                 "rank_high": int(self.rank_interval[i, 1]),
                 "p_best": float(self.in_top[i, 0]),
-                "groups": letters[name],
+                "group": letters(numbers[name]),
             }
             for i, name in enumerate(self.names)
         ]
@@ -160,14 +160,14 @@ class Confidence(Value):
         lines = [
             f"Confidence of {len(self.names)} backbones ({self.level:.0%} intervals, "
             f"{len(self.resamples)} resamples)",
-            f"{'rank':>9}  {'backbone':<{width}}  {'score':>26}  P(best)  groups",
+            f"{'rank':>9}  {'backbone':<{width}}  {'score':>26}  P(best)  group",
         ]
         for r in self.records():
             rank = f"{r['rank']} [{r['rank_low']}–{r['rank_high']}]"
-            score = f"{r['score']:.4f} [{r['score_low']:.4f}, {r['score_high']:.4f}]"
-            groups = " ".join(map(str, r["groups"]))
+            score = f"{r['score']:.4f} [{r['interval_low']:.4f}, {r['interval_high']:.4f}]"
             lines.append(
-                f"{rank:>9}  {r['backbone']!s:<{width}}  {score:>26}  {r['p_best']:7.3f}  {groups}"
+                f"{rank:>9}  {r['backbone']!s:<{width}}  {score:>26}  {r['p_best']:7.3f}  "
+                f"{r['group']}"
             )
         return "\n".join(lines)
 

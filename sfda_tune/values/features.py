@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields
+from html import escape
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.text import format_count, one_line, printable
 
 __all__ = ["Backbone", "Features", "MetricResult", "Score"]
 
@@ -200,7 +202,7 @@ class MetricResult(Value):
         return self.value
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Score(Value):
     """A backbone with its metric value, or with the error that stopped it.
 
@@ -238,3 +240,20 @@ class Score(Value):
             object.__setattr__(self, "error", f"the metric's value is {self.value}")
         if self.error is not None:
             object.__setattr__(self, "value", math.nan)
+
+    def __repr__(self) -> str:
+        return f"Score({printable(self.backbone)!r}, {self._say()})"
+
+    def _repr_html_(self) -> str:
+        return f"<p><strong>{escape(printable(self.backbone))}</strong>: {escape(self._say())}</p>"
+
+    def _say(self) -> str:
+        if self.error is not None:
+            return f"failed: {one_line(self.error, 120)}"
+        params = self.details.get("n_params")
+        parts = [
+            f"{self.n_samples} images" * bool(self.n_samples),
+            f"width {self.n_dims}" * bool(self.n_dims),
+            f"{format_count(params)} parameters" if params else "",
+        ]
+        return ", ".join([f"{self.value:.4f}", *filter(None, parts)])

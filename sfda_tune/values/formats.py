@@ -28,6 +28,15 @@ RANKING: dict[Any, Any] = {
         "classes?": (list, None),
         "unreadable?": ({str: object}, None),
         "n_images?": AtLeast(0, int),
+        "arguments?": {
+            "dataset?": str,
+            "backbones?": [str],
+            "plugins?": [str],
+            "only_python?": [str],
+        },
+        "hard_images?": [
+            {"image": str, "row": AtLeast(0, int), "label": str, "p": AtLeast(0), "doubtful": bool}
+        ],
         "copies?": ([{"image": str, "same_as": str}], None),
         "several_classes?": ([{"image": str, "classes": [str]}], None),
         "seconds?": (NUMBERS, None),
@@ -52,11 +61,16 @@ RANKING: dict[Any, Any] = {
                 "peak_batch?": COUNT,
                 "input_size?": ([AtLeast(1, int)], None),
                 "standard_error?": COUNT,
+                "license?": TEXT,
                 "evidence?": float,
+                "confusions?": [[AtLeast(0, int)]],
                 "forecast?": {
                     "rank_low": AtLeast(1, int),
                     "rank_high": AtLeast(1, int),
                     "p_best": AtLeast(0),
+                    "interval_low?": float,
+                    "interval_high?": float,
+                    "group?": str,
                     "error": AtLeast(0),
                     "why": str,
                 },
@@ -72,6 +86,14 @@ EPOCH = {
     "log_loss?": float,
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),
+    "temperature?": AtLeast(0),
+}
+CALIBRATION: dict[Any, Any] = {
+    **dict.fromkeys(("temperature", "ece_before", "ece_after"), AtLeast(0)),
+    **dict.fromkeys(("log_loss_before", "log_loss_after"), float),
+    "bins_before": [[AtLeast(0)]],
+    "bins_after": [[AtLeast(0)]],
+    "n_val": AtLeast(0, int),
 }
 OUTLINE: dict[Any, Any] = {  # of a trial, as a report needs it
     "number": int,
@@ -121,6 +143,7 @@ SEARCH: dict[Any, Any] = {
             "epochs?": (int, None),
             "val?": (NUMBERS, None),
             "test?": (NUMBERS, None),
+            "calibration?": (CALIBRATION, None),
             "latency_ms?": COUNT,
             "n_params?": COUNT,
         },

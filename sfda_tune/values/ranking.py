@@ -40,14 +40,16 @@ __all__ = ["Ranking"]
 FORMAT = "sfda_tune.ranking/1"
 # What `records` hold, and what people read above them
 _COLUMNS = (
-    "rank", "backbone", "forecast", "rank_low", "rank_high", "p_best", "score", "n_dims",
-    "n_params", "images_per_second", "why", "note",
+    "rank", "backbone", "forecast", "interval_low", "interval_high", "rank_low", "rank_high",
+    "p_best", "group", "score", "n_dims", "n_params", "images_per_second", "why", "note",
 )  # fmt: skip
 HEADINGS: tuple[str, ...] = (
-    "rank", "backbone", "forecast", "90% ranks", "P(best)", "score", "width", "params",
-    "images/s", "because of", "note",
+    "rank", "backbone", "forecast", "score", "90% interval", "90% ranks", "P(best)", "group",
+    "width", "params", "images/s", "because of", "note",
 )  # fmt: skip
-_OF_FORECAST = ("forecast", "90% ranks", "P(best)", "because of")
+_ODDS = ("interval_low", "interval_high", "rank_low", "rank_high", "p_best", "group")
+_OF_FORECAST = ("forecast", "because of")
+_OF_ODDS = ("90% interval", "90% ranks", "P(best)", "group")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,15 +166,32 @@ class Ranking(Value, Mapping[str, float]):
     def records(self) -> list[dict[str, Any]]:
         """Return one flat record per backbone, in rank order: what tables and CSV files show.
 
-        `forecast`, its 90 % ranks, P(best) and why are None in a ranking by a score alone.
+        Of what the ranking is ordered by: the 90 % interval, the 90 % ranks, P(best), and as
+        letters the groups of those that cannot be told apart; all None where they are not known,
+        as of a metric that is no mean over images. `forecast` and `why` are None in a ranking by
+        a score alone.
         """
-        return [_record(rank, s) for rank, s in enumerate(self.scores, 1)]
+        return [_record(rank, s, self._odds) for rank, s in enumerate(self.scores, 1)]
+
+    @cached_property
+    def _odds(self) -> dict[str, dict[str, Any]]:
+        """What is known of the place of each backbone: the fields `_ODDS`."""
+        good = [s for s in self.scores if s.error is None]
+        noted = {s.backbone: s.details.get("forecast") or {} for s in good}
+        if noted and all(isinstance(of.get("group"), str) for of in noted.values()):
+            return {name: {key: of.get(key) for key in _ODDS} for name, of in noted.items()}
+        # by its name, when it is asked for: values import nothing that lies above them
+        odds = importlib.import_module("sfda_tune.selection.odds").find_odds(self)
+        return (
+            {r["backbone"]: {key: r[key] for key in _ODDS} for r in odds.records()} if odds else {}
+        )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the ranking as strict JSON text; if `path` is given, write it there atomically.
 
         Numbers survive the round trip exactly: values as JSON numbers, per-sample arrays as base64
-        of little-endian float64 (int64 for the labels).
+        of little-endian float64 (int64 for the labels). `odds` are for other readers: whoever
+        reads the ranking again counts them anew.
         """
         text = json_text(
             {
@@ -189,6 +208,7 @@ class Ranking(Value, Mapping[str, float]):
                         "seconds": s.seconds,
                         "error": s.error,
                         "details": _plain(s.details),
+                        "odds": self._odds.get(s.backbone),
                         "per_sample": _pack(s.per_sample, "<f8"),
                     }
                     for s in self.scores
@@ -262,7 +282,12 @@ class Ranking(Value, Mapping[str, float]):
     def headings(self) -> tuple[str, ...]:
         """What people read above `cells`."""
         of_forecast = any("forecast" in s.details for s in self.scores)
-        return tuple(h for h in HEADINGS if of_forecast or h not in _OF_FORECAST)
+        hidden = {*(() if of_forecast else _OF_FORECAST), *(() if self._odds else _OF_ODDS)}
+        order = [h for h in HEADINGS if h not in hidden]
+        if of_forecast:  # the score stands behind what orders
+            order.remove("score")
+            order.insert(order.index("width"), "score")
+        return tuple(order)
 
     def cells(self) -> list[tuple[str, ...]]:
         """Return `records` formatted for people: one tuple of printable texts per backbone."""
@@ -272,7 +297,9 @@ class Ranking(Value, Mapping[str, float]):
     def __repr__(self) -> str:
         rows = [self.headings, *self.cells()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        left = {k for k, name in enumerate(rows[0]) if name in ("backbone", "because of", "note")}
+        left = {
+            k for k, h in enumerate(rows[0]) if h in ("backbone", "group", "because of", "note")
+        }
         lines = [
             "  ".join(
                 cell.ljust(width) if k in left else cell.rjust(width)
@@ -305,34 +332,36 @@ class Ranking(Value, Mapping[str, float]):
         return f"Ranking by {printable(self.metric) or 'score'} ({', '.join(parts)})"
 
 
-def _record(rank: int, s: Score) -> dict[str, Any]:
-    odds = {} if s.error else s.details.get("forecast") or {}
-    score = s.details.get("evidence") if odds else s.value
+def _record(rank: int, s: Score, odds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    of = {} if s.error else s.details.get("forecast") or {}
+    score = s.details.get("evidence") if of else s.value
     return {
         "rank": None if s.error else rank,
         "backbone": s.backbone,
-        "forecast": s.value if odds else None,
-        "rank_low": odds.get("rank_low"),
-        "rank_high": odds.get("rank_high"),
-        "p_best": odds.get("p_best"),
+        "forecast": s.value if of else None,
+        **(dict.fromkeys(_ODDS) | dict(odds.get(s.backbone, {}))),
         "score": None if s.error else score,
         "n_dims": s.n_dims or None,
         "n_params": s.details.get("n_params"),
         "images_per_second": s.details.get("images_per_second"),
-        "why": odds.get("why"),
+        "why": of.get("why"),
         "note": s.error or str(s.details.get("note", "")),
     }
 
 
 def _cells(r: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = r["rank_low"], r["rank_high"]
+    form = ".4f" if r["forecast"] is None else "+.2f"
+    ends = [f"{v:{form}}" for v in (r["interval_low"], r["interval_high"]) if v is not None]
     return (
         "–" if r["rank"] is None else str(r["rank"]),
         printable(r["backbone"]),
         "" if r["forecast"] is None else f"{r['forecast']:+.2f}",
+        "failed" if r["rank"] is None else "" if r["score"] is None else f"{r['score']:.4f}",
+        " to ".join(ends),
         "" if low is None else f"{low}" if low == high else f"{low}–{high}",
         "" if r["p_best"] is None else f"{r['p_best']:.2f}",
-        "failed" if r["rank"] is None else "" if r["score"] is None else f"{r['score']:.4f}",
+        r["group"] or "",
         "" if r["n_dims"] is None else str(r["n_dims"]),
         "" if r["n_params"] is None else format_count(r["n_params"]),
         "" if r["images_per_second"] is None else f"{r['images_per_second']:.0f}",

@@ -18,8 +18,8 @@ from typing import Any
 
 __all__ = [
     "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer",
-    "is_number", "json_text", "one_line", "parse_bytes", "printable", "read_csv_cell", "require",
-    "some", "without_nan",
+    "is_number", "json_text", "letters", "one_line", "parse_bytes", "printable", "read_csv_cell",
+    "require", "some", "without_nan",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
@@ -177,6 +177,25 @@ def describe_images(search: Mapping[str, Any]) -> str:
     said = [f"{did[part]} {n[part]}{words.get(sources.get(part), '')}" for part in did]
     bad = len(search.get("unreadable", {}))
     return f"Images: {', '.join(said)}" + f"; left out as unreadable: {bad}" * bool(bad)
+
+
+def letters(groups: Iterable[int]) -> str:
+    """Write the numbers of neighbouring groups, from 1, as letters.
+
+    As statisticians do: two backbones that share a letter are not told apart.
+
+    >>> letters([1, 2]), letters([3, 4, 5, 6]), letters([26, 27])
+    ('ab', 'c–f', 'z aa')
+    """
+    found = [_letters(k) for k in groups]
+    if len(found) > 3:
+        return f"{found[0]}–{found[-1]}"
+    return ("" if all(len(one) == 1 for one in found) else " ").join(found)
+
+
+def _letters(number: int) -> str:
+    before, last = divmod(number - 1, 26)
+    return (_letters(before) if before else "") + chr(ord("a") + last)
 
 
 def some(values: Iterable[object], limit: int = 5, between: str = ", ") -> str:

@@ -320,7 +320,7 @@ def test_a_narrow_terminal_keeps_names_and_scores(
     text = os.read(ours, 100_000).decode()
     for name in ("convnext", "efficientnet", "resnet", "vit"):
         assert name in text
-    assert len(re.findall(r"[+-]\d\.\d\d\b", text)) == 4  # the forecasts
+    assert len(re.findall(r"│ +[+-]\d\.\d\d │", text)) == 4  # the forecasts
     assert ("P(best)" in text) is (columns >= 60)
     assert ("score" in text.split("┡")[0]) is (columns == 100)
     assert "No room for: " in (tmp_path / "err").read_text()

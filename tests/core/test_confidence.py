@@ -427,13 +427,13 @@ def test_the_table_and_the_records_are_in_rank_order():
     X, y = data(n=3, step=1.0)
     c = bootstrap(dict(zip(["resnet", "vit", "a"], X, strict=True)), y)
     assert [r["backbone"] for r in c.records()] == ["a", "vit", "resnet"]
-    assert c.records()[0] | {"score": 0, "score_low": 0, "score_high": 0} == {
-        "backbone": "a", "score": 0, "score_low": 0, "score_high": 0,
-        "rank": 1, "rank_low": 1, "rank_high": 1, "p_best": 1.0, "groups": [1],
+    assert c.records()[0] | {"score": 0, "interval_low": 0, "interval_high": 0} == {
+        "backbone": "a", "score": 0, "interval_low": 0, "interval_high": 0,
+        "rank": 1, "rank_low": 1, "rank_high": 1, "p_best": 1.0, "group": "a",
     }  # fmt: skip
     lines = repr(c).splitlines()
     assert lines[0] == "Confidence of 3 backbones (90% intervals, 1000 resamples)"
-    assert re.match(r" *1 \[1–1\] +a +\d\.\d{4} \[\d\.\d{4}, \d\.\d{4}\] +1\.000 +1$", lines[2])
+    assert re.match(r" *1 \[1–1\] +a +\d\.\d{4} \[\d\.\d{4}, \d\.\d{4}\] +1\.000 +a$", lines[2])
 
 
 # Promises, by simulation -------------------------------------------------------------------------

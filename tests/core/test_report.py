@@ -13,6 +13,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from sfda_tune.cli import main as cli
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.report import html as report
 from sfda_tune.report.axes import Axis
+from sfda_tune.report.commands import find_next, repeat
 from sfda_tune.report.html import COLOURS, THEMES, render, save_plots, write_report
 from sfda_tune.report.run import read_run
 from sfda_tune.selection.forecast import find_evidence
@@ -151,7 +153,7 @@ def rewrite_predictions(folder, change):
 class Page(HTMLParser):
     """What a parser sees: elements, text, and whether every element is closed where it should."""
 
-    VOID = ("meta", "img", "br", "circle", "path", "line", "use", "rect")
+    VOID = ("meta", "img", "br", "circle", "path", "line", "use", "rect", "input")
 
     def __init__(self, text):
         super().__init__()
@@ -192,7 +194,7 @@ def check(text):
             assert not key.startswith("on"), (tag, a)
             assert key != "style"
             if key in ("src", "href", "xlink:href", "data", "action", "srcset"):
-                assert value.startswith("data:image/png;base64,") or value[1:] in ids, value
+                assert value.startswith("data:image/jpeg;base64,") or value[1:] in ids, value
             if key in ("aria-labelledby", "aria-describedby"):
                 assert set(value.split()) <= set(ids)
     assert all(a["alt"] for a in page.all("img"))
@@ -257,10 +259,12 @@ def test_a_ranking_alone_leaves_out_the_search(searched, tmp_path):
     assert {"search", "test"}.isdisjoint(a.get("id") for a in page.all("h2"))
     ranking = Ranking.from_json(target)
     first = next(iter(ranking))
-    assert (
-        f"{first} has the best forecast: {ranking[first]:+.2f}, and will be the best" in page.text
-    )
+    assert f"Fine-tune {first} first: of these 3 it will be the best with probability" in page.text
     assert "sfda-tune rank digits --backbones demo:" in page.text
+    assert "In Python alone, for its dataset came from there." in page.text
+    earlier = {k: v for k, v in ranking.info.items() if k != "arguments"}
+    Ranking(ranking.scores, ranking.metric, ranking.labels, earlier).to_json(target)
+    page = check(write_report(target).read_text(encoding="utf-8"))
     assert "--seed 0 --metric forecast --train full" in page.text
     for row, record in zip(page.text.split("note 1 ")[1:], ranking.records(), strict=False):
         assert row.startswith(f"{record['backbone']} {record['forecast']:+.2f}")
@@ -268,7 +272,7 @@ def test_a_ranking_alone_leaves_out_the_search(searched, tmp_path):
     scored.to_json(target)
     page, first = check(write_report(target).read_text(encoding="utf-8")), next(iter(scored))
     assert f"{first} has the best score by sfda (loo): {scored[first]:.4f}" in page.text
-    assert "--seed 0 --metric sfda --variant loo" in page.text
+    assert "--metric sfda --variant loo" in page.text
 
 
 def test_names_are_text_whatever_they_are(folder):
@@ -666,6 +670,121 @@ def test_by_keyboard(searched, tmp_path, browser):
     assert browser.ask(outline) == "solid"
     browser.press("Enter", 13, "\r")
     assert browser.ask(column) == ranked
+
+
+# Of a ranking ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """The ranking of a folder of digits, some of which lie in the wrong folder, and its file."""
+    digits, root = open_dataset("digits", samples=300), tmp_path_factory.mktemp("ranked")
+    for i in range(len(digits)):
+        label = (digits.labels[i] + 3 * (i % 60 == 7)) % 10
+        (folder := root / "my photos" / f"digit <b>{label}").mkdir(parents=True, exist_ok=True)
+        digits.load(i).save(folder / f"{i}.png")
+    ranking = sfda_tune.rank(root / "my photos", ["demo:res*", "demo:vit*"], cache=False)
+    ranking.to_json(root / "ranking.json")
+    return ranking, root / "ranking.json"
+
+
+def test_a_ranking_shows_its_classes_and_hardest_images(ranked, tmp_path):
+    ranking, path = ranked
+    page = check(write_report(path, tmp_path / "r.html").read_text(encoding="utf-8"))
+    titles = {a.get("id") for a in page.all("h2")}
+    assert {"winner", "ranking", "tradeoffs", "classes", "images", "again"} <= titles
+    assert len(page.all("img")) == 12
+    assert page.all("b") == []
+    doubtful = sum(h["doubtful"] for h in ranking.info["hard_images"])
+    assert 3 <= doubtful <= 8
+    assert f"Of {doubtful} images ({doubtful / 3:.1f}" in page.text
+    assert "taken for digit <b>" in page.text
+    for name, value in ranking.items():
+        assert f"{value:+.2f}" in page.text
+        assert name in page.text
+    assert page.text.count(" mit ") >= 4  # the licence of the demo backbones
+    again = check(write_report(path, tmp_path / "r.html", images=False).read_text("utf-8"))
+    assert again.all("img") == []
+    assert "no pictures: they were not asked for, or the files are not here" in again.text
+
+
+def test_its_commands_run_as_they_stand(ranked, tmp_path, capsys):
+    ranking, path = ranked
+    line, lacking = repeat(read_run(path))
+    assert lacking == ""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*shlex.split(line)[1:], "--no-cache", "-q", "-o", str(tmp_path / "again.json")])
+    assert stop.value.code == 0
+    capsys.readouterr()
+    assert dict(Ranking.from_json(tmp_path / "again.json")) == dict(ranking)
+    (_, line), *_ = find_next(read_run(path))
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*shlex.split(line)[1:], "--help"])
+    assert stop.value.code == 0
+    tied = Ranking([Score("demo:vit_glyphs", 0.5), Score("demo:resnet_glyphs", 0.5)], "sfda (loo)",
+                   info={"arguments": {"dataset": "a b", "split": "val"}})  # fmt: skip
+    tied.to_json(tmp_path / "tied.json")
+    page = check(write_report(tmp_path / "tied.json").read_text(encoding="utf-8"))
+    settles = "sfda-tune rank 'a b' --backbones demo:resnet_glyphs demo:vit_glyphs --split val "
+    assert page.text.count("The command that settles it") == 1
+    assert f"{settles}--metric knn" in page.text
+    assert page.text.count("have the score 0.5 exactly") == 1
+
+
+def test_filters_copies_and_downloads(ranked, tmp_path, browser):
+    ranking, path = ranked
+    page = write_report(path, tmp_path / "r.html")
+    browser.open(page, 1280, "light")
+    sizes = sorted(ranking.score(name).details["n_params"] for name in ranking)
+    most = f"{(sizes[1] + sizes[2]) / 2e6}"
+    visible = (
+        "[...document.querySelectorAll('#ranking ~ .scroll tbody tr')].filter((r) => !r.hidden)"
+    )
+    browser.ask(
+        f"const f = document.querySelector('[data-key=params]'); f.value = {most}; "
+        "f.dispatchEvent(new Event('input', { bubbles: true }))"
+    )
+    assert browser.ask(f"{visible}.length") == 2
+    assert browser.ask("document.querySelector('output').textContent") == "2 of 4"
+    lanes = "[...document.querySelectorAll('.lane[data-params]')].filter((r) => !r.hidden).length"
+    assert browser.ask(lanes) == 2
+    browser.ask(
+        "const l = document.querySelector('select[data-key=license]'); l.value = 'mit'; "
+        "f.value = ''; l.dispatchEvent(new Event('input', { bubbles: true }))"
+    )
+    assert browser.ask(f"{visible}.length") == 4
+    browser.ask(  # what would be saved
+        "const saved = [], texts = [];"
+        "const anchor = HTMLAnchorElement.prototype;"
+        "anchor.click = function () { saved.push([this.download, this.href]) };"
+        "const keep = (text) => texts.push(text);"
+        "URL.createObjectURL = (blob) => { blob.text().then(keep); return 'blob:' };"
+        "const press = (kind) => document.querySelector(`[data-do=${kind}]`).click();"
+        "['csv', 'json', 'png'].forEach(press)"
+    )
+    for _ in range(100):
+        if browser.ask("saved.length") == 3 and browser.ask("texts.length") == 2:
+            break
+        time.sleep(0.1)
+    assert browser.ask("saved.map((s) => s[0])")[:2] == ["ranking.csv", "ranking.json"]
+    known = Ranking.from_json(path)
+    assert browser.ask("texts[0]") == known.to_csv()
+    assert json.loads(browser.ask("texts[1]"))["records"] == known.records()
+    name, picture = browser.ask("saved[2]")
+    assert name == "Forecast_against_images_per_second.png"
+    with Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))) as image:
+        colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+    assert image.width > 800
+    green = [int(THEMES["light"].split()[9][k : k + 2], 16) for k in (1, 3, 5)]
+    assert (colours == green).all(axis=1).any()  # the front, as on the page
+    browser.ask("document.querySelector('[data-do=copy]').focus()")
+    browser.press("Enter", 13, "\r")  # only what a person does may copy
+    assert browser.ask("document.querySelector('[data-do=copy]').textContent") == "Copied"
+    complaints = ("Log.entryAdded", "Runtime.exceptionThrown")
+    assert [e for e in browser.events if e["method"] in complaints] == []
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    browser.open(page, 1280, "light")
+    browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    shown = "[...document.querySelectorAll('.tools')].filter((e) => e.offsetHeight).length"
+    assert browser.ask(shown) == 0  # nothing that does nothing
 
 
 # Command line ------------------------------------------------------------------------------------

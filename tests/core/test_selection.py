@@ -104,6 +104,24 @@ def test_the_folder_says_all(found):
     assert set(state["best"]["test"]) == {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
     assert state["best"]["latency_ms"] > 0
     assert state["best"]["n_params"] == state["costs"][state["best"]["backbone"]]["n_params"]
+    c, (n_test, n_val) = state["best"]["calibration"], (24, 19)
+    assert (c["n_val"], sum(n for *_, n in c["bins_before"])) == (n_val, n_test)
+    at = best_epoch(Trial(**found.trials[found.best["trial"]]), "accuracy")
+    assert c["temperature"] == at["temperature"] > 0
+    with (found.folder / "test_predictions.csv").open() as file:
+        sure = [
+            (float(r["confidence"]), r["label"] == r["predicted"]) for r in csv.DictReader(file)
+        ]
+    of = [(min(int(15 * p), 14), p, right) for p, right in sure]
+    gaps = [abs(sum(p - right for b, p, right in of if b == k)) for k in range(15)]
+    assert c["ece_before"] == pytest.approx(sum(gaps) / n_test, abs=1e-5)
+    assert c["log_loss_before"] == pytest.approx(state["best"]["test"]["log_loss"], abs=1e-6)
+    page = (found.folder / "report.html").read_text(encoding="utf-8")
+    assert f"{c['ece_before']:.4f}; {c['ece_after']:.4f} at the temperature" in page
+    shown = repr(found)
+    assert f"  {c['ece_before']:.4f}, {c['ece_after']:.4f} at temperature" in shown
+    assert len(shown.splitlines()) < 12
+    assert f"<td>{state['best']['test']['log_loss']:.4f}</td>" in found._repr_html_()
     assert read(found.folder, "config.json")["epochs"] == 2
     assert "optuna" in read(found.folder, "environment.json")["versions"]
 
@@ -449,7 +467,7 @@ def test_trial_and_winner_are_trained_without_a_search(tmp_path):
     provenance = read(tmp_path / "model", "provenance.json")
     assert provenance["train"]["images"] == sizes["train"] + sizes["val"]
     assert (provenance["search"]["trial"], provenance["best"]) == (4, None)
-    found = evaluate_winner(folder, inputs, ONE)
+    found = evaluate_winner(folder, inputs, steps[-1])
     low, high = found["test_interval"]
     assert low <= found["test"]["accuracy"] <= high
     assert found["latency_ms"] > 0

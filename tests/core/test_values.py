@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import math
 import pickle
@@ -12,8 +13,12 @@ import pytest
 import torch
 
 from sfda_tune import Backbone, Features, MetricResult, Ranking, Score
+from sfda_tune.selection.forecast import order_by_forecast
+from sfda_tune.selection.odds import judge
 from sfda_tune.selection.tables import read_scores
 from sfda_tune.values.labels import encode_labels
+
+KEYS = ("interval_low", "interval_high", "rank_low", "rank_high", "p_best", "group")
 
 
 def ranking() -> Ranking:
@@ -91,11 +96,11 @@ def test_foreign_json_is_refused(text, tmp_path):
 def test_csv_has_one_line_per_backbone(tmp_path):
     lines = ranking().to_csv(tmp_path / "r.csv").splitlines()
     assert lines[0] == (
-        "rank,backbone,forecast,rank_low,rank_high,p_best,score,n_dims,n_params,"
-        "images_per_second,why,note"
+        "rank,backbone,forecast,interval_low,interval_high,rank_low,rank_high,p_best,group,score,"
+        "n_dims,n_params,images_per_second,why,note"
     )
-    assert lines[1].startswith("1,tie a,,,,,0.9,8,")
-    assert lines[-1] == ",broken,,,,,,,,,,OSError: <no> weights"
+    assert lines[1].startswith("1,tie a,,,,,,,,0.9,8,")
+    assert lines[-1] == ",broken,,,,,,,,,,,,,OSError: <no> weights"
     assert (tmp_path / "r.csv").read_text().splitlines() == lines
 
 
@@ -142,6 +147,41 @@ def test_html_escapes_and_holds_every_backbone():
     html = ranking()._repr_html_()
     assert "&lt;no&gt; weights" in html
     assert html.count("<tr>") == 5
+
+
+def test_all_forms_of_a_ranking_hold_the_same_odds(tmp_path):
+    """Interval, ranks, P(best) and group: on paper, in a notebook, as a table and in files."""
+    rng = np.random.default_rng(0)
+    terms = rng.uniform(size=(3, 60)) * 0.2 + [[0.1], [0.11], [0.7]]
+    scores = [Score(name, row.mean(), row) for name, row in zip("abc", terms, strict=True)]
+    by_score = Ranking(scores, "sfda (loo)", np.arange(60) % 3)
+    by_forecast = order_by_forecast(by_score)
+    for r in (by_score, by_forecast):
+        c = judge(r)
+        expected = pd.DataFrame(c.records()).set_index("backbone")
+        for frame in (r.to_dataframe(), pd.read_csv(io.StringIO(r.to_csv()))):
+            frame = frame.set_index("backbone").loc[expected.index, [*KEYS]]
+            pd.testing.assert_frame_equal(frame, expected[[*KEYS]])
+        for entry in json.loads(r.to_json())["scores"]:
+            assert entry["odds"] == expected.loc[entry["backbone"], [*KEYS]].to_dict()
+        first = r.records()[0]
+        sign = "+.2f" if r is by_forecast else ".4f"
+        shown = f"{first['interval_low']:{sign}} to {first['interval_high']:{sign}}"
+        for text in (repr(r), r._repr_html_()):
+            for word in (shown, f"{first['p_best']:.2f}", "90% interval", "P(best)", "group"):
+                assert word in text
+        assert Ranking.from_json(r.to_json()).records() == r.records()
+    rows = [terms[2], terms[0], rng.permutation(terms[0])]  # the last two differ by luck alone
+    scores = [Score(name, row.mean(), row) for name, row in zip("abc", rows, strict=True)]
+    close = Ranking(scores, "sfda (loo)", np.arange(60) % 3)
+    assert [r["group"] for r in close.records()] == ["a", "b", "b"]
+
+
+def test_a_score_is_shown_in_a_line():
+    s = Score("<b>\n", 0.91234, np.zeros(500), 500, 64, {"n_params": 25_557_032})
+    assert repr(s) == r"Score('<b>\\n', 0.9123, 500 images, width 64, 25.6M parameters)"
+    assert "&lt;b&gt;" in s._repr_html_()
+    assert repr(Score("a", error="OSError: no\nweights")) == "Score('a', failed: OSError: no)"
 
 
 def test_two_scores_of_one_backbone_are_refused():

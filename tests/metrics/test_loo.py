@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,13 @@ def test_details_are_summaries_of_the_posterior(shape):
         "ridge": "lambda * tr(S_W)/D",
     }
     assert facts.items() <= details.items()
-    assert all(type(value) in (int, float, str, bool) for value in details.values())
+    counts = Counter(zip(y.tolist(), log_p.argmax(axis=1).tolist(), strict=True))
+    wrong = Counter({pair: n for pair, n in counts.items() if pair[0] != pair[1]})
+    found = [tuple(entry) for entry in details["confusions"]]
+    most = sorted(((a, b, n) for (a, b), n in wrong.items()), key=lambda e: (-e[2], *e[:2]))
+    assert found == most[:30]
+    plain = {key: value for key, value in details.items() if key != "confusions"}
+    assert all(type(value) in (int, float, str, bool) for value in plain.values())
 
 
 def test_the_defaults_are_standardised_columns_and_one_half():

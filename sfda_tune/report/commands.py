@@ -1,0 +1,115 @@
+"""The command lines of a page: what does it again, what comes next, what settles a doubt."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sfda_tune.report.run import Run
+from sfda_tune.selection.forecast import is_forecast
+from sfda_tune.values.ranking import Ranking
+
+__all__ = ["find_next", "repeat", "settle"]
+
+SETTLES = {  # kind of a `Diagnostic`: what to rank by instead; None: as before
+    "failed": None,
+    "ties": {"metric": "knn"},
+    "few_samples": {"metric": "sfda", "variant": "loo"},
+    "width": {"metric": "knn"},
+    "shrinkage": {"metric": "sfda", "variant": "loo"},
+}
+
+
+def repeat(run: Run) -> tuple[str, str]:
+    """Return the command that does this again, and what has to be added to it, if anything.
+
+    It has no passwords; of what was given in Python alone there is no command.
+    """
+    if run.search is None:
+        options, lacking = _rank_options(run.ranking)
+        return _line("rank", options, _given(run.ranking)), lacking
+    options = dict(run.config or {})
+    specs = options.pop("backbones", run.search.get("candidates"))
+    options = {"dataset": run.search.get("dataset")} | options
+    options |= {"import": options.pop("plugins", None)}
+    line = _line("search", options, [specs] if isinstance(specs, str) else specs or ())
+    hidden = re.sub(r"(://[^:/@\s]+):[^@\s]+@", r"\1:***@", line)
+    return hidden, "" if hidden == line else "The password of the storage is left out."
+
+
+def settle(run: Run, kind: str) -> str:
+    """Return the command that settles a doubt about a ranking; empty if there is none."""
+    if kind not in SETTLES or run.search is not None:
+        return ""
+    options, _ = _rank_options(run.ranking)
+    changes = SETTLES[kind]
+    if changes:
+        drop = ("metric", "variant", "train", "budget", "race", "top")
+        options = {k: v for k, v in options.items() if k not in drop} | changes
+    return _line("rank", options, _given(run.ranking))
+
+
+def find_next(run: Run, folder: str = "RUN") -> list[tuple[str, str]]:
+    """Return what to do next: pairs of a sentence and a command."""
+    if run.search is None:
+        first = _specs(run.ranking, run.ranking.shortlist(3)) if run.ranking else []
+        if not first:
+            return []
+        options, _ = _rank_options(run.ranking)
+        keep = {k: options[k] for k in ("dataset", "import") if k in options}
+        return [("Fine-tune the first three, and keep the best:", _line("search", keep, first))]
+    if (run.search.get("best") or {}).get("test"):
+        words = ["sfda-tune", "predict", folder, "IMAGES"]
+        return [("Name the classes of new images:", shlex.join(words))]
+    return []
+
+
+def _given(ranking: Ranking) -> list[str]:
+    """Return what the candidates were called, globs as globs."""
+    given = (ranking.info.get("arguments") or {}).get("backbones")
+    return [str(spec) for spec in given] if given else _specs(ranking, list(ranking))
+
+
+def _specs(ranking: Ranking, names: Sequence[str]) -> list[str]:
+    return [str(ranking.score(name).details.get("spec") or name) for name in names]
+
+
+def _rank_options(ranking: Ranking) -> tuple[dict[str, Any], str]:
+    """Return the options of `rank`, and a sentence about what cannot be said as a command."""
+    info = ranking.info
+    given = info.get("arguments")
+    metric = re.fullmatch(r"(\w+)(?: \((\w+)\))?", ranking.metric)
+    told = {"metric": metric and metric[1]}
+    told |= {"train" if is_forecast(ranking) else "variant": metric and metric[2]}
+    if not isinstance(given, Mapping):  # of an earlier version
+        options = {"dataset": info.get("dataset"), "samples": info.get("samples")}
+        options |= {"seed": info.get("seed"), **told}
+        return options, "Its options are those that the ranking tells."
+    options = {k: v for k, v in given.items() if k not in ("only_python", "plugins", "backbones")}
+    options |= {"import": given.get("plugins")}
+    lacking = [str(k) for k in given.get("only_python") or ()]
+    options.setdefault("dataset", info.get("dataset") or "DATASET")
+    if not (is_forecast(ranking) or {"metric", "variant"} & {*given, *lacking}):
+        options |= told  # the score behind a forecast
+    words = f"In Python alone, for its {' and '.join(lacking)} came from there." if lacking else ""
+    return options, words
+
+
+def _line(command: str, options: Mapping[str, Any], specs: Sequence[Any]) -> str:
+    options = dict(options)
+    words = ["sfda-tune", command, str(options.pop("dataset"))]
+    words += ["--backbones", *map(str, specs)]
+    for key, value in options.items():
+        if key in ("format", "sfda_tune", "data", "progress") or value is None or value == []:
+            continue
+        option = "--" + key.replace("_", "-")
+        if key == "import":
+            words += [word for one in value for word in (option, str(one))]
+        elif not isinstance(value, bool):
+            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [option, value]
+        elif value and key != "cache":
+            words.append(option)
+    return shlex.join(words)

@@ -1,0 +1,65 @@
+"""What follows from a ranking, in sentences: which one to train, and what is not known."""
+
+from __future__ import annotations
+
+from sfda_tune.selection.forecast import is_forecast
+from sfda_tune.selection.uncertainty import Confidence, shortlist
+from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import printable, some
+
+__all__ = ["recommend"]
+
+FIRST = {"full": "Fine-tune", "head": "Train a head on"}
+TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
+NAMED = 8  # names in a sentence
+
+
+def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
+    """Say what follows from a ranking and its odds: the shortlist, the race, the ensemble.
+
+    Examples
+    --------
+    >>> from sfda_tune.selection.forecast import order_by_forecast
+    >>> from sfda_tune.selection.odds import find_odds
+    >>> from sfda_tune.values.features import Score
+    >>> ranking = order_by_forecast(Ranking([Score("a", 0.9), Score("b", 0.5)], "knn"))
+    >>> recommend(ranking, find_odds(ranking))[1]
+    'Any of them may be the best after fine-tuning.'
+    """
+    lines, trained = [], is_forecast(ranking)
+    if odds is not None and trained and len(odds.names) > 1:
+        first, best = str(odds.names[0]), list(odds.best.values())
+        lines.append(
+            f"{FIRST[ranking.info['train']]} {printable(first)} first: of these {len(best)} it "
+            f"will be the best with probability {best[0]:.2f}, and one of the first three with "
+            f"{sum(best[:3]):.2f}."
+        )
+    if odds is not None:
+        names = [printable(str(name)) for name in shortlist(odds)]
+        by = TRAINED[ranking.info["train"]] if trained else "by this score"
+        if trained and len(names) == len(odds.names) > 1:
+            lines.append(f"Any of them may be the best {by}.")
+        elif trained or len(names) > 1:
+            among = "of those that finished the race, " * ("race" in ranking.info and not trained)
+            one_of = ", one of" * (len(names) > 1)
+            lines.append(f"Best {by}, {among}with probability .95{one_of}: {some(names, NAMED)}.")
+        if not trained and any(len(group) > 1 for group in odds.groups):
+            lines.append(
+                "Those that share a letter (column group) are not told apart by these images; "
+                "more images tell them apart, or trials."
+            )
+    if unseen := ranking.info.get("not_looked_at"):
+        were = "was" if len(unseen) == 1 else "were"
+        lines.append(
+            f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen)}; the same "
+            "command, with more time, goes on from there."
+        )
+    if race := ranking.info.get("race"):
+        saved = 1 - race["forward_passes"] / race["full_run"]
+        lines.append(
+            f"Race for the top {race['top']}: {race['forward_passes']} forward passes instead of "
+            f"{race['full_run']}, {saved:.0%} saved."
+        )
+    if ensemble := ranking.info.get("ensemble"):
+        lines.append(f"To fine-tune together: {', '.join(ensemble['backbones'])}.")
+    return lines
