@@ -11,6 +11,7 @@ import hashlib
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -67,8 +68,7 @@ class Hub:
         self.sent: dict[str, int] = defaultdict(int)
         self.rate, self._due, self._lock = rate, 0.0, threading.Lock()
         self.down = False
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"hub": self}))
-        self._server.daemon_threads = True
+        self._server = Server(("127.0.0.1", 0), type("H", (Handler,), {"hub": self}))
         self.port = self._server.server_port
         self.url, self.cdn = f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}"
         self._thread = threading.Thread(
@@ -108,6 +108,15 @@ class Hub:
     def downloads(self, repo: str) -> int:
         """Return how often weights of a repository were sent."""
         return sum(method == "GET" and f"/{repo}/" in path for method, path in self.requests)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Be silent about those who hang up."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):

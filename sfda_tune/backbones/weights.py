@@ -181,6 +181,8 @@ def _download(repo: str, filename: str, revision: str | None, tell: Tell | None)
     from huggingface_hub.utils import tqdm
 
     class Told(tqdm):  # which shows nothing itself
+        monitor_interval = 0  # or each of these classes starts a thread that stays
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 

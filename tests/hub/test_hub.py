@@ -1,6 +1,7 @@
 """Weights from a hub that is there, slow, in trouble, or gone."""
 
 import re
+import threading
 import time
 from types import SimpleNamespace
 
@@ -74,7 +75,10 @@ class Heard(NullProgress):
 def test_a_ranking_over_a_hub_is_that_of_the_folders(hub, toy_zoo, photos, monkeypatch, tmp_path):
     local = rank(photos, toy_zoo, metric="sfda", cache=False, **CPU)
     heard = Heard()
+    before = threading.active_count()
     remote = rank(photos, specs(hub), metric="sfda", progress=heard, **CPU)
+    served = [t for t in threading.enumerate() if "process_request_thread" in t.name]
+    assert threading.active_count() - len(served) <= before
     assert scores(remote) == scores(local)
     for repo in hub.repos:  # each came once, and told of itself to its end
         (size,) = {total for _, total in heard.told[f"hf-hub:{repo}"]}
