@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # `--import-mode=importlib` does not
-LOOPBACK = ("optuna_host", "ray_host")  # folders of tests that need servers on this machine
+LOOPBACK = ("hub", "optuna_host", "ray_host")  # folders of tests that need servers on this machine
 
 
 PRELOADED = [

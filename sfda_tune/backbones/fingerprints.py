@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +16,11 @@ from sfda_tune.backbones.identity import files_behind, identify, is_installed, v
 from sfda_tune.backbones.loading import create, files_in, is_weights, load, read_config, timm_name
 from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.backbones.weights import find_cached, find_file, find_remote, version
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import digest_file
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "stand_in"]
 
 
 def fingerprint(
@@ -37,8 +36,7 @@ def fingerprint(
     local file yet. With `module` (as `load` returns it) it always answers; for weights in files
     with the same digest as without. `digest` is what digests files.
     """
-    parts = [f"{package} {version_of(package)}" for package in ("timm", "torch")]
-    parts += [files_behind(plugin, load_plugin(plugin)) for plugin in backbone.plugins]
+    parts = _surroundings(backbone)
     name = timm_name(backbone.spec)
     if backbone.load is not None:
         module, preprocessing = load(backbone)
@@ -50,11 +48,12 @@ def fingerprint(
         parts += [f"{f.name} {digest(f)}" for f in [folder / "config.json", *files]]
     else:
         parts.append(name)
-        file = _cached_file(name)
+        file = find_cached(name)
         if file is None and module is None:
             return None
         if name.startswith("hf-hub:"):
-            config = _from_hub(name.partition(":")[2], ["config.json"])
+            remote = find_remote(name)
+            config = find_file(remote, ["config.json"]) if remote else None
             parts.append(digest(config) if config else "")
             architecture = read_config(Path(config).parent)["architecture"] if config else ""
         else:
@@ -62,6 +61,31 @@ def fingerprint(
         parts.append(_own_architecture(backbone, architecture))
         parts.append(digest(file) if file is not None else identify(module, backbone.name))
     return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+
+
+def stand_in(backbone: Backbone, digest: Callable[[Any], str] = digest_file) -> str | None:
+    """Return a digest that stands for the fingerprint of weights that were on this machine once.
+
+    It has the commit that the hub's cache knows in the place of their bytes; None without one.
+    """
+    remote = None if backbone.load is not None else find_remote(timm_name(backbone.spec))
+    if remote is None or (commit := version(remote)) is None:
+        return None
+    architecture = backbone.spec.partition(".")[0]
+    parts = [*_surroundings(backbone), backbone.spec, commit]
+    if backbone.spec.startswith("hf-hub:"):
+        if (config := find_file(remote, ["config.json"])) is None:
+            return None
+        parts.append(digest(config))
+        architecture = read_config(Path(config).parent)["architecture"]
+    parts.append(_own_architecture(backbone, architecture))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+
+
+def _surroundings(backbone: Backbone) -> list[str]:
+    """Return what the features of all networks depend on."""
+    parts = [f"{package} {version_of(package)}" for package in ("timm", "torch")]
+    return parts + [files_behind(plugin, load_plugin(plugin)) for plugin in backbone.plugins]
 
 
 def _own_architecture(backbone: Backbone, architecture: str) -> str:
@@ -137,41 +161,3 @@ def _respond(module: Any, preprocessing: Preprocessing) -> str:
         return type(error).__name__
     told = [*(seen / (size or 1.0)).ravel(), np.log10(size or 1.0)]
     return repr([round(float(v), 2) + 0.0 for v in told])
-
-
-def _cached_file(name: str) -> str | None:
-    """Find the weights of a remote backbone in the caches that timm uses."""
-    import timm
-    import torch
-
-    hub_id, file_names, url = "", [], None
-    if name.startswith("hf-hub:"):
-        hub_id = name.partition(":")[2]
-    else:
-        config = timm.get_pretrained_cfg(name)
-        if config is None:
-            return None
-        hub_id, url = config.hf_hub_id or "", config.url
-        if config.hf_hub_filename:
-            file_names = [config.hf_hub_filename]
-    file_names += ["model.safetensors", "pytorch_model.bin"]
-    names = [n for name in file_names for n in (re.sub(r"\.bin$", ".safetensors", name), name)]
-    if hub_id and (file := _from_hub(hub_id, names)):
-        return file
-    if isinstance(url, str) and url:
-        file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-        if os.path.isfile(file):
-            return file
-    return None
-
-
-def _from_hub(hub_id: str, names: list[str]) -> str | None:
-    """Find the first of some files of a repository in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repo, _, revision = hub_id.partition("@")
-    for name in names:
-        file = try_to_load_from_cache(repo, name, revision=revision or None)
-        if isinstance(file, str):
-            return file
-    return None

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from sfda_tune.backbones import demo
 from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing, check_input_size
+from sfda_tune.backbones.weights import Remote, Tell, fetch_file, find_remote
+from sfda_tune.backbones.weights import fetch as fetch_weights
 from sfda_tune.data.hub import cache_only_if_unreachable
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import read_json, say_kind
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Description", "describe", "find_license", "load", "measure_cost"]
+__all__ = ["Description", "describe", "fetch", "find_license", "load", "measure_cost"]
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz")
 
@@ -180,6 +182,24 @@ def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
     return module.eval().requires_grad_(False), preprocessing
 
 
+def fetch(backbone: Backbone, tell: Tell | None = None) -> tuple[str | None, bool]:
+    """See to it that a backbone's weights are here, see `weights.fetch`.
+
+    Raises
+    ------
+    BackboneError
+        If they cannot be had; the message says why and what to do.
+    """
+    try:
+        for plugin in backbone.plugins:
+            load_plugin(plugin)
+        return fetch_weights(timm_name(backbone.spec), tell)
+    except BackboneError:
+        raise
+    except Exception as error:
+        raise BackboneError(_explain(backbone, error)) from error
+
+
 def create(backbone: Backbone, *, pretrained: bool) -> Any:
     import timm
 
@@ -190,10 +210,19 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
         local = name.startswith("local-dir:")
         if local:
             read_config(name.partition(":")[2])
+        remote = find_remote(name)
+        file = None
+        if remote is not None and name.startswith("hf-hub:"):
+            file = fetch_file(remote, "config.json")
+        if pretrained:
+            file = fetch_weights(name)[0]
+        pinned, overlay = _pin(name, remote, file)
         with nullcontext() if local else cache_only_if_unreachable(), _bounded():
             # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
             # error; with num_classes=0 it would silently leave what is missing at random.
-            module: Any = _build(name) if pretrained else timm.create_model(name)
+            module: Any = _build(pinned, overlay) if pretrained else timm.create_model(pinned)
+        if remote is not None and file is not None:
+            module.pretrained_cfg["hf_hub_id"] = _hub_id(remote)
     except BackboneError:
         raise
     except Exception as error:
@@ -202,7 +231,25 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
     return module
 
 
-def _build(name: str) -> Any:
+def _pin(name: str, remote: Remote | None, file: str | None) -> tuple[str, dict[str, str]]:
+    """Have timm open the version in the hub's cache, which the features are kept under.
+
+    By a branch it would ask the hub each time, and take a newer one.
+    """
+    if remote is None or file is None:
+        return name, {}
+    parts = Path(file).parts
+    hub_id = f"{remote.repo}@{parts[parts.index('snapshots') + 1]}"
+    if name.startswith("hf-hub:"):
+        return f"hf-hub:{hub_id}", {}
+    return name, {"hf_hub_id": hub_id}
+
+
+def _hub_id(remote: Remote) -> str:
+    return f"{remote.repo}@{remote.revision}" if remote.revision else remote.repo
+
+
+def _build(name: str, overlay: dict[str, str]) -> Any:
     """Build a network and load its weights, without drawing random ones first if it can be."""
     import timm
     import torch
@@ -210,10 +257,11 @@ def _build(name: str) -> Any:
     from sfda_tune.backbones.initialization import NoRandomWeights
 
     with NoRandomWeights() as blank, contextlib.suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
-        module = timm.create_model(name, pretrained=True)
+        module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None)
         if not blank.incomplete():
             return module
-    return timm.create_model(name, pretrained=True)  # an architecture that loads no weights
+    # an architecture that loads no weights
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None)
 
 
 def _bounded() -> Any:
@@ -297,10 +345,21 @@ def _explain(backbone: Backbone, error: Exception) -> str:
         return f"{backbone.spec} is gated on the hub: ask for access, then `hf auth login`"
     if isinstance(error, hub.RepositoryNotFoundError):
         return f"the hub has no (public) repository for {backbone.spec}"
+    cause = error.__cause__ if isinstance(error, hub.LocalEntryNotFoundError) else error
+    if isinstance(cause, hub.HfHubHTTPError):
+        said = cause.response.status_code
+        if said in (401, 403):
+            hint = "you may not have it: look at its page, then `hf auth login`"
+        elif said == 429 or said >= 500:
+            hint = "also when asked again; try later"
+        else:
+            hint = one_line(str(cause), 200)
+        return f"the hub answers {said} to the request for {backbone.spec}: {hint}"
     if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)):
+        why = f" ({one_line(cause, 100)})" if cause is not None and cause is not error else ""
         return (
             f"the weights of {backbone.spec} are not in the local cache and the hub cannot be "
-            "reached; connect once, or pass a checkpoint folder as local-dir:PATH"
+            f"reached{why}; connect once, or pass a checkpoint folder as local-dir:PATH"
         )
     if "Unknown model" in text:
         return f"{text}: register the architecture with --import FILE (`plugins=` in Python)"

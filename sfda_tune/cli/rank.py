@@ -88,6 +88,14 @@ def rank(
         bool,
         typer.Option("--dry-run", help="Only tell what it will cost: time, downloads, memory."),
     ] = False,
+    weights_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Disk for weights that this run downloads, such as `50GB`: they are removed "
+            "again, at the latest in the end. What was here before stays.",
+        ),
+    ] = None,
     ensemble: Annotated[
         int | None,
         typer.Option(metavar="K", help="Also choose K backbones to fine-tune together."),
@@ -168,7 +176,7 @@ def rank(
         bill = draw_up_bill(
             dataset, specs, samples=samples, seed=seed, split=split, image_column=image_column,
             label_column=label_column, device=device, precision=precision, cache=kept,
-            plugins=imports or (),
+            plugins=imports or (), weights_disk=weights_disk,
         )  # fmt: skip
         for line in str(bill).splitlines():
             say(output, line)
@@ -198,6 +206,7 @@ def rank(
             top=top,
             budget=budget,
             ensemble=ensemble,
+            weights_disk=weights_disk,
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True

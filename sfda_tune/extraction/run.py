@@ -40,11 +40,13 @@ from sfda_tune.backbones import fingerprints, loading
 from sfda_tune.backbones.devices import is_working, resolve_device
 from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
+from sfda_tune.backbones.weights import is_here
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage
 from sfda_tune.data.loader import BATCH, Loader, count_workers, cut, is_in_memory
 from sfda_tune.extraction.crashes import CRASH_REASON, PILLOW
+from sfda_tune.extraction.fetching import Fetcher
 from sfda_tune.extraction.pixels import Decoder, forget_pixels, require_memory
 from sfda_tune.extraction.plan import BackboneJob, Outcome, Plan, Unit, cut_units, largest_shard
 from sfda_tune.extraction.settings import Extraction, Map, Settings
@@ -130,8 +132,13 @@ def extract(
             "`executor` needs a `store` and no `map_fn`: its workers leave the features in a "
             "folder that all machines share, and this process reads them there."
         )
-    with contextlib.nullcontext() if executor is None else OnDemand(executor) as demand:
-        yield from extract_within(dataset, backbones, settings, store, map_fn, demand, progress)
+    with (
+        contextlib.nullcontext() if executor is None else OnDemand(executor) as demand,
+        Fetcher(tell=getattr(progress, "fetch", None)) as fetcher,
+    ):
+        yield from extract_within(
+            dataset, backbones, settings, store, map_fn, demand, progress, fetcher
+        )
 
 
 def extract_within(
@@ -142,8 +149,12 @@ def extract_within(
     map_fn: Map | None,
     executor: OnDemand | None,
     progress: Any,
+    fetcher: Fetcher | None = None,
 ) -> Generator[Extraction, None, None]:
-    """Do as `extract` does, within what enters the executor when it must."""
+    """Do as `extract` does, within what enters the executor when it must.
+
+    A `fetcher` serves several extractions; it is for those in this process.
+    """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
             "a process that is being started runs the script again that started it; put the "
@@ -216,7 +227,9 @@ def extract_within(
         )
     settings = replace(settings, device=resolve(settings.device))
     tell = progress.advance if progress and map_fn is None and executor is None else None
-    worker = Worker(settings, store, tell)
+    if executor is not None or map_fn is not None:
+        fetcher = None
+    worker = Worker(settings, store, tell, fetcher=fetcher)
     outcomes: Any = ()
     keeper = _Keeper(store, begun)
     try:
@@ -325,7 +338,7 @@ def find_pending(
         if store is not None and weights is not None:
             pixels = fingerprint_pixels(description.preprocessing)
             n_missing -= len(store.get(make_key(weights, pixels, precision), images).known)
-        is_local = weights is not None or backbone.load is not None
+        is_local = backbone.load is not None or is_here(loading.timm_name(backbone.spec))
         pending[backbone.name] = Pending(description, is_local, n_missing)
     return pending, failed
 
@@ -343,6 +356,8 @@ def _describe(
     if backbone.load is None:
         with contextlib.suppress(Exception):  # which `describe` explains
             weights = fingerprints.fingerprint(backbone, None, store.digest_file)
+            if weights is None:
+                weights = store.recall_weights(fingerprints.stand_in(backbone, store.digest_file))
     if weights is not None:
         noted = store.recall("networks", make_key(weights, __version__, ""), NETWORK)
     if weights is not None and noted is not None:
@@ -472,6 +487,8 @@ def _run_here(worker: Worker, units: Iterable[Unit]) -> Generator[Outcome, None,
     """Run units in this process; if a network breaks the device's context, the rest in others."""
     waiting: deque[Unit] = deque()
     units = iter(units)
+    if worker.fetcher is not None:
+        units = worker.fetcher.order(units, worker.advance)
 
     def given() -> Iterator[Unit]:
         for unit in units:

@@ -340,6 +340,12 @@ class FeatureStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, f"{_seal(subject, key, text)}\n{text}")
 
+    def recall_weights(self, stand_in: str | None) -> str | None:
+        """Return the fingerprint of weights that are here no more, by what stands for it."""
+        kind = {"weights": str}
+        noted = None if stand_in is None else self.recall("weights", stand_in, kind)
+        return None if noted is None else noted["weights"]
+
     def _note(self, subject: str, key: str) -> Path:
         return self.root / NOTES / subject / key[:2] / f"{key}.json"
 

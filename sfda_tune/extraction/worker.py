@@ -19,9 +19,11 @@ import numpy as np
 from sfda_tune.backbones import fingerprints, loading
 from sfda_tune.backbones.devices import compute, few_threads, is_out_of_memory, use_threads
 from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.backbones.weights import is_here
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing, get_switches, set_switches
+from sfda_tune.extraction.fetching import Fetcher
 from sfda_tune.extraction.pixels import PIN, SharedPixels, lend_pixels
 from sfda_tune.extraction.plan import Outcome, Plan, Unit
 from sfda_tune.extraction.settings import Settings
@@ -73,9 +75,10 @@ class Worker:
     threads: int | None = None  # decode in so many threads, not in processes
     resident: dict[str, Any] | None = None  # keeps the networks from one unit to the next
     turn: Turn | None = None  # for the device, where several units are under way
+    fetcher: Fetcher | None = None  # of the weights of all units
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "advance": None, "resident": None, "turn": None}
+        return {**self.__dict__, "advance": None, "resident": None, "turn": None, "fetcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -94,6 +97,9 @@ class Worker:
             logger.debug("%s failed", unit.backbone.name, exc_info=True)
             outcome.error = describe_error(error)
             outcome.entries, outcome.kept, outcome.unreadable = {}, set(), {}
+        finally:
+            if self.fetcher is not None:
+                self.fetcher.release(unit.backbone.name)
         return outcome
 
     def _run(self, unit: Unit, outcome: Outcome) -> None:
@@ -234,11 +240,22 @@ class Worker:
         if self.resident is not None and name in self.resident:
             return self.resident[name]
         device = torch.device(self.settings.device)
+        fetched = unit.backbone.load is None and not is_here(loading.timm_name(unit.backbone.spec))
+        if self.fetcher is not None:
+            self.fetcher.require(unit.backbone)
+            fetched = fetched or self.fetcher.has_fetched(name)
         module, preprocessing = loading.load(unit.backbone)
         weights = unit.weights or ""
-        if not weights and self.store is not None:
+        if self.store is not None and (fetched or not weights):
             digest = self.store.digest_file
             weights = fingerprints.fingerprint(unit.backbone, module, digest) or ""
+            if unit.weights and weights != unit.weights:
+                raise loading.BackboneError(
+                    "its weights on the hub are no longer those that some of its features are of; "
+                    "rank again"
+                )
+            if fetched and (known := fingerprints.stand_in(unit.backbone, digest)) is not None:
+                self.store.note("weights", known, {"weights": weights})
         n_params = sum(p.numel() for p in module.parameters())
         with _MOVES:
             module = module.to(device).to(memory_format=torch.channels_last)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sfda_tune.backbones.devices import compute, resolve_device
 from sfda_tune.backbones.loading import Description, create, load
 from sfda_tune.backbones.specs import resolve_backbones
+from sfda_tune.backbones.weights import free_space, look_up_sizes
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import find_pending
 from sfda_tune.extraction.settings import Settings
@@ -17,8 +18,8 @@ from sfda_tune.extraction.store import open_store
 from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.pipelines.budget import time_decoding
 from sfda_tune.pipelines.latency import time_forward
-from sfda_tune.pipelines.ranking import find_prices, measure_sizes
-from sfda_tune.values.text import format_duration, some
+from sfda_tune.pipelines.ranking import find_prices, measure_sizes, parse_weights_disk
+from sfda_tune.values.text import format_bytes, format_duration, some
 
 __all__ = ["Bill", "draw_up_bill"]
 
@@ -34,10 +35,17 @@ class Bill:
     n_backbones, n_images : int
     n_computed, n_kept : int
         Images × backbones to compute, and those whose features are kept already.
-    to_download : tuple of str
-        Backbones whose weights are not here.
+    to_download : mapping of str to int
+        Backbones that have images to see and whose weights are not here, and the bytes of these,
+        as the hub tells.
+    estimated : tuple of str
+        Those whose bytes are four for each parameter, for the hub does not tell.
     download, disk, memory : int
-        Bytes of these weights (four for each parameter), of the features, of the largest network.
+        Bytes to download, of the features, of the largest network.
+    free : int
+        Bytes that are free where weights are kept.
+    weights_disk : int or None
+        Bytes of downloaded weights that may lie there at a time; those of larger networks do not.
     decode, forward : float
         Seconds: to decode the images once, by a few of them, with one process; and of the forward
         passes, by a trial run of one network and the multiplications of all.
@@ -49,12 +57,15 @@ class Bill:
     n_images: int
     n_computed: int
     n_kept: int
-    to_download: tuple[str, ...]
+    to_download: Mapping[str, int]
+    estimated: tuple[str, ...]
     download: int
     disk: int
     memory: int
     decode: float
     forward: float
+    free: int
+    weights_disk: int | None
     failed: Mapping[str, str]
 
     def __str__(self) -> str:
@@ -64,16 +75,33 @@ class Bill:
             f"about {format_duration(self.forward)} of forward passes, "
             f"{format_duration(self.decode)} of decoding beside them; measured here just now, on "
             "the machine as it is",
-            f"{_say_size(self.disk)} of features on disk, {_say_size(self.memory)} of memory for "
-            "the largest network",
+            f"{format_bytes(self.disk)} of features on disk, {format_bytes(self.memory)} of "
+            "memory for the largest network",
         ]
         if self.to_download:
-            lines.append(
-                f"to download first: the weights of {len(self.to_download)}, about "
-                f"{_say_size(self.download)} ({some(self.to_download)})"
-            )
+            lines += self._say_download()
         lines += [f"{name} cannot be opened: {why}" for name, why in self.failed.items()]
         return "\n".join(lines)
+
+    def _say_download(self) -> Iterator[str]:
+        n, limit, about = len(self.to_download), self.weights_disk, "about " * bool(self.estimated)
+        of = f"the weights of {n}, {about}{format_bytes(self.download)}"
+        yield f"to download beside the forward passes: {of} ({some(self.to_download)})"
+        if self.estimated:
+            yield (
+                f"the hub does not tell the size of {len(self.estimated)} of them (is it in "
+                "reach?): four bytes for each parameter"
+            )
+        stay = self.download if limit is None else min(limit, self.download)
+        kept = "and stay there" if limit is None else "at a time, removed in the end"
+        yield (
+            f"of {format_bytes(self.free)} that are free where weights are kept, they take up to "
+            f"{format_bytes(stay)}, {kept}"
+        )
+        if stay > self.free:
+            yield "that is more than there is: free some, or pass --weights-disk SIZE"
+        if large := [m for m, size in self.to_download.items() if limit and size > limit]:
+            yield f"larger than --weights-disk, so that they will fail: {some(large)}"
 
 
 def draw_up_bill(
@@ -89,6 +117,7 @@ def draw_up_bill(
     precision: str = "float32",
     cache: bool | str | os.PathLike[str] | None = True,
     plugins: Iterable[str] = (),
+    weights_disk: str | int | None = None,
 ) -> Bill:
     """Find out what `rank` with these arguments will cost; no weights are fetched.
 
@@ -96,7 +125,7 @@ def draw_up_bill(
     --------
     >>> bill = draw_up_bill("digits", "demo:resnet_*", samples=50, cache=False)
     >>> bill.n_backbones, bill.n_computed, bill.n_kept, bill.to_download
-    (2, 100, 0, ())
+    (2, 100, 0, {})
     """
     settings = Settings(resolve_device(device), precision)
     store = open_store(None if cache is True else cache) if cache else None  # type: ignore
@@ -112,20 +141,25 @@ def draw_up_bill(
     found = look_up_facts(backbone.spec for backbone in todo)
     prices = find_prices(measure_sizes(todo, {b.name: found[b.spec] for b in todo}))
     n_computed = sum(p.n_images for p in missing.values())
-    absent = [name for name, p in pending.items() if not p.is_local]
     sizes = {name: 4 * p.description.n_params for name, p in pending.items()}
+    absent = {name: p.description.backbone.spec for name, p in missing.items() if not p.is_local}
+    told = look_up_sizes(absent.values())
+    download = {name: told[spec] or sizes[name] for name, spec in absent.items()}
     return Bill(
         len(candidates),
         len(images),
         n_computed,
         len(images) * len(pending) - n_computed,
-        tuple(absent),
-        sum(sizes[name] for name in absent),
+        download,
+        tuple(name for name, spec in absent.items() if told[spec] is None),
+        sum(download.values()),
         sum(4 * (p.description.n_dims or 0) * p.n_images for p in missing.values()),
         max(sizes.values(), default=0),
         time_decoding(images, PATIENCE) * max((p.n_images for p in missing.values()), default=0),
         _time_forward({name: p.description for name, p in missing.items()}, prices, settings)
         * sum(prices[name] * p.n_images for name, p in missing.items()),
+        free_space(),
+        parse_weights_disk(weights_disk),
         failed,
     )
 
@@ -142,7 +176,3 @@ def _time_forward(
     with compute(settings.device, settings.precision):
         ms = time_forward(module, preprocessing, settings.device, BATCH)
     return ms / 1000 / BATCH / prices[name]
-
-
-def _say_size(n: float) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

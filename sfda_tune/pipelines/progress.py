@@ -10,7 +10,7 @@ from typing import Any
 
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.values.features import Score
-from sfda_tune.values.text import printable
+from sfda_tune.values.text import format_bytes, printable
 
 __all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress"]
 
@@ -26,6 +26,9 @@ class NullProgress:
 
     def finish(self, score: Score) -> None:
         """Receive the score of a backbone."""
+
+    def fetch(self, backbone: str, done: int, total: int | None) -> None:
+        """Receive how many bytes of a backbone's weights have come, in another thread."""
 
     def enter(self, stage: str) -> None:
         """Receive the stage of a search that begins."""
@@ -58,6 +61,7 @@ class Bar(NullProgress):
             progress.TimeElapsedColumn(),
             progress.TextColumn("ETA"),
             progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[coming]}", markup=False),
             console=console or Terminal(stderr=True),
             transient=True,
         )
@@ -68,7 +72,7 @@ class Bar(NullProgress):
         if n_cached:
             self.rich.console.print(f"{n_cached} backbones need no forward pass (cached features)")
         if n_images and self._task is None:
-            self._task = self.rich.add_task("extracting", total=n_images)
+            self._task = self.rich.add_task("extracting", total=n_images, coming="")
         elif n_images:  # the next stage of a race
             total = (self.rich.tasks[0].total or 0) + n_images
             self.rich.update(self._task, total=total)
@@ -77,6 +81,11 @@ class Bar(NullProgress):
         """Move the bar on and name the backbone at work."""
         if self._task is not None:
             self.rich.update(self._task, advance=n_images, description=printable(backbone))
+
+    def fetch(self, backbone: str, done: int, total: int | None) -> None:
+        """Tell which weights come, and how much of them is here."""
+        if self._task is not None:
+            self.rich.update(self._task, coming=_say_coming(backbone, done, total))
 
 
 class SearchProgress(NullProgress):
@@ -92,10 +101,11 @@ class SearchProgress(NullProgress):
             BarColumn(),
             TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[coming]}", markup=False),
             console=console or Terminal(stderr=True),
             transient=True,
         )
-        self._task = self.rich.add_task("starting", total=None, left="")
+        self._task = self.rich.add_task("starting", total=None, left="", coming="")
         self._stage, self._seen, self._total = "", 0, 0
 
     def enter(self, stage: str) -> None:
@@ -127,6 +137,10 @@ class SearchProgress(NullProgress):
         self._seen += n_images
         self.say(backbone, self._seen, self._total)
 
+    def fetch(self, backbone: str, done: int, total: int | None) -> None:
+        """Tell which weights come, and how much of them is here."""
+        self.rich.update(self._task, coming=_say_coming(backbone, done, total))
+
     def show(
         self, trials: Sequence[Trial], best: Trial | None, n_trials: int | None, stop: float
     ) -> None:
@@ -145,6 +159,14 @@ class SearchProgress(NullProgress):
 def _left(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _say_coming(backbone: str, done: int, total: int | None) -> str:
+    """Say how much of a download is here; nothing when it is whole."""
+    if total is not None and done >= total:
+        return ""
+    of = "" if total is None else f" of {format_bytes(total)}"
+    return f"fetching {printable(backbone)}: {format_bytes(done)}{of}"
 
 
 @contextmanager

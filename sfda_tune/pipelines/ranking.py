@@ -24,6 +24,7 @@ from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.opening import open_dataset
+from sfda_tune.extraction.fetching import Fetcher
 from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
@@ -45,7 +46,7 @@ from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, require, some
+from sfda_tune.values.text import integer, parse_bytes, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -92,6 +93,7 @@ def rank(
     top: int | None = None,
     budget: str | float | None = None,
     ensemble: int | None = None,
+    weights_disk: str | int | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -150,6 +152,10 @@ def rank(
     ensemble : int, optional
         Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
         ``info["ensemble"]`` has them. All features are then held in memory.
+    weights_disk : str or int, optional
+        How much of the disk may be taken at a time by weights that this call downloads, such as
+        "50GB" (or bytes): what was used makes room for the next, and at the end all of it is
+        removed. What was here before stays. Not for an `executor` or `map_fn`.
 
     Returns
     -------
@@ -218,6 +224,12 @@ def rank(
             "leave race out, or take 'sfda'."
         )
     seconds = parse_budget(budget)
+    limit = parse_weights_disk(weights_disk)
+    if limit is not None and (executor is not None or map_fn is not None):
+        raise ValueError(
+            f"`weights_disk` is for downloads of this process but is {weights_disk!r} with an "
+            "`executor` or `map_fn`; leave one out."
+        )
     if top is not None and not race:
         raise ValueError(f"`top` is for a race but is {top!r} without one; add race=True.")
     top = TOP if top is None else top
@@ -243,9 +255,15 @@ def rank(
     started = time.perf_counter()
     result, facts, interrupted = None, None, False
     demand = None if executor is None else OnDemand(executor)
-    with demand or nullcontext(), as_progress(progress) as bar:
+    with (
+        demand or nullcontext(),
+        as_progress(progress) as bar,
+        Fetcher(limit, getattr(bar, "fetch", None)) as fetcher,
+    ):
         copies = _Copies(whole, codes, twins)
-        run = _RankingRun(images, candidates, settings, store, map_fn, demand, scorer, copies)
+        run = _RankingRun(
+            images, candidates, settings, store, map_fn, demand, scorer, copies, fetcher
+        )
         try:
             if race:
                 judge = None
@@ -360,6 +378,11 @@ def name_hard_images(
     ]
 
 
+def parse_weights_disk(text: str | int | None) -> int | None:
+    """Return the bytes that downloaded weights may take; None for any."""
+    return None if text is None else parse_bytes("`weights_disk`", str(text))
+
+
 def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:
     """Return what is known of candidates; sizes are measured where the others are known."""
     found = look_up_facts(backbone.spec for backbone in candidates)
@@ -468,6 +491,7 @@ class _RankingRun:
     executor: OnDemand | None
     scorer: Scorer
     copies: _Copies
+    fetcher: Fetcher
     scores: dict[str, Score] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     unreadable: dict[int, str] = field(default_factory=dict)
@@ -484,8 +508,9 @@ class _RankingRun:
         """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
         images = self.images if rows is None else self.images.subset(rows)
         found = extract_within(
-            images, candidates, self.settings, self.store, self.map_fn, self.executor, bar
-        )
+            images, candidates, self.settings, self.store, self.map_fn, self.executor, bar,
+            self.fetcher,
+        )  # fmt: skip
         self.rows = None
         of: dict[str, Any] = {}  # rows of each; one that comes again has fewer
         before = dict(seen or {})  # one that comes again takes the place of what came first

@@ -153,6 +153,15 @@ def parse_bytes(name: str, text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
 
 
+def format_bytes(n: float) -> str:
+    """Format bytes for people.
+
+    >>> format_bytes(12_345_678), format_bytes(2e10)
+    ('12.3 MB', '20.0 GB')
+    """
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
 def format_count(n: float) -> str:
     """Format a count for people.
 

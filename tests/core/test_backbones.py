@@ -21,7 +21,7 @@ from sfda_tune.backbones.fingerprints import fingerprint
 from sfda_tune.backbones.loading import describe, load
 from sfda_tune.backbones.plugins import BackboneError
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.data.hub import reachable
+from sfda_tune.data.hub import forget_reachable
 
 
 def specs(*given, **kwargs):
@@ -421,9 +421,9 @@ def hub(tmp_path, monkeypatch):
     root.mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    reachable.cache_clear()
+    forget_reachable()
     yield root
-    reachable.cache_clear()
+    forget_reachable()
 
 
 def test_weights_in_the_hub_cache_need_no_network(hub, tmp_path, make_checkpoint):

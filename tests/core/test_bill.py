@@ -18,7 +18,7 @@ def test_what_is_kept_costs_nothing(photos, toy_zoo, tmp_path):
     before = draw_up_bill(photos, toy_zoo, cache=cache, **CPU)
     assert (before.n_backbones, before.n_images) == (4, 36)
     assert (before.n_computed, before.n_kept) == (4 * 36, 0)
-    assert before.to_download == ()
+    assert before.to_download == {}
     assert before.failed == {}
     assert before.forward > 0
     assert before.decode > 0
@@ -42,12 +42,13 @@ def test_a_larger_network_is_dearer_and_what_fails_is_named(photos, toy_zoo, tmp
     assert 100e6 < bill.download < 150e6  # 11.2 and 23.5 million parameters
     assert list(bill.failed) == ["broken"]
     assert "no_such_net" in bill.failed["broken"]
-    assert "to download first: the weights of 2, about 1" in str(bill)
+    assert "to download beside the forward passes: the weights of 2, about 1" in str(bill)
+    assert list(bill.estimated) == names[:2]  # there is no hub
     small = draw_up_bill(photos, names[:1], samples=9, cache=False, **CPU)
     assert bill.memory > small.memory
     own = Backbone("mine", load=resolve_backbones(str(toy_zoo / "vit"))[0].load or _load)
     mine = draw_up_bill(photos, [own], samples=9, cache=False, **CPU)
-    assert mine.to_download == ()
+    assert mine.to_download == {}
     assert np.isfinite(mine.forward)
 
 

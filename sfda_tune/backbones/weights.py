@@ -1,0 +1,280 @@
+"""Weights on the Hugging Face hub: where they are, how large, and how they come here.
+
+The client of the hub downloads, resumes what was cut, and retries where it is asked to wait or
+nobody answers. Done here is what it leaves: it gives up at once when a download (not the look-up
+before it) is answered with 5xx, reset or of the wrong length, it does not compare checksums, and
+it would ask for a newer version of what is in its cache already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfda_tune.data.hub import forget_reachable, reachable
+
+__all__ = [
+    "Remote", "fetch", "find_cached", "find_remote", "free_space", "is_here", "look_up_sizes",
+    "remove", "version",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+TRIES, WAIT = 4, 1.0  # downloads of a file that may fail; seconds before the second, then doubled
+ASKING = 8  # requests at a time
+Tell = Callable[[int, "int | None"], None]  # bytes that are here, of how many
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where timm looks for weights on the hub: the first of some files of a repository."""
+
+    repo: str
+    revision: str | None
+    names: tuple[str, ...]
+
+
+class DamagedError(OSError):
+    """What came is not what the hub announced."""
+
+
+def find_remote(name: str) -> Remote | None:
+    """Return where the weights of what timm opens lie on the hub; None if not there.
+
+    >>> find_remote("resnet18.a1_in1k").repo
+    'timm/resnet18.a1_in1k'
+    """
+    import timm
+
+    own = None
+    if name.startswith("hf-hub:"):
+        hub_id = name.partition(":")[2]
+    elif name.startswith("local-dir:"):
+        return None
+    else:
+        config = timm.get_pretrained_cfg(name)
+        hub_id, own = (config.hf_hub_id or "", config.hf_hub_filename) if config else ("", None)
+    if not hub_id:
+        return None
+    names = [re.sub(r"\.bin$", ".safetensors", own), own] if own else []
+    names += [] if own else ["model.safetensors", "pytorch_model.bin"]
+    repo, _, revision = hub_id.partition("@")
+    return Remote(repo, revision or None, tuple(dict.fromkeys(names)))
+
+
+def find_cached(name: str) -> str | None:
+    """Find the weights of a remote backbone in the caches that timm uses."""
+    import timm
+    import torch
+
+    remote = find_remote(name)
+    if remote is not None and (file := find_file(remote, remote.names)):
+        return file
+    config = None if name.startswith(("hf-hub:", "local-dir:")) else timm.get_pretrained_cfg(name)
+    if config is not None and isinstance(config.url, str) and config.url:
+        file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(config.url))
+        if os.path.isfile(file):
+            return file
+    return None
+
+
+def is_here(name: str) -> bool:
+    """Whether the weights of what timm opens need not be fetched."""
+    return name.startswith("local-dir:") or find_cached(name) is not None
+
+
+def find_file(remote: Remote, names: Iterable[str]) -> str | None:
+    """Find the first of some files of a repository in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        file = try_to_load_from_cache(remote.repo, name, revision=remote.revision)
+        if isinstance(file, str):
+            return file
+    return None
+
+
+def version(remote: Remote) -> str | None:
+    """Return the commit that the hub's cache knows of a repository, whatever files are there."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=remote.repo, repo_type="model"))
+    try:
+        return (folder / "refs" / (remote.revision or "main")).read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def fetch(name: str, tell: Tell | None = None) -> tuple[str | None, bool]:
+    """See to it that the weights of what timm opens are here.
+
+    What is in the cache is taken as it is. Where only the commit is known of it, the weights that
+    come are of that commit.
+
+    Returns
+    -------
+    file : str or None
+        None if they are not on the hub, so that timm has to find them.
+    fetched : bool
+        Whether they were not here before.
+
+    Raises
+    ------
+    Exception
+        What the client of the hub raises, after some tries.
+    """
+    remote = find_remote(name)
+    if remote is None:
+        return None, False
+    if file := find_file(remote, remote.names):
+        return file, False
+    for one in remote.names:
+        if (file := fetch_file(remote, one, tell)) is not None:
+            return file, True
+    return None, False
+
+
+def fetch_file(remote: Remote, filename: str, tell: Tell | None = None) -> str | None:
+    """Return the path of a file of a repository, after a download; None if there is none."""
+    from huggingface_hub import errors
+
+    if file := find_file(remote, [filename]):
+        return file
+    if not reachable():
+        raise errors.LocalEntryNotFoundError(f"{filename} is not in the cache")
+    revision = version(remote) or remote.revision
+    for tries in range(1, TRIES + 1):
+        try:
+            return _download(remote.repo, filename, revision, tell)
+        except errors.LocalEntryNotFoundError:  # the client has tried for long
+            forget_reachable()
+            raise
+        except errors.EntryNotFoundError:
+            return None
+        except errors.RevisionNotFoundError:
+            if revision == remote.revision:
+                raise
+            revision = remote.revision  # the commit of before is no longer there
+        except Exception as error:
+            if tries == TRIES and _is_of_the_network(error):
+                forget_reachable()
+                raise errors.LocalEntryNotFoundError(f"{filename} does not come") from error
+            if tries == TRIES or not _may_pass(error):
+                raise
+            wait = max(WAIT * 2 ** (tries - 1), _asked_to_wait(error))
+            logger.warning("%s of %s: %s; again in %.0f s", filename, remote.repo, error, wait)
+            time.sleep(wait)
+    return None
+
+
+def _download(repo: str, filename: str, revision: str | None, tell: Tell | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    class Told(tqdm):  # which shows nothing itself
+        monitor_interval = 0  # or each of these classes starts a thread that stays
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if tell is not None:
+                tell(int(self.n), self.total)
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Do nothing; that it is there spares a second bar, of what Xet has compressed."""
+
+    path = hf_hub_download(repo, filename, revision=revision, tqdm_class=Told)
+    blob = Path(os.path.realpath(path))
+    if re.fullmatch("[0-9a-f]{64}", blob.name):  # large files are called by their checksum
+        with blob.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != blob.name:
+            remove(path)
+            raise DamagedError(
+                f"it came damaged: its checksum is {found[:8]}…, not {blob.name[:8]}…"
+            )
+    return path
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another try may do better: after the hub's troubles, and those on the way."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    if isinstance(error, OSError):
+        return isinstance(error, DamagedError) or error.errno is None  # also a wrong length
+    return _is_of_the_network(error)
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    """Whether nobody answered: the errors of what the client of the hub calls, in any version."""
+    from huggingface_hub import errors
+
+    package = type(error).__module__.partition(".")[0]
+    return package in ("httpx", "httpx2", "requests") and not isinstance(
+        error, errors.HfHubHTTPError
+    )
+
+
+def _asked_to_wait(error: Exception) -> float:
+    asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
+    return float(asked) if asked.isdigit() else 0.0
+
+
+def remove(file: str) -> None:
+    """Delete a file from the hub's cache; what is known of its repository stays."""
+    blob = os.path.realpath(file)
+    for path in dict.fromkeys((file, blob)):
+        if os.path.lexists(path):
+            os.unlink(path)
+
+
+def free_space() -> int:
+    """Return the bytes that are free where the hub's client keeps weights."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def look_up_sizes(names: Iterable[str]) -> dict[str, int | None]:
+    """Ask the hub for the bytes of the weights of what timm opens; None where it does not say.
+
+    One request per repository, some at a time; nothing is fetched.
+    """
+    names = list(names)
+    if not names or not reachable():
+        return dict.fromkeys(names)
+    with ThreadPoolExecutor(ASKING) as pool:
+        return dict(zip(names, pool.map(_look_up_size, names), strict=True))
+
+
+def _look_up_size(name: str) -> int | None:
+    from huggingface_hub import HfApi, constants
+
+    remote = find_remote(name)
+    if remote is None:
+        return None
+    try:
+        info = HfApi(constants.ENDPOINT).model_info(
+            remote.repo, revision=remote.revision, files_metadata=True, timeout=10
+        )
+    except Exception as error:  # gated, absent, out of reach: what fetches it will say so
+        logger.debug("the size of %s is not known: %s", name, error)
+        return None
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    return next((sizes[one] for one in remote.names if sizes.get(one) is not None), None)

@@ -1,0 +1,271 @@
+"""Weights of the next networks, fetched while others compute, and removed where there is no room.
+
+Two threads download; what they have fetched and nobody has used yet is at most `AHEAD` networks.
+With a limit on the disk, what was used is removed when there is no room for the next, the latest
+first: whoever goes over the same networks again finds the others. Only what came here during the
+run is ever removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sfda_tune.backbones import loading, weights
+from sfda_tune.data.loader import patience
+from sfda_tune.extraction.plan import Unit
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.text import format_bytes
+
+__all__ = ["Fetcher"]
+
+logger = logging.getLogger(__name__)
+STREAMS, AHEAD = 2, 4  # downloads at a time; networks that are here, or coming, and not used yet
+STALL = 10  # times the patience with images: the client tells of ten megabytes at a time
+Tell = Callable[[str, int, "int | None"], None]  # backbone, bytes that are here, of how many
+
+
+class EndedError(Exception):
+    """The run has ended."""
+
+
+@dataclass(eq=False)
+class _Item:
+    """The weights of one network."""
+
+    backbone: Backbone
+    state: str = "wanted"  # coming, here, used, gone, failed
+    size: int | None = None  # bytes that they take of the disk, or will
+    file: str | None = None  # that is to be removed one day
+    error: Exception | None = None
+    moved: float = 0.0  # when something last came
+
+
+class Fetcher:
+    """Fetches weights in the background.
+
+    Parameters
+    ----------
+    limit : int, optional
+        Bytes on the disk that may be taken at a time.
+    tell : callable, optional
+        Receives each backbone, the bytes of it that are here, and of how many.
+
+    Examples
+    --------
+    >>> from sfda_tune import resolve_backbones
+    >>> with Fetcher() as fetcher:  # nothing to be done for weights that are here
+    ...     fetcher.want(resolve_backbones("demo:resnet_glyphs"))
+    ...     fetcher.is_ready("demo:resnet_glyphs")
+    True
+    """
+
+    def __init__(self, limit: int | None = None, tell: Tell | None = None) -> None:
+        self.limit, self.tell = limit, tell
+        self._items: dict[str, _Item] = {}
+        self._used: list[str] = []  # in the order of their use
+        self._change = threading.Condition()
+        self._stop = False
+        self._n_threads = 0  # at work
+
+    def __enter__(self) -> Fetcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop, and remove what came here if the disk is limited."""
+        with self._change:
+            self._stop = True
+            self._change.notify_all()
+            owned = [item for item in self._items.values() if item.file is not None]
+        if self.limit is not None:
+            for item in owned:
+                self._remove(item)
+
+    def want(self, backbones: Iterable[Backbone]) -> None:
+        """Fetch what is not here yet, in this order."""
+        with self._change:
+            for backbone in backbones:
+                item = self._items.get(backbone.name)
+                if item is not None and item.state not in ("gone", "failed"):
+                    continue
+                if _is_remote(backbone):
+                    self._items.pop(backbone.name, None)  # the order is that of these
+                    self._items[backbone.name] = _Item(backbone)
+            self._start()
+            self._change.notify_all()
+
+    def is_ready(self, name: str) -> bool:
+        """Whether weights are here, or will never be."""
+        with self._change:
+            return self._is_ready(name)
+
+    def order(
+        self, units: Iterable[Unit], tick: Callable[[str, int], None] | None = None
+    ) -> Iterator[Unit]:
+        """Yield units of the same images as their weights come, the first of them first.
+
+        While none of them is here, `tick` may stop the run; it gets the first one's name, and 0.
+        """
+        waiting: list[Unit] = []
+        for unit in units:
+            if waiting and unit.number != waiting[0].number:
+                yield from self._as_they_come(waiting, tick)
+                waiting = []
+            waiting.append(unit)
+        yield from self._as_they_come(waiting, tick)
+
+    def _as_they_come(
+        self, waiting: list[Unit], tick: Callable[[str, int], None] | None
+    ) -> Iterator[Unit]:
+        self.want(unit.backbone for unit in waiting)
+        while waiting:
+            with self._change:
+                ready = next((u for u in waiting if self._is_ready(u.backbone.name)), None)
+                if ready is None:
+                    self._check_stalls()
+                    self._change.wait(0.2)
+            if ready is not None:
+                waiting.remove(ready)
+                yield ready
+            elif tick is not None:
+                tick(waiting[0].backbone.name, 0)
+
+    def require(self, backbone: Backbone) -> None:
+        """Wait for the weights of a backbone; raise what kept them from coming."""
+        with self._change:
+            while not self._is_ready(backbone.name) and not self._stop:
+                self._check_stalls()
+                self._change.wait(0.2)
+            item = self._items.get(backbone.name)
+        if item is not None and item.error is not None:
+            raise item.error
+
+    def release(self, name: str) -> None:
+        """Receive that a backbone has been opened and will be no more for now."""
+        with self._change:
+            item = self._items.get(name)
+            if item is not None and item.state == "here":
+                item.state = "used"
+                self._used.append(name)
+                self._change.notify_all()
+
+    def has_fetched(self, name: str) -> bool:
+        """Whether the weights of a backbone were not here before."""
+        item = self._items.get(name)
+        return item is not None and item.file is not None
+
+    def _is_ready(self, name: str) -> bool:
+        item = self._items.get(name)
+        return item is None or item.state not in ("wanted", "coming")
+
+    def _start(self) -> None:
+        """Have as many threads as there is work for; one whose download has stalled counts not."""
+        states = [item.state for item in self._items.values()]
+        while self._n_threads < min(STREAMS, states.count("wanted") + states.count("coming")):
+            self._n_threads += 1
+            threading.Thread(target=self._run, name="weights", daemon=True).start()
+
+    def _run(self) -> None:
+        while (item := self._next()) is not None:
+            try:
+                self._fetch(item)
+            except Exception as error:
+                with self._change:
+                    if item.state == "failed":  # it had stalled: another thread took its place
+                        return
+                    item.state, item.error = "failed", error
+                    self._change.notify_all()
+                if self.tell is not None and not self._stop:
+                    self.tell(item.backbone.name, 0, 0)  # of this one nothing more will come
+
+    def _next(self) -> _Item | None:
+        with self._change:
+            while not self._stop:
+                states = [item.state for item in self._items.values()]
+                wanted = [item for item in self._items.values() if item.state == "wanted"]
+                if wanted and states.count("coming") + states.count("here") < AHEAD:
+                    wanted[0].state, wanted[0].moved = "coming", time.monotonic()
+                    return wanted[0]
+                self._change.wait()
+        return None
+
+    def _fetch(self, item: _Item) -> None:
+        backbone = item.backbone
+        if self.limit is not None:
+            name = loading.timm_name(backbone.spec)
+            size = weights.look_up_sizes([name])[name]
+            if size is not None and size > self.limit:
+                raise loading.BackboneError(
+                    f"its weights take {format_bytes(size)}, and `weights_disk` allows "
+                    f"{format_bytes(self.limit)}"
+                )
+            self._make_room(item, size)
+
+        def tell(done: int, total: int | None) -> None:
+            with self._change:
+                item.moved = time.monotonic()
+                if self._stop or item.state != "coming":
+                    raise EndedError
+            if self.tell is not None:
+                self.tell(backbone.name, done, total)
+
+        file, fetched = loading.fetch(backbone, tell)
+        with self._change:
+            if file is not None and fetched:
+                item.file, item.size = file, os.path.getsize(file)
+            if self._stop and self.limit is not None:
+                self._remove(item)
+            if item.state == "coming":
+                item.state = "here"
+            self._change.notify_all()
+
+    def _make_room(self, item: _Item, size: int | None) -> None:
+        """Wait until there is room on the disk, and remove what was used for it."""
+        with self._change:
+            while not self._stop:
+                taken = sum(i.size or 0 for i in self._items.values() if i is not item)
+                if taken + (size or 0) <= (self.limit or 0) or not taken:
+                    item.size, item.moved = size or 0, time.monotonic()
+                    return
+                if owned := [n for n in self._used if self._items[n].file is not None]:
+                    self._remove(self._items[owned[-1]])
+                else:
+                    item.moved = time.monotonic()
+                    self._change.wait(0.2)
+        raise EndedError
+
+    def _remove(self, item: _Item) -> None:
+        if item.file is not None:
+            try:
+                weights.remove(item.file)
+            except OSError as error:
+                logger.warning("%s could not be removed: %s", item.file, error)
+        item.file, item.size, item.state = None, None, "gone"
+        if item.backbone.name in self._used:
+            self._used.remove(item.backbone.name)
+
+    def _check_stalls(self) -> None:
+        """Give up the downloads of which nothing has come for long; the client may not."""
+        longest = STALL * patience()
+        for item in self._items.values():
+            if item.state == "coming" and time.monotonic() - item.moved > longest:
+                item.state, self._n_threads = "failed", self._n_threads - 1
+                item.error = loading.BackboneError(
+                    f"nothing of its weights came for {longest:.0f} s; SFDA_TUNE_PATIENCE "
+                    f"(seconds) waits {STALL} times as long as it says"
+                )
+                self._start()
+                self._change.notify_all()
+
+
+def _is_remote(backbone: Backbone) -> Any:
+    """Whether weights are to be fetched; what cannot be found out will be said in opening it."""
+    if backbone.load is not None:
+        return False
+    name = loading.timm_name(backbone.spec)
+    return weights.find_remote(name) is not None and weights.find_cached(name) is None

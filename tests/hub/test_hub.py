@@ -1,0 +1,300 @@
+"""Weights from a hub that is there, slow, in trouble, or gone."""
+
+import re
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hub_lab import Hub, connect
+
+from sfda_tune import rank, resolve_backbones
+from sfda_tune.backbones import weights
+from sfda_tune.backbones.fingerprints import fingerprint
+from sfda_tune.backbones.loading import BackboneError, load
+from sfda_tune.backbones.weights import find_cached, look_up_sizes
+from sfda_tune.cli.main import main
+from sfda_tune.data.hub import forget_reachable
+from sfda_tune.pipelines.bill import draw_up_bill
+from sfda_tune.pipelines.progress import NullProgress
+
+CPU = {"device": "cpu", "workers": 0}
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Have the hub's client, and what calls it, wait a hundredth of the seconds; note them."""
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        time.sleep(seconds / 100)
+
+    for module in (file_download, _http, weights):
+        monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": sleep}))
+    return waited
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, toy_zoo, waits):
+    """A hub with the toy zoo, of which nothing is here."""
+    with Hub() as served:
+        for folder in sorted(toy_zoo.iterdir()):
+            served.publish(f"toy/{folder.name}", {f.name: f for f in folder.iterdir()})
+        connect(served, tmp_path / "hub", monkeypatch)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+        yield served
+    forget_reachable()
+
+
+def specs(hub):
+    return [f"hf-hub:{repo}" for repo in sorted(hub.repos)]
+
+
+def one(name):
+    return resolve_backbones(f"hf-hub:toy/{name}")[0]
+
+
+def scores(ranking):
+    return {s.backbone.rpartition("/")[2]: s.value for s in ranking.scores}
+
+
+class Heard(NullProgress):
+    def __init__(self):
+        self.told = {}
+
+    def fetch(self, backbone, done, total):
+        self.told.setdefault(backbone, []).append((done, total))
+
+
+def test_a_ranking_over_a_hub_is_that_of_the_folders(hub, toy_zoo, photos, monkeypatch, tmp_path):
+    local = rank(photos, toy_zoo, metric="sfda", cache=False, **CPU)
+    heard = Heard()
+    before = threading.active_count()
+    remote = rank(photos, specs(hub), metric="sfda", progress=heard, **CPU)
+    served = [t for t in threading.enumerate() if "process_request_thread" in t.name]
+    assert threading.active_count() - len(served) <= before
+    assert scores(remote) == scores(local)
+    for repo in hub.repos:  # each came once, and told of itself to its end
+        (size,) = {total for _, total in heard.told[f"hf-hub:{repo}"]}
+        assert heard.told[f"hf-hub:{repo}"][-1] == (size, size)
+        assert hub.sent[repo] - size < 5000  # and config.json
+    asked = len(hub.requests)
+    again = rank(photos, specs(hub), metric="sfda", cache=tmp_path / "new", **CPU)
+    assert scores(again) == scores(local)
+    assert len(hub.requests) == asked  # what is here needs no hub
+    hub.down = True
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
+    assert scores(offline) == scores(local)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        ("status", 503),
+        ("status", 429, {"Retry-After": "7"}),
+        ("body", 500),
+        ("body", 429, {"Retry-After": "7"}),
+        ("cut", 50_000),
+        ("reset", 50_000),
+        ("wrong",),
+    ],
+    ids=lambda t: " ".join(map(str, t[:2])),
+)
+def test_a_trouble_passes(hub, trouble, toy_zoo, waits):
+    hub.trouble["toy/vit", FILE] += [trouble, trouble]
+    module, _ = load(one("vit"))
+    expected, _ = load(resolve_backbones(toy_zoo / "vit")[0])
+    for mine, its in zip(module.parameters(), expected.parameters(), strict=True):
+        assert mine.equal(its)
+    assert not hub.trouble["toy/vit", FILE]  # it was met
+    assert max(waits) >= (7 if trouble[1:2] == (429,) else 1)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ([("status", 503)] * 30, "the hub answers 503 to the request for hf-hub:toy/vit: also"),
+        ([("body", 502)] * 30, "the hub answers 502 to the request for hf-hub:toy/vit: also"),
+        ([("wrong",)] * 30, "it came damaged: its checksum is"),
+        ("gated", "hf-hub:toy/vit is gated on the hub: ask for access"),
+        ("absent", "hf-hub:toy/vit"),
+    ],
+)
+def test_who_fails_is_named_and_last_and_the_others_are_ranked(
+    hub, toy_zoo, photos, trouble, said
+):
+    if trouble == "gated":
+        hub.gated.add("toy/vit")
+    elif trouble == "absent":
+        everything = list(hub.repos["toy/vit"].values())[-1]
+        hub.publish("toy/vit", {"config.json": everything["config.json"]})
+    else:
+        hub.trouble["toy/vit", FILE] += trouble
+    ranking = rank(photos, specs(hub), metric="sfda", **CPU)
+    assert list(ranking.failed) == ["hf-hub:toy/vit"]
+    assert list(ranking)[-1] == "hf-hub:toy/vit"
+    assert said in ranking.failed["hf-hub:toy/vit"]
+    local = scores(rank(photos, toy_zoo, metric="sfda", cache=False, **CPU))
+    assert {n: v for n, v in scores(ranking).items() if n != "vit"} == {
+        n: v for n, v in local.items() if n != "vit"
+    }
+    assert find_cached("hf-hub:toy/vit") is None  # nor is anything damaged left behind
+    hub.gated.clear()
+    if trouble != "absent":
+        hub.trouble.clear()
+        again = rank(photos, specs(hub), metric="sfda", **CPU)
+        assert scores(again) == local
+
+
+def test_one_that_trickles_waits_for_nobody_else_and_is_given_up(
+    hub, photos, monkeypatch, toy_zoo
+):
+    monkeypatch.setenv("SFDA_TUNE_PATIENCE", "0.1")
+    hub.trouble["toy/convnext", FILE] += [("trickle", 10, 0.05)]  # an hour
+    began = time.monotonic()
+    ranking = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
+    assert time.monotonic() - began < 20
+    assert list(ranking.failed) == ["hf-hub:toy/convnext"]
+    assert "nothing of its weights came for 1 s" in ranking.failed["hf-hub:toy/convnext"]
+
+
+def test_a_hub_that_goes_leaves_what_is_here(hub, photos):
+    rank(photos, specs(hub)[:2], metric="sfda", **CPU)
+    hub.down = True
+    began = time.monotonic()
+    ranking = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
+    assert time.monotonic() - began < 20
+    assert list(ranking.failed) == specs(hub)[2:]
+    assert "the hub cannot be reached" in ranking.failed[specs(hub)[2]]
+
+
+def test_what_is_here_is_opened_though_the_hub_has_a_newer_one(hub, toy_zoo, make_checkpoint,
+                                                               tmp_path):  # fmt: skip
+    before = load(one("resnet"))[0].state_dict()
+    key = fingerprint(one("resnet"))
+    newer = make_checkpoint(tmp_path / "newer", "test_resnet", seed=1)
+    hub.publish("toy/resnet", {f.name: f for f in newer.iterdir()})
+    module = load(one("resnet"))[0]
+    assert fingerprint(one("resnet")) == key
+    for name, tensor in module.state_dict().items():
+        assert tensor.equal(before[name])
+    assert module.pretrained_cfg["hf_hub_id"] == "toy/resnet"
+
+
+def test_weights_take_no_more_disk_than_they_may_and_none_in_the_end(
+    hub, photos, tmp_path, toy_zoo
+):
+    def lying():
+        return sum(p.stat().st_size for p in tmp_path.joinpath("hub").rglob("blobs/*"))
+
+    class Watch(Heard):
+        def fetch(self, backbone, done, total):
+            super().fetch(backbone, done, total)
+            most.append(lying())
+
+        def advance(self, backbone, n_images):
+            most.append(lying())
+
+    most = []
+    mine = "hf-hub:toy/convnext"
+    load(resolve_backbones(mine)[0])
+    sizes = look_up_sizes(specs(hub))
+    before, limit = lying(), max(sizes.values()) + 1000
+    assert sum(sizes.values()) - sizes[mine] > limit  # not all fit
+    ranking = rank(photos, specs(hub), metric="sfda", progress=Watch(), weights_disk=limit, **CPU)
+    assert scores(ranking) == scores(rank(photos, toy_zoo, metric="sfda", cache=False, **CPU))
+    assert max(most) <= before + limit + 20_000  # with config.json
+    assert find_cached(mine) is not None
+    assert [find_cached(spec) is None for spec in specs(hub)].count(True) == len(specs(hub)) - 1
+    asked, sent = len(hub.requests), dict(hub.sent)
+    again = rank(photos, specs(hub), metric="sfda", weights_disk=limit, **CPU)
+    assert scores(again) == scores(ranking)  # features are kept, though weights are not
+    assert (len(hub.requests), dict(hub.sent)) == (asked, sent)
+    bill = draw_up_bill(photos, specs(hub), device="cpu")
+    assert (bill.n_computed, bill.to_download) == (0, {})
+    few = rank(photos, specs(hub), metric="sfda", cache=False, weights_disk=1000, **CPU)
+    assert set(few.failed) == set(specs(hub)) - {mine}
+    assert "`weights_disk` allows 0.0 MB" in few.failed[specs(hub)[-1]]
+
+
+def test_another_image_needs_the_same_weights_again(hub, photos, tmp_path):
+    first = rank(photos, specs(hub), metric="sfda", samples=20, weights_disk="2MB", **CPU)
+    newest = next(iter(hub.repos["toy/resnet"].values()))
+    hub.publish("toy/resnet", {**newest, "more": b"more"})  # another commit
+    ranking = rank(photos, specs(hub), metric="sfda", weights_disk="2MB", **CPU)
+    assert (first.failed, ranking.failed) == ({}, {})
+    whole = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
+    assert scores(ranking) == pytest.approx(scores(whole), abs=1e-6)
+
+
+def test_the_bill_has_the_sizes_of_the_hub(hub, photos, monkeypatch):
+    sizes = {
+        f"hf-hub:{repo}": list(commits.values())[-1][FILE].size
+        for repo, commits in hub.repos.items()
+    }
+    bill = draw_up_bill(photos, specs(hub), device="cpu")
+    assert dict(bill.to_download) == sizes
+    assert (bill.download, bill.estimated) == (sum(sizes.values()), ())
+    sent = sum(hub.sent.values())
+    load(one("vit"))
+    bill = draw_up_bill(photos, specs(hub), device="cpu", weights_disk=min(sizes.values()))
+    assert bill.download == sum(sizes.values()) - sizes["hf-hub:toy/vit"]
+    assert "at a time, removed in the end" in str(bill)
+    assert "so that they will fail" in str(bill)
+    assert sum(hub.sent.values()) - sent < sizes["hf-hub:toy/vit"] + 5000
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = draw_up_bill(photos, specs(hub), device="cpu")
+    assert list(offline.estimated) == list(offline.to_download)
+    assert offline.download == pytest.approx(bill.download, rel=0.2)
+    assert "the hub does not tell the size of 3" in str(offline)
+
+
+def test_names_of_timm_and_old_formats(hub, monkeypatch, make_checkpoint, tmp_path):
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    name = "test_resnet.r160_in1k"
+    folder = make_checkpoint(tmp_path / "x", "test_resnet", num_classes=1000)
+    torch.save(load_file(folder / FILE), tmp_path / "pytorch_model.bin")
+    repo = timm.get_pretrained_cfg(name).hf_hub_id
+    hub.publish(repo, {"pytorch_model.bin": tmp_path / "pytorch_model.bin"})
+    (backbone,) = resolve_backbones(name)
+    module, _ = load(backbone)
+    its = load_file(folder / FILE)
+    assert all(tensor.equal(its[key]) for key, tensor in module.state_dict().items())
+    assert find_cached(name) is not None
+    assert fingerprint(backbone) == fingerprint(backbone, module) is not None
+
+
+def test_the_command_line_over_a_hub(hub, photos, tmp_path, capsys, toy_zoo):
+    names = [word for spec in specs(hub) for word in ("-b", spec)]
+    hub.gated.add("toy/vit")
+    arguments = ["rank", str(photos), *names, "--device", "cpu", "--workers", "0",
+                 "--weights-disk", "2MB"]  # fmt: skip
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--dry-run"])
+    shown = capsys.readouterr().out
+    assert re.search(r"the weights of 3, \d\.\d MB", shown), shown
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    shown = capsys.readouterr()
+    assert "gated" in shown.out + shown.err
+    assert [n for n in ("resnet", "convnext", "efficientnet") if n not in shown.out] == []
+    assert not np.any([find_cached(spec) for spec in specs(hub)])
+
+
+def test_errors_of_weights_disk(photos):
+    with pytest.raises(ValueError, match="`weights_disk` must be a size such as 500MB or 20GB"):
+        rank(photos, weights_disk="much")
+    with pytest.raises(ValueError, match="`weights_disk` is for downloads of this process"):
+        rank(photos, weights_disk="1GB", map_fn=map)
+    with pytest.raises(BackboneError, match="cannot be reached"):
+        load(resolve_backbones("resnet18.a1_in1k")[0])
