@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sfda_tune.cli.options import GroupColumn, GroupRegex, Groups, SplitColumn, read_groups
 from sfda_tune.cli.terminal import check_out, fail, messages, output, show_result, split_commas
 
 __all__ = ["predict", "search"]
@@ -82,6 +83,18 @@ def search(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the paths.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    groups: Groups = None,
+    group_column: GroupColumn = None,
+    group_regex: GroupRegex = None,
+    split_column: SplitColumn = None,
+    time_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of when images were made: what is held out comes after what is trained "
+            "on.",
+        ),
+    ] = None,
     max_unreadable: Annotated[
         float, typer.Option(help="Fraction of unreadable images that is tolerated.")
     ] = 0.1,
@@ -133,6 +146,9 @@ def search(
             split=split,
             image_column=image_column,
             label_column=label_column,
+            groups=read_groups(groups, group_column, group_regex),
+            split_column=split_column,
+            time_column=time_column,
             max_unreadable=max_unreadable,
             device=device,
             precision=precision,

@@ -159,12 +159,12 @@ def sfda(
     copies) are not held out with their twin, unless `groups` says so. All classes share one
     covariance, so that boundaries are straight, as those of a linear probe; fine-tuning may need
     neither. A few samples far out may rule S_W; ``normalize="l2"`` is proof against them, but its
-    rows of length 1 have lost what their lengths tell. p' is too sure of itself where D is large: never rank by the plain
-    ``log_probability``, which punishes width, but by the value, the ``accuracy`` or
-    ``log_probability_scaled``. Where every sample is recognised with certainty, values tie at 1
-    here as well. A class of two samples is judged by the one that remains. With ``challenge=True``
-    and N ≪ D the value may fall far below chance, because the mixing has used the label of the
-    sample that is then left out: do not compare widths by it.
+    rows of length 1 have lost what their lengths tell. p' is too sure of itself where D is large:
+    never rank by the plain ``log_probability``, which punishes width, but by the value, the
+    ``accuracy`` or ``log_probability_scaled``. Where every sample is recognised with certainty,
+    values tie at 1 here as well. A class of two samples is judged by the one that remains. With
+    ``challenge=True`` and N ≪ D the value may fall far below chance, because the mixing has used
+    the label of the sample that is then left out: do not compare widths by it.
 
     Parameters
     ----------
