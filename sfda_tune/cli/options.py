@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from sfda_tune.data.groups import FOLDERS
 
 Imports = Annotated[
     list[str] | None,
@@ -39,6 +41,57 @@ CacheDir = Annotated[
         "$SFDA_TUNE_CACHE.",
     ),
 ]
+Groups = Annotated[
+    str | None,
+    typer.Option(
+        "--groups",
+        metavar="folders",
+        help="Images that belong together are those of one sub-folder inside the class folders. "
+        "Scores leave out whole groups, splits keep them together.",
+    ),
+]
+GroupColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column of what images belong to: video, patient, animal, camera, ….",
+    ),
+]
+GroupRegex = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="What file names have in common that belong together, in parentheses: "
+        r"'(.+)_\d+\.jpg'. A pattern with a / is searched in the path.",
+    ),
+]
+SplitColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column of the part of each row (train, val, test). Default: split, fold, ….",
+    ),
+]
+
+
+def read_groups(groups: str | None, column: str | None, regex: str | None) -> Any:
+    """Return what `groups` of `rank` and `search` is for these options."""
+    given = {"--groups": groups, "--group-column": column, "--group-regex": regex}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; leave one out.")
+    if groups is not None and groups != FOLDERS:
+        raise ValueError(
+            f"--groups must be {FOLDERS!r} but is {groups!r}; a column is --group-column {groups}."
+        )
+    if regex is None:
+        return groups or column
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise ValueError(
+            f"--group-regex must be a regular expression but {regex!r} is none ({error})."
+        ) from None
 
 
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/]+:\d+")

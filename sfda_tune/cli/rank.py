@@ -11,7 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from sfda_tune.cli.config import write_config
-from sfda_tune.cli.options import CacheDir, Config, Debug, Imports
+from sfda_tune.cli.options import (
+    CacheDir,
+    Config,
+    Debug,
+    GroupColumn,
+    GroupRegex,
+    Groups,
+    Imports,
+    SplitColumn,
+    read_groups,
+)
 from sfda_tune.cli.terminal import (
     check_out,
     fail,
@@ -109,6 +119,10 @@ def rank(
     label_column: Annotated[
         str | None, typer.Option(help="Column of the labels. Default: label, class, ….")
     ] = None,
+    groups: Groups = None,
+    group_column: GroupColumn = None,
+    group_regex: GroupRegex = None,
+    split_column: SplitColumn = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
         str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
@@ -175,7 +189,8 @@ def rank(
 
         bill = draw_up_bill(
             dataset, specs, samples=samples, seed=seed, split=split, image_column=image_column,
-            label_column=label_column, device=device, precision=precision, cache=kept,
+            label_column=label_column, groups=read_groups(groups, group_column, group_regex),
+            split_column=split_column, device=device, precision=precision, cache=kept,
             plugins=imports or (), weights_disk=weights_disk,
         )  # fmt: skip
         for line in str(bill).splitlines():
@@ -193,6 +208,8 @@ def rank(
             split=split,
             image_column=image_column,
             label_column=label_column,
+            groups=read_groups(groups, group_column, group_regex),
+            split_column=split_column,
             device=device,
             precision=precision,
             batch_size=batch_size,

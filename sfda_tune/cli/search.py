@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from sfda_tune.cli.config import write_config
-from sfda_tune.cli.options import Config
+from sfda_tune.cli.options import (
+    Config,
+    GroupColumn,
+    GroupRegex,
+    Groups,
+    SplitColumn,
+    read_groups,
+)
 from sfda_tune.cli.terminal import messages, show_result, split_commas
 
 __all__ = ["search"]
@@ -81,6 +88,18 @@ def search(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the paths.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    groups: Groups = None,
+    group_column: GroupColumn = None,
+    group_regex: GroupRegex = None,
+    split_column: SplitColumn = None,
+    time_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Column of when images were made: what is held out comes after what is trained "
+            "on.",
+        ),
+    ] = None,
     max_unreadable: Annotated[
         float, typer.Option(help="Fraction of unreadable images that is tolerated.")
     ] = 0.1,
@@ -133,6 +152,9 @@ def search(
             split=split,
             image_column=image_column,
             label_column=label_column,
+            groups=read_groups(groups, group_column, group_regex),
+            split_column=split_column,
+            time_column=time_column,
             max_unreadable=max_unreadable,
             device=device,
             precision=precision,

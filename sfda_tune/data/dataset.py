@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ class ImageDataset:
         so that they depend neither on the file system nor on the order of the rows.
     origin : ndarray of int64, shape (n,), optional
         Row number of each image in what the user gave, for messages.
+    groups : ndarray of str, shape (n,), optional
+        What each image belongs to (`sfda_tune.data.groups`): no split puts some images of a group
+        on either side.
+    times : ndarray of float64, shape (n,), optional
+        When each was made: what is held out comes after what is trained on.
 
     >>> from sfda_tune import open_dataset
     >>> data = open_dataset((np.zeros((6, 4, 5, 3), np.uint8), ["dog", "cat"] * 3))
@@ -58,6 +64,8 @@ class ImageDataset:
     labels: np.ndarray
     classes: tuple[str, ...]
     origin: np.ndarray = None  # type: ignore[assignment]
+    groups: np.ndarray | None = None
+    times: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
@@ -73,6 +81,17 @@ class ImageDataset:
         object.__setattr__(self, "labels", labels)
         if self.origin is None:
             object.__setattr__(self, "origin", np.arange(n))
+        for name in ("groups", "times"):
+            if (value := getattr(self, name)) is not None and len(value) != n:
+                raise DatasetError(f"`{name}` must have {n} values but has {len(value)}.")
+
+    @cached_property
+    def group_codes(self) -> np.ndarray | None:
+        """The groups as numbers; None where there are none, or each image is its own."""
+        if self.groups is None:
+            return None
+        names, codes = np.unique(self.groups, return_inverse=True)
+        return None if len(names) == len(codes) else codes
 
     def __repr__(self) -> str:
         return f"ImageDataset({self.name!r}, {len(self)} images, {len(self.classes)} classes)"
@@ -139,13 +158,21 @@ class ImageDataset:
         rows = np.arange(len(self))[list(rows)]
         items: Any = self.items
         items = items[rows] if isinstance(items, np.ndarray) else [items[row] for row in rows]
-        return ImageDataset(self.name, items, self.labels[rows], self.classes, self.origin[rows])
+        return replace(
+            self,
+            items=items,
+            labels=self.labels[rows],
+            origin=self.origin[rows],
+            groups=None if self.groups is None else self.groups[rows],
+            times=None if self.times is None else self.times[rows],
+        )
 
     def sample(self, n: int, seed: int = 0) -> ImageDataset:
         """Draw `n` images, stratified by class; they keep their order.
 
         Classes share the places in proportion to their size, but each gets min(2, its size)
-        places first (one, where `n` is too small for two). A smaller sample is part of every
+        places first (one, where `n` is too small for two). Groups are not drawn as a whole, but
+        what is drawn of one stays together. A smaller sample is part of every
         larger one of the same `seed`; which images these are depends on the order of the rows and
         of the classes. Places are dealt by the
         Sainte-Laguë rule, because with largest remainders a class may *lose* a place when `n`

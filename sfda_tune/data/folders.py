@@ -8,10 +8,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from sfda_tune.data.checks import DatasetError, NoPartError, absolute, pick
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.groups import FOLDERS, name_groups
 from sfda_tune.data.labels import encode, natural_key
 from sfda_tune.data.parts import choose, hint_at, part_of
 from sfda_tune.values.text import printable, some
@@ -152,7 +154,9 @@ def _find_parts(root: str, folders: Sequence[str], split: str | None) -> dict[st
     return {}
 
 
-def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
+def open_folder(
+    spec: Any, split: str | None, least: int, groups: str | None = None
+) -> ImageDataset:
     root = absolute(spec)
     name, where = printable(os.path.basename(root) or root), f"Folder {root!r}"
     if _is_run(root):
@@ -186,6 +190,7 @@ def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
     labels: list[str] = []
     empty: list[str] = []
     inside: dict[str, list[str]] = {}
+    inner_folders: list[str | None] = []  # the sub-folder of the class in which an image lies
     for top in tops:
         if top != root:
             folders, files = _list(top)
@@ -209,7 +214,10 @@ def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
             found: list[str] = []
             folder = os.path.join(top, label)
             for at, within, names in _walk(folder, {root, top}):
+                n_before = len(found)
                 found += [os.path.join(at, n) for n in names if is_image(n)]
+                below = None if at == folder else os.path.relpath(at, folder).split(os.sep)[0]
+                inner_folders += [below] * (len(found) - n_before)
                 if at == folder:
                     inside[label] = list(within)
             empty += [] if found else [label]
@@ -225,14 +233,26 @@ def open_folder(spec: Any, split: str | None, least: int) -> ImageDataset:
     if empty:
         text = f"class folders without images are left out ({some(map(repr, empty))})"
         warnings.warn(f"{where}: {len(empty)} {text}.", stacklevel=2)
-    if doubt := _doubt_classes(inside):
+    if groups is None and (doubt := _doubt_classes(inside)):
         warnings.warn(f"{where}: {doubt}", stacklevel=2)
     _check_folder_names(labels, where)
     hint = " Put the images of each class into a sub-folder of their own."
     inner = os.path.join(tops[0], labels[0])
     if len(_list(inner, silent=True)[0]) > 1:
         hint = f" Its sub-folders look like classes: try {inner!r}."
-    return ImageDataset(name, paths, *encode(labels, where, hint=hint, least=least, folders=True))
+    dataset = ImageDataset(
+        name, paths, *encode(labels, where, hint=hint, least=least, folders=True)
+    )
+    if groups is None:
+        return dataset
+    if all(above is None for above in inner_folders):
+        raise DatasetError(
+            f"`groups` {FOLDERS!r} needs sub-folders inside the classes, such as "
+            f"{os.path.join(inner, 'video 1', '1.jpg')!r}, but {where} has none; name the groups "
+            "by a pattern (--group-regex) or a table (--group-column)."
+        )
+    values = [above or path for above, path in zip(inner_folders, paths, strict=True)]
+    return replace(dataset, groups=name_groups(values, where))
 
 
 def _doubt_classes(inside: Mapping[str, Sequence[str]]) -> str:

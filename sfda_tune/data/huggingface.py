@@ -15,14 +15,12 @@ from sfda_tune.data.checks import DatasetError, need, pick, refuse
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.hub import cache_only_if_unreachable
 from sfda_tune.data.labels import encode
-from sfda_tune.data.parts import choose, choose_rows, part_of, read_parts
-from sfda_tune.data.tables import as_cell, find_column
-from sfda_tune.values.text import one_line, printable
+from sfda_tune.data.parts import choose, choose_rows, part_of, read_column, read_parts
+from sfda_tune.data.tables import add_columns, as_cell, find_column
+from sfda_tune.values.text import one_line, printable, some
 
 
-def open_hub(
-    spec: str, split: str | None, image_column: str | None, label_column: str | None, least: int
-) -> ImageDataset:
+def open_hub(spec: str, split: str | None, **options: Any) -> ImageDataset:
     """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder."""
     datasets, text = need("datasets", "'hf:'"), spec[3:]
     if not text:
@@ -46,7 +44,7 @@ def open_hub(
             f"`spec` 'hf:{printable(text)}' cannot be loaded: {type(error).__name__}: "
             f"{one_line(error)}"
         ) from error
-    return open_hf(data, split, image_column, label_column, least, shown)
+    return open_hf(data, split, name=shown, **options)
 
 
 def _hf_item(data: Any, column: str, base: str, row: int) -> str | bytes | None:
@@ -58,6 +56,9 @@ def open_hf(
     split: str | None,
     image_column: str | None,
     label_column: str | None,
+    group_column: str | None,
+    split_column: str | None,
+    time_column: str | None,
     least: int,
     name: str = "",
 ) -> ImageDataset:
@@ -73,6 +74,7 @@ def open_hf(
             "streaming=True."
         )
     if isinstance(data, Mapping) and len(data) > 1:
+        refuse(f"{where}, which has the splits {some(data)}", split_column=split_column)
         parts = {c: part_of(c) for c in data}
         chosen = pick(choose, parts, split, where)
         name += "" if split is None or parts[chosen[0]] == "train" else f"/{split}"
@@ -80,7 +82,8 @@ def open_hf(
         named = None
     else:
         only, data = next(iter(data.items())) if isinstance(data, Mapping) else (None, data)
-        named = _name_parts(data, (image_column, label_column), split, where)
+        taken = (image_column, label_column, group_column, time_column)
+        named = _name_parts(data, taken, split, where, split_column)
         if named is None and only is not None:
             chosen = pick(choose, {only: part_of(only)}, split, where)
             name += "" if split is None or chosen == ["train"] else f"/{split}"
@@ -112,20 +115,33 @@ def open_hf(
             f"{one_line(features[image], 80)}; cast it to datasets.Image()."
         )
     items = [partial(_hf_item, rows, image, os.getcwd(), row) for row in wanted.tolist()]
-    return ImageDataset(name, items, codes, class_names, wanted)
+    for argument, column in (("group_column", group_column), ("time_column", time_column)):
+        if column is not None:
+            find_column(argument, column, kind, where)
+    dataset = ImageDataset(name, items, codes, class_names, wanted)
+    return add_columns(dataset, partial(_cells, data), group_column, time_column, where)
 
 
-def _name_parts(data: Any, taken: Iterable[str | None], split: str | None, where: str) -> Any:
+def _cells(data: Any, column: str) -> list[Any]:
+    """Return what a column holds, with the names of classes."""
+    names = getattr(data.features[column], "names", None)
+    values = data.with_format(None).select_columns([column])[:][column]
+    return [names[v] if names and v is not None and v >= 0 else v for v in values]
+
+
+def _name_parts(
+    data: Any,
+    taken: Iterable[str | None],
+    split: str | None,
+    where: str,
+    split_column: str | None = None,
+) -> Any:
     """Return what `read_parts` finds in the columns of numbers and text; None for all rows."""
     if split == "all":
         return None
     features = {c: f for c, f in data.features.items() if c not in taken}
     plain = [c for c, f in features.items() if type(f).__name__ in ("Value", "ClassLabel")]
-    bare = data.with_format(None)
-
-    def cells(column: str) -> list[Any]:
-        names = getattr(features[column], "names", None)
-        values = bare.select_columns([column])[:][column]
-        return [names[v] if names and v is not None and v >= 0 else v for v in values]
-
-    return pick(read_parts, plain, cells, where)
+    if split_column is not None:
+        find_column("split_column", split_column, list(data.features), where)
+        return pick(read_column, split_column, _cells(data, split_column), where)
+    return pick(read_parts, plain, partial(_cells, data), where)

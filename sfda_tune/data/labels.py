@@ -27,17 +27,19 @@ def _class_key(name: str) -> tuple[Any, ...]:
     return number is None, float(name) if number else 0.0, natural_key(name)
 
 
-def _is_missing(label: Any) -> bool:  # as Python, numpy and pandas write it
+def is_missing(label: Any) -> bool:
+    """Tell what Python, NumPy and pandas write for nothing."""
     return label is None or str(label).strip() in ("", "nan", "NaN", "<NA>", "NaT")
 
 
-def _class_name(label: Any) -> str:
+def class_name(label: Any) -> str:
+    """Return a label as a printable text."""
     if isinstance(label, float) and label.is_integer():
         label = int(label)  # a column of integers read as floats
     if isinstance(label, bytes):
         label = label.decode("utf-8", "backslashreplace")
     if isinstance(label, tuple):  # torchvision's ImageNet: all names of the class
-        return ", ".join(map(_class_name, label))
+        return ", ".join(map(class_name, label))
     return printable(str(label).strip())
 
 
@@ -70,17 +72,17 @@ def encode(
             f"{where} must hold one label per image, a number or a name, but the first is "
             f"{one_line(repr(labels[0]), 60)}; for one-hot labels pass labels.argmax(axis=1)."
         ) from None
-    missing = {label for label in distinct if not folders and _is_missing(label)}
+    missing = {label for label in distinct if not folders and is_missing(label)}
     known = distinct - missing
     if names is not None and all(isinstance(v, int) and v < len(names) for v in known):
         missing |= {label for label in known if label < 0}  # the mark of unlabelled rows
-        declared = [_class_name(name) for name in names]
+        declared = [class_name(name) for name in names]
         count = Counter(declared)  # ImageNet has two classes called crane
         text = {v: declared[v] for v in sorted(known - missing)}
         text = {v: f"{t} ({v})" if count[t] > 1 else t for v, t in text.items()}
         classes: tuple[str, ...] = tuple(text.values())
     else:  # names already, or numbers that are not positions in `names`
-        text = {label: _class_name(label) for label in known}
+        text = {label: class_name(label) for label in known}
         classes = tuple(sorted(set(text.values()), key=_class_key))
     if missing:
         bad = [n for n, label in enumerate(labels) if label in missing]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sfda_tune.data.arrays import open_arrays, open_digits
 from sfda_tune.data.checks import DatasetError, absolute, close_matches, refuse
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.folders import open_folder
+from sfda_tune.data.groups import FOLDERS, check_groups, find_groups
 from sfda_tune.data.huggingface import open_hf, open_hub
 from sfda_tune.data.tables import open_table
 from sfda_tune.data.torchvision import open_map
@@ -39,6 +41,9 @@ def open_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     labels: Any = None,
+    groups: Any = None,
+    split_column: str | None = None,
+    time_column: str | None = None,
 ) -> ImageDataset:
     """Open labelled images, in whatever form they are.
 
@@ -75,6 +80,16 @@ def open_dataset(
         file_name, and of label, class, target, category, y.
     labels : sequence, optional
         Labels of the images, if `spec` is an array or list of images only.
+    groups : sequence, str, re.Pattern or callable, optional
+        Which images belong together (frames of one video, slides of one patient), so that no
+        split and no leave-one-out has some of them on either side: one group per image, in the
+        order of the images that are opened, before `samples` are drawn; the name of a column;
+        ``"folders"``, the sub-folders inside the class folders (one name is one group, whatever
+        the class; an image beside them is alone); a compiled pattern, searched in each file name
+        (in the path, if it has a ``/``), whose groups name the group; or a function of the path.
+    split_column, time_column : str, optional
+        Column of a table or Hugging Face data set that says the part of each row, where it has
+        an unusual name; that says when each image was made (number or ISO 8601).
 
     Raises
     ------
@@ -87,12 +102,15 @@ def open_dataset(
     >>> open_dataset("digits", samples=500)
     ImageDataset('digits', 500 images, 10 classes)
     """
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {"image_column": image_column, "label_column": label_column, "groups": groups}
+    columns |= {"split_column": split_column, "time_column": time_column}
     dataset = _open(spec, 2, split=split, **columns, labels=labels)
+    if groups is not None and dataset.groups is not None:
+        check_groups(dataset.groups)
     return dataset if samples is None else dataset.sample(samples, seed)
 
 
-def open_part(spec: Any, split: str | None = None, **columns: str | None) -> ImageDataset:
+def open_part(spec: Any, split: str | None = None, **columns: Any) -> ImageDataset:
     """Open images to validate or test with, which may be of a single class.
 
     `NoPartError` if the data set has no part of that name.
@@ -100,10 +118,34 @@ def open_part(spec: Any, split: str | None = None, **columns: str | None) -> Ima
     return _open(spec, 1, split=split, **columns)
 
 
-def _open(spec: Any, least: int, *, labels: Any = None, **options: Any) -> ImageDataset:
+def _open(
+    spec: Any, least: int, *, labels: Any = None, groups: Any = None, **options: Any
+) -> ImageDataset:
     """Open a data set of at least so many classes."""
     form, opener, usable = _form(spec, labels)
     options |= {"labels": labels, "least": least}
+    if isinstance(groups, str):
+        where = "group_column" if "group_column" in usable else "groups"
+        if where not in usable or (where == "groups" and groups != FOLDERS):
+            raise DatasetError(
+                f"`groups` {groups!r} would be a column, or the sub-folders of the classes "
+                f"({FOLDERS!r}), which {form} does not have; pass one group per image, a compiled "
+                "pattern (--group-regex) or a function of the path."
+            )
+        options[where], groups = groups, None
+    dataset = _open_form(spec, form, opener, usable, options)
+    if groups is None:
+        return dataset
+    return replace(dataset, groups=find_groups(dataset.items, groups))
+
+
+def _open_form(
+    spec: Any,
+    form: str,
+    opener: Callable[..., ImageDataset],
+    usable: tuple[str, ...],
+    options: dict[str, Any],
+) -> ImageDataset:
     refused = {name: options[name] for name in options if name not in (*usable, "least")}
     refuse(form, **refused)
     return opener(spec, **{name: options.get(name) for name in usable})
@@ -111,7 +153,7 @@ def _open(spec: Any, least: int, *, labels: Any = None, **options: Any) -> Image
 
 def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tuple[str, ...]]:
     """Name of the form of `spec`, the function that opens it, and the options that it takes."""
-    columns = ("image_column", "label_column")
+    columns = ("image_column", "label_column", "group_column", "split_column", "time_column")
     if isinstance(spec, ImageDataset):
         return "an ImageDataset", lambda dataset: dataset, ()
     if isinstance(spec, str) and spec == "digits":
@@ -121,7 +163,11 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
     if isinstance(spec, str | os.PathLike):
         path = absolute(spec)
         if os.path.isdir(path) and os.fspath(spec):  # "" is not the current folder
-            return "a folder (the labels are the folder names)", open_folder, ("split", "least")
+            return (
+                "a folder (the labels are the folder names)",
+                open_folder,
+                ("split", "least", "groups"),
+            )
         suffix = os.path.splitext(path)[1].lower()
         if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
             fact = f"{str(spec)!r} is neither a file nor a folder"

@@ -15,7 +15,7 @@ from typing import Any
 
 from sfda_tune.values.text import printable, some
 
-__all__ = ["choose", "choose_rows", "hint_at", "part_of", "read_parts"]
+__all__ = ["choose", "choose_rows", "hint_at", "part_of", "read_column", "read_parts"]
 
 _WORDS = {
     "train": "train|training|trn",
@@ -153,6 +153,22 @@ def read_parts(
                 "contradict each other; remove one, or pass split='all' to use all rows."
             )
     return column, said, parts
+
+
+def read_column(
+    column: str, values: Sequence[Any], where: str
+) -> tuple[str, list[str], list[str]]:
+    """Return the same for the column that the user names: it must name parts."""
+    said = ["" if value is None else str(value) for value in values]
+    distinct = Counter(said)
+    _check_full(distinct, column, where)
+    known = {v: _SHORT.get(v.casefold()) or hint_at(v) for v in distinct}
+    if not any(known.values()):
+        raise ValueError(
+            f"`split_column` (--split-column) must name a column with the parts train, val or "
+            f"test, but {column!r} of {where} has {_quoted(distinct)}; rename its values."
+        )
+    return column, said, [known[v] or v for v in said]
 
 
 def _leave(column: str, values: Iterable[str], why: str, where: str) -> None:

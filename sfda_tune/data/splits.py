@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,15 @@ import numpy as np
 from sfda_tune.data.checks import DatasetError, NoPartError
 from sfda_tune.data.copies import group_twins, shared_images
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.groups import merge_codes
 from sfda_tune.data.opening import open_dataset, open_part
 from sfda_tune.values.text import some
 
-__all__ = ["fingerprint", "join", "open_own_part", "split_images", "tell_gaps", "tell_shared"]
+__all__ = [
+    "fingerprint", "hold_out", "join", "open_own_part", "split_images", "tell_gaps", "tell_shared",
+]  # fmt: skip
+
+COLUMNS = ("image_column", "label_column", "groups", "split_column", "time_column")
 
 FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
 HELD_OUT = 0.2  # of the images for the test, then of the others for validation
@@ -49,7 +55,7 @@ def split_images(
             parts[name] = _relabel(opened[name].subset(kept[name]), whole)
             rows[name] = kept[name].tolist()
             continue
-        rest, out = _hold_out(whole, rest, share, g["seed"], twins)
+        rest, out = hold_out(whole, rest, share, g["seed"], twins)
         parts[name], rows[name] = whole.subset(out), out.tolist()
         sources[name] = "held out"
     parts["train"], rows["train"] = whole.subset(rest), rest.tolist()
@@ -74,10 +80,12 @@ def _say_once() -> Iterator[None]:
 
 def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
     """Open the images to train on, and those for validation and test that are not held out."""
-    columns = {k: g[k] for k in ("image_column", "label_column")}
+    columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
     whole = open_dataset(g["dataset"], split=g["split"], **columns)
     whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
     parts, sources = {"train": whole}, {"train": "own part" if g["split"] else "all images"}
+    if isinstance(columns["groups"], list | tuple | np.ndarray):  # of the images above only
+        del columns["groups"]
     own = ["val"] + ["test"] * (g["test"] is None) if g["split"] is None else []
     for name in own:
         part = open_own_part(g["dataset"], name, **columns)
@@ -106,10 +114,20 @@ def open_own_part(spec: Any, name: str, **columns: Any) -> ImageDataset | None:
         ) from error
 
 
-def _hold_out(
+def hold_out(
     whole: ImageDataset, rest: np.ndarray, share: float, seed: int, twins: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of the rows `rest` stay and which go; copies of one image go together."""
+    """Return which of the rows `rest` stay and which go; copies of one image go together.
+
+    So do groups. Stratified, as well as groups permit; where the images have times, the latest go.
+    """
+    if whole.group_codes is not None:
+        units = merge_codes(twins, whole.group_codes)
+        if whole.times is None:
+            return _hold_out_groups(whole, rest, share, seed, units)
+        return _hold_out_latest(whole, rest, share, units)
+    if whole.times is not None:
+        return _hold_out_latest(whole, rest, share, twins)
     first = np.sort(rest[np.unique(twins[rest], return_index=True)[1]])
     n, sizes = round(len(first) * (1 - share)), np.bincount(whole.labels[first])
     sizes = sizes[sizes > 0]
@@ -123,6 +141,65 @@ def _hold_out(
         )
     stays = np.isin(twins[rest], twins[first[whole.subset(first).sample_rows(n, seed)]])
     return rest[stays], rest[~stays]
+
+
+def _hold_out_groups(
+    whole: ImageDataset, rest: np.ndarray, share: float, seed: int, units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out one of several folds of whole groups: the one most like all images.
+
+    Best is a fold that takes no class as a whole, then one that lacks no class, then the one with
+    the smallest χ² of its classes.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    y, of = whole.labels[rest], units[rest]
+    n_c = np.bincount(y, minlength=len(whole.classes))
+    k = min(max(2, round(1 / share)), len(np.unique(of)), int(n_c.max()))
+    best: tuple[Any, ...] | None = None
+    for i in range(10 if k > 1 else 0):
+        folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed + i)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # classes smaller than the number of folds
+            parts = [out for _, out in folds.split(y, y, of)]
+        for out in parts:
+            out_c = np.bincount(y[out], minlength=len(n_c))
+            lost, missing = (n_c > 0) & (out_c == n_c), (n_c > 0) & (out_c == 0)
+            square = float(((out_c - share * n_c) ** 2 / np.maximum(n_c, 1)).sum())
+            key = (int(lost.sum()), int(missing.sum()), square)
+            if len(out) and (best is None or key < best[0]):
+                best = key, out, lost
+    if best is None or best[0][0]:
+        alone = "all images" if best is None else some(np.array(whole.classes)[best[2]])
+        raise DatasetError(
+            f"`groups` are too few for a split: {len(np.unique(of))} groups hold {len(rest)} "
+            f"images, and {alone} would be in one part only. Each class needs images in 3 or more "
+            "groups, to train, to validate and to test; add some, name smaller groups, leave the "
+            "class out, or only rank the backbones (`sfda-tune rank`)."
+        )
+    goes = np.isin(np.arange(len(rest)), best[1])
+    return rest[~goes], rest[goes]
+
+
+def _hold_out_latest(
+    whole: ImageDataset, rest: np.ndarray, share: float, units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out the latest images; a group is as late as its last one."""
+    assert whole.times is not None
+    _, of = np.unique(units[rest], return_inverse=True)
+    last = np.full(of.max() + 1, -np.inf)
+    np.maximum.at(last, of, whole.times[rest])
+    late = np.sort(last[of])[round(len(rest) * (1 - share)) :]
+    goes = last[of] >= (late[0] if len(late) else np.inf)
+    new = np.setdiff1d(whole.labels[rest[goes]], whole.labels[rest[~goes]])
+    if goes.all() or not goes.any() or len(new):
+        what = some(whole.classes[c] for c in new) if len(new) else "the images"
+        raise DatasetError(
+            f"`time_column` (--time-column) must leave earlier images of every class to train on, "
+            f"but of {what} there are none before the last {share:.0%}; leave the column out, or "
+            "the class."
+        )
+    return rest[~goes], rest[goes]
 
 
 def tell_shared(
@@ -142,6 +219,14 @@ def tell_shared(
                 f"{'is' if len(shared) == 1 else 'are'} among the training images, too "
                 f"({images.item_name(shared[0])}{', …' * (len(shared) > 1)}): numbers on them are "
                 "too good; remove them from one side"
+            )
+        ours, theirs = parts["train"].groups, images.groups
+        if ours is not None and theirs is not None and (both := set(ours) & set(theirs)):
+            n = int(np.isin(theirs, list(both)).sum())
+            said.append(
+                f"{n} of {len(images)} {name} images {'is' if n == 1 else 'are'} of groups that "
+                f"the training images have, too ({some(sorted(both))}): numbers on them are too "
+                "good; keep each group on one side"
             )
     return said
 
@@ -167,10 +252,12 @@ def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
 
 def fingerprint(parts: Mapping[str, ImageDataset]) -> str:
     """Return a digest of all labels, and of at most 1,000 images of each part."""
-    found = []
+    found: list[list[Any]] = []
     for name, part in parts.items():
         rows = np.unique(np.linspace(0, len(part) - 1, 1000).astype(int))
         found.append([name, part.labels.tolist(), list(part.classes), part.digests(rows)])
+        found[-1] += [] if part.groups is None else [part.groups.tolist()]
+        found[-1] += [] if part.times is None else [part.times.tolist()]
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
 
 
@@ -184,11 +271,14 @@ def _relabel(data: ImageDataset, like: ImageDataset) -> ImageDataset:
             "remove them, or add training images."
         )
     labels = np.array([code[data.classes[c]] for c in data.labels])
-    return ImageDataset(data.name, data.items, labels, like.classes, data.origin)
+    return replace(data, labels=labels, classes=like.classes)
 
 
 def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:
     """Return the images of both; `b` has the classes of `a`."""
     labels = np.concatenate([a.labels, b.labels])
     origin = np.concatenate([a.origin, b.origin])
-    return ImageDataset(a.name, [*a.items, *b.items], labels, a.classes, origin)
+    groups = None
+    if a.groups is not None and b.groups is not None:
+        groups = np.concatenate([a.groups, b.groups])
+    return ImageDataset(a.name, [*a.items, *b.items], labels, a.classes, origin, groups)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sfda_tune.data.checks import DatasetError, NoPartError, absolute, check_some_exist, need, pick
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.groups import name_groups, read_times
 from sfda_tune.data.labels import encode
-from sfda_tune.data.parts import choose_rows, read_parts
+from sfda_tune.data.parts import choose_rows, read_column, read_parts
 from sfda_tune.values.files import check, parse_csv, read_text
 from sfda_tune.values.text import one_line, printable, read_csv_cell, some
 
@@ -26,7 +29,7 @@ def find_column(
     argument: str, given: str | None, columns: Iterable[str], where: str, typed: Sequence[str] = ()
 ) -> str:
     """Find a column by name, else as the only one of the right type, else by a usual name."""
-    usual = IMAGE_COLUMNS if argument == "image_column" else LABEL_COLUMNS
+    usual = {"image_column": IMAGE_COLUMNS, "label_column": LABEL_COLUMNS}.get(argument, ())
     wanted = usual if given is None else (given,)
     if given is None and len(typed) == 1:
         return typed[0]
@@ -36,7 +39,8 @@ def find_column(
                 return column
     raise DatasetError(
         f"`{argument}` must be a column of {where}, one of {some(map(repr, columns), 20)}, "
-        f"but is {given!r}; by default it is the first one called {', '.join(usual)}."
+        f"but is {given!r}"
+        + (f"; by default it is the first one called {', '.join(usual)}." if usual else ".")
     )
 
 
@@ -50,7 +54,14 @@ def as_cell(value: Any, base: str) -> str | bytes | None:
 
 
 def open_table(
-    spec: Any, split: str | None, image_column: str | None, label_column: str | None, least: int
+    spec: Any,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    group_column: str | None,
+    split_column: str | None,
+    time_column: str | None,
+    least: int,
 ) -> ImageDataset:
     """Open a CSV or Parquet file."""
     path = absolute(spec)
@@ -61,10 +72,15 @@ def open_table(
     image = find_column("image_column", image_column, columns, note)
     label = find_column("label_column", label_column, columns, note)
     name = printable(os.path.splitext(os.path.basename(path))[0])
+    more = {"group_column": group_column, "split_column": split_column, "time_column": time_column}
+    named_columns = {n: find_column(n, c, columns, note) for n, c in more.items() if c is not None}
     found, rows = labels(label), None
     if split != "all":
-        free = [column for column in columns if column not in (image, label)]
-        named = pick(read_parts, free, lambda column: _listed(cells(column)), where)
+        free = [c for c in columns if c not in (image, label, *named_columns.values())]
+        if split_column is not None:
+            named = pick(read_column, split_column, _listed(cells(split_column)), where)
+        else:
+            named = pick(read_parts, free, lambda column: _listed(cells(column)), where)
         if named is not None:
             rows, part = pick(choose_rows, named, split, where)
             name += "" if split is None or part == "train" else f"/{split}"
@@ -80,7 +96,28 @@ def open_table(
     items = _Cells(cells(image), base, rows)
     check_some_exist(items, base, f"{where}, column {image!r},")
     origin = np.arange(len(codes)) if rows is None else np.array(rows)
-    return ImageDataset(name, items, codes, classes, origin)
+    dataset = ImageDataset(name, items, codes, classes, origin)
+    return add_columns(dataset, lambda c: _listed(cells(c)), group_column, time_column, where)
+
+
+def add_columns(
+    dataset: ImageDataset,
+    cells: Callable[[str], Sequence[Any]],
+    group_column: str | None,
+    time_column: str | None,
+    where: str,
+) -> ImageDataset:
+    """Add the groups and times of the rows that a data set has of a table."""
+    rows = dataset.origin.tolist()
+    for column, field, read in (
+        (group_column, "groups", partial(name_groups, rows=rows)),
+        (time_column, "times", read_times),
+    ):
+        if column is not None:
+            values = cells(column)
+            found = read([values[row] for row in rows], f"{where}, column {column!r},")
+            dataset = replace(dataset, **{field: found})
+    return dataset
 
 
 def read_paths(path: str, image_column: str | None = None) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage, digest_pixels, is_passing
 from sfda_tune.data.loader import Loader, count_workers, cut, is_in_memory
+from sfda_tune.data.splits import hold_out
 from sfda_tune.extraction import pixels
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.values.text import one_line
@@ -84,6 +86,10 @@ def split(
                 f"`dataset` has {n} images, too few to hold out val_fraction="
                 f"{config.val_fraction:g} of them beside one of each class; pass `val`."
             )
+        if dataset.group_codes is not None or dataset.times is not None:
+            all_rows = np.arange(n)
+            kept, out = hold_out(dataset, all_rows, config.val_fraction, config.seed, all_rows)
+            return dataset.subset(kept), dataset.subset(out)
         rows = dataset.sample_rows(n_train, config.seed)
         return dataset.subset(rows), dataset.subset(np.setdiff1d(np.arange(n), rows))
     unknown = sorted({val.classes[c] for c in np.unique(val.labels)} - set(dataset.classes))
@@ -94,7 +100,7 @@ def split(
         )
     code = {name: c for c, name in enumerate(dataset.classes)}
     labels = np.array([code.get(val.classes[c], -1) for c in val.labels])
-    return dataset, ImageDataset(val.name, val.items, labels, dataset.classes, val.origin)
+    return dataset, replace(val, labels=labels, classes=dataset.classes)
 
 
 class Images:

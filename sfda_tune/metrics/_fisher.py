@@ -16,7 +16,7 @@ A           (1−λ)G + ρI = LLᵀ; it is S̃ itself on the primal path        
 H           average within classes: H_nm = 1/n_c if n and m are of class c, else 0       (N, N)
 h           z_nᵀS̃⁻¹z_n, the leverages                                                    (N,)
 ā           (1−λ)n_c/(N(n_c−1)): without sample n, S̃ is N/(N−1)·[S̃ − ā z_n z_nᵀ]         (N,)
-p'(c|x_n)   posterior of sample n from the fit without it                                (N, C)
+p'(c|x_n)   posterior of sample n from the fit without it, or without its group          (N, C)
 ==========  ==========================================================================  ==========
 
 Every score needs S̃⁻¹ only between samples and class means. One symmetric rank-k update and one
@@ -46,13 +46,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.linalg import eigh, get_blas_funcs, get_lapack_funcs
 
-from sfda_tune.metrics._input import as_matrix, encode
+from sfda_tune.metrics._input import as_matrix, encode, encode_groups
 
 Array: TypeAlias = Any  # an ndarray, or a torch tensor on the device of the features
 
@@ -139,10 +140,29 @@ class NumpyOps:
     def solve(self, L: Array, B: Array) -> Array:
         return dpotrs(L, B, lower=1)[0]
 
+    def whiten(self, L: Array, rows: Array) -> Array:
+        """L⁻¹z of each row z."""
+        return dtrsm(1.0, L, rows.T, lower=1).T
+
     def inverse_squares(self, L: Array, rows: Array) -> Array:
         """‖L⁻¹z‖² of each row z."""
-        V = dtrsm(1.0, L, rows.T, lower=1).T
+        V = self.whiten(L, rows)
         return np.einsum("ij,ij->i", V, V)
+
+    def inverse(self, L: Array) -> Array:
+        """(LLᵀ)⁻¹, whole; overwrites L."""
+        return self.whole(dpotri(L, lower=1, overwrite_c=1)[0])
+
+    def whole(self, G: Array) -> Array:
+        """Both triangles of a symmetric matrix from the lower one."""
+        lower = np.tril(G)
+        out = lower + lower.T
+        np.einsum("ii->i", out)[:] /= 2
+        return out
+
+    def eigh(self, matrices: Array) -> tuple[Array, Array]:
+        """Eigenvalues and eigenvectors of a stack of symmetric matrices."""
+        return np.linalg.eigh(matrices)
 
     def inverse_diagonals(self, L: Array, G: Array) -> tuple[Array, Array]:
         """Diagonals of A⁻¹ and of GA⁻¹ for A = LLᵀ; overwrites L."""
@@ -230,9 +250,20 @@ class TorchOps:
     def solve(self, L: Array, B: Array) -> Array:
         return self.torch.cholesky_solve(B, L)
 
+    def whiten(self, L: Array, rows: Array) -> Array:
+        return self.torch.linalg.solve_triangular(L, rows.T, upper=False).T
+
     def inverse_squares(self, L: Array, rows: Array) -> Array:
-        V = self.torch.linalg.solve_triangular(L, rows.T, upper=False)
-        return self.norms(V, 0) ** 2
+        return self.norms(self.whiten(L, rows), 1) ** 2
+
+    def inverse(self, L: Array) -> Array:
+        return self.torch.cholesky_inverse(L)
+
+    def whole(self, G: Array) -> Array:
+        return G
+
+    def eigh(self, matrices: Array) -> tuple[Array, Array]:
+        return self.torch.linalg.eigh(matrices)
 
     def inverse_diagonals(self, L: Array, G: Array) -> tuple[Array, Array]:
         inverse = self.torch.cholesky_inverse(L)
@@ -261,11 +292,12 @@ def _singular(pivots: Array, diagonal: Array) -> bool:
 # --- input ------------------------------------------------------------------------------------
 
 
-def load(features: Any, labels: Any, ops: Ops | None = None) -> Samples:
+def load(features: Any, labels: Any, ops: Ops | None = None, groups: Any = None) -> Samples:
     """Check the input of a metric and sort it by class; `ops` overrides the choice of backend."""
     dtype = str(getattr(features, "dtype", "")).removeprefix("torch.")
     features = as_matrix(features, on_device=True)
     codes = encode(labels, features.shape[0])
+    groups = encode_groups(groups, features.shape[0])
     chosen = NumpyOps() if isinstance(features, np.ndarray) else TorchOps(features.device)
     ops = ops or chosen
     if isinstance(ops, TorchOps):
@@ -273,6 +305,7 @@ def load(features: Any, labels: Any, ops: Ops | None = None) -> Samples:
     order = np.argsort(codes, kind="stable")
     samples = Samples(ops, ops.take(features, order), np.bincount(codes), order)
     samples.dtype = dtype or str(features.dtype)
+    samples.groups = None if groups is None else groups[order]
     return samples
 
 
@@ -287,6 +320,7 @@ class Samples:
     """
 
     dtype = "float64"  # of the caller's features
+    groups: np.ndarray | None = None  # codes of what is left out together; None: one by one
 
     def __init__(self, ops: Ops, rows: Array, counts: np.ndarray, order: np.ndarray) -> None:
         self.ops, self.Z, self.counts, self.order = ops, rows, counts, order
@@ -295,6 +329,16 @@ class Samples:
         self.q = counts / self.N
         self.y = ops.asarray(np.repeat(np.arange(self.C), counts))
         self._split()
+
+    @cached_property
+    def n_left(self) -> np.ndarray:
+        """How many samples of the own class remain without the group of each sample."""
+        classes = np.repeat(np.arange(self.C), self.counts)
+        if self.groups is None:
+            return self.counts[classes] - 1
+        pairs = self.groups * self.C + classes
+        _, codes, sizes = np.unique(pairs, return_inverse=True, return_counts=True)
+        return self.counts[classes] - sizes[codes]
 
     def of_each_class(self) -> Iterator[tuple[int, slice]]:
         """Classes and the slices of their rows."""
@@ -454,7 +498,9 @@ class Scatter:
         L, rho = self._factor(shrinkage, ridge)
         return Discriminants(self.samples, self._solve(L, shrinkage, rho), jitter=rho - ridge)
 
-    def leave_one_out(self, shrinkage: float, *, keep: bool = False) -> LeaveOneOut:
+    def leave_one_out(
+        self, shrinkage: float, *, keep: bool = False
+    ) -> LeaveOneOut | LeaveOneGroupOut:
         """Fit S̃ = (1−λ)S_W + λ(tr S_W/D)I; overwrites G unless told to `keep` it."""
         x = self.samples
         ridge = shrinkage * self.trace / x.D
@@ -462,6 +508,14 @@ class Scatter:
         least = JITTER * self.trace / x.D
         L, rho = self._factor(shrinkage, max(ridge, least), keep=keep or self.dual, lift=self.dual)
         solution = self._solve(L, shrinkage, rho)
+        if x.groups is not None:
+            beta, jitter = (1 - shrinkage) / x.N, rho - ridge
+            if self.dual:
+                inverse, G = x.ops.inverse(L), x.ops.whole(self.G)
+                gram = DualGram(x, inverse, G, rho, self.trace)
+            else:
+                gram = PrimalGram(x, L, beta)
+            return LeaveOneGroupOut(x, solution, gram, beta, rho, jitter=jitter)
         n = np.repeat(x.counts, x.counts).astype(np.float64)
         several = n > 1
         a_bar = np.where(several, (1 - shrinkage) / x.N * n / np.maximum(n - 1, 1), 0.0)  # (L1)
@@ -670,3 +724,149 @@ class LeaveOneOut:
             delta += self.log_counts  # the N − 1 of the priors cancels
             delta[x.ops.asarray(np.arange(len(y))), y] = self.own[rows]
             yield rows, x.ops.log_softmax(delta)  # (L5)
+
+
+class PrimalGram:
+    """H = Z_g S̃⁻¹ Z_gᵀ of groups g, and B⁻¹ − βH, from the factor of S̃."""
+
+    def __init__(self, x: Samples, L: Array, beta: float) -> None:
+        self.x, self.L, self.beta = x, L, beta
+
+    def __call__(self, rows: Array, identity: Array, same: Array) -> tuple[Array, Array]:
+        V = self.x.ops.whiten(self.L, self.x.Z[rows.reshape(-1)]).reshape(*rows.shape, -1)
+        H = V @ V.swapaxes(1, 2)
+        return H, identity - same - self.beta * H
+
+
+class DualGram:
+    """The same from A'⁻¹: H = N·[GA'⁻¹], B⁻¹ − βH = ρ([A'⁻¹] − same/(ρ + tr S_W)) (G4)."""
+
+    def __init__(self, x: Samples, inverse: Array, G: Array, rho: float, trace: float) -> None:
+        self.x, self.inverse, self.G, self.rho, self.trace = x, inverse, G, rho, trace
+
+    def __call__(self, rows: Array, identity: Array, same: Array) -> tuple[Array, Array]:
+        part = self.inverse[rows]  # (b, m, N)
+        H = self.x.N * (part @ self.G[rows].swapaxes(1, 2))
+        own = part[
+            self.x.ops.asarray(np.arange(len(rows)))[:, None, None],
+            self.x.ops.asarray(np.arange(rows.shape[1]))[None, :, None],
+            rows[:, None, :],
+        ]
+        return H, self.rho * (own - same / (self.rho + self.trace))
+
+
+class LeaveOneGroupOut:
+    """p'(c|x_n), the posterior of each sample from the fit without its whole group g.
+
+    With m samples of which m_k are of class k, n'_k = n_k − m_k, Z_g their deviations and a_k the
+    indicator of those of class k, divided by n'_k::
+
+        μ'_k = μ_k − Z_gᵀa_k,   S̃' = N/(N−m)·[S̃ − β Z_gᵀ B Z_g],   β = (1−λ)/N              (G1)
+        B = I + 11ᵀ/n'_k in the block of each class, B⁻¹ = I − 11ᵀ/n_k                         (G2)
+        v = x_n − μ'_k,   d'_k = (N−m)/N · [vᵀS̃⁻¹v + β uᵀ(B⁻¹ − βH)⁻¹u],   u = Z_gS̃⁻¹v        (G3)
+
+    by the formula of Woodbury, with H = Z_gS̃⁻¹Z_gᵀ; the ridge is held at ρN/(N−m). A class that
+    lies within the group vanishes with it (there B = I, and a_k = 0). Equally large groups are
+    computed together.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        solution: Solution,
+        gram: PrimalGram | DualGram,
+        beta: float,
+        rho: float,
+        *,
+        jitter: float,
+    ) -> None:
+        self.samples, self.solution, self.gram = samples, solution, gram
+        self.beta, self.rho, self.jitter, self.n_guarded = beta, rho, jitter, 0
+        Q = solution.means()
+        squares = samples.ops.copy(Q.diagonal())
+        self.between = -2 * Q + squares + squares[:, None]  # of the class means, (C, C)
+
+    def log_posterior(self) -> Iterator[tuple[Array, Array]]:
+        """Rows and their log p'(c|x), whole groups at a time."""
+        x = self.samples
+        for rows in self._batches():
+            yield rows.ravel(), self._of_groups(rows).reshape(rows.size, x.C)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        """Rows of some groups of one size, (b, m)."""
+        x = self.samples
+        assert x.groups is not None
+        order = np.argsort(x.groups, kind="stable")
+        sizes = np.bincount(x.groups)
+        first = np.cumsum(sizes) - sizes
+        width = max(x.N if x.dual else x.D, x.C)
+        for m in np.unique(sizes[sizes > 0]).tolist():
+            step = max(1, x.ops.block[1] // (m * max(width, m)))
+            starts = first[sizes == m]
+            for i in range(0, len(starts), step):
+                yield order[starts[i : i + step, None] + np.arange(m)]
+
+    def _of_groups(self, rows: np.ndarray) -> Array:
+        x, ops, beta = self.samples, self.samples.ops, self.beta
+        b, m = rows.shape
+        at = ops.asarray(np.arange(b))[:, None, None]
+        inner = ops.asarray(np.arange(m))
+        y_host = np.repeat(np.arange(x.C), x.counts)[rows]
+        n, left = x.counts[y_host].astype(np.float64), x.n_left[rows]
+        whole = left == 0
+        same = (y_host[:, :, None] == y_host[:, None, :]) / n[:, :, None]
+        y = ops.asarray(y_host)
+        indices = ops.asarray(rows)
+        H, K = self.gram(indices, ops.asarray(np.eye(m)), ops.asarray(same))
+        if whole.any():
+            K = K + ops.asarray(same * whole[:, :, None])  # B = I where the class vanishes
+        values, U = ops.eigh(K)
+        scale = self._guard(rows, np.where(whole, 1.0, left / n), ops.to_numpy(values))
+        T = U.swapaxes(1, 2) * ops.asarray(scale)[:, :, None]  # TᵀT = (B⁻¹ − βH)⁻¹
+
+        share = np.where(whole, 0.0, 1 / np.where(whole, 1, left))
+        a = ops.zeros(b, m, x.C)  # columns a_k
+        a[at[:, :, 0], inner, y] = ops.asarray(share)
+        counts = np.zeros((b, x.C))
+        np.add.at(counts, (np.arange(b)[:, None], y_host), 1)
+        remaining = x.counts - counts  # n'_k
+        with np.errstate(divide="ignore"):
+            log_counts = ops.asarray(np.log(remaining))
+
+        E = self.solution.deviations(indices)  # (b, m, C)
+        E = E - E[at, inner[None, :, None], y[:, None, :1]]  # relative to a class of the group
+        E_own = E[at, inner[None, :, None], y[:, None, :]]  # [j, i]: z_j against the class of i
+        Ha = H @ a
+        p, r = T @ (H + E_own), T @ (E - Ha)  # T u_ik = p_i − r_k
+        d = -2 * (p.swapaxes(1, 2) @ r)
+        d += (p**2).sum(1)[:, :, None]
+        d += (r**2).sum(1)[:, None, :]
+        d *= beta  # (G3), second term
+        own_e = E_own[at[:, :, 0], inner, inner]
+        d += (H[at[:, :, 0], inner, inner] + 2 * own_e)[:, :, None]
+        d += 2 * (Ha - E)
+        d += ((a * (Ha - 2 * E)).sum(1))[:, None, :]
+        d += 2 * (E_own.swapaxes(1, 2) @ a)
+        d += self.between[y]
+        # the own class by itself, where the sums above would cancel
+        w = a[at, inner[None, :, None], y[:, None, :]] + ops.asarray(np.eye(m))  # [j, i]
+        Hw = H @ w
+        own = (w * Hw).sum(1) + beta * ((T @ Hw) ** 2).sum(1)
+        d[at[:, :, 0], inner, y] = own
+        delta = d * (-0.5 * (x.N - m) / x.N)
+        delta += log_counts[:, None, :]  # the N − m of the priors cancels
+        return ops.log_softmax(delta.reshape(b * m, x.C))
+
+    def _guard(self, rows: np.ndarray, ratio: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """1/√ of the eigenvalues of B⁻¹ − βH, which rounding may not make too small.
+
+        S̃ − ρI − βZ_gᵀBZ_g is positive semidefinite, so none is below ρ/(ρ + τ)·min n'_k/n_k
+        with τ = β‖Z_g‖²·max n_k/n'_k.
+        """
+        x = self.samples
+        squares = x.ops.to_numpy(x.ops.norms(x.Z[x.ops.asarray(rows.ravel())], 1)) ** 2
+        tau = self.beta * squares.reshape(rows.shape).sum(1) / ratio.min(1)
+        bound = (self.rho / (self.rho + tau) * ratio.min(1))[:, None]
+        doubtful = values <= (bound / 2 if x.dual else np.maximum(bound / 2, GUARD * ratio.min()))
+        self.n_guarded += int(doubtful.any(1).sum()) * rows.shape[1]
+        return np.where(doubtful, np.maximum(values, bound), values) ** -0.5

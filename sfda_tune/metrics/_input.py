@@ -21,7 +21,8 @@ from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.text import is_number, require
 
 __all__ = [
-    "Data", "as_matrix", "encode", "load", "load_logits", "narrow", "pca", "positive", "triangle",
+    "Data", "as_matrix", "encode", "encode_groups", "load", "load_logits", "narrow", "pca",
+    "positive", "triangle",
 ]  # fmt: skip
 
 LARGEST = 1e75  # of |feature|: the squares of squares stay finite in float64
@@ -193,6 +194,33 @@ def encode(labels: Any, n_rows: int, name: str = "features") -> np.ndarray:
             "a single class has no discriminant: pass samples of the other classes too."
         )
     return codes
+
+
+def encode_groups(groups: Any, n_rows: int) -> np.ndarray | None:
+    """Return the codes of the groups of so many rows; None where each row is a group of its own.
+
+    Raises
+    ------
+    ValueError
+        If there is not one group per row, one is missing, or all rows are in the same.
+    """
+    if groups is None:
+        return None
+    try:
+        codes, names = encode_labels(groups)
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error).replace("`labels`", "`groups`")) from None
+    if len(codes) != n_rows:
+        raise ValueError(
+            f"`groups` must hold one group per row but there are {len(codes)} groups and "
+            f"{n_rows} rows; pass the groups of exactly these rows."
+        )
+    if not codes.any():
+        raise ValueError(
+            f"`groups` must hold at least two groups but every row is in {names[0]!r}: without "
+            "it nothing is left to fit; leave groups out, or name smaller ones."
+        )
+    return None if len(names) == n_rows else codes
 
 
 def positive(name: str, value: Any, most: float = np.inf) -> float:

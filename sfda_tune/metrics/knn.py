@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics._input import load
+from sfda_tune.metrics._input import encode_groups, load
 from sfda_tune.values.features import MetricResult
 from sfda_tune.values.text import integer
 
@@ -26,7 +26,9 @@ GRID = (1, 3, 5, 10, 20)
 BLOCK = 2**22  # similarities at a time
 
 
-def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricResult:
+def knn(
+    features: Any, labels: Any, *, k: int | Sequence[int] = GRID, groups: Any = None
+) -> MetricResult:
     """Score features by the leave-one-out accuracy of the k nearest neighbours.
 
     ::
@@ -35,9 +37,12 @@ def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricR
 
     A tie of the majority goes to the tied class with the nearest sample.
 
-    **When it is wrong.** Near-duplicates in the data make it too good. The best of several k on
-    the same samples is optimistic, by less than a standard error. It does not weight dimensions:
-    backbones with a few dominating ones look worse than a linear classifier finds them.
+    With `groups` no sample of the own group is a neighbour: m goes over the others only.
+
+    **When it is wrong.** Near-duplicates in the data make it too good, unless they are groups. The
+    best of several k on the same samples is optimistic, by less than a standard error. It does not
+    weight dimensions: backbones with a few dominating ones look worse than a linear classifier
+    finds them.
 
     Parameters
     ----------
@@ -46,7 +51,10 @@ def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricR
     labels : sequence of hashable, shape (n_samples,)
         Class of each row, at least two classes. Names and order do not matter.
     k : int or sequence of int, default (1, 3, 5, 10, 20)
-        Numbers of neighbours to choose from; those above N − 1 count as N − 1.
+        Numbers of neighbours to choose from; those above N − 1 count as N − 1 (with `groups`, N
+        less the largest group).
+    groups : sequence of hashable, shape (n_samples,), optional
+        Samples that may not vote for each other, two groups or more.
 
     Returns
     -------
@@ -58,7 +66,8 @@ def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricR
     ------
     ValueError
         If `features` is not a finite real matrix, `labels` does not fit it or holds fewer than
-        two classes, or `k` holds anything but positive integers.
+        two classes, `k` holds anything but positive integers, or `groups` does not fit, holds a
+        missing value or a single group.
 
     Notes
     -----
@@ -88,7 +97,9 @@ def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricR
     if not grid:
         raise ValueError(f"`k` must hold at least one integer but is {k!r}; try (1, 5, 20).")
     data = load(features, labels)
-    grid = sorted({min(k, data.N - 1) for k in grid})
+    codes = encode_groups(groups, data.N)
+    g = np.arange(data.N) if codes is None else codes[data.order]
+    grid = sorted({min(k, data.N - int(np.bincount(g).max())) for k in grid})
     X = data.X / (np.abs(data.X).max() or 1.0)
     norms = np.linalg.norm(X, axis=1, keepdims=True)
     X /= np.where(norms > 0, norms, 1)
@@ -97,7 +108,7 @@ def knn(features: Any, labels: Any, *, k: int | Sequence[int] = GRID) -> MetricR
     for i in range(0, data.N, step):
         rows = np.arange(i, min(i + step, data.N))
         s = X[rows] @ X.T
-        s[rows - i, rows] = -np.inf
+        s[g[rows, None] == g] = -np.inf
         votes = data.y[_nearest(s, grid[-1])]
         for j, k_j in enumerate(grid):
             right[j, rows] = _majority(votes[:, :k_j]) == data.y[rows]

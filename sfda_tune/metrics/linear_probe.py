@@ -11,13 +11,14 @@ C           inverse strength of the penalty
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
 
-from sfda_tune.metrics._input import Data, load, positive
+from sfda_tune.metrics._input import Data, encode_groups, load, positive
 from sfda_tune.metrics._linear import fit_softmax
 from sfda_tune.values.features import MetricResult
 from sfda_tune.values.text import integer
@@ -30,7 +31,12 @@ TOLERANCE = 1e-4  # of the gradient of the mean loss
 
 
 def linear_probe(
-    features: Any, labels: Any, *, grid: Sequence[float] = GRID, n_folds: int = 5
+    features: Any,
+    labels: Any,
+    *,
+    grid: Sequence[float] = GRID,
+    n_folds: int = 5,
+    groups: Any = None,
 ) -> MetricResult:
     """Score features by the held-out accuracy of a linear classifier.
 
@@ -55,6 +61,9 @@ def linear_probe(
         Values of C, as in scikit-learn.
     n_folds : int, default 5
         Folds, stratified by class; at most one per sample.
+    groups : sequence of hashable, shape (n_samples,), optional
+        Samples that are in the same fold, two groups or more. The folds are then stratified as
+        well as that permits (scikit-learn's `StratifiedGroupKFold`), at most one per group.
 
     Returns
     -------
@@ -67,8 +76,8 @@ def linear_probe(
     ------
     ValueError
         If `features` is not a finite real matrix, `labels` does not fit it or holds fewer than
-        two classes, `grid` holds anything but positive numbers, or `n_folds` is not an
-        integer > 1.
+        two classes, `grid` holds anything but positive numbers, `n_folds` is not an integer > 1,
+        or `groups` does not fit, holds a missing value or a single group.
 
     Notes
     -----
@@ -99,8 +108,14 @@ def linear_probe(
     if not Cs:
         raise ValueError(f"`grid` must hold at least one number but is {grid!r}; try (0.01, 1).")
     data = load(features, labels)
-    n_folds = min(n_folds, data.N)
-    folds = [_Fold(data, rows) for rows in _held_out(data, n_folds) if rows.any()]
+    codes = encode_groups(groups, data.N)
+    if codes is None:
+        n_folds = min(n_folds, data.N)
+        held_out = _held_out(data, n_folds)
+    else:
+        held_out = _held_out_groups(data, codes[data.order], n_folds)
+        n_folds = len(held_out)
+    folds = [_Fold(data, rows) for rows in held_out if rows.any()]
     best_score, best, log_p, right = -np.inf, Cs[0], np.empty(data.N), np.zeros(data.N, bool)
     converged = True
     for C in Cs:
@@ -125,6 +140,21 @@ def _held_out(data: Data, n_folds: int) -> list[np.ndarray]:
     """Masks of the rows of each fold; classes start at different folds, so that all fill."""
     place = np.concatenate([c + np.arange(n) for c, n in enumerate(data.counts)])
     return [place % n_folds == fold for fold in range(n_folds)]
+
+
+def _held_out_groups(data: Data, groups: np.ndarray, n_folds: int) -> list[np.ndarray]:
+    """Masks of the rows of each fold, with whole groups."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    # By their first rows, so that neither the names of groups nor the order of rows matter.
+    _, first, groups = np.unique(groups, return_index=True, return_inverse=True)
+    groups = np.argsort(np.argsort(first))[groups]
+    k = max(min(n_folds, len(first), int(data.counts.max())), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # classes smaller than the number of folds
+        parts = [test for _, test in StratifiedGroupKFold(k).split(data.X, data.y, groups)]
+    masks = [np.isin(np.arange(data.N), part) for part in parts]
+    return [mask for mask in masks if mask.any()]
 
 
 class _Fold:

@@ -13,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -41,8 +42,18 @@ class Term:
     name: str
     label: str
     weight: float
-    function: Callable[[Any, Any], Any] | None
+    function: Callable[..., Any] | None
     hub: bool = False
+
+    @property
+    def knows_groups(self) -> bool:
+        """Whether it leaves groups out; in-sample scores have nothing to leave out."""
+        function = self.function
+        if _bare(function) is sfda and isinstance(function, partial):
+            return function.keywords.get("variant", "loo") == "loo"
+        with suppress(TypeError, ValueError):  # a builtin may have no signature
+            return function is not None and "groups" in signature(function).parameters
+        return False
 
 
 class Scorer:
@@ -94,20 +105,23 @@ class Scorer:
         """Score the features of one backbone; a metric that fails gives a score with its error.
 
         SFDA computes on `device` where that is faster, `details["device"]` says where it did.
+        Where the features have groups, metrics that know them leave out whole ones;
+        `details["value_without_groups"]` is what they say otherwise, `details["note"]` which of
+        the terms know none.
         """
         started = time.perf_counter()
         problem = None
         try:
-            results = {
-                term.name: _result(_compute(term.function, features, device))
-                for term in self.terms
-                if term.function
-            }
+            results = {t.name: _score_term(t, features, device) for t in self.terms if t.function}
             result = next(iter(results.values()))
             if len(self.terms) > 1:
                 details = {name: dict(r.details) for name, r in results.items()}
                 parts = {name: r.value for name, r in results.items()}
                 result = MetricResult(result.value, None, {"parts": parts, **details})
+            ignorant = [t.label for t in self.terms if t.function and not t.knows_groups]
+            if features.groups is not None and ignorant:
+                note = f"{' and '.join(ignorant)} knows no groups"
+                result = replace(result, details={**result.details, "note": note})
         except Exception as error:
             logger.debug("%s could not be scored", features.backbone, exc_info=True)
             text = " ".join(str(error).split())
@@ -173,9 +187,11 @@ def score(features: Features, metric: Metric = "sfda", *, variant: str | None = 
     Parameters
     ----------
     features : Features
+        With ``groups``, where some images belong together.
     metric : str or callable, default "sfda"
         A name in `sfda_tune.metrics.METRICS`, or any ``f(x, y)`` that returns a float or a
-        `MetricResult`, higher being better. Combinations need all backbones: see `rank`.
+        `MetricResult`, higher being better; with a parameter ``groups`` it is given these, too.
+        Combinations need all backbones: see `rank`.
     variant : str, optional
         Of the metric ``sfda``.
 
@@ -235,14 +251,26 @@ def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]
 
 
 def _bare(function: Any) -> Any:
-    return getattr(function, "func", function)
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def _result(value: Any) -> MetricResult:
     return value if isinstance(value, MetricResult) else MetricResult(float(value))
 
 
-def _compute(function: Callable[[Any, Any], Any], features: Features, device: str) -> Any:
+def _score_term(term: Term, features: Features, device: str) -> MetricResult:
+    """Score by one metric, with groups where it knows them; then by what it says without, too."""
+    assert term.function is not None
+    plain = _result(_compute(term.function, features, device))
+    if features.groups is None or not term.knows_groups:
+        return plain
+    grouped = _result(_compute(partial(term.function, groups=features.groups), features, device))
+    return replace(grouped, details={**grouped.details, "value_without_groups": plain.value})
+
+
+def _compute(function: Callable[..., Any], features: Features, device: str) -> Any:
     x, y = features.x, features.y
     if device != "cpu" and _bare(function) is sfda and scores_faster(x.shape, device):
         import torch

@@ -102,6 +102,7 @@ def sfda(
     shrinkage: float | str | None = None,
     challenge: bool = False,
     normalize: str | None = None,
+    groups: Any = None,
 ) -> MetricResult:
     """Score features by how well a self-challenging Fisher discriminant separates the classes.
 
@@ -145,6 +146,10 @@ def sfda(
     the same λ and no further normalisation; what is left out then is the mixed sample, not its
     share in the mixing of the others.
 
+    With `groups` each sample is judged by the fit without all of its group: frames of one video,
+    slides of one patient. The formulae are the same with N − m in place of N − 1, in closed form
+    as well (``leave_one_out.md``).
+
     **When it is wrong.** The posterior of ``"official"`` and ``"paper"`` is that of the samples of
     the fit. At N ≲ D it approaches 1 for any labels: wide backbones win and the best ones tie at
     exactly 1.0. Both λ rules have units: the score changes when the features are multiplied by a
@@ -152,15 +157,15 @@ def sfda(
     itself perfectly.
 
     ``"loo"`` has none of these faults, but others. Near duplicates (frames of one video, augmented
-    copies) are not held out with their twin. All classes share one covariance, so that boundaries
-    are straight, as those of a linear probe; fine-tuning may need neither. A few samples far out
-    may rule S_W; ``normalize="l2"`` is proof against them, but its rows of length 1 have lost what
-    their lengths tell. p' is too sure of itself where D is large: never rank by the plain
-    ``log_probability``, which punishes width, but by the value, the ``accuracy`` or
-    ``log_probability_scaled``. Where every sample is recognised with certainty, values tie at 1
-    here as well. A class of two samples is judged by the one that remains. With ``challenge=True``
-    and N ≪ D the value may fall far below chance, because the mixing has used the label of the
-    sample that is then left out: do not compare widths by it.
+    copies) are not held out with their twin, unless `groups` says so. All classes share one
+    covariance, so that boundaries are straight, as those of a linear probe; fine-tuning may need
+    neither. A few samples far out may rule S_W; ``normalize="l2"`` is proof against them, but its
+    rows of length 1 have lost what their lengths tell. p' is too sure of itself where D is large:
+    never rank by the plain ``log_probability``, which punishes width, but by the value, the
+    ``accuracy`` or ``log_probability_scaled``. Where every sample is recognised with certainty,
+    values tie at 1 here as well. A class of two samples is judged by the one that remains. With
+    ``challenge=True`` and N ≪ D the value may fall far below chance, because the mixing has used
+    the label of the sample that is then left out: do not compare widths by it.
 
     Parameters
     ----------
@@ -182,6 +187,9 @@ def sfda(
         For ``"loo"``: ``"standardize"``, the default, as above, constant columns left out;
         ``"l2"`` takes (x_n − μ) / ‖x_n − μ‖, rows at the mean left at zero; ``"none"`` takes the
         features as they are. The other variants never normalise.
+    groups : sequence of hashable, shape (n_samples,), optional
+        For ``"loo"``: samples that are left out together, two groups or more. They may hold
+        several classes. Groups of one sample each are the same as none.
 
     Returns
     -------
@@ -193,7 +201,9 @@ def sfda(
         and ``jitter_stage_2``, what had to be added to the ridge: 0.0 unless S̃ was singular.
 
         ``"loo"``: the only sample of a class has p' = 0, since its class vanishes with it; it is
-        left out of the value and all other means, and counted in ``n_singletons``. The details
+        left out of the value and all other means, and counted in ``n_singletons``. So is, with
+        `groups`, every sample whose class lies within its group. ``n_groups``: how many there are.
+        The details
         have ``mean_probability`` (the value), ``accuracy`` (a tie counts as a hit),
         ``log_probability``, and ``log_probability_scaled``: the mean log-probability once all
         logarithms of p' are multiplied by ``temperature``, the one of 11 numbers from 0.02 to 1
@@ -207,7 +217,8 @@ def sfda(
     ValueError
         If `features` is not a finite real matrix with at least one column, or exceeds 1e75;
         if `labels` does not fit it, holds a missing value or fewer than two classes, for ``"loo"``
-        also if no class has two samples; if `variant`, `shrinkage`, `challenge` or `normalize` is
+        also if no class has two samples (two groups); if `groups` does not fit, holds a missing
+        value or a single group; if `variant`, `shrinkage`, `challenge`, `normalize` or `groups` is
         not a valid one, or does not belong to the variant.
 
     Notes
@@ -232,11 +243,14 @@ def sfda(
     grows like 1/λ below that; its relative error is 3e-9 at λ = 1e-6 and 5e-6 at 1e-10 on the
     primal path, 2e-12 and 3e-8 on the dual one, and p' has no error above 1e-13. For λ < 2e-8·D
     the primal path may meet samples for which rounding errors hide how far S̃ depends on them; an
-    upper bound is then taken for that, and ``n_guarded`` says how many there were.
+    upper bound is then taken for that, and ``n_guarded`` says how many there were. With `groups`
+    the same holds; p' of a group of one among larger ones differs from that without groups by
+    rounding only.
 
     *Cost*: two symmetric rank-k updates and two Cholesky factorisations, 2ND² + ⅔D³ flops
     (2N²D + ⅔N³ if N < D), plus O(NDC); ``"paper"`` adds an eigenproblem of size C. ``"loo"``:
-    2ND² + ⅓D³ (N²D + N³), twice that with `challenge`, and ND² + ⅓D³ more per λ tried. *Memory*:
+    2ND² + ⅓D³ (N²D + N³), twice that with `challenge`, and ND² + ⅓D³ more per λ tried; `groups` of
+    m samples add Nm(m + C + D) (dual: N in place of D). *Memory*:
     one float64 copy of the features + 3 min(N, D)² + 2CD numbers at most, ``"paper"`` 2NC + 2C²
     more, ``"loo"`` 2C² and, if N < D, 2NC more.
 
@@ -283,7 +297,12 @@ def sfda(
         raise ValueError(f"`variant` must be one of {names} but is {variant!r}.")
     lam = _checked_shrinkage(shrinkage, variant)
     options = _checked_options(variant, challenge, normalize)
-    return _score(load(features, labels), variant, lam, **options)
+    if groups is not None and variant != "loo":
+        raise ValueError(
+            f"`groups` must be None for variant={variant!r}, which leaves nothing out; "
+            "leave it out, or choose variant='loo'."
+        )
+    return _score(load(features, labels, groups=groups), variant, lam, **options)
 
 
 def _checked_shrinkage(shrinkage: Any, variant: str) -> float | str | None:
@@ -407,7 +426,7 @@ def _leave_one_out(x: Samples, S_W: Scatter, lam: float, *, keep: bool = False) 
     fit = S_W.leave_one_out(lam, keep=keep)
     log_p, hit = np.empty(x.N), np.empty(x.N, dtype=bool)
     guess = np.empty(x.N, dtype=np.int64)
-    counted = np.repeat(x.counts > 1, x.counts)
+    counted = x.n_left > 0
     scaled = np.zeros(len(TEMPERATURES))
     for rows, log_posterior in fit.log_posterior():
         own = x.ops.pick(log_posterior, x.y[rows])
@@ -463,6 +482,12 @@ def _loo(
             f"`labels` must give some class two samples but all {x.C} classes have one; "
             "the leave-one-out posterior of a class needs another sample of it."
         )
+    if not x.n_left.any():
+        raise ValueError(
+            f"`groups` must leave some class in two groups but each of the {x.C} classes lies "
+            "within one; no class has a sample to judge it by without the group. Name smaller "
+            "groups, or leave groups out."
+        )
     x.normalize(normalize)
     rule = "fixed" if is_number(shrinkage) else shrinkage or f"default {LAM}"
     fit = first = _best_leave_one_out(x, LAM if shrinkage is None else shrinkage)
@@ -514,7 +539,8 @@ def _score(
             "n_samples": x.N,
             "n_dims": x.D,
             "n_classes": x.C,
-            "n_singletons": int((x.counts == 1).sum()),
+            "n_singletons": int((x.n_left == 0).sum()),
+            **({} if x.groups is None else {"n_groups": int(x.groups.max()) + 1}),
             "dtype": x.dtype,
             "device": str(x.ops.device),
         },

@@ -113,6 +113,8 @@ def draw_up_bill(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    groups: Any = None,
+    split_column: str | None = None,
     device: str = "auto",
     precision: str = "float32",
     cache: bool | str | os.PathLike[str] | None = True,
@@ -131,8 +133,9 @@ def draw_up_bill(
     store = open_store(None if cache is True else cache) if cache else None  # type: ignore
     candidates = resolve_backbones(backbones, plugins=plugins)
     images = open_dataset(
-        dataset, split=split, image_column=image_column, label_column=label_column
-    )
+        dataset, split=split, image_column=image_column, label_column=label_column,
+        groups=groups, split_column=split_column,
+    )  # fmt: skip
     if samples is not None:
         images = images.sample(samples, seed=seed)
     pending, failed = find_pending(images, candidates, store, precision)

@@ -63,6 +63,9 @@ class NotingScorer:
         digest = hashlib.blake2b(repr(head).encode(), digest_size=20)
         digest.update(x.data)
         digest.update(y.data)
+        if features.groups is not None:
+            digest.update(b"groups")
+            digest.update(np.ascontiguousarray(features.groups).data)
         noted = self.store.recall("scores", digest.hexdigest(), KIND)
         if noted is not None:
             per_sample = noted["per_sample"]

@@ -7,7 +7,7 @@ import numbers
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -23,6 +23,7 @@ from sfda_tune.data.checks import absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
+from sfda_tune.data.groups import describe_groups
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.fetching import Fetcher
 from sfda_tune.extraction.run import extract_within
@@ -33,7 +34,7 @@ from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.pipelines.budget import RankingWatch, parse_budget
 from sfda_tune.pipelines.noting import NotingScorer
-from sfda_tune.selection.diagnostics import tell_copies
+from sfda_tune.selection.diagnostics import find_leak, tell_copies
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.forecast import (
     MODES,
@@ -79,6 +80,8 @@ def rank(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    groups: Any = None,
+    split_column: str | None = None,
     device: str = "auto",
     precision: str = "float32",
     batch_size: int | None = None,
@@ -121,6 +124,15 @@ def rank(
         Which part of a data set that comes in parts; default: the training part.
     image_column, label_column : str, optional
         Of a table or a Hugging Face data set, where they have unusual names.
+    groups : sequence, str, re.Pattern or callable, optional
+        Which images belong together, such as the frames of one video, see `open_dataset`. Scores
+        that leave images out (``sfda`` with the variant ``loo``, ``knn``, ``linear_probe``, your
+        own with a parameter ``groups``) then leave out whole groups, and intervals and
+        probabilities are those of groups; ``info["groups"]`` counts them, and
+        ``details["value_without_groups"]`` has the score that ignores them. The notes name
+        metrics that know no groups.
+    split_column : str, optional
+        Column that says which part a row is of, where it has an unusual name.
     device, precision, batch_size, workers, max_unreadable
         See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
@@ -241,8 +253,9 @@ def rank(
     if ensemble is not None:
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
-        dataset, split=split, image_column=image_column, label_column=label_column
-    )
+        dataset, split=split, image_column=image_column, label_column=label_column,
+        groups=groups, split_column=split_column,
+    )  # fmt: skip
     if samples is not None:
         images = images.sample(samples, seed=seed)
     whole, codes = images, group_twins(images)
@@ -321,9 +334,14 @@ def rank(
         scorer.label,
         None if run.rows is None else images.labels[run.rows],
         info,
+        None if run.rows is None else run.find_groups(run.rows),
     )
     if run.rows is not None and (hard := name_hard_images(ranking, images, run.rows)):
-        ranking = replace(ranking, info={**info, "hard_images": hard})
+        ranking = replace(ranking, info={**ranking.info, "hard_images": hard})
+    if drops := find_leak(ranking.scores):
+        drop = float(np.median(list(drops.values())))
+        with_drop = {**ranking.info["groups"], "drop": drop}
+        ranking = replace(ranking, info={**ranking.info, "groups": with_drop})
     if forecasts:
         ranking = order_by_forecast(ranking, train or "full")
     if interrupted:
@@ -527,7 +545,7 @@ class _RankingRun:
                     extraction = seen[name] = _join(before.get(name), extraction)
                 extraction = self.copies.leave_out(extraction)
                 begun = time.perf_counter()
-                result = _score(extraction, self.noting, self.device)
+                result = _score(extraction, self.noting, self.device, self.find_groups)
                 self.seconds["score"] += time.perf_counter() - begun
                 if extraction.features is not None:
                     self.rows = of[name] = extraction.rows
@@ -603,7 +621,8 @@ class _RankingRun:
             return self.rows, good
 
         rungs = make_rungs(self.images, config.seed)
-        result = run(list(by_name), rungs, self.images.labels, measure, config, judge)
+        labels, groups = self.images.labels, self.images.group_codes
+        result = run(list(by_name), rungs, labels, measure, config, judge, groups)
         final = [
             s.value
             for n, s in self.scores.items()
@@ -616,6 +635,13 @@ class _RankingRun:
             details = {**old.details, "race": out, "note": note}
             self.scores[name] = replace(old, value=value, per_sample=None, details=details)
         return result
+
+    def find_groups(self, rows: np.ndarray) -> np.ndarray | None:
+        """Return the group of each of these rows; None where each is its own."""
+        codes = self.images.group_codes
+        if codes is None or len(np.unique(codes[rows])) == len(rows):
+            return None
+        return codes[rows]
 
     @cached_property
     def noting(self) -> NotingScorer:
@@ -659,6 +685,7 @@ class _RankingRun:
             },
             "seconds": self.seconds,
             "versions": versions,
+            **describe_groups(images.groups, images.labels),
         }
 
     def ensemble(self, k: int) -> dict[str, Any]:
@@ -687,15 +714,22 @@ def _join(old: Extraction | None, new: Extraction) -> Extraction:
     )
 
 
-def _score(extraction: Extraction, scorer: NotingScorer, device: str) -> Score:
+def _score(
+    extraction: Extraction,
+    scorer: NotingScorer,
+    device: str,
+    find_groups: Callable[[np.ndarray], np.ndarray | None],
+) -> Score:
     """Score an extraction and add to the score's details what the extraction measured."""
     name = extraction.backbone.name
     spent = sum(extraction.seconds.get(part, 0.0) for part in ("load", "decode", "forward"))
     if extraction.features is None:
         result = Score(name, error=extraction.error or "failed", seconds=spent)
     else:
-        result = scorer.score(extraction.features, device)
+        features = replace(extraction.features, groups=find_groups(extraction.rows))
+        result = scorer.score(features, device)
         result = replace(result, seconds=result.seconds + spent)
+    notes = ("cached" if extraction.cached else "", str(result.details.get("note", "")))
     measured = {
         "spec": extraction.backbone.spec,
         "n_params": extraction.n_params,
@@ -704,7 +738,7 @@ def _score(extraction: Extraction, scorer: NotingScorer, device: str) -> Score:
         "peak_memory": extraction.peak_memory,
         "peak_batch": extraction.peak_batch,
         "cached": extraction.cached,
-        "note": "cached" if extraction.cached else "",
+        "note": "; ".join(filter(None, notes)),
     }
     return replace(result, details={**result.details, **measured})
 

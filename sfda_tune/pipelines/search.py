@@ -49,6 +49,9 @@ def search(
     split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    groups: Any = None,
+    split_column: str | None = None,
+    time_column: str | None = None,
     max_unreadable: float = 0.1,
     device: str = "auto",
     precision: str = "float32",
@@ -103,6 +106,11 @@ def search(
         Part to hold out, or the test images. Default: the data set's own test part, else 0.2.
     split, image_column, label_column
         See `open_dataset`. Without `split` the data set's own validation part is used, too.
+    groups, split_column, time_column : optional
+        See `open_dataset`. What belongs together stays on one side of every split, is left out
+        together by the scores, and counts once in the interval of the test; with times the latest
+        images are held out. `groups` as a sequence is that of the images to train on (of all,
+        where there are no own parts).
     max_unreadable : float, default 0.1
         Fraction of unreadable images, of all, above which the data set is refused. They are looked
         for once, before anything is ranked, and left out of everything.
@@ -140,7 +148,8 @@ def search(
         samples=samples, test=test, split=split, image_column=image_column,
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
-        progress=progress, decoders=decoders,
+        progress=progress, decoders=decoders, groups=groups, split_column=split_column,
+        time_column=time_column,
     )  # fmt: skip
     with (
         counting(),

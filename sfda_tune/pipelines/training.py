@@ -22,7 +22,7 @@ from sfda_tune.pipelines.latency import time_forward
 from sfda_tune.pipelines.result import write_predictions
 from sfda_tune.pipelines.run_folder import RunFolder
 from sfda_tune.pipelines.trials import best_epoch
-from sfda_tune.selection.evaluation import accuracy_interval
+from sfda_tune.selection.evaluation import accuracy_interval, design_effect
 from sfda_tune.values.files import read_json, write_json
 from sfda_tune.values.formats import PROVENANCE
 
@@ -161,7 +161,9 @@ def evaluate_winner(folder: RunFolder, inputs: Inputs, best: Trial) -> dict[str,
     p = predict(model, images, device=inputs.device, precision=c.precision)
     rows = np.flatnonzero(np.isfinite(p).all(1))
     write_predictions(folder.path, images, p, rows)
-    right = int((p[rows].argmax(axis=1) == images.labels[rows]).sum())
+    right = p[rows].argmax(axis=1) == images.labels[rows]
+    codes = images.group_codes
+    effect = design_effect(right, None if codes is None else codes[rows])
     temperature = best_epoch(best, c.metric).get("temperature")  # none in an older search
     n_val = len(inputs.parts["val"])
     calibration = temperature and calibrate_on_test(
@@ -170,6 +172,6 @@ def evaluate_winner(folder: RunFolder, inputs: Inputs, best: Trial) -> dict[str,
     return {
         **({"calibration": calibration} if calibration else {}),
         "test": measure(images.labels[rows], p[rows]),
-        "test_interval": accuracy_interval(right, len(rows)),
+        "test_interval": accuracy_interval(int(right.sum()), len(rows), effect),
         "latency_ms": time_forward(model.module, model.preprocessing, inputs.device),
     }

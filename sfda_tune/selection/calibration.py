@@ -13,6 +13,7 @@ import numpy as np
 from scipy.special import ndtr
 from scipy.stats import kendalltau, rankdata
 
+from sfda_tune.selection.uncertainty import collapse_groups
 from sfda_tune.values.files import LARGEST_NUMBER
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import require
@@ -198,14 +199,17 @@ def scores_by_name(scores: Any, argument: str = "ranking") -> dict[str, float]:
 def estimate_errors(scores: Mapping[Any, float]) -> dict[str, float] | None:
     """Return the standard error of each score, where a `Ranking` has what it takes."""
     errors = {}
+    groups = scores.groups if isinstance(scores, Ranking) else None
     for score in scores.scores if isinstance(scores, Ranking) else ():
         if "error" in (score.details.get("forecast") or {}):
             errors[score.backbone] = float(score.details["forecast"]["error"])
         elif "standard_error" in score.details:
             errors[score.backbone] = float(score.details["standard_error"])
         elif score.per_sample is not None and len(score.per_sample) > 1 and score.error is None:
-            spread = np.std(score.per_sample, ddof=1)
-            errors[score.backbone] = float(spread / math.sqrt(len(score.per_sample)))
+            terms = score.per_sample
+            if groups is not None:  # all in one stratum, as the images are
+                terms = collapse_groups(terms[None], np.zeros(len(terms), int), groups)[0][0]
+            errors[score.backbone] = float(np.std(terms, ddof=1) / math.sqrt(len(terms)))
     return {name: error for name, error in errors.items() if math.isfinite(error)} or None
 
 

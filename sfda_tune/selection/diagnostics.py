@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import some
 
-__all__ = ["Diagnostic", "diagnose"]
+__all__ = ["Diagnostic", "diagnose", "find_leak", "tell_copies"]
 Severity = Literal["warning", "note"]
 _Found = tuple[Severity, str] | None
 IN_SAMPLE = ("sfda (official)", "sfda (paper)", "hscore", "transrate")
@@ -47,6 +47,8 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     ``shrinkage``      λ ≤ 1e-9 or ≥ 0.999
     ``unreadable``     images were left out
     ``copies``         images are exact copies of others, or stand in several classes
+    ``groups``         how much scores drop where whole groups are left out
+    ``lone_classes``   a class lies within one group, so that its images cannot be judged
     =================  ======================================================================
 
     A metric is taken to score the images it was fitted on if its details say
@@ -78,6 +80,8 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
         "shrinkage": _shrinkage(scores),
         "unreadable": _unreadable(ranking),
         "copies": _copies(ranking),
+        "groups": _groups(ranking, scores),
+        "lone_classes": _lone_classes(ranking),
     }
     diagnostics = (Diagnostic(kind, *found) for kind, found in checks.items() if found)
     return sorted(diagnostics, key=lambda d: d.severity != "warning")
@@ -207,6 +211,52 @@ def _copies(ranking: Ranking) -> _Found:
         return None
     severity = "warning" if ranking.info.get("several_classes") else "note"
     return severity, "; ".join(said) + "."
+
+
+def find_leak(scores: Iterable[Score]) -> dict[str, float]:
+    """Return by how much the score of each backbone drops where groups are respected."""
+    key = "value_without_groups"
+    return {
+        s.backbone: float(s.details[key]) - s.value
+        for s in scores
+        if s.error is None and isinstance(s.details.get(key), int | float)
+    }
+
+
+def _groups(ranking: Ranking, scores: Sequence[Score]) -> _Found:
+    about, drops = ranking.info.get("groups"), find_leak(scores)
+    if not about or not drops:
+        return None
+    most = max(drops, key=lambda name: drops[name])
+    values = {s.backbone: s.value for s in scores}
+    before = {name: values[name] + drop for name, drop in drops.items()}
+    first = [max(v, key=lambda name: v[name]) for v in (values, before) if v]
+    change = f"; without them {first[1]} would score best, not {first[0]}" * (len(set(first)) > 1)
+    return (
+        "note",
+        f"the score drops by {np.median(list(drops.values())):.3f} (median; most for {most}: "
+        f"{before[most]:.3f} → {values[most]:.3f}) where whole groups are left out: "
+        f"{about['n']} groups, the largest of {_count(about['largest'], 'image', 'images')}"
+        f"{change}.",
+    )
+
+
+def _lone_classes(ranking: Ranking) -> _Found:
+    if ranking.groups is None or ranking.labels is None:
+        return None
+    pairs = np.unique(np.stack([ranking.labels, ranking.groups]), axis=1)[0]
+    alone = np.flatnonzero(np.bincount(pairs) == 1)
+    if not len(alone):
+        return None
+    classes = list(ranking.info.get("classes") or ())
+    names = [classes[c] if c < len(classes) else f"class {c}" for c in alone.tolist()]
+    one = len(names) == 1
+    return (
+        "warning",
+        f"{_count(len(names), 'class lies', 'classes lie')} within one group each "
+        f"({some(names)}): without it nothing of {'it' if one else 'them'} is left, so "
+        f"{'its' if one else 'their'} images are not judged; add images of other groups.",
+    )
 
 
 def tell_copies(about: Mapping[str, Any]) -> list[str]:

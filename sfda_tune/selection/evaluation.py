@@ -29,7 +29,7 @@ from itertools import combinations, zip_longest
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from scipy.stats import binomtest, kendalltau, pearsonr, rankdata, spearmanr
+from scipy.stats import binomtest, kendalltau, norm, pearsonr, rankdata, spearmanr
 
 from sfda_tune.selection.tables import TooFewError, numbers, pair
 from sfda_tune.values.text import integer, printable, some
@@ -217,15 +217,43 @@ def leave_models_out(scores: Values, truth: Values, m: int = 1) -> LeaveOut:
     return LeaveOut(*values[ends].tolist(), *without)
 
 
-def accuracy_interval(n_right: int, n: int) -> tuple[float, float]:
+def design_effect(right: np.ndarray, groups: np.ndarray | None) -> float:
+    """Return how many times as uncertain an accuracy is as of as many independent images; ≥ 1.
+
+    The variance of the mean of a cluster sample, G/(G−1) Σ_g (Σ_{n in g} (r_n − r̄))²/n², over
+    r̄(1−r̄)/n; the mean size of the groups, where all images are right, or all wrong.
+
+    >>> right = np.repeat([1, 0, 1, 1], 5)
+    >>> design_effect(right, None), round(design_effect(right, np.arange(20) // 5), 2)
+    (1.0, 6.67)
+    """
+    if groups is None:
+        return 1.0
+    n, p = len(right), float(np.mean(right))
+    _, codes = np.unique(groups, return_inverse=True)
+    G = int(codes.max()) + 1
+    if G == 1 or p in (0.0, 1.0):
+        return n / G
+    sums = np.bincount(codes, right - p)
+    return max(1.0, float(G / (G - 1) * (sums**2).sum() / (n * p * (1 - p))))
+
+
+def accuracy_interval(n_right: int, n: int, effect: float = 1.0) -> tuple[float, float]:
     """Return Wilson's 95 % interval of an accuracy that was measured on n images.
+
+    With a `design_effect`, of an accuracy measured on n/effect independent ones.
 
     >>> low, high = accuracy_interval(2, 2)
     >>> f"{low:.2f}–{high:.2f}"  # all of two
     '0.34–1.00'
     """
-    interval = binomtest(int(n_right), int(n)).proportion_ci(0.95, "wilson")
-    return float(interval.low), float(interval.high)
+    if effect == 1:
+        interval = binomtest(int(n_right), int(n)).proportion_ci(0.95, "wilson")
+        return float(interval.low), float(interval.high)
+    p, m, z = n_right / n, n / effect, float(norm.ppf(0.975))
+    middle, half = p + z**2 / (2 * m), z * np.sqrt(p * (1 - p) / m + z**2 / (4 * m**2))
+    scale = 1 + z**2 / m
+    return max(0.0, float((middle - half) / scale)), min(1.0, float((middle + half) / scale))
 
 
 # Baselines -------------------------------------------------------------------------------------

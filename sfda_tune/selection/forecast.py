@@ -340,7 +340,7 @@ def order_by_forecast(ranking: Ranking, train: str = "full") -> Ranking:
         scores = tuple(
             _with_forecast(s, *of[s.backbone]) if s.backbone in of else s for s in scores
         )
-    return Ranking(scores, metric, ranking.labels, info)
+    return replace(ranking, scores=scores, metric=metric, info=info)
 
 
 def _with_forecast(score: Score, mean: float, about: Mapping[str, Any]) -> Score:
@@ -358,12 +358,8 @@ def find_evidence(ranking: Ranking) -> Ranking:
         return ranking
     info = dict(ranking.info)
     metric, _ = str(info.pop("evidence", "score")), info.pop("train")
-    return Ranking(
-        tuple(_without_forecast(s) if "forecast" in s.details else s for s in ranking.scores),
-        metric,
-        ranking.labels,
-        info,
-    )
+    scores = tuple(_without_forecast(s) if "forecast" in s.details else s for s in ranking.scores)
+    return replace(ranking, scores=scores, metric=metric, info=info)
 
 
 def _without_forecast(score: Score) -> Score:

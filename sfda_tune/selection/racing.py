@@ -109,6 +109,7 @@ def run(
     measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray]]],
     config: RaceConfig,
     judge: Judge | None = None,
+    groups: np.ndarray | None = None,
 ) -> RaceResult:
     """Score `names` on the rungs of `make_rungs`, fewer of them on each.
 
@@ -152,7 +153,8 @@ def run(
         if len(values) > 1 and len(rows) < N and len(terms) > config.top:
             gains = {name: v - values[-2].get(name, v) for name, v in values[-1].items()}
             gone = {name: left["value"] for name, left in dropped.items()}
-            known, in_top = simulate(terms, gains, labels[readable], N, config, judge, gone)
+            of = None if groups is None else groups[readable]
+            known, in_top = simulate(terms, gains, labels[readable], N, config, judge, gone, of)
             out = _losers(known, in_top, config.threshold)
         for name, p in out.items():
             stay = {"images": len(rows), "p_top": p, "value": values[-1][name]}
@@ -174,14 +176,16 @@ def simulate(
     config: RaceConfig,
     judge: Judge | None = None,
     gone: Mapping[str, float] | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[list[str], np.ndarray]:
     """Return names, and who is among the final k best in each simulation, (R, n).
 
     From the contributions of the images so far, (m,) for each backbone, and from the `gains` that
     the last doubling of the images has brought; see the module for the formula, `run` for `judge`.
-    `gone` are the last scores of those that left.
+    `gone` are the last scores of those that left; `groups`, if any, what the images belong to.
     """
-    c = bootstrap({name: per_sample[name] for name in gains}, labels, seed=config.seed)
+    terms = {name: per_sample[name] for name in gains}
+    c = bootstrap(terms, labels, seed=config.seed, groups=groups)
     m, names = len(labels), list(map(str, c.names))
     rng = np.random.default_rng([config.seed, m])
     error = rng.permutation(c.resamples - c.score)

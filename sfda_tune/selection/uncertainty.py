@@ -37,8 +37,8 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, letters, some
 
 __all__ = [
-    "Confidence", "bootstrap", "confidence", "count_places", "draw_true_scores", "find_groups",
-    "find_plausible", "shortlist", "shrink",
+    "Confidence", "bootstrap", "collapse_groups", "confidence", "count_places",
+    "draw_true_scores", "find_groups", "find_plausible", "shortlist", "shrink",
 ]  # fmt: skip
 
 Name: TypeAlias = str | int
@@ -180,6 +180,7 @@ def bootstrap(
     seed: int = 0,
     k: int | None = None,
     level: float = 0.90,
+    groups: Any = None,
 ) -> Confidence:
     """Resample the images, the same for all backbones, and see what of the ranking remains.
 
@@ -232,6 +233,9 @@ def bootstrap(
     k : int, optional
         Columns of `Confidence.in_top`; default: as many as there are backbones.
     level : float in (0, 1), default 0.90
+    groups : sequence of hashable, shape (n_samples,), optional
+        Images that are no independent evidence: whole groups are resampled in the place of
+        images, see `collapse_groups`.
 
     Returns
     -------
@@ -277,6 +281,8 @@ def bootstrap(
     """
     names, X = _rows(per_sample)
     order = sorted(range(len(names)), key=lambda i: (-X[i].mean(), names[i]))
+    if groups is not None:
+        X, labels = collapse_groups(X, labels, groups)
     return _bootstrap(
         tuple(names[i] for i in order), X[order], labels, n_resamples, seed, k, level
     )
@@ -351,8 +357,7 @@ def _contributions(ranking: Ranking) -> tuple[tuple[Name, ...], np.ndarray, np.n
     labels, values = ranking.labels, np.array([s.value for s in scores])
     if X.shape[1] != len(labels):
         raise ValueError(_lengths(X, labels))
-    _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    many = sizes[codes] > 1
+    many = _have_others(labels, ranking.groups)
     rows = np.ones(len(labels), dtype=bool)
     means = X.mean(axis=1)
     wrong = ~np.isclose(means, values, rtol=1e-6, atol=1e-9)
@@ -367,7 +372,65 @@ def _contributions(ranking: Ranking) -> tuple[tuple[Name, ...], np.ndarray, np.n
             f"has {values[i]:.6g} and the mean {means[i]:.6g}; only scores that are means over "
             "images can be resampled."
         )
-    return tuple(names), X[:, rows], labels[rows], int((~many).sum())
+    X, labels = X[:, rows], labels[rows]
+    if ranking.groups is not None:
+        X, labels = collapse_groups(X, labels, ranking.groups[rows])
+    return tuple(names), X, labels, int((~many).sum())
+
+
+def _have_others(labels: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """Tell which images have others of their class outside their group."""
+    _, y, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    g = np.arange(len(y)) if groups is None else groups
+    _, inside, own = np.unique(g * len(sizes) + y, return_inverse=True, return_counts=True)
+    return sizes[y] > own[inside]
+
+
+def collapse_groups(X: np.ndarray, labels: Any, groups: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return contributions of groups in the place of images, with the same mean, and their labels.
+
+    With s̄_c the mean of class c, G groups, G_c of them of class c alone, and r_n = s_n − s̄_c::
+
+        each group of one class:     u_g = (n_c/N)(G/G_c) · (s̄_c + G_c/n_c · Σ_{n in g} r_n)
+        groups of several classes:   u_g = s̄ + G/N · Σ_{n in g} r_n,  all in one stratum
+
+    so that their resampling has the variance of a cluster sample, to first order, with the shares
+    of the classes taken as known; n_c and s̄_c as those of the images.
+
+    Parameters
+    ----------
+    X : array of shape (n_backbones, n_samples)
+    labels, groups : sequence of hashable, shape (n_samples,)
+
+    Returns
+    -------
+    U : array of shape (n_backbones, n_groups)
+    strata : array of int64, shape (n_groups,)
+
+    Examples
+    --------
+    >>> U, strata = collapse_groups(np.array([[1.0, 3, 5, 7]]), [0, 0, 1, 1], [0, 1, 2, 2])
+    >>> U.tolist(), strata.tolist()
+    ([[0.75, 2.25, 9.0]], [0, 0, 1])
+    """
+    (y, classes), (g, names) = encode_labels(labels), encode_labels(groups)
+    N, C, G = len(y), len(classes), len(names)
+    if len(g) != N or X.shape[1] != N:
+        raise ValueError(
+            f"`groups` must hold one group per image but there are {len(g)} for {X.shape[1]} "
+            f"images with {N} labels."
+        )
+    n_c = np.bincount(y, minlength=C)
+    means = np.stack([np.bincount(y, row, C) for row in X]) / n_c
+    R = np.stack([np.bincount(g, row, G) for row in X - means[:, y]])
+    first = np.full(G, N)
+    np.minimum.at(first, g, np.arange(N))
+    stratum = y[first]
+    if (stratum[g] != y).any():
+        return X.mean(axis=1, keepdims=True) + G / N * R, np.zeros(G, dtype=np.int64)
+    G_c = np.bincount(stratum, minlength=C)[stratum]
+    n_c = n_c[stratum]
+    return n_c / N * (G / G_c) * (means[:, stratum] + G_c / n_c * R), stratum
 
 
 def shortlist(confidence: Confidence, probability: float = 0.95) -> list[Name]:

@@ -101,6 +101,8 @@ class Features(Value):
         The label behind each code.
     backbone : str, default ""
         Whose features these are; used in messages.
+    groups : sequence of hashable, shape (n_samples,), optional
+        Images that belong together, which metrics leave out together.
 
     Raises
     ------
@@ -118,6 +120,7 @@ class Features(Value):
     y: np.ndarray
     classes: tuple[Hashable, ...] = ()
     backbone: str = ""
+    groups: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         who = f" of {self.backbone!r}" if self.backbone else ""
@@ -156,6 +159,14 @@ class Features(Value):
                 f"`x`{who} and `y` must have the same number of rows but have {len(x)} "
                 f"and {len(y)}."
             )
+        if self.groups is not None:
+            groups, _ = encode_labels(self.groups)
+            if len(groups) != len(x):
+                raise ValueError(
+                    f"`groups`{who} must have one group per row but has {len(groups)} for "
+                    f"{len(x)} rows."
+                )
+            object.__setattr__(self, "groups", read_only(groups))
         object.__setattr__(self, "x", read_only(x))
         object.__setattr__(self, "y", read_only(y))
         object.__setattr__(self, "classes", classes)

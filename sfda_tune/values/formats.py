@@ -18,11 +18,13 @@ COUNT = (AtLeast(0), None)
 NUMBER = (float, None)
 TEXT = (str, None)
 NUMBERS = {str: NUMBER}
+GROUPS = {"n": AtLeast(1, int), "largest": AtLeast(1, int), "several_classes": AtLeast(0, int)}
 
 RANKING: dict[Any, Any] = {
     "format": str,
     "metric": str,
     "labels": TEXT,
+    "groups?": TEXT,
     "info": {
         "dataset?": object,
         "classes?": (list, None),
@@ -39,6 +41,7 @@ RANKING: dict[Any, Any] = {
         ],
         "copies?": ([{"image": str, "same_as": str}], None),
         "several_classes?": ([{"image": str, "classes": [str]}], None),
+        "groups?": (GROUPS, None),
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,

@@ -69,6 +69,8 @@ class Ranking(Value, Mapping[str, float]):
         Class codes of the rows behind `Score.per_sample`.
     info : mapping of str to JSON value
         Data set, classes, skipped images, seed, device, precision, seconds, versions.
+    groups : array of int64, shape (n_samples,), optional
+        Codes of what these rows belong to, where some were left out together.
 
     Examples
     --------
@@ -83,6 +85,7 @@ class Ranking(Value, Mapping[str, float]):
     metric: str = ""
     labels: np.ndarray | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    groups: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         scores = tuple(
@@ -96,9 +99,9 @@ class Ranking(Value, Mapping[str, float]):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"`scores` must name each backbone once but repeats {twice}.")
         object.__setattr__(self, "scores", scores)
-        if self.labels is not None:
-            labels = np.asarray(self.labels, dtype=np.int64)
-            object.__setattr__(self, "labels", read_only(labels))
+        for name in ("labels", "groups"):
+            if (codes := getattr(self, name)) is not None:
+                object.__setattr__(self, name, read_only(np.asarray(codes, dtype=np.int64)))
         object.__setattr__(self, "info", MappingProxyType(dict(self.info)))
 
     @cached_property
@@ -199,6 +202,7 @@ class Ranking(Value, Mapping[str, float]):
                 "metric": self.metric,
                 "info": _plain(self.info),
                 "labels": _pack(self.labels, "<i8"),
+                **({} if self.groups is None else {"groups": _pack(self.groups, "<i8")}),
                 "scores": [
                     {
                         "backbone": s.backbone,
@@ -249,8 +253,11 @@ class Ranking(Value, Mapping[str, float]):
                 for entry in data["scores"]
             ]
             labels = _unpack(data["labels"], "<i8")
+            groups = _unpack(data.get("groups"), "<i8")
             _check_rows(scores, labels)
-            return cls(tuple(scores), data["metric"], labels, data["info"])
+            if groups is not None and (labels is None or len(groups) != len(labels)):
+                raise ValueError("`groups` must be as many as there are labels")
+            return cls(tuple(scores), data["metric"], labels, data["info"], groups)
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:
