@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from sfda_tune.cli.config import write_config
 from sfda_tune.cli.options import (
+    AsJson,
     CacheDir,
     Config,
     Debug,
@@ -24,9 +26,11 @@ from sfda_tune.cli.options import (
 )
 from sfda_tune.cli.terminal import (
     check_out,
+    describe_ranking,
     fail,
     messages,
     output,
+    print_json,
     show_ranking,
     split_commas,
 )
@@ -153,6 +157,7 @@ def rank(
         ),
     ] = None,
     config: Config = None,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -193,7 +198,9 @@ def rank(
             split_column=split_column, device=device, precision=precision, cache=kept,
             plugins=imports or (), weights_disk=weights_disk,
         )  # fmt: skip
-        for line in str(bill).splitlines():
+        if as_json:
+            print_json(asdict(bill))
+        for line in () if as_json else str(bill).splitlines():
             say(output, line)
         return
     try:
@@ -232,7 +239,10 @@ def rank(
             fail(f"{error}; if {specs[-1]!r} is the data set: it stands before --backbones.")
         raise
     problem = None if out is None else _write(ranking, out, ctx)  # before anything is shown
-    show_ranking(ranking)
+    if as_json:
+        print_json(describe_ranking(ranking))
+    else:
+        show_ranking(ranking)
     if problem:
         fail(problem)
     if interrupted:

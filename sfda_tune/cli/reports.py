@@ -29,6 +29,7 @@ def list_backbones(
         list[str], typer.Argument(metavar="GLOB...", help="As for `rank --backbones`.")
     ],
     imports: Imports = None,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """List the pretrained backbones that match GLOB, with their size.
@@ -46,16 +47,20 @@ def list_backbones(
     for name in ("backbone", "params", "MB", "width", "input"):
         table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
     failures, size = 0, 0.0
+    rows: list[dict[str, Any]] = []
     for backbone in track(found, "reading", console=messages, transient=True):
         try:
             d = describe(backbone)
         except ValueError as error:
             failures += 1
             table.add_row(text(backbone.name), "failed")
+            rows.append({"backbone": backbone.name, "error": str(error)})
             say(messages, f"{backbone.name}: {error}")
             continue
         _, height, width = d.preprocessing.input_size or (0, 0, 0)
         size += d.n_params * 4 / 1e6
+        about = {"n_params": d.n_params, "n_dims": d.n_dims, "height": height, "width": width}
+        rows.append({"backbone": backbone.name, **about})
         table.add_row(
             text(backbone.name),
             format_count(d.n_params),
@@ -63,7 +68,10 @@ def list_backbones(
             "" if d.n_dims is None else str(d.n_dims),
             f"{height}×{width}" if height else "",
         )
-    print_table(table)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(table)
     say(messages, f"{len(found) - failures} backbones, {size:,.0f} MB in all")
     if failures == len(found):
         raise typer.Exit(1)

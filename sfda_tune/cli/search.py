@@ -9,6 +9,7 @@ import typer
 
 from sfda_tune.cli.config import write_config
 from sfda_tune.cli.options import (
+    AsJson,
     Config,
     GroupColumn,
     GroupRegex,
@@ -16,7 +17,7 @@ from sfda_tune.cli.options import (
     SplitColumn,
     read_groups,
 )
-from sfda_tune.cli.terminal import messages, show_result, split_commas
+from sfda_tune.cli.terminal import messages, print_json, show_result, split_commas
 
 __all__ = ["search"]
 
@@ -115,6 +116,7 @@ def search(
         list[str] | None, typer.Option("--import", metavar="FILE_OR_MODULE", help="As for `rank`.")
     ] = None,
     config: Config = None,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -170,7 +172,10 @@ def search(
     finally:
         if (out / "config.json").is_file():  # the search has begun
             write_config(ctx, out / "config.yaml")
-    show_result(found)
+    if as_json:
+        print_json({"folder": str(found.folder), **found.summary})
+    else:
+        show_result(found)
 
 
 def _fraction(text: str | None) -> float | str | None:

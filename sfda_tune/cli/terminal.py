@@ -131,6 +131,22 @@ def _with_odds(headings: list[str]) -> list[str]:
     return [*headings[:at], *_SURE, *headings[at:]]
 
 
+def describe_ranking(ranking: Ranking) -> dict[str, Any]:
+    """Return what `show_ranking` prints, for programs; `Ranking.to_json` keeps everything."""
+    from sfda_tune.selection.odds import find_odds
+    from sfda_tune.selection.uncertainty import shortlist
+
+    odds = find_odds(ranking)
+    keep = ("dataset", "n_samples", "n_classes", "device", "seconds", "not_looked_at", "race")
+    return {
+        "metric": ranking.metric,
+        **{key: ranking.info[key] for key in keep if key in ranking.info},
+        "shortlist": [] if odds is None else [str(name) for name in shortlist(odds)],
+        "backbones": ranking.records(),
+        "failed": dict(ranking.failed),
+    }
+
+
 def print_json(document: Any) -> None:
     """Write one JSON document to standard output; what is no number is null, as JSON has it."""
     for line in json.dumps(without_nan(document), indent=1).splitlines():  # ASCII: for any pipe

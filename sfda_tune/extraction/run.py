@@ -216,6 +216,11 @@ def extract_within(
     plan = _plan_again(plan, done)
     rows = sum(int(mask.sum()) for mask in plan.lacking.values())
     if progress is not None:
+        if hasattr(progress, "plan"):  # a user's own may not care
+            progress.plan({
+                name: (int(mask.sum()), _guess_cost(jobs[name].description))
+                for name, mask in plan.lacking.items()
+            })  # fmt: skip
         progress.start(rows, len(done))
     if not plan.lacking:
         return
@@ -422,6 +427,12 @@ def _without_content(dataset: ImageDataset, images: Sequence[str]) -> dict[int, 
             why = error.reason
         found[row] = Passing(why)
     return found
+
+
+def _guess_cost(description: Any) -> float:
+    """Return about what an image costs, before any was shown: parameters × pixels."""
+    _, height, width = description.preprocessing.input_size or (3, 224, 224)
+    return float(description.n_params) * height * width + 1.0
 
 
 def _look_up(job: BackboneJob, plan: Plan, store: FeatureStore | None) -> Entry:

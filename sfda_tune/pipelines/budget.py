@@ -115,6 +115,7 @@ class RankingWatch:
 
     def __init__(self, progress: Any, is_late: Callable[[], bool]) -> None:
         self.start, self.finish, self._progress = progress.start, progress.finish, progress
+        self.plan = getattr(progress, "plan", lambda work: None)
         self._is_late, self.is_over = is_late, False
 
     def advance(self, backbone: str, n_images: int) -> None:

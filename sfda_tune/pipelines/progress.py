@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,9 @@ __all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress"]
 
 class NullProgress:
     """Shows nothing; what a progress object must answer to, with `rank` or with `search`."""
+
+    def plan(self, work: Mapping[str, tuple[int, float]]) -> None:
+        """Receive, before `start`, the images that each backbone is to see, and their cost."""
 
     def start(self, n_images: int, n_cached: int) -> None:
         """Receive how many images × backbones lie ahead, and how many backbones are cached."""
@@ -45,6 +48,44 @@ class NullProgress:
         """Receive all trials so far; no more than `n_trials`, none after `stop` (Unix time)."""
 
 
+class _Work:
+    """What lies ahead of an extraction, in costs, and how much of it is done."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.ahead: dict[str, list[float]] = {}  # images, cost of one, images seen
+
+    def plan(self, work: Mapping[str, tuple[int, float]]) -> None:
+        """Add what lies ahead; in a race the same backbones come again."""
+        for name, (n, cost) in work.items():
+            known = self.ahead.setdefault(name, [0.0, cost, 0.0])
+            known[0] += n
+
+    def advance(self, backbone: str, n_images: int) -> None:
+        self.ahead.setdefault(backbone, [0.0, 1.0, 0.0])[2] += n_images
+
+    @property
+    def total(self) -> float:
+        return sum(n * cost for n, cost, _ in self.ahead.values())
+
+    @property
+    def done(self) -> float:
+        return sum(min(seen, n) * cost for n, cost, seen in self.ahead.values())
+
+    @property
+    def backbones(self) -> str:
+        """How many backbones are through, in words."""
+        through = sum(seen >= n for n, _, seen in self.ahead.values())
+        return f"{through} of {len(self.ahead)} backbones"
+
+    @property
+    def left(self) -> float | None:
+        """The seconds left, if the rest goes as what is done."""
+        if not self.done:
+            return None
+        return (time.monotonic() - self.started) * (self.total - self.done) / self.done
+
+
 class Bar(NullProgress):
     """A `rich` progress bar on standard error."""
 
@@ -56,36 +97,43 @@ class Bar(NullProgress):
         self.rich = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("images"),
+            progress.TextColumn("{task.fields[through]}"),
             progress.TimeElapsedColumn(),
-            progress.TextColumn("ETA"),
-            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[left]}"),
             progress.TextColumn("{task.fields[coming]}", markup=False),
             console=console or Terminal(stderr=True),
             transient=True,
         )
-        self._task: Any = None
+        empty: dict[str, Any] = {"through": "", "left": "", "coming": ""}
+        self._task = self.rich.add_task("opening images and networks", total=None, **empty)
+        self._work = _Work()
+
+    def plan(self, work: Mapping[str, tuple[int, float]]) -> None:
+        """Know what lies ahead."""
+        self._work.plan(work)
 
     def start(self, n_images: int, n_cached: int) -> None:
         """Show the bar, unless everything is cached."""
         if n_cached:
             self.rich.console.print(f"{n_cached} backbones need no forward pass (cached features)")
-        if n_images and self._task is None:
-            self._task = self.rich.add_task("extracting", total=n_images, coming="")
-        elif n_images:  # the next stage of a race
-            total = (self.rich.tasks[0].total or 0) + n_images
-            self.rich.update(self._task, total=total)
+        if n_images:
+            work = self._work
+            self.rich.update(
+                self._task, description="opening", total=work.total, through=work.backbones
+            )
 
     def advance(self, backbone: str, n_images: int) -> None:
         """Move the bar on and name the backbone at work."""
-        if self._task is not None:
-            self.rich.update(self._task, advance=n_images, description=printable(backbone))
+        work = self._work
+        work.advance(backbone, n_images)
+        self.rich.update(
+            self._task, completed=work.done, total=work.total, through=work.backbones,
+            left="" if work.left is None else _left(work.left), description=printable(backbone),
+        )  # fmt: skip
 
     def fetch(self, backbone: str, done: int, total: int | None) -> None:
         """Tell which weights come, and how much of them is here."""
-        if self._task is not None:
-            self.rich.update(self._task, coming=_say_coming(backbone, done, total))
+        self.rich.update(self._task, coming=_say_coming(backbone, done, total))
 
 
 class SearchProgress(NullProgress):
@@ -106,7 +154,7 @@ class SearchProgress(NullProgress):
             transient=True,
         )
         self._task = self.rich.add_task("starting", total=None, left="", coming="")
-        self._stage, self._seen, self._total = "", 0, 0
+        self._stage, self._work = "", _Work()
 
     def enter(self, stage: str) -> None:
         """Name the stage."""
@@ -128,14 +176,15 @@ class SearchProgress(NullProgress):
         text = f"{self._stage}: {printable(what)}" if what else self._stage
         self.rich.update(self._task, description=text, completed=done, total=total, left=shown)
 
-    def start(self, n_images: int, n_cached: int) -> None:
-        """Receive how many images the ranking has to look at."""
-        self._seen, self._total = 0, n_images
+    def plan(self, work: Mapping[str, tuple[int, float]]) -> None:
+        """Know what the ranking has to look at."""
+        self._work.plan(work)
 
     def advance(self, backbone: str, n_images: int) -> None:
         """Show which backbone is being ranked."""
-        self._seen += n_images
-        self.say(backbone, self._seen, self._total)
+        work = self._work
+        work.advance(backbone, n_images)
+        self.say(f"{backbone}, {work.backbones}", work.done, work.total)
 
     def fetch(self, backbone: str, done: int, total: int | None) -> None:
         """Tell which weights come, and how much of them is here."""

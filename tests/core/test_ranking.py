@@ -297,3 +297,35 @@ def test_the_demo_runs_as_in_the_readme():
     assert len(ranking) >= 6
     assert not ranking.failed
     assert all(name.startswith("demo:") for name in ranking)
+
+
+def test_the_time_left_goes_by_what_the_backbones_cost(monkeypatch):
+    from sfda_tune.pipelines import progress
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    work = progress._Work()
+    work.plan({"small": (10, 1.0), "large": (10, 9.0)})
+    assert (work.backbones, work.left) == ("0 of 2 backbones", None)
+    now[0] = 10.0
+    work.advance("small", 10)
+    assert (work.backbones, work.left) == ("1 of 2 backbones", pytest.approx(90.0))
+    work.plan({"large": (10, 9.0)})  # the next stage of a race
+    now[0] = 55.0
+    work.advance("large", 5)
+    assert work.left == pytest.approx(55 * (190 - 55) / 55)
+
+
+def test_the_bar_counts_backbones(photos, toy_zoo):
+    import io
+
+    from rich.console import Console
+
+    from sfda_tune.pipelines.progress import Bar
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    bar = Bar(console)
+    rank(photos, toy_zoo, cache=False, device="cpu", progress=bar)
+    (task,) = bar.rich.tasks
+    assert task.fields["through"] == "4 of 4 backbones"
+    assert task.completed == task.total > 0

@@ -836,9 +836,10 @@ def test_the_board_shows_stage_trials_and_time_left():
 
     board = SearchProgress(Console(file=(text := StringIO()), width=100))
     board.enter("rank")
+    board.plan({"vit": (100, 2.0)})
     board.start(100, 0)
     board.advance("vit", 50)
-    assert board.rich.tasks[0].description == "rank: vit"
+    assert board.rich.tasks[0].description == "rank: vit, 0 of 1 backbones"
     assert board.rich.tasks[0].fields["left"].startswith("ETA 0:00:0")
     board.leave("rank", "2 backbones ranked")
     assert "2 backbones ranked" in text.getvalue()
