@@ -146,8 +146,9 @@ def test_closed_loops_are_the_same_as_in_optuna(chosen):
     )
 
     def objective(trial):
+        backbone = trial.suggest_categorical("backbone", NAMES)
         trial.suggest_float("lr", 1e-5, 1e-1, log=True)
-        return VALUES[trial.suggest_categorical("backbone", NAMES)]
+        return VALUES[backbone]
 
     study.optimize(objective, 25)
     ours = drive(
