@@ -19,7 +19,7 @@ import numpy as np
 from optuna.study import Study
 from scipy.stats import spearmanr
 
-from sfda_tune.selection.calibration import History, estimate_levels
+from sfda_tune.selection.calibration import History, Observation, estimate_levels
 from sfda_tune.values.text import require
 from sfda_tune_optuna import _compat
 from sfda_tune_optuna.history import observe
@@ -67,20 +67,23 @@ def _is_number(value: Any) -> bool:
 
 
 def read_previous(study: Any, param_name: str) -> PreviousStudy:
-    """Read an earlier study.
+    """Read an earlier study, or what was observed in one.
 
     Raises
     ------
     ValueError
         If it is no study, has several objectives, or no complete trial with the parameter.
     """
-    require("previous", study, "a list of studies of Optuna", isinstance(study, Study))
-    is_one = len(study.directions) == 1
-    require("previous", study.study_name, "studies with one objective", is_one)
-    history = observe(study, _compat.read_trials(study), param_name)
+    name = study.study_name if isinstance(study, Study) else study
+    if isinstance(study, Study):
+        require("previous", name, "studies with one objective", len(study.directions) == 1)
+        study = observe(study, _compat.read_trials(study), param_name)
+    is_seen = isinstance(study, Sequence) and all(isinstance(o, Observation) for o in study)
+    require("previous", name, "a list of studies of Optuna, or of their observations", is_seen)
+    history = History.of(study)
     params, response = find_response(history, estimate_levels({}, history))
     rule = f"studies with complete trials that have {param_name!r}"
-    require("previous", study.study_name, rule, len(params) > 0)
+    require("previous", name, rule, len(params) > 0)
     names = sorted({name for of in params for name in of})
     columns = {name: np.empty(len(params), dtype=object) for name in names}
     for name, column in columns.items():

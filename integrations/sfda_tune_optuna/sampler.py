@@ -101,7 +101,7 @@ class SFDASampler(BaseSampler):
         the durations of its trials.
     cost_exponent : float, default 0.0
         How much costs count; 0 is not at all.
-    previous : sequence of Study, optional
+    previous : sequence of Study, or of sequences of Observation, optional
         Studies on other data, with one objective and a TPE or random search as base sampler here:
         of a few draws of a parameter the one is taken that did best there, as far as the trials
         of this study bear them out (`sfda_tune_optuna.previous`). Not saved with the study.
@@ -142,7 +142,7 @@ class SFDASampler(BaseSampler):
         conditional: bool = True,
         costs: Mapping[str, float] | None = None,
         cost_exponent: float = 0.0,
-        previous: Sequence[Study] = (),
+        previous: Sequence[Study | Sequence[Observation]] = (),
         seed: int | None = None,
     ) -> None:
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)

@@ -1052,6 +1052,14 @@ def test_earlier_studies_that_mislead_change_nothing():
     assert tune_bump([other], 0, 12) == alone
 
 
+def test_observations_of_an_earlier_study_are_as_good_as_it():
+    earlier = make_earlier(0)
+    seen = observe(earlier, earlier.trials, "backbone")
+    told = tune_bump([seen], 0, 10)
+    assert told == tune_bump([earlier], 0, 10) == tune_bump([list(seen)], 0, 10)
+    assert told != tune_bump([], 0, 10)
+
+
 def test_earlier_studies_must_be_of_use():
     two = optuna.create_study(directions=["maximize", "maximize"])
     for previous, message in (

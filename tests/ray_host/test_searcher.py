@@ -354,6 +354,13 @@ def test_trap_S05_an_unknown_error_may_be_explained():
     assert find_backed_off(find_history(searcher), 8) == {"a"}
 
 
+def test_earlier_studies_are_learnt_from_as_in_optuna():
+    first = make()
+    drive(first, 12)
+    earlier = observe(first.study, first.study.trials, "backbone")
+    assert drive(make(previous=[first.study]), 12) == drive(make(previous=[earlier]), 12)
+
+
 def test_a_lost_machine_is_not_the_backbones_fault():
     searcher = make(max_failures=1, survivors=["a"], exploration=0.0)
     for k in range(3):
