@@ -21,6 +21,8 @@ from optuna.samplers import (
     BruteForceSampler,
     GridSampler,
     PartialFixedSampler,
+    RandomSampler,
+    TPESampler,
 )
 from optuna.samplers._lazy_random_state import LazyRandomState
 from optuna.search_space import IntersectionSearchSpace
@@ -31,6 +33,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 # They keep state in the study (parents, grid) or read the storage directly: never on a view.
 POOLED = (BaseGASampler, GridSampler, BruteForceSampler)
+REDRAWN = (TPESampler, RandomSampler)  # a draw that is thrown away leaves no trace
 MANY = 1000  # entries of a container from which on it holds data, not parts of a sampler
 
 
@@ -216,15 +219,6 @@ def fix_param(trial: FrozenTrial, name: str, value: Any, shift: Sequence[float])
         steps = trial.intermediate_values.items()
         fixed.intermediate_values = {step: v + shift[0] for step, v in steps}
     return fixed
-
-
-def make_past(trial: FrozenTrial, number: int, value: float) -> FrozenTrial:
-    """Return a complete trial of another study with a number and a value of its own."""
-    past = object.__new__(FrozenTrial)
-    own = {"_number": number, "_trial_id": number, "_values": [value]}
-    vars(past).update({**vars(trial), **own})
-    past._system_attrs, past.intermediate_values = {}, {}
-    return past
 
 
 class View:

@@ -166,7 +166,9 @@ def open_study(job: Job) -> Study:
         study = optuna.create_study(
             study_name=job.name,
             storage=job.storage or _default_storage(job.folder),
-            sampler=SFDASampler(job.scores, base_sampler=base, seed=job.seed),
+            sampler=SFDASampler(
+                job.scores, base_sampler=base, previous=job.previous, seed=job.seed
+            ),
             pruner=SFDAPruner(list(job.scores), base_pruner=halving if few else hyperband),
             directions=job.directions,
             load_if_exists=True,

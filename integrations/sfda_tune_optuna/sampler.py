@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,6 +31,7 @@ from sfda_tune_optuna.history import (
     observe,
     read_backbone,
 )
+from sfda_tune_optuna.previous import find_trust, pick, read_previous
 from sfda_tune_optuna.pruner import SFDAPruner
 from sfda_tune_optuna.views import BackboneView, Kinds
 
@@ -100,6 +101,10 @@ class SFDASampler(BaseSampler):
         the durations of its trials.
     cost_exponent : float, default 0.0
         How much costs count; 0 is not at all.
+    previous : sequence of Study, or of sequences of Observation, optional
+        Studies on other data, with one objective and a TPE or random search as base sampler here:
+        of a few draws of a parameter the one is taken that did best there, as far as the trials
+        of this study bear them out (`sfda_tune_optuna.previous`). Not saved with the study.
     seed : int, optional
         Governs the choice and what the base sampler draws: before each trial the generators in
         its attributes, lists, dicts and inner samplers are seeded by the trial's number. So
@@ -137,6 +142,7 @@ class SFDASampler(BaseSampler):
         conditional: bool = True,
         costs: Mapping[str, float] | None = None,
         cost_exponent: float = 0.0,
+        previous: Sequence[Study | Sequence[Observation]] = (),
         seed: int | None = None,
     ) -> None:
         is_sampler = base_sampler is None or isinstance(base_sampler, BaseSampler)
@@ -165,6 +171,11 @@ class SFDASampler(BaseSampler):
             base_sampler = _compat.make_whole_grid(base_sampler, param_name, names)
         self._base = base_sampler
         self._conditional = bool(conditional)
+        self._previous = [read_previous(study, param_name) for study in previous]
+        redraws = isinstance(_compat.unwrap(base_sampler), _compat.REDRAWN)
+        rule = "TPE or random search where `previous` is given"
+        require("base_sampler", base_sampler, rule, redraws or not self._previous)
+        self._trust: tuple[Any, list[float]] = (None, [])  # of a trial
         self._assignments: OrderedDict[tuple[int, int], _Assignment] = OrderedDict()
         # By storage, too: two may have one of the same name and number.
         self._studies: WeakKeyDictionary[BaseStorage, dict[int, _StudyState]] = WeakKeyDictionary()
@@ -274,7 +285,11 @@ class SFDASampler(BaseSampler):
             if self._asked_last != _compat.find_trial_id(study, trial):
                 self._infer_space(study, trial, view)  # some samplers keep it for the next call
             self._rekey(trial, _RELATIVE)
-            params = self._base.sample_relative(shared, trial, search_space)
+
+            def draw() -> dict[str, Any]:
+                return self._base.sample_relative(shared, trial, search_space)
+
+            params = self._pick(study, trial, draw, lambda drawn: drawn)
         params = {name: value for name, value in params.items() if name in search_space}
         if backbone is None and self._param_name in params:  # the base sampler's own choice
             choice, dist = params[self._param_name], search_space[self._param_name]
@@ -300,7 +315,11 @@ class SFDASampler(BaseSampler):
         shared = view.with_params(space) if isinstance(view, BackboneView) else view
         with self._lock:
             self._rekey(trial, _BACKBONE if param_name == self._param_name else _INDEPENDENT)
-            value = self._base.sample_independent(shared, trial, param_name, param_distribution)
+
+            def draw() -> Any:
+                return self._base.sample_independent(shared, trial, param_name, param_distribution)
+
+            value = self._pick(study, trial, draw, lambda drawn: {param_name: drawn})
         if param_name == self._param_name:
             value = self._replace_useless(study, trial, value, param_distribution)
         return value
@@ -463,6 +482,28 @@ class SFDASampler(BaseSampler):
         kinds = self._find_state(study).kinds
         args = (self._param_name, backbone, choice, levels, kinds)
         return BackboneView(study, trials, *args)
+
+    def _pick(
+        self, study: Study, trial: FrozenTrial, draw: Callable[[], Any], name: Callable[[Any], Any]
+    ) -> Any:
+        """Draw once, or several times where earlier studies say which draw to take."""
+        first = draw()
+        drawn = {n: v for n, v in name(first).items() if n != self._param_name}
+        if not self._previous or not drawn:
+            return first
+        require(
+            "previous",
+            study.directions,
+            "left out with several objectives",
+            len(study.directions) == 1,
+        )
+        key = _compat.find_trial_id(study, trial)
+        if self._trust[0] != key:
+            history = self._observe(study, _compat.read_trials(study), leave_out=trial.number)
+            levels = self.policy.estimate_levels(history)
+            self._trust = key, find_trust(self._previous, history, levels)
+        before = {n: v for n, v in trial.params.items() if n != self._param_name}
+        return pick(self._previous, self._trust[1], first, draw, lambda v: {**before, **name(v)})
 
     def _infer_space(
         self, study: Study, trial: FrozenTrial, view: Any

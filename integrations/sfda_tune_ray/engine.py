@@ -178,6 +178,7 @@ def _open_tuner(job: Job) -> raytune.Tuner:
         job.scores,
         points_to_evaluate=[*left, *lacking],
         **_aims(job),
+        previous=job.previous,
         seed=job.seed,
     )
     for trial in ended:

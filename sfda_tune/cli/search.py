@@ -77,6 +77,10 @@ def search(
         Path | None, typer.Option(metavar="FILE", help="What to vary, as YAML or JSON.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Of a full trial. Default: by size.")] = None,
+    previous: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Search on other data to learn from. Repeatable."),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Use a stratified sample of so many images.")
     ] = None,
@@ -149,6 +153,7 @@ def search(
             max_latency=max_latency,
             space=space,
             epochs=epochs,
+            previous=previous or (),
             samples=samples,
             test=_fraction(test),
             split=split,

@@ -60,6 +60,7 @@ class SearchConfig:
     seed: int
     out: Path
     progress: Any
+    previous: Any = ()  # folders of searches on other data, as str
     decoders: int | None = None
     groups: Any = None
     split_column: str | None = None
@@ -70,6 +71,7 @@ class SearchConfig:
         self._set("out", Path(self.out).absolute())
         self._set("objective", (objective,) if isinstance(objective, str) else tuple(objective))
         self._set("plugins", tuple(self.plugins))
+        self._set("previous", tuple(str(Path(run).absolute()) for run in self.previous))
         if self.trials is None and self.budget is None:
             self._set("trials", TRIALS)
         if self.keep is None:
@@ -137,6 +139,8 @@ def _check_numbers(c: SearchConfig) -> None:
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")
     require("objective", c.objective, f"one of {allowed}", ",".join(c.objective) in allowed)
+    is_free = not c.previous or len(c.objective) == 1
+    require("previous", c.previous, "left out where there are several objectives", is_free)
     require("metric", c.metric, f"one of {MONITORS}", c.metric in MONITORS)
     if isinstance(c.test, float):
         require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)

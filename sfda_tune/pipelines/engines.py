@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.pipelines.spaces import Space
+from sfda_tune.selection.calibration import Observation
 from sfda_tune.values.files import read_json
 from sfda_tune.values.formats import TRIAL
 
@@ -105,6 +106,8 @@ class Job:
         To be called with all trials after every event.
     is_over : callable
         Whether no trial may begin any more.
+    previous : sequence of sequence of Observation
+        What searches on other data have tried.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Job:
     train_factory: Callable[[], Callable[[Trial], Iterator[Trial]]] = field(repr=False)
     update_trials: Callable[[Sequence[Trial]], None] = field(repr=False)
     is_over: Callable[[], bool] = field(repr=False)
+    previous: Sequence[Sequence[Observation]] = field(default=(), repr=False)
 
 
 Engine = Callable[[Job], list[Trial]]

@@ -13,6 +13,7 @@ import numpy as np
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.finetuning.models import predict
+from sfda_tune.selection.calibration import Observation
 from sfda_tune.values.files import check, read_json, say_kind, write_csv, write_json
 from sfda_tune.values.formats import FOUND, SEARCH
 from sfda_tune.values.ranking import Ranking
@@ -94,6 +95,16 @@ class SearchResult:
             )
         check(summary, FOUND, "search.json")
         return cls(folder, summary, Ranking.from_json(folder / "ranking.json"))
+
+    @property
+    def history(self) -> tuple[Observation, ...]:
+        """The trials as evidence for searches on other data: complete ones, higher is better."""
+        sign = -1.0 if self.summary["metric"] == "log_loss" else 1.0
+        return tuple(
+            Observation(t["backbone"], "complete", sign * t["value"], params=t["params"])
+            for t in self.summary["trials"]
+            if t["state"] == "complete" and t["value"] is not None
+        )
 
     @property
     def best(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ from sfda_tune.values.redaction import redact
 __all__ = ["RunFolder", "begin", "name_study", "reopen"]
 
 # may differ when a search goes on
-FREE = ("workers", "decoders", "progress", "out", "cache", "device", "max_unreadable")
+FREE = ("workers", "decoders", "progress", "out", "cache", "device", "max_unreadable", "previous")
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
 

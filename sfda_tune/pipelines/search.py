@@ -23,6 +23,7 @@ from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.stages import run_stages
 from sfda_tune.pipelines.workers import share_cores
 from sfda_tune.values.redaction import without_secrets
+from sfda_tune.values.text import require
 
 __all__ = ["search"]
 
@@ -57,6 +58,7 @@ def search(
     precision: str = "float32",
     plugins: Iterable[str] = (),
     cache: bool | str | os.PathLike[str] | None = True,
+    previous: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: Any = False,
@@ -116,6 +118,9 @@ def search(
         for once, before anything is ranked, and left out of everything.
     device, precision, plugins, cache
         See `rank`.
+    previous : sequence of path, optional
+        Folders of finished searches on other data: what parameters did best there is preferred, as
+        far as the trials of this search bear it out. With one objective.
     seed : int, default 0
         With one worker, no budget and one objective, the same seed gives the same trials.
     out : path, optional
@@ -145,12 +150,16 @@ def search(
         dataset=dataset, backbones=backbones, trials=trials, budget=budget, engine=engine,
         storage=storage, workers=workers, keep=keep, objective=objective, metric=metric,
         max_params=max_params, max_latency=max_latency, space=space, epochs=epochs,
+        previous=previous,
         samples=samples, test=test, split=split, image_column=image_column,
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
         time_column=time_column,
     )  # fmt: skip
+    for run in config.previous:  # what cannot be read is said before any work
+        known = SearchResult.open(run).history
+        require("previous", run, "the folder of a search with a complete trial", known)
     with (
         counting(),
         _as_found(device),

@@ -37,6 +37,7 @@ from sfda_tune.pipelines.engines import DIED, Job, Trial
 from sfda_tune.pipelines.inputs import Inputs, open_inputs
 from sfda_tune.pipelines.latency import measure_costs
 from sfda_tune.pipelines.ranking import rank
+from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.run_folder import RunFolder, begin, name_study
 from sfda_tune.pipelines.training import (
     evaluate_winner,
@@ -238,6 +239,7 @@ def tune(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) -> N
         train=lambda trial: train(folder, inputs, trial, is_over),
         train_factory=partial(open_training, replace(config, progress=False), get_switches()),
         update_trials=update_trials, is_over=is_over,
+        previous=[SearchResult.open(run).history for run in config.previous],
     )  # fmt: skip
     trials = inputs.engine(job)
     update_trials(trials)

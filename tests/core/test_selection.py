@@ -212,6 +212,23 @@ def test_the_same_seed_gives_the_same_trials(found, tmp_path, monkeypatch):
     assert [t["state"] for t in again.trials] == [t["state"] for t in found.trials]
 
 
+def test_a_search_may_learn_from_an_earlier_one(found, tmp_path):
+    known = found.history
+    complete = [t for t in found.trials if t["state"] == "complete"]
+    assert [(o.params, o.value) for o in known] == [(t["params"], t["value"]) for t in complete]
+    few = {"trials": 1, "epochs": 1, "samples": 120, "cache": False, "out": tmp_path / "run"}
+    again = search("digits", ONE, previous=[found.folder], **few)
+    assert again.summary["status"] == "done"
+    assert read(again.folder, "config.json")["previous"] == [str(found.folder)]
+    for options, message in (
+        ({"previous": [tmp_path]}, "must be that of a finished search .* holds no search.json"),
+        ({"previous": [found.folder], "objective": ("accuracy", "params")}, "several objectives"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            search("digits", ONE, **few | options | {"out": tmp_path / "none"})
+    assert not (tmp_path / "none").exists()
+
+
 def test_more_trials_or_a_larger_budget_go_on(tmp_path):
     few = {"epochs": 1, "samples": 120, "cache": False, "out": tmp_path}
     first = search("digits", ONE, trials=1, **few)

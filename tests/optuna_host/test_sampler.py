@@ -1002,3 +1002,76 @@ def test_without_a_seed_two_samplers_differ_and_str_is_the_class():
         one, two = SFDASampler(VALUES), SFDASampler(VALUES)
     assert one.policy.seed != two.policy.seed
     assert str(one) == "SFDASampler"
+
+
+# Earlier studies --------------------------------------------------------------------------------
+def bump(trial, names=NAMES, sign=1.0):
+    """The same optimum of lr for every backbone, on every data set."""
+    offset = names.index(trial.suggest_categorical("backbone", names)) / 10
+    lr = trial.suggest_float("lr", 1e-6, 1.0, log=True)
+    return sign * (-((np.log10(lr) + 3) ** 2) - offset)
+
+
+def make_earlier(seed, direction="minimize"):
+    names = ["x", "y", "z"]  # other backbones, in another unit, on other data
+    study = optuna.create_study(direction=direction, sampler=RandomSampler(seed=seed))
+    study.optimize(lambda t: 100 * bump(t, names, -1.0) + 7, n_trials=30)
+    return study
+
+
+def tune_bump(previous, seed, n=10, **options):
+    study = make_study(SFDASampler(VALUES, previous=previous, seed=seed, **options))
+    study.optimize(bump, n_trials=n)
+    return [trial.params for trial in study.trials]
+
+
+@pytest.mark.parametrize("multivariate", [False, True])
+def test_earlier_studies_tell_of_the_parameters(multivariate):
+    def distance(previous):
+        found = []
+        for seed in range(4):
+            base = TPESampler(seed=seed, n_startup_trials=20, multivariate=multivariate)
+            params = tune_bump(previous, seed, base_sampler=base)[4:]
+            found += [abs(np.log10(p["lr"]) + 3) for p in params]
+        return np.mean(found)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # multivariate is experimental
+        assert distance([make_earlier(seed) for seed in range(2)]) < 0.7 * distance([])
+
+
+def test_earlier_studies_that_mislead_change_nothing():
+    """Nor do they before the third trial, nor those of other parameters."""
+    misled = make_earlier(0, direction="maximize")  # what is best here was worst
+    alone = tune_bump([], 0, 12)
+    assert tune_bump([misled], 0, 12) == alone
+    assert tune_bump([make_earlier(0)], 0, 3) == alone[:3]
+    other = optuna.create_study(direction="maximize", sampler=RandomSampler(seed=0))
+    other.optimize(lambda t: t.suggest_float("x", 0, 1) + len(
+        t.suggest_categorical("backbone", ["x", "yy"])), n_trials=9)  # fmt: skip
+    assert tune_bump([other], 0, 12) == alone
+
+
+def test_observations_of_an_earlier_study_are_as_good_as_it():
+    earlier = make_earlier(0)
+    seen = observe(earlier, earlier.trials, "backbone")
+    told = tune_bump([seen], 0, 10)
+    assert told == tune_bump([earlier], 0, 10) == tune_bump([list(seen)], 0, 10)
+    assert told != tune_bump([], 0, 10)
+
+
+def test_earlier_studies_must_be_of_use():
+    two = optuna.create_study(directions=["maximize", "maximize"])
+    for previous, message in (
+        ([two], "studies with one objective"),
+        (["s"], "a list of studies"),
+        ([optuna.create_study()], "studies with complete trials that have 'backbone'"),
+    ):
+        with pytest.raises(ValueError, match=f"`previous` must be {message}"):
+            SFDASampler(VALUES, previous=previous)
+    earlier = [make_earlier(0)]
+    with pytest.raises(ValueError, match="`base_sampler` must be TPE or random search where"):
+        SFDASampler(VALUES, previous=earlier, base_sampler=QMCSampler(seed=0))
+    two.sampler = SFDASampler(VALUES, previous=earlier, seed=0)
+    with pytest.raises(ValueError, match="left out with several objectives"):
+        two.optimize(lambda trial: (bump(trial), 1.0), n_trials=1)

@@ -146,8 +146,9 @@ def test_closed_loops_are_the_same_as_in_optuna(chosen):
     )
 
     def objective(trial):
+        backbone = trial.suggest_categorical("backbone", NAMES)
         trial.suggest_float("lr", 1e-5, 1e-1, log=True)
-        return VALUES[trial.suggest_categorical("backbone", NAMES)]
+        return VALUES[backbone]
 
     study.optimize(objective, 25)
     ours = drive(
@@ -351,6 +352,13 @@ def test_trap_S05_an_unknown_error_may_be_explained():
             searcher.explain_error(f"new{k}", "a", lost=False)
         searcher.explain_error(f"gone{k}", "b", lost=True)
     assert find_backed_off(find_history(searcher), 8) == {"a"}
+
+
+def test_earlier_studies_are_learnt_from_as_in_optuna():
+    first = make()
+    drive(first, 12)
+    earlier = observe(first.study, first.study.trials, "backbone")
+    assert drive(make(previous=[first.study]), 12) == drive(make(previous=[earlier]), 12)
 
 
 def test_a_lost_machine_is_not_the_backbones_fault():
