@@ -67,7 +67,7 @@ class Hub:
         self.requests: list[tuple[str, str]] = []
         self.sent: dict[str, int] = defaultdict(int)
         self.rate, self._due, self._lock = rate, 0.0, threading.Lock()
-        self.down = False
+        self.down = self.over = False
         self._server = Server(("127.0.0.1", 0), type("H", (Handler,), {"hub": self}))
         self.port = self._server.server_port
         self.url, self.cdn = f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}"
@@ -80,6 +80,7 @@ class Hub:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.over = True
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -210,7 +211,8 @@ class Handler(BaseHTTPRequestHandler):
         kind, piece, sent = (trouble or ("",))[0], PIECE, 0
         if kind == "trickle":
             piece = trouble[1]
-        while start < file.size:
+        self.close_connection = True
+        while start < file.size and not self.hub.over:
             stop = min(start + piece, file.size)
             if kind in ("cut", "reset"):
                 stop = min(stop, start + trouble[1] - sent)
@@ -221,7 +223,6 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 self.wfile.write(bytes(len(data)) if kind == "wrong" else data)
             except OSError:  # whoever asked has gone
-                self.close_connection = True
                 return
             start, sent = stop, sent + len(data)
             self.hub.sent[repo] += len(data)
@@ -231,8 +232,8 @@ class Handler(BaseHTTPRequestHandler):
                     now = struct.pack("ii", 1, 0)
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
                     self.connection.close()
-                self.close_connection = True
                 return
+        self.close_connection = start < file.size
 
     def trouble_of(self, repo: str, filename: str, kind: str) -> bool:
         queue = self.hub.trouble[repo, filename]

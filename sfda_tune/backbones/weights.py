@@ -153,6 +153,8 @@ def fetch_file(remote: Remote, filename: str, tell: Tell | None = None) -> str |
         raise errors.LocalEntryNotFoundError(f"{filename} is not in the cache")
     revision = version(remote) or remote.revision
     for tries in range(1, TRIES + 1):
+        if tries > 1 and tell is not None:
+            tell(0, None)  # which may have ended meanwhile
         try:
             return _download(remote.repo, filename, revision, tell)
         except errors.LocalEntryNotFoundError:  # the client has tried for long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from sfda_tune.cli.options import AsJson, Debug, Imports
 from sfda_tune.cli.terminal import (
     check_out,
+    fail,
     messages,
     output,
     print_json,
@@ -23,58 +25,85 @@ from sfda_tune.pipelines.terminal import say, text
 from sfda_tune.values.files import check_folder
 from sfda_tune.values.text import format_count
 
+SORTS = ("imagenet", "gmacs", "params", "width", "input")
+
 
 def list_backbones(
     patterns: Annotated[
         list[str], typer.Argument(metavar="GLOB...", help="As for `rank --backbones`.")
     ],
+    sort: Annotated[
+        str,
+        typer.Option(help=f"By what: {', '.join(SORTS)} (best first), or name."),
+    ] = "name",
     imports: Imports = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """List the pretrained backbones that match GLOB, with their size.
 
-    The weights are not fetched: parameters, megabytes (as float32), feature width and input size
-    come from the architecture.
+    The weights are not fetched: parameters, megabytes (as float32), feature
+    width and input size come from the architecture, accuracy on ImageNet and
+    multiplications (in thousand millions) from a table. Only `hf-hub:` needs
+    the hub, for a few lines.
     """
     from rich.progress import track
 
     from sfda_tune.backbones.loading import describe
     from sfda_tune.backbones.specs import resolve_backbones
+    from sfda_tune.metrics.priors import look_up_facts
 
+    if sort not in ("name", *SORTS):
+        fail(f"--sort must be name, {', '.join(SORTS)} but is {sort!r}.")
     found = resolve_backbones(split_commas(patterns), plugins=imports or ())
+    facts = look_up_facts(backbone.spec for backbone in found)
     table = Table()
-    for name in ("backbone", "params", "MB", "width", "input"):
+    for name in ("backbone", "params", "MB", "width", "input", "top-1", "GMACs"):
         table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
+    rows: list[tuple[float, dict[str, Any]]] = []
     failures, size = 0, 0.0
-    rows: list[dict[str, Any]] = []
     for backbone in track(found, "reading", console=messages, transient=True):
         try:
             d = describe(backbone)
         except ValueError as error:
             failures += 1
-            table.add_row(text(backbone.name), "failed")
-            rows.append({"backbone": backbone.name, "error": str(error)})
+            rows.append((math.inf, {"backbone": backbone.name, "error": str(error)}))
             say(messages, f"{backbone.name}: {error}")
             continue
         _, height, width = d.preprocessing.input_size or (0, 0, 0)
-        size += d.n_params * 4 / 1e6
+        fact, size = facts[backbone.spec], size + d.n_params * 4 / 1e6
         about = {"n_params": d.n_params, "n_dims": d.n_dims, "height": height, "width": width}
-        rows.append({"backbone": backbone.name, **about})
-        table.add_row(
-            text(backbone.name),
-            format_count(d.n_params),
-            f"{d.n_params * 4 / 1e6:.1f}",
-            "" if d.n_dims is None else str(d.n_dims),
-            f"{height}×{width}" if height else "",
-        )
+        about |= {"top1": fact.top1, "gmacs": fact.gmacs}
+        keys = {"imagenet": -fact.top1, "gmacs": fact.gmacs, "params": float(d.n_params),
+                "width": float(d.n_dims or math.nan), "input": float(height * width)}  # fmt: skip
+        key = keys.get(sort, 0.0)
+        rows.append((math.inf if math.isnan(key) else key, {"backbone": backbone.name, **about}))
+    rows.sort(key=lambda row: row[0])
     if as_json:
-        print_json(rows)
+        print_json([row for _, row in rows])
     else:
+        for _, row in rows:
+            table.add_row(*map(text, _cells(row)))
         print_table(table)
     say(messages, f"{len(found) - failures} backbones, {size:,.0f} MB in all")
     if failures == len(found):
         raise typer.Exit(1)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Return what the table of `list_backbones` shows of a backbone."""
+    if "error" in row:
+        return [row["backbone"], "failed"]
+    top1, gmacs = (row[key] if math.isfinite(row[key]) else None for key in ("top1", "gmacs"))
+    return [
+        row["backbone"],
+        format_count(row["n_params"]),
+        f"{row['n_params'] * 4 / 1e6:.1f}",
+        "" if row["n_dims"] is None else str(row["n_dims"]),
+        f"{row['height']}×{row['width']}" if row["height"] else "",
+        "" if top1 is None else f"{top1:.1f}",
+        "" if gmacs is None else f"{gmacs:.2f}",
+    ]
 
 
 def evaluate_scores(

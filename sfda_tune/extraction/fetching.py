@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from sfda_tune.backbones import loading, weights
 from sfda_tune.data.loader import patience
@@ -90,12 +89,14 @@ class Fetcher:
         """Fetch what is not here yet, in this order."""
         with self._change:
             for backbone in backbones:
-                item = self._items.get(backbone.name)
-                if item is not None and item.state not in ("gone", "failed"):
-                    continue
-                if _is_remote(backbone):
-                    self._items.pop(backbone.name, None)  # the order is that of these
-                    self._items[backbone.name] = _Item(backbone)
+                name = backbone.name
+                item = self._items.get(name)
+                if item is not None and item.state == "used":
+                    item.state = "here"
+                    self._used.remove(name)
+                elif (item is None or item.state in ("gone", "failed")) and _is_remote(backbone):
+                    self._items.pop(name, None)  # the order is that of these
+                    self._items[name] = _Item(backbone)
             self._start()
             self._change.notify_all()
 
@@ -178,7 +179,7 @@ class Fetcher:
                 with self._change:
                     if item.state == "failed":  # it had stalled: another thread took its place
                         return
-                    item.state, item.error = "failed", error
+                    item.state, item.error, item.size = "failed", error, None
                     self._change.notify_all()
                 if self.tell is not None and not self._stop:
                     self.tell(item.backbone.name, 0, 0)  # of this one nothing more will come
@@ -254,7 +255,7 @@ class Fetcher:
         longest = STALL * patience()
         for item in self._items.values():
             if item.state == "coming" and time.monotonic() - item.moved > longest:
-                item.state, self._n_threads = "failed", self._n_threads - 1
+                item.state, item.size, self._n_threads = "failed", None, self._n_threads - 1
                 item.error = loading.BackboneError(
                     f"nothing of its weights came for {longest:.0f} s; SFDA_TUNE_PATIENCE "
                     f"(seconds) waits {STALL} times as long as it says"
@@ -263,8 +264,8 @@ class Fetcher:
                 self._change.notify_all()
 
 
-def _is_remote(backbone: Backbone) -> Any:
-    """Whether weights are to be fetched; what cannot be found out will be said in opening it."""
+def _is_remote(backbone: Backbone) -> bool:
+    """Whether weights are to be fetched from the hub."""
     if backbone.load is not None:
         return False
     name = loading.timm_name(backbone.spec)

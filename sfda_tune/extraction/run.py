@@ -163,11 +163,15 @@ def extract_within(
     settings = settings or Settings()
     resolve = resolve_device if executor is None else executor.resolve_device
     n, limit, begun = len(dataset), settings.max_unreadable, time.time()
+    if executor is not None or map_fn is not None:
+        fetcher = None
     jobs: dict[str, BackboneJob] = {}
     for backbone in backbones:
         try:
             description, weights = _describe(backbone, store)
             require_memory(description.preprocessing, largest_shard(n))
+            if weights is None and fetcher is not None:  # its features are those of nothing here
+                fetcher.want([backbone])
             key = None
             if weights is not None:
                 pixels = fingerprint_pixels(description.preprocessing)
@@ -232,8 +236,6 @@ def extract_within(
         )
     settings = replace(settings, device=resolve(settings.device))
     tell = progress.advance if progress and map_fn is None and executor is None else None
-    if executor is not None or map_fn is not None:
-        fetcher = None
     worker = Worker(settings, store, tell, fetcher=fetcher)
     outcomes: Any = ()
     keeper = _Keeper(store, begun)
@@ -568,6 +570,8 @@ def _run_apart(worker: Worker, units: Iterable[Unit]) -> Generator[Outcome, None
                 outcome = Outcome(unit.backbone.name, error=describe_error(error))
             if worker.advance is not None:
                 worker.advance(outcome.name, outcome.n_images)
+            if worker.fetcher is not None:
+                worker.fetcher.release(outcome.name)
             if outcome.error is not None:
                 processes.close()
                 pool = None

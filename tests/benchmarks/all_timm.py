@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def ask(repo: str) -> int:
-    """Return the bytes of the weights; the zoo makes their description now, which takes a while."""
+    """Return the bytes of the weights; the zoo makes them known now, which takes long."""
     with urlopen(f"{os.environ['HF_ENDPOINT']}/api/models/{repo}?blobs=true", timeout=300) as told:
         files = {file["rfilename"]: file["size"] for file in json.load(told)["siblings"]}
     return files["model.safetensors"]

@@ -116,17 +116,24 @@ class Zoo(Hub):
         name, _, seed = repo.partition("/")[2].partition("-")
         with torch.device("meta"):
             model = timm.create_model(name)
-        cfg = model.pretrained_cfg
+        cfg, model_args = model.pretrained_cfg, {}
         size = list(cfg["input_size"])
         if self.size is not None and not cfg.get("fixed_input_size"):
             least = (
                 max((cfg.get("min_input_size") or size)[1:]) if cfg.get("min_input_size") else 0
             )
             size = [size[0], *[max(self.size, least)] * 2]
+        elif self.size is not None and type(model).__name__ in ("VisionTransformer", "Eva"):
+            patch = model.patch_embed.patch_size[0]
+            model_args["img_size"] = patch * -(-self.size // patch)
+            size = [size[0], *[model_args["img_size"]] * 2]
+            with torch.device("meta"):
+                model = timm.create_model(name, **model_args)
         kept = {"input_size": size} | {k: cfg[k] for k in KEPT if cfg.get(k) is not None}
         kept.pop("test_input_size", None)
         config = {"architecture": name.partition(".")[0], "num_classes": cfg["num_classes"],
-                  "pretrained_cfg": kept | {"num_classes": cfg["num_classes"]}}  # fmt: skip
+                  "pretrained_cfg": kept | {"num_classes": cfg["num_classes"]},
+                  "model_args": model_args}  # fmt: skip
         weights = make_weights(model.state_dict(), int(seed or 0))
         files = {"config.json": Content.of(json.dumps(config).encode())}
         return {hashlib.sha1(repo.encode()).hexdigest(): files | {"model.safetensors": weights}}

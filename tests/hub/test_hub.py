@@ -1,5 +1,6 @@
 """Weights from a hub that is there, slow, in trouble, or gone."""
 
+import json
 import re
 import threading
 import time
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hub_lab import Hub, connect
 
-from sfda_tune import rank, resolve_backbones
+from sfda_tune import rank, resolve_backbones, search
 from sfda_tune.backbones import weights
 from sfda_tune.backbones.fingerprints import fingerprint
 from sfda_tune.backbones.loading import BackboneError, load
@@ -256,6 +257,33 @@ def test_the_bill_has_the_sizes_of_the_hub(hub, photos, monkeypatch):
     assert "the hub does not tell the size of 3" in str(offline)
 
 
+def test_a_budget_ends_while_weights_are_awaited(hub, photos):
+    for name in ("convnext", "vit"):
+        hub.trouble[f"toy/{name}", FILE] += [("trickle", 10, 0.05)]
+    began = time.monotonic()
+    ranking = rank(photos, specs(hub), cache=False, budget=4, **CPU)
+    assert time.monotonic() - began < 12
+    assert {"hf-hub:toy/convnext", "hf-hub:toy/vit"} <= set(ranking.info["not_looked_at"])
+
+
+def test_a_search_over_a_hub(hub, photos, tmp_path, monkeypatch):
+    hub.gated.add("toy/convnext")
+    hub.trouble["toy/vit", FILE] += [("body", 503)]
+    how = {"trials": 1, "epochs": 1, "keep": 1, "device": "cpu", "decoders": 0}
+    found = search(photos, [specs(hub)[0], specs(hub)[-1]], out=tmp_path / "run", **how)
+    assert found.best["backbone"] == "hf-hub:toy/vit"
+    assert (
+        "gated on the hub"
+        in json.loads((tmp_path / "run/search.json").read_text())["excluded"][
+            "hf-hub:toy/convnext"
+        ]
+    )
+    hub.down = True
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    again = search(photos, [specs(hub)[-1]], out=tmp_path / "again", **how)
+    assert again.best["backbone"] == "hf-hub:toy/vit"
+
+
 def test_names_of_timm_and_old_formats(hub, monkeypatch, make_checkpoint, tmp_path):
     import timm
     import torch
@@ -289,6 +317,21 @@ def test_the_command_line_over_a_hub(hub, photos, tmp_path, capsys, toy_zoo):
     assert "gated" in shown.out + shown.err
     assert [n for n in ("resnet", "convnext", "efficientnet") if n not in shown.out] == []
     assert not np.any([find_cached(spec) for spec in specs(hub)])
+
+
+def test_backbones_are_listed_with_and_without_a_hub(hub, capsys, monkeypatch):
+    arguments = ["backbones", *specs(hub), "test_convnext.*", "--sort", "params"]
+
+    def shown():
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+        return capsys.readouterr().out
+
+    online = shown()
+    assert [spec for spec in specs(hub) if spec not in online] == []
+    hub.down = True
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert shown() == online
 
 
 def test_errors_of_weights_disk(photos):
