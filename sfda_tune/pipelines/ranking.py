@@ -22,6 +22,7 @@ from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.groups import describe_groups
+from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
@@ -31,7 +32,7 @@ from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.pipelines.budget import RankingWatch, parse_budget
 from sfda_tune.pipelines.noting import NotingScorer
-from sfda_tune.selection.diagnostics import find_leak, tell_copies
+from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.forecast import (
     MODES,
@@ -232,10 +233,15 @@ def rank(
     )  # fmt: skip
     if samples is not None:
         images = images.sample(samples, seed=seed)
-    whole, codes = images, group_twins(images)
+    digests = images.digests()
+    whole, codes = images, group_twins(images, digests=digests)
     twins = find_twins(whole, codes)
     if twins.copies:
         images = images.subset(twins.kept)
+    near = find_near(images, store, [digests[row] for row in twins.kept])
+    if near is not None and near.equal:
+        images, twins, near = _leave_out_equal(whole, codes, twins, near)
+    images = with_near(images, near.pairs if near else [])
 
     from sfda_tune.pipelines.progress import as_progress
 
@@ -277,7 +283,9 @@ def rank(
     copies = run.copies.twins.describe(whole)
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
-    info = run.info(samples, seed) | copies
+    info = run.info(samples, seed) | copies | describe_near(images, near and near.pairs)
+    if said := tell_near(info):
+        warnings.warn(f"{said}.", CopiesWarning, stacklevel=2)
     if unseen:
         info["not_looked_at"] = unseen
     if report is not None:
@@ -311,6 +319,21 @@ def rank(
     if interrupted:
         raise RankingInterruptedError(ranking)
     return ranking
+
+
+def _leave_out_equal(
+    whole: ImageDataset, codes: np.ndarray, twins: Twins, near: Near
+) -> tuple[ImageDataset, Twins, Near]:
+    """Leave out what shows the same pixels as another; changes the codes of copies."""
+    for i, j in near.equal:
+        codes[codes == codes[twins.kept[j]]] = codes[twins.kept[i]]
+    found = find_twins(whole, codes)
+    row = {int(row): n for n, row in enumerate(found.kept)}
+    pairs = {
+        tuple(sorted(row[found.copies.get(end, end)] for end in twins.kept[list(pair)].tolist()))
+        for pair in near.pairs
+    }
+    return whole.subset(found.kept), found, Near(sorted((i, j) for i, j in pairs if i != j), [])
 
 
 def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:

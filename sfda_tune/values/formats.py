@@ -33,6 +33,10 @@ RANKING: dict[Any, Any] = {
         "copies?": ([{"image": str, "same_as": str}], None),
         "several_classes?": ([{"image": str, "classes": [str]}], None),
         "groups?": (GROUPS, None),
+        "near_duplicates?": (
+            {"n": int, "sets": int, "several_classes": int, "pairs": [[str]]},
+            None,
+        ),
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,
