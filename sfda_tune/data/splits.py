@@ -154,7 +154,9 @@ def _hold_out_groups(
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    y, of = whole.labels[rest], units[rest]
+    # numbered by their first rows: another numbering would be another seed
+    _, first, of = np.unique(units[rest], return_index=True, return_inverse=True)
+    y, of = whole.labels[rest], np.argsort(np.argsort(first))[of]
     n_c = np.bincount(y, minlength=len(whole.classes))
     k = min(max(2, round(1 / share)), len(np.unique(of)), int(n_c.max()))
     best: tuple[Any, ...] | None = None

@@ -21,7 +21,7 @@ from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
-from sfda_tune.data.groups import describe_groups
+from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import extract_within
@@ -283,7 +283,10 @@ def rank(
     copies = run.copies.twins.describe(whole)
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
-    info = run.info(samples, seed) | copies | describe_near(images, near and near.pairs)
+    info = run.info(samples, seed) | copies
+    if "groups" in info:
+        info["groups"]["options"] = describe_options(groups) | {"split_column": split_column}
+    info |= describe_near(images, near and near.pairs)
     if said := tell_near(info):
         warnings.warn(f"{said}.", CopiesWarning, stacklevel=2)
     if unseen:
@@ -299,6 +302,9 @@ def rank(
         }
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
+        if images.group_codes is not None:
+            text = "`ensemble` knows no groups: what they give away counts in its choice"
+            warnings.warn(text, stacklevel=2)
     if facts is None and not interrupted:
         facts = find_candidate_facts(candidates)
     if facts is not None:

@@ -315,6 +315,7 @@ def _test(run: Run) -> dict[str, Any] | None:
         for i, j in worst
         if wrong[i, j]
     ]
+    known = ((run.search or {}).get("best") or {}).get("test_interval") or ()  # knows groups
     return {
         "matrix": [
             list(zip(*row, strict=True))
@@ -325,7 +326,7 @@ def _test(run: Run) -> dict[str, Any] | None:
         "rows": sorted(rows, key=lambda r: r["share"]),
         "n": int(n.sum()),
         "right": int(right.sum()),
-        "interval": accuracy_interval(right.sum(), n.sum()),
+        "interval": known if len(known) == 2 else accuracy_interval(right.sum(), n.sum()),
     }
 
 
@@ -351,6 +352,7 @@ def _command(run: Run) -> str:
     if run.search is None:
         metric = re.fullmatch(r"(\w+)(?: \((\w+)\))?", run.ranking.metric)
         options = {"dataset": info.get("dataset"), "samples": info.get("samples")}
+        options |= (info.get("groups") or {}).get("options") or {}
         options |= {"seed": info.get("seed"), "metric": metric and metric[1]}
         options |= {"train" if is_forecast(run.ranking) else "variant": metric and metric[2]}
         specs = [str(s.details.get("spec") or s.backbone) for s in run.ranking.scores]

@@ -18,7 +18,12 @@ COUNT = (AtLeast(0), None)
 NUMBER = (float, None)
 TEXT = (str, None)
 NUMBERS = {str: NUMBER}
-GROUPS = {"n": AtLeast(1, int), "largest": AtLeast(1, int), "several_classes": AtLeast(0, int)}
+GROUPS: dict[Any, Any] = {
+    "n": AtLeast(1, int),
+    "largest": AtLeast(1, int),
+    "several_classes": AtLeast(0, int),
+    "options?": ({str: TEXT}, None),
+}
 
 RANKING: dict[Any, Any] = {
     "format": str,
@@ -128,6 +133,7 @@ SEARCH: dict[Any, Any] = {
             "epochs?": (int, None),
             "val?": (NUMBERS, None),
             "test?": (NUMBERS, None),
+            "test_interval?": ([float], None),
             "latency_ms?": COUNT,
             "n_params?": COUNT,
         },
