@@ -116,7 +116,7 @@ def find_near(
     rows = sorted({row for pair in pairs for row in pair})
     pixels = dict(zip(rows, images.digests(rows, pixels=True), strict=True))
     found = Near(pairs, [(i, j) for i, j in pairs if pixels[i] == pixels[j] != UNREADABLE])
-    if key is not None:
+    if store is not None and key is not None:
         store.note(
             "near",
             key.hexdigest(),

@@ -335,10 +335,8 @@ def _leave_out_equal(
         codes[codes == codes[twins.kept[j]]] = codes[twins.kept[i]]
     found = find_twins(whole, codes)
     row = {int(row): n for n, row in enumerate(found.kept)}
-    pairs = {
-        tuple(sorted(row[found.copies.get(end, end)] for end in twins.kept[list(pair)].tolist()))
-        for pair in near.pairs
-    }
+    ends = {n: row[found.copies.get(int(k), int(k))] for n, k in enumerate(twins.kept)}
+    pairs = {(min(a, b), max(a, b)) for a, b in ((ends[i], ends[j]) for i, j in near.pairs)}
     return whole.subset(found.kept), found, Near(sorted((i, j) for i, j in pairs if i != j), [])
 
 
