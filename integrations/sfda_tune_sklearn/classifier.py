@@ -121,7 +121,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         self.plugins = plugins
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any = None) -> BackboneClassifier:
+    def fit(self, X: Any, y: Any = None, groups: Any = None) -> BackboneClassifier:
         """Choose a backbone and train it.
 
         Parameters
@@ -131,8 +131,11 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
             Left out where X is what `sfda_tune.open_dataset` opens: a folder with one sub-folder
             per class, a table, a data set by name. Of its own parts the training part is used,
             and by the fine-tuning also those for validation and test.
+        groups : sequence of hashable, shape (n_images,), optional
+            What images belong together (a patient, a video): scores leave out whole groups, and
+            the search splits by them. Where y is left out, whatever `open_dataset` takes.
         """
-        dataset = self._label(X, y)
+        dataset = self._label(X, y, groups)
         candidates = sfda_tune.resolve_backbones(self.backbones, plugins=self.plugins)
         how = {
             "device": self.device,
@@ -143,6 +146,8 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         }
         train = self._search if self.finetune else self._probe
         has_parts = self.finetune and y is None and isinstance(X, str | os.PathLike)
+        if has_parts and groups is not None:
+            how["groups"] = groups
         name, model = train(X if has_parts else dataset, candidates, how)
         self._backbone = next(b for b in candidates if b.name == name)
         self.backbone_, self.model_ = name, model
@@ -289,7 +294,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
         self.backbone_, self.result_ = state["backbone"], None
         return self
 
-    def _label(self, X: Any, y: Any) -> ImageDataset:
+    def _label(self, X: Any, y: Any, groups: Any = None) -> ImageDataset:
         """Check images and labels; learn the classes."""
         if y is None:
             if not isinstance(X, str | os.PathLike | ImageDataset):
@@ -297,7 +302,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
                     f"{type(self).__name__} requires y to be passed, but the target y is None; "
                     "only folders, tables and data sets have labels of their own."
                 )
-            dataset = open_dataset(X)
+            dataset = open_dataset(X, groups=groups)
             read_images(self, dataset, fit=True)
             self.classes_ = np.array(dataset.classes)
             return dataset
@@ -313,7 +318,8 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
                 "`y` must hold two classes or more to choose a backbone but holds one class, "
                 f"{self.classes_[0]!r}."
             )
-        return ImageDataset("X", items, codes, tuple(map(str, self.classes_)))
+        dataset = ImageDataset("X", items, codes, tuple(map(str, self.classes_)))
+        return dataset if groups is None else open_dataset(dataset, groups=groups)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -62,17 +62,25 @@ class Twins:
         }
 
 
-def group_twins(images: ImageDataset, pixels: Sequence[str] | None = None) -> np.ndarray:
+def group_twins(
+    images: ImageDataset,
+    pixels: Sequence[str] | None = None,
+    digests: Sequence[str] | None = None,
+) -> np.ndarray:
     """Return a code for each row, equal for copies of one image; unreadable files have none.
 
-    Copies have the same bytes, or the same digest of `pixels`, where these are known.
+    Copies have the same bytes (`digests`, if they are known), or the same digest of `pixels`,
+    where these are known.
 
     >>> pixels = np.arange(3 * 4 * 4, dtype=np.uint8).reshape(3, 4, 4)
     >>> group_twins(ImageDataset("x", pixels[[0, 1, 0, 2]], np.zeros(4, int), ("a",))).tolist()
     [0, 1, 0, 3]
     """
     first: dict[str, int] = {}
-    digests = images.digests() if pixels is None else pixels
+    if pixels is not None:
+        digests = pixels
+    elif digests is None:
+        digests = images.digests()
     codes = np.array([first.setdefault(d, row) for row, d in enumerate(digests)], dtype=np.int64)
     for row in np.flatnonzero(np.bincount(codes, minlength=len(codes)) > 1).tolist():
         lost = digests[row] == UNREADABLE

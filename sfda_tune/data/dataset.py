@@ -136,6 +136,16 @@ class ImageDataset:
         except UnreadableImage:
             return UNREADABLE
 
+    def thumbnail(self, row: int, side: int) -> np.ndarray:
+        """One image as a square in colour; zeros for what is smaller, or cannot be read."""
+        try:
+            image = decode(self.items[row], 4 * side)
+        except Exception:  # `load` says why
+            return np.zeros((side, side, 3), np.uint8)
+        if min(image.size) < side:
+            return np.zeros((side, side, 3), np.uint8)
+        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
+
     def digests(
         self, rows: Iterable[int] | None = None, workers: int = 8, *, pixels: bool = False
     ) -> list[str]:

@@ -118,8 +118,10 @@ def deep_to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.rint(pixels * (255 / full)).astype(np.uint8)
 
 
-def decode(item: Any) -> Image.Image:
+def decode(item: Any, least: int | None = None) -> Image.Image:
     """Item of an `ImageDataset` → RGB image; `explain` says why, if it raises.
+
+    Where `least` pixels on a side will do, a JPEG is decoded at a fraction of its size.
 
     A `Verdict` is about the bytes, which were read before; anything else may pass.
     """
@@ -131,6 +133,8 @@ def decode(item: Any) -> Image.Image:
             return to_rgb(content)
         _prepare_pillow()
         with Image.open(io.BytesIO(content)) as image:
+            if least is not None:
+                image.draft(None, (least, least))  # pyright: ignore[reportArgumentType]
             return to_rgb(image)
     except Exception as error:
         if is_passing(error):

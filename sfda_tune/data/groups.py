@@ -24,6 +24,7 @@ __all__ = [
     "FOLDERS",
     "check_groups",
     "describe_groups",
+    "describe_options",
     "find_groups",
     "merge_codes",
     "name_groups",
@@ -166,6 +167,18 @@ def describe_groups(groups: np.ndarray | None, labels: np.ndarray) -> dict[str, 
             "several_classes": int((np.bincount(pairs) > 1).sum()),
         }
     }
+
+
+def describe_options(groups: Any) -> dict[str, str | None]:
+    """Return the options of the command line that stand for `groups`."""
+    options: dict[str, str | None] = dict.fromkeys(("groups", "group_column", "group_regex"))
+    if isinstance(groups, re.Pattern):
+        options["group_regex"] = groups.pattern
+    elif isinstance(groups, str):
+        options["groups" if groups == FOLDERS else "group_column"] = groups
+    elif groups is not None:
+        options["groups"] = f"<{type(groups).__name__}>"
+    return options
 
 
 def read_times(values: Sequence[Any], where: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from sfda_tune.data.checks import DatasetError, NoPartError
 from sfda_tune.data.copies import group_twins, shared_images
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import merge_codes
+from sfda_tune.data.near import MOST, shared_near
 from sfda_tune.data.opening import open_dataset, open_part
 from sfda_tune.values.text import some
 
@@ -153,7 +154,9 @@ def _hold_out_groups(
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    y, of = whole.labels[rest], units[rest]
+    # numbered by their first rows: another numbering would be another seed
+    _, first, of = np.unique(units[rest], return_index=True, return_inverse=True)
+    y, of = whole.labels[rest], np.argsort(np.argsort(first))[of]
     n_c = np.bincount(y, minlength=len(whole.classes))
     k = min(max(2, round(1 / share)), len(np.unique(of)), int(n_c.max()))
     best: tuple[Any, ...] | None = None
@@ -210,6 +213,9 @@ def tell_shared(
     Where they are known, by the digests of their `pixels`.
     """
     said = []
+    alike = [set(), set()]
+    if sum(map(len, parts.values())) <= MOST:
+        alike = shared_near(parts["train"], [parts["val"], parts["test"]])
     for key, name in (("val", "validation"), ("test", "test")):
         images = parts[key]
         both = None if pixels is None else (pixels["train"], pixels[key])
@@ -219,6 +225,12 @@ def tell_shared(
                 f"{'is' if len(shared) == 1 else 'are'} among the training images, too "
                 f"({images.item_name(shared[0])}{', …' * (len(shared) > 1)}): numbers on them are "
                 "too good; remove them from one side"
+            )
+        if near := alike.pop(0) - set(shared):
+            said.append(
+                f"{len(near)} of {len(images)} {name} images nearly equal training images "
+                f"({some(images.item_name(j) for j in sorted(near))}): numbers on them are too "
+                "good; remove them from one side, or name groups"
             )
         ours, theirs = parts["train"].groups, images.groups
         if ours is not None and theirs is not None and (both := set(ours) & set(theirs)):

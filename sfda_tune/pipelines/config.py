@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sfda_tune.data.groups import FOLDERS
+from sfda_tune.data.groups import describe_options
 from sfda_tune.finetuning.config import MONITORS
 from sfda_tune.pipelines.budget import parse_budget
 from sfda_tune.pipelines.spaces import open_space
@@ -103,16 +102,7 @@ class SearchConfig:
             values["backbones"] = [values["backbones"]]  # as the command line has it
         if self.space is not None:
             values["space"] = open_space(self.space).to_dict()
-        return values | {"storage": redact(self.storage), **_describe_groups(self.groups)}
-
-
-def _describe_groups(groups: Any) -> dict[str, str | None]:
-    """Return the options of the command line that stand for it."""
-    column = groups if isinstance(groups, str) and groups != FOLDERS else None
-    regex = groups.pattern if isinstance(groups, re.Pattern) else None
-    rest = None if column or regex or groups is None else _plain(groups)
-    rest = f"<{type(groups).__name__}>" if isinstance(rest, list) else rest
-    return {"groups": rest, "group_column": column, "group_regex": regex}
+        return values | {"storage": redact(self.storage), **describe_options(self.groups)}
 
 
 def _plain(value: Any) -> Any:

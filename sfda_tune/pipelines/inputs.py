@@ -13,6 +13,8 @@ from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.copies import group_twins
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.groups import merge_codes
+from sfda_tune.data.near import find_near, near_codes
 from sfda_tune.data.splits import fingerprint, split_images
 from sfda_tune.finetuning.images import look_at
 from sfda_tune.finetuning.shared import SharedWork
@@ -102,7 +104,11 @@ def _look(
             f"{n} of the {total} images cannot be read, more than "
             f"max_unreadable={limit:g} allows; the first is {item} ({why})"
         )
-    return Survey(bad, names, pixels, group_twins(opened["train"], pixels["train"]))
+    twins = group_twins(opened["train"], pixels["train"])
+    near = find_near(opened["train"])
+    if near is not None and near.pairs:
+        twins = merge_codes(twins, near_codes(len(twins), near.pairs))
+    return Survey(bad, names, pixels, twins)
 
 
 def _read_twins(splits: Mapping[str, Any], n: int) -> np.ndarray | None:

@@ -23,7 +23,8 @@ from sfda_tune.data.checks import absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
-from sfda_tune.data.groups import describe_groups
+from sfda_tune.data.groups import describe_groups, describe_options
+from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.fetching import Fetcher
 from sfda_tune.extraction.run import extract_within
@@ -34,7 +35,7 @@ from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
 from sfda_tune.pipelines.budget import RankingWatch, parse_budget
 from sfda_tune.pipelines.noting import NotingScorer
-from sfda_tune.selection.diagnostics import find_leak, tell_copies
+from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.forecast import (
     MODES,
@@ -198,7 +199,7 @@ def rank(
         precision=None if precision == "float32" else precision,
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
-        ensemble=ensemble,
+        ensemble=ensemble, split_column=split_column, **describe_options(groups),
     )  # fmt: skip
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
     if executor is None:
@@ -258,10 +259,15 @@ def rank(
     )  # fmt: skip
     if samples is not None:
         images = images.sample(samples, seed=seed)
-    whole, codes = images, group_twins(images)
+    digests = images.digests()
+    whole, codes = images, group_twins(images, digests=digests)
     twins = find_twins(whole, codes)
     if twins.copies:
         images = images.subset(twins.kept)
+    near = find_near(images, store, [digests[row] for row in twins.kept])
+    if near is not None and near.equal:
+        images, twins, near = _leave_out_equal(whole, codes, twins, near)
+    images = with_near(images, near.pairs if near else [])
 
     from sfda_tune.pipelines.progress import as_progress
 
@@ -310,6 +316,9 @@ def rank(
     if said := tell_copies(copies):
         warnings.warn("; ".join(said) + ".", CopiesWarning, stacklevel=2)
     info = run.info(samples, seed) | copies | {"arguments": arguments}
+    info |= describe_near(images, near and near.pairs)
+    if said := tell_near(info):
+        warnings.warn(f"{said}.", CopiesWarning, stacklevel=2)
     if unseen:
         info["not_looked_at"] = unseen
     if report is not None:
@@ -323,6 +332,9 @@ def rank(
         }
     if ensemble is not None and not interrupted:
         info["ensemble"] = run.ensemble(ensemble)
+        if images.group_codes is not None:
+            text = "`ensemble` knows no groups: what they give away counts in its choice"
+            warnings.warn(text, stacklevel=2)
     if facts is None and not interrupted:
         facts = find_candidate_facts(candidates)
     if facts is not None:
@@ -359,6 +371,8 @@ def _record_arguments(dataset: Any, **options: Any) -> dict[str, Any]:
         here = os.path.exists(path := absolute(dataset))
         found["dataset"] = path if here else os.fspath(dataset)
     plain = {k: v for k, v in found.items() if isinstance(v, str | numbers.Real | list)}
+    if str(plain.get("groups", "")).startswith("<"):  # what `describe_options` calls an object
+        del plain["groups"]
     unknown = [k for k in found if k not in plain]
     return plain | ({"only_python": unknown} if unknown else {})
 
@@ -399,6 +413,19 @@ def name_hard_images(
 def parse_weights_disk(text: str | int | None) -> int | None:
     """Return the bytes that downloaded weights may take; None for any."""
     return None if text is None else parse_bytes("`weights_disk`", str(text))
+
+
+def _leave_out_equal(
+    whole: ImageDataset, codes: np.ndarray, twins: Twins, near: Near
+) -> tuple[ImageDataset, Twins, Near]:
+    """Leave out what shows the same pixels as another; changes the codes of copies."""
+    for i, j in near.equal:
+        codes[codes == codes[twins.kept[j]]] = codes[twins.kept[i]]
+    found = find_twins(whole, codes)
+    row = {int(row): n for n, row in enumerate(found.kept)}
+    ends = {n: row[found.copies.get(int(k), int(k))] for n, k in enumerate(twins.kept)}
+    pairs = {(min(a, b), max(a, b)) for a, b in ((ends[i], ends[j]) for i, j in near.pairs)}
+    return whole.subset(found.kept), found, Near(sorted((i, j) for i, j in pairs if i != j), [])
 
 
 def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:

@@ -14,7 +14,7 @@ from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import some
 
-__all__ = ["Diagnostic", "diagnose", "find_leak", "tell_copies"]
+__all__ = ["Diagnostic", "diagnose", "find_leak", "tell_copies", "tell_near"]
 Severity = Literal["warning", "note"]
 _Found = tuple[Severity, str] | None
 IN_SAMPLE = ("sfda (official)", "sfda (paper)", "hscore", "transrate")
@@ -47,6 +47,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     ``shrinkage``      λ ≤ 1e-9 or ≥ 0.999
     ``unreadable``     images were left out
     ``copies``         images are exact copies of others, or stand in several classes
+    ``near``           images nearly equal others, or were too many to compare
     ``groups``         how much scores drop where whole groups are left out
     ``lone_classes``   a class lies within one group, so that its images cannot be judged
     =================  ======================================================================
@@ -80,6 +81,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
         "shrinkage": _shrinkage(scores),
         "unreadable": _unreadable(ranking),
         "copies": _copies(ranking),
+        "near": _near(ranking),
         "groups": _groups(ranking, scores),
         "lone_classes": _lone_classes(ranking),
     }
@@ -257,6 +259,32 @@ def _lone_classes(ranking: Ranking) -> _Found:
         f"({some(names)}): without it nothing of {'it' if one else 'them'} is left, so "
         f"{'its' if one else 'their'} images are not judged; add images of other groups.",
     )
+
+
+def _near(ranking: Ranking) -> _Found:
+    said = tell_near(ranking.info)
+    if not said:
+        return None
+    about = ranking.info.get("near_duplicates") or {}
+    return "warning" if about.get("several_classes") else "note", f"{said}."
+
+
+def tell_near(about: Mapping[str, Any]) -> str:
+    """Say in a clause what `describe_near` holds; nothing if there is nothing to say."""
+    if "near_duplicates" not in about:
+        return ""
+    near = about["near_duplicates"]
+    if near is None:
+        return "near duplicates were not looked for, for the images are too many to compare"
+    pairs = some([f"{a} ~ {b}" for a, b in near["pairs"]], 3, "; ")
+    text = (
+        f"{near['n']} images nearly equal others ({pairs}): they make "
+        f"{_count(near['sets'], 'group that is', 'groups that are')} left out together"
+    )
+    if torn := near["several_classes"]:
+        text += f"; {torn} of these {'stands' if torn == 1 else 'stand'} in more than one class: "
+        text += "look at the labels"
+    return text
 
 
 def tell_copies(about: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,12 @@ COUNT = (AtLeast(0), None)
 NUMBER = (float, None)
 TEXT = (str, None)
 NUMBERS = {str: NUMBER}
-GROUPS = {"n": AtLeast(1, int), "largest": AtLeast(1, int), "several_classes": AtLeast(0, int)}
+GROUPS: dict[Any, Any] = {
+    "n": AtLeast(1, int),
+    "largest": AtLeast(1, int),
+    "several_classes": AtLeast(0, int),
+    "options?": ({str: TEXT}, None),
+}
 
 RANKING: dict[Any, Any] = {
     "format": str,
@@ -42,6 +47,10 @@ RANKING: dict[Any, Any] = {
         "copies?": ([{"image": str, "same_as": str}], None),
         "several_classes?": ([{"image": str, "classes": [str]}], None),
         "groups?": (GROUPS, None),
+        "near_duplicates?": (
+            {"n": int, "sets": int, "several_classes": int, "pairs": [[str]]},
+            None,
+        ),
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,
@@ -147,6 +156,7 @@ SEARCH: dict[Any, Any] = {
             "val?": (NUMBERS, None),
             "test?": (NUMBERS, None),
             "calibration?": (CALIBRATION, None),
+            "test_interval?": ([float], None),
             "latency_ms?": COUNT,
             "n_params?": COUNT,
         },

@@ -51,6 +51,11 @@ def groups_of(*args: Any, **kwargs: Any) -> list[str]:
     return data.groups.tolist()
 
 
+def group_array(data: ImageDataset) -> np.ndarray:
+    assert data.groups is not None
+    return data.groups
+
+
 def message(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(DatasetError) as caught:
         open_dataset(*args, **kwargs)
@@ -100,9 +105,9 @@ def test_groups_go_wherever_their_images_go(root):
     data = open_dataset(root, groups=VIDEOS)
     rows = [3, 0, 20]
     assert data.groups is not None
-    assert data.subset(rows).groups.tolist() == data.groups[rows].tolist()
+    assert group_array(data.subset(rows)).tolist() == data.groups[rows].tolist()
     sample = open_dataset(root, groups=VIDEOS, samples=9, seed=1)
-    for item, group in zip(sample.items, sample.groups, strict=True):
+    for item, group in zip(sample.items, group_array(sample), strict=True):
         assert Path(item).parent.name == group
 
 
@@ -199,7 +204,7 @@ def test_the_latest_images_are_held_out(root):
     table = root.parent / "t.csv"
     data = open_dataset(table, groups="video", time_column="day", split="all")
     parts, *_ = split_images(arguments(data))
-    latest = {name: part.times for name, part in parts.items()}
+    latest = {name: np.array(part.times) for name, part in parts.items()}
     assert latest["train"].max() < latest["val"].min()
     assert latest["val"].max() < latest["test"].min()
     late = open_dataset((np.zeros((8, 2, 2), np.uint8), list("aaaaaabb")))
@@ -321,3 +326,94 @@ def test_a_race_and_lone_classes_with_groups():
     ranking = sfda_tune.rank(data, "demo:resnet_glyphs", groups=lone, cache=False)
     kinds = {d.kind: d.message for d in diagnose(ranking)}
     assert "1 class lies within one group each (3)" in kinds["lone_classes"]
+
+
+def frames(seed: int, videos: int, each: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames of videos: one of the digits before a background of its own, with noise."""
+    digits, rng = open_dataset("digits"), np.random.default_rng(seed)
+    rows = np.concatenate(
+        [rng.permutation(np.flatnonzero(digits.labels == c))[: videos // 10] for c in range(10)]
+    )
+    still = np.stack([np.asarray(digits.items[row]) for row in rows]) * 0.7
+    still = np.maximum(still, rng.integers(0, 120, still.shape))
+    owner = np.repeat(np.arange(videos), each)
+    pixels = still[owner] + rng.normal(0, 6, (len(owner), 8, 8))
+    return np.clip(pixels, 0, 255).astype(np.uint8), digits.labels[rows][owner], owner
+
+
+@pytest.mark.slow
+def test_grouped_scores_rank_frames_of_videos_as_new_videos_do():
+    """The truth: a linear head on all frames, tested on videos that nobody has seen."""
+    from scipy.stats import spearmanr
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rho = []
+    for seed in (0, 1):
+        pixels, labels, owner = frames(seed, 60, 8)
+        new, truth, _ = frames(seed + 100, 300, 1)
+        data = open_dataset((pixels, labels), groups=owner)
+        ranking = sfda_tune.rank(data, "demo:*", metric="sfda", cache=False)
+        candidates = sfda_tune.resolve_backbones("demo:*")
+        accuracy = {}
+        seen = sfda_tune.extract(data, candidates)
+        unseen = sfda_tune.extract(open_dataset((new, truth)), candidates)
+        x = {e.backbone.name: e.features.x for e in seen if e.features}
+        for e in unseen:
+            head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+            assert e.features is not None
+            name = e.backbone.name
+            accuracy[name] = head.fit(x[name], labels).score(e.features.x, truth)
+        names = list(ranking)
+        true = [accuracy[n] for n in names]
+        grouped = [ranking[n] for n in names]
+        torn = [ranking.score(n).details["value_without_groups"] for n in names]
+        assert np.mean(grouped) == pytest.approx(np.mean(true), abs=0.06)
+        assert np.mean(torn) > np.mean(true) + 0.3
+        rho.append([spearmanr(values, true)[0] for values in (grouped, torn)])
+    grouped, torn = np.mean(rho, axis=0)
+    assert grouped > 0.85
+    assert grouped > torn + 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_search_by_the_command_line_keeps_videos_whole(tmp_path, monkeypatch, capsys):
+    from sfda_tune.cli.main import main
+    from sfda_tune.values.files import read_json
+
+    monkeypatch.setenv("SFDA_TUNE_CACHE", str(tmp_path / "cache"))
+    pixels, labels, owner = frames(0, 60, 2)
+    for n, image in enumerate(pixels):
+        path = tmp_path / "frames" / str(labels[n]) / f"v{owner[n]}_{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+    def run(*words: Any) -> int:
+        with pytest.raises(SystemExit) as done:
+            main(list(map(str, words)))
+        return int(done.value.code or 0)
+
+    data = [tmp_path / "frames", "-b", "demo:resnet_*", "--device", "cpu", "--quiet"]
+    regex = ["--group-regex", r"(v\d+)_\d+\.png"]
+    assert run("rank", *data, *regex, "-o", tmp_path / "r.json") == 0
+    assert "where whole groups are left out: 60 groups" in " ".join(
+        "".join(capsys.readouterr()).split()
+    )
+    assert sfda_tune.Ranking.from_json(tmp_path / "r.json").info["groups"]["n"] == 60
+    out = tmp_path / "run"
+    quick = ["--trials", 1, "--epochs", 1, "--keep", 1, "-o", out]
+    assert run("search", *data, *regex, *quick) == 0
+    splits = read_json(out / "splits.json", {})
+    names = sfda_tune.open_dataset(tmp_path / "frames").items
+    videos = [
+        {Path(str(names[row])).name.split("_")[0] for row in splits[part]}
+        for part in ("train", "val", "test")
+    ]
+    assert sum(map(len, videos)) == len(set.union(*videos)) == 60
+    config = read_json(out / "config.json", {})
+    assert config["group_regex"] == regex[1]
+    assert run("search", *data, *quick) == 1
+    assert "holds a search with group_regex" in " ".join(capsys.readouterr().err.split())
+    assert run("rank", *data, *regex, "--groups", "folders") == 1
+    assert "exclude each other" in capsys.readouterr().err

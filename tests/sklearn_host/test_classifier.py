@@ -159,3 +159,15 @@ def test_own_parts_of_a_folder_are_used(photos, tmp_path):
     assert model.result_ is not None
     assert model.result_.summary["sources"]["test"] == "own part"
     assert model.result_.summary["n_images"]["test"] == 12
+
+
+def test_groups_reach_the_ranking_and_the_search():
+    groups = np.arange(200) // 4
+    model = BackboneClassifier("demo:resnet_glyphs", **COMMON).fit(X[TRAIN], Y[TRAIN], groups)
+    assert model.ranking_.info["groups"]["n"] == 50
+    options = {"epochs": 1, "keep": 1}
+    tuned = BackboneClassifier("demo:resnet_glyphs", n_trials=1, options=options, cache=False)
+    tuned.fit(X[TRAIN], Y[TRAIN], groups=groups)
+    assert tuned.ranking_.groups is not None
+    with pytest.raises(ValueError, match="200 images and 3 groups"):
+        model.fit(X[TRAIN], Y[TRAIN], groups=[1, 2, 3])
