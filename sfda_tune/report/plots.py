@@ -90,7 +90,7 @@ def plot_ranking(ranking: Mapping[str, float], *, top: int = 30, ax: Axes | None
     ax.set_xlabel(name_axis(ranking))
     more = f"the first {top} of {len(order)}" if len(order) > top else f"{len(order)} backbones"
     ends = "" if xerr is None else ", 90 % intervals"
-    ax.set_title(f"Ranking: {more}{ends}")
+    ax.set_title(f"{more[:1].upper()}{more[1:]}{ends}")
     ax.grid(axis="x", alpha=0.3)
     return ax
 
@@ -99,7 +99,7 @@ def name_axis(ranking: Mapping[str, float]) -> str:
     """Return what a ranking is ordered by, with its unit."""
     metric = getattr(ranking, "metric", "") or "score"
     if metric.startswith("forecast"):
-        return f"{metric}, standard deviations among these"
+        return f"{metric}, standard deviations"
     return f"{metric}, probability of the label" if metric == "sfda (loo)" else metric
 
 
@@ -128,7 +128,7 @@ def plot_pareto(
     best = name_axis(scores)
     ax.set(xlabel=f"{cost}, logarithmic" if known else cost, ylabel=best)
     ax.set_title(f"Pareto front: {best.partition(',')[0]} against {cost}")
-    label_points(ax, line, x, y)
+    label_points(ax, line, x, y, [(known[n], scores[n]) for n in known])
     return ax
 
 
@@ -220,14 +220,21 @@ def count_confusions(
     return counts
 
 
-def label_points(ax: Axes, names: Sequence[str], x: Sequence[float], y: Sequence[float]) -> None:
+def label_points(
+    ax: Axes,
+    names: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    others: Sequence[tuple[float, float]] = (),
+) -> None:
     """Write names beside points; where they would overprint, numbers, with a legend of the names.
 
-    Each stands above its point, or below, or where else beside it there is room.
+    Each stands above its point, or below, or where else beside it there is room; not over the
+    marks of `others`.
     """
     ax.figure.draw_without_rendering()  # where everything lies is known then only
     labels = list(map(str, names))
-    texts = _place(ax, labels, x, y)
+    texts = _place(ax, labels, x, y, others)
     if texts is not None or not labels:
         return
     first = sorted(range(len(labels)), key=lambda i: -y[i])[:LISTED]
@@ -243,7 +250,7 @@ def label_points(ax: Axes, names: Sequence[str], x: Sequence[float], y: Sequence
     for text in legend.get_texts():
         text.set_parse_math(False)
     ax.figure.draw_without_rendering()  # the legend takes room from the axes
-    _place(ax, numbers, [x[i] for i in first], [y[i] for i in first], force=True)
+    _place(ax, numbers, [x[i] for i in first], [y[i] for i in first], others, force=True)
 
 
 def _shorten_name(name: str, most: int = 60) -> str:
@@ -252,7 +259,12 @@ def _shorten_name(name: str, most: int = 60) -> str:
 
 
 def _place(
-    ax: Axes, labels: Sequence[str], x: Sequence[float], y: Sequence[float], force: bool = False
+    ax: Axes,
+    labels: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    others: Sequence[tuple[float, float]] = (),
+    force: bool = False,
 ) -> list[Any] | None:
     """Write labels where there is room; None, and nothing, if one has none (unless `force`)."""
     from matplotlib.transforms import Bbox
@@ -261,17 +273,17 @@ def _place(
              (-7, 0, "right", "center"), (6, 6, "left", "bottom"), (-6, 6, "right", "bottom"),
              (6, -6, "left", "top"), (-6, -6, "right", "top"))  # fmt: skip
     inside = ax.get_window_extent()
-    marks = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in
-             ax.transData.transform(list(zip(x, y, strict=True)))] if labels else []  # fmt: skip
+    points = [*zip(x, y, strict=True), *others]
+    places = ax.transData.transform(points) if points else ()
+    marks = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in places]
     taken, texts = [], []
-    for i, (label, a, b) in enumerate(zip(labels, x, y, strict=True)):
-        others = marks[:i] + marks[i + 1 :]
+    for label, a, b in zip(labels, x, y, strict=True):
         for dx, dy, ha, va in spots:
             style: Any = {"textcoords": "offset points", "ha": ha, "va": va, "parse_math": False}
             text = ax.annotate(label, (a, b), (dx, dy), **style)
             text.set_in_layout(False)  # what is around stays where it is
             box = text.get_window_extent()
-            free = not any(box.overlaps(other) for other in (*taken, *others))
+            free = not any(box.overlaps(other) for other in (*taken, *marks))
             if free and inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1:
                 break
             text.remove()

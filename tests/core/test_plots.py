@@ -39,8 +39,8 @@ def test_the_ranking_has_its_intervals(ranking, ax, tmp_path):
     (whiskers,) = ax.containers[0].lines[2]
     ends = np.array([segment[:, 0] for segment in whiskers.get_segments()])
     np.testing.assert_allclose(ends, judge(ranking).score_interval[::-1])
-    assert ax.get_xlabel() == "forecast (full), standard deviations among these"
-    assert ax.get_title() == "Ranking: 2 backbones, 90 % intervals"
+    assert ax.get_xlabel() == "forecast (full), standard deviations"
+    assert ax.get_title() == "2 backbones, 90 % intervals"
     plots.plot_ranking({ODD: 0.5, "a": np.nan}, ax=(other := Figure().subplots()))
     assert labels(other.yaxis) == [ODD]
     other.figure.savefig(tmp_path / "a.svg")
