@@ -51,7 +51,8 @@ def _finder(info: Mapping[str, Any], images: Any) -> Callable[[Mapping[str, Any]
     if (info.get("arguments") or {}).get("dataset") == "digits":
         from sklearn.datasets import load_digits
 
-        grey = (load_digits().images * (255 / 16)).round().astype("uint8")
+        digits: Any = load_digits()
+        grey = (digits.images * (255 / 16)).round().astype("uint8")
         return lambda entry: make_thumbnail(Image.fromarray(grey[entry["row"]]))
     return _draw_file
 

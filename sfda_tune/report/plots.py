@@ -232,7 +232,8 @@ def label_points(
     Each stands above its point, or below, or where else beside it there is room; not over the
     marks of `others`.
     """
-    ax.figure.draw_without_rendering()  # where everything lies is known then only
+    figure: Any = ax.figure
+    figure.draw_without_rendering()  # where everything lies is known then only
     labels = list(map(str, names))
     texts = _place(ax, labels, x, y, others)
     if texts is not None or not labels:
@@ -243,13 +244,13 @@ def label_points(
     if len(labels) > LISTED:
         lines.append(f"and {len(labels) - LISTED} more, without a number")
     handles = [ax.plot([], [], linestyle="", label=line)[0] for line in lines]
-    legend = ax.figure.legend(
+    legend = figure.legend(
         handles=handles, loc="outside lower center", ncols=1, labelspacing=0.1, handlelength=0,
         handletextpad=0, frameon=False, fontsize="small",
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)
-    ax.figure.draw_without_rendering()  # the legend takes room from the axes
+    figure.draw_without_rendering()  # the legend takes room from the axes
     _place(ax, numbers, [x[i] for i in first], [y[i] for i in first], others, force=True)
 
 
