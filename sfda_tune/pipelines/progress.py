@@ -12,7 +12,9 @@ from sfda_tune.pipelines.engines import Trial
 from sfda_tune.values.features import Score
 from sfda_tune.values.text import format_bytes, printable
 
-__all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress"]
+REDRAW = 0.2  # seconds between two pictures of a bar in a notebook
+
+__all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress", "is_notebook"]
 
 
 class NullProgress:
@@ -86,22 +88,63 @@ class _Work:
         return (time.monotonic() - self.started) * (self.total - self.done) / self.done
 
 
+def is_notebook() -> bool:
+    """Whether a notebook shows what is printed: Jupyter, Colab, Databricks."""
+    from rich.console import Console
+
+    return Console().is_jupyter
+
+
+def _progress_of(console: Any) -> Any:
+    """Return the class of `rich` that draws bars on a console.
+
+    In notebooks `rich` itself needs ipywidgets to redraw; IPython redraws without.
+    """
+    from rich.progress import Progress
+
+    if not console.is_jupyter:
+        return Progress
+    from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+
+    class NotebookProgress(Progress):
+        handle: Any = None
+        drawn = 0.0
+
+        def start(self) -> None:
+            self.handle = display(self, display_id=True)
+
+        def stop(self) -> None:
+            self.handle.update(HTML(""))
+
+        def refresh(self) -> None:
+            if self.handle is not None and time.monotonic() - self.drawn > REDRAW:
+                self.drawn = time.monotonic()
+                self.handle.update(self)
+
+        def update(self, *args: Any, **options: Any) -> None:
+            super().update(*args, **options)
+            self.refresh()
+
+    return NotebookProgress
+
+
 class Bar(NullProgress):
-    """A `rich` progress bar on standard error."""
+    """A `rich` progress bar on standard error, or in a notebook."""
 
     def __init__(self, console: Any = None) -> None:
         from rich import progress
 
         from sfda_tune.pipelines.terminal import Terminal
 
-        self.rich = progress.Progress(
+        console = console or Terminal(stderr=True)
+        self.rich = _progress_of(console)(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.TextColumn("{task.fields[through]}"),
             progress.TimeElapsedColumn(),
             progress.TextColumn("{task.fields[left]}"),
             progress.TextColumn("{task.fields[coming]}", markup=False),
-            console=console or Terminal(stderr=True),
+            console=console,
             transient=True,
         )
         empty: dict[str, Any] = {"through": "", "left": "", "coming": ""}
@@ -140,17 +183,18 @@ class SearchProgress(NullProgress):
     """One line per finished stage and a moving one below, on standard error."""
 
     def __init__(self, console: Any = None) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
         from sfda_tune.pipelines.terminal import Terminal
 
-        self.rich = Progress(
+        console = console or Terminal(stderr=True)
+        self.rich = _progress_of(console)(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[coming]}", markup=False),
-            console=console or Terminal(stderr=True),
+            console=console,
             transient=True,
         )
         self._task = self.rich.add_task("starting", total=None, left="", coming="")
@@ -220,7 +264,11 @@ def _say_coming(backbone: str, done: int, total: int | None) -> str:
 
 @contextmanager
 def as_progress(progress: Any, kind: type[Bar | SearchProgress] = Bar) -> Iterator[Any]:
-    """Turn a bool into a progress object and show it; hand any other object through."""
+    """Turn a bool into a progress object and show it; hand any other object through.
+
+    None is a bar in a notebook, and nothing elsewhere.
+    """
+    progress = is_notebook() if progress is None else progress
     shown = kind() if progress is True else progress or NullProgress()
     with shown.rich if isinstance(shown, (Bar, SearchProgress)) else nullcontext():
         yield shown

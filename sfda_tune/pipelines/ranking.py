@@ -92,7 +92,7 @@ def rank(
     plugins: Iterable[str] = (),
     map_fn: Map | None = None,
     executor: Executor | None = None,
-    progress: Any = False,
+    progress: Any = None,
     race: bool = False,
     top: int | None = None,
     budget: str | float | None = None,
@@ -149,8 +149,9 @@ def rank(
         Runs the extraction elsewhere and plans it itself, for instance
         ``sfda_tune_ray.RayExecutor()``; needs a `cache` that all its machines reach.
         ``info["executor"]`` has what it reports.
-    progress : bool or object, default False
-        Whether to show a progress bar; or an object that takes its part (see `extract`).
+    progress : bool or object, optional
+        Whether to show a progress bar (by default in notebooks only); or an object that takes its
+        part (see `extract`).
     race : bool, default False
         Show few images to all backbones and more only to those that still have a chance to be in
         the `top`, see `sfda_tune.selection.racing`: the same top as without, with probability .95.

@@ -61,7 +61,7 @@ def search(
     previous: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
-    progress: Any = False,
+    progress: Any = None,
 ) -> SearchResult:
     """Rank, tune and fine-tune backbones; return the best model and its test.
 
@@ -125,7 +125,7 @@ def search(
         With one worker, no budget and one objective, the same seed gives the same trials.
     out : path, optional
         The folder RUN; default: a new temporary one.
-    progress : bool or SearchProgress, default False
+    progress : bool or SearchProgress, optional
 
     Returns
     -------

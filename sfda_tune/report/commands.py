@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,11 @@ def repeat(run: Run) -> tuple[str, str]:
     options |= {"import": options.pop("plugins", None)}
     line = _line("search", options, [specs] if isinstance(specs, str) else specs or ())
     hidden = re.sub(r"(://[^:/@\s]+):[^@\s]+@", r"\1:***@", line)
-    return hidden, "" if hidden == line else "The password of the storage is left out."
+    notes = [] if hidden == line else ["The password of the storage is left out."]
+    dataset = str(options["dataset"])
+    if dataset != "digits" and not dataset.startswith("hf:") and not os.path.isabs(dataset):
+        notes.append("To be run where the search was begun, for its data set is named from there.")
+    return hidden, " ".join(notes)
 
 
 def settle(run: Run, kind: str) -> str:

@@ -172,7 +172,11 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, plot in draw.items():
-        sheet = figure((6.4, 4.8), layout="constrained")
+        n = {"ranking": len(run.ranking), "trials": len({t["backbone"] for t in run.trials})}
+        rows = 1.4 + 0.28 * min(n.get(name, 0), 30)  # each name has a line
+        longest = max(map(len, run.ranking), default=0) if name in n else 0
+        size = (6.4 + 0.08 * max(0, longest - 30), max(4.8, rows))
+        sheet = figure(size, layout="constrained")
         plot(ax=sheet.subplots())
         for suffix in ("png", "svg"):
             files.append(folder / f"{name}.{suffix}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sfda_tune.report.axes import shorten
 from sfda_tune.values.labels import encode_labels
 from sfda_tune.values.lazy import import_optional
 from sfda_tune.values.ranking import Ranking
@@ -32,6 +33,8 @@ __all__ = [
     "plot_trials",
 ]  # fmt: skip
 
+LISTED = 12  # names in a legend
+UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 OKABE_ITO = {
     "black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73",
     "yellow": "#F0E442", "blue": "#0072B2", "vermillion": "#D55E00", "purple": "#CC79A7",
@@ -83,9 +86,21 @@ def plot_ranking(ranking: Mapping[str, float], *, top: int = 30, ax: Axes | None
         xerr = np.abs(ends - values[:, None]).T
     ax.errorbar(values, places, xerr=xerr, fmt="o", color=OKABE_ITO["blue"], capsize=3)
     ax.set_yticks(places, names, parse_math=False)
-    ax.set_xlabel(getattr(ranking, "metric", "") or "score")
+    ax.set_ylim(-0.6, max(len(names), 1) - 0.4)
+    ax.set_xlabel(name_axis(ranking))
+    more = f"the first {top} of {len(order)}" if len(order) > top else f"{len(order)} backbones"
+    ends = "" if xerr is None else ", 90 % intervals"
+    ax.set_title(f"{more[:1].upper()}{more[1:]}{ends}")
     ax.grid(axis="x", alpha=0.3)
     return ax
+
+
+def name_axis(ranking: Mapping[str, float]) -> str:
+    """Return what a ranking is ordered by, with its unit."""
+    metric = getattr(ranking, "metric", "") or "score"
+    if metric.startswith("forecast"):
+        return f"{metric}, standard deviations"
+    return f"{metric}, probability of the label" if metric == "sfda (loo)" else metric
 
 
 def plot_pareto(
@@ -108,10 +123,12 @@ def plot_pareto(
     ax.plot(x, y, "D-", color=OKABE_ITO["green"])
     if known:
         ax.set_xscale("log")
+        _format_counts(ax)
     ax.margins(0.12)
-    for n in line:
-        _name(ax, n, known[n], scores[n])
-    ax.set(xlabel=cost, ylabel="score")
+    best = name_axis(scores)
+    ax.set(xlabel=f"{cost}, logarithmic" if known else cost, ylabel=best)
+    ax.set_title(f"Pareto front: {best.partition(',')[0]} against {cost}")
+    label_points(ax, line, x, y, [(known[n], scores[n]) for n in known])
     return ax
 
 
@@ -123,10 +140,10 @@ def plot_calibration(calibration: Calibration, *, ax: Axes | None = None) -> Axe
     if line := calibration.fit_line():
         ax.plot(*zip(*line, strict=True), "--", color=OKABE_ITO["vermillion"])
     ax.margins(0.15)
-    for r in rows:
-        _name(ax, r["backbone"], r["z"], r["best"])
-    ax.set(xlabel="score, standardised rank", ylabel="best value")
-    ax.set_title(calibration.describe_slope())
+    ax.set(xlabel="score, standardised rank", ylabel="best value of the trials")
+    ax.set_title(calibration.describe_slope(), wrap=True, size="medium")
+    columns = [[r[key] for r in rows] for key in ("backbone", "z", "best")]
+    label_points(ax, *columns)
     return ax
 
 
@@ -139,9 +156,12 @@ def plot_trials(trials: Iterable[Mapping[str, Any]], *, ax: Axes | None = None) 
     shown.sort(key=lambda t: t["started"])
     names = list(dict.fromkeys(t["backbone"] for t in shown))
     ax, seen = _axes(ax, 1.4 + 0.35 * len(names)), set()
+    begun = shown[0]["started"] if shown else 0.0
+    last = max((t["started"] - begun + (t["seconds"] or 0.0) for t in shown), default=0.0)
+    unit, size = next(u for u in UNITS if last >= 3 * u[1] or u[1] == 1)
     for t in shown:
         colour, hatch, _ = STATES[t["state"]]
-        left, width = t["started"] - shown[0]["started"], t["seconds"] or 1e-3
+        left, width = (t["started"] - begun) / size, (t["seconds"] or 1e-3) / size
         label = "_" if t["state"] in seen else t["state"]  # matplotlib leaves out "_"
         seen.add(t["state"])
         ax.barh(
@@ -150,9 +170,10 @@ def plot_trials(trials: Iterable[Mapping[str, Any]], *, ax: Axes | None = None) 
         )  # fmt: skip
     ax.set_yticks(range(len(names)), names, parse_math=False)
     ax.invert_yaxis()
-    ax.set_xlabel("seconds")
+    ax.set_xlabel(f"{unit} since the first trial began")
+    ax.set_title("Trials by backbone")
     if seen:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
+        ax.figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return ax
 
 
@@ -180,7 +201,7 @@ def plot_confusion(
         for i, j in np.argwhere(counts):
             colour = "white" if share[i, j] > 0.5 else "black"
             ax.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, size="small")
-    ax.set(xlabel="predicted", ylabel="label")
+    ax.set(xlabel="predicted class", ylabel="label", title="Confusion matrix: images")
     return ax
 
 
@@ -199,11 +220,94 @@ def count_confusions(
     return counts
 
 
-def _name(ax: Axes, name: str, x: float, y: float) -> None:
-    place = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))
-    side = "right" if place[0] > 0.5 else "left"  # so that names stay inside
-    style: Any = {"textcoords": "offset points", "ha": side, "parse_math": False}
-    ax.annotate(name, (x, y), (0, 7), **style)
+def label_points(
+    ax: Axes,
+    names: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    others: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Write names beside points; where they would overprint, numbers, with a legend of the names.
+
+    Each stands above its point, or below, or where else beside it there is room; not over the
+    marks of `others`.
+    """
+    figure: Any = ax.figure
+    figure.draw_without_rendering()  # where everything lies is known then only
+    labels = list(map(str, names))
+    texts = _place(ax, labels, x, y, others)
+    if texts is not None or not labels:
+        return
+    first = sorted(range(len(labels)), key=lambda i: -y[i])[:LISTED]
+    numbers = [str(k) for k in range(1, len(first) + 1)]
+    lines = [f"{k}  {_shorten_name(labels[i])}" for k, i in zip(numbers, first, strict=True)]
+    if len(labels) > LISTED:
+        lines.append(f"and {len(labels) - LISTED} more, without a number")
+    handles = [ax.plot([], [], linestyle="", label=line)[0] for line in lines]
+    legend = figure.legend(
+        handles=handles, loc="outside lower center", ncols=1, labelspacing=0.1, handlelength=0,
+        handletextpad=0, frameon=False, fontsize="small",
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    figure.draw_without_rendering()  # the legend takes room from the axes
+    _place(ax, numbers, [x[i] for i in first], [y[i] for i in first], others, force=True)
+
+
+def _shorten_name(name: str, most: int = 60) -> str:
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
+
+
+def _place(
+    ax: Axes,
+    labels: Sequence[str],
+    x: Sequence[float],
+    y: Sequence[float],
+    others: Sequence[tuple[float, float]] = (),
+    force: bool = False,
+) -> list[Any] | None:
+    """Write labels where there is room; None, and nothing, if one has none (unless `force`)."""
+    from matplotlib.transforms import Bbox
+
+    spots = ((0, 7, "center", "bottom"), (0, -7, "center", "top"), (7, 0, "left", "center"),
+             (-7, 0, "right", "center"), (6, 6, "left", "bottom"), (-6, 6, "right", "bottom"),
+             (6, -6, "left", "top"), (-6, -6, "right", "top"))  # fmt: skip
+    inside = ax.get_window_extent()
+    points = [*zip(x, y, strict=True), *others]
+    places = ax.transData.transform(points) if points else ()
+    marks = [Bbox.from_bounds(px - 4, py - 4, 8, 8) for px, py in places]
+    taken, texts = [], []
+    for label, a, b in zip(labels, x, y, strict=True):
+        for dx, dy, ha, va in spots:
+            style: Any = {"textcoords": "offset points", "ha": ha, "va": va, "parse_math": False}
+            text = ax.annotate(label, (a, b), (dx, dy), **style)
+            text.set_in_layout(False)  # what is around stays where it is
+            box = text.get_window_extent()
+            free = not any(box.overlaps(other) for other in (*taken, *marks))
+            if free and inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1:
+                break
+            text.remove()
+        else:
+            if not force:
+                for text in texts:
+                    text.remove()
+                return None
+            continue  # of points upon each other the first keeps its number; the legend has all
+        taken.append(box)
+        texts.append(text)
+    return texts
+
+
+def _format_counts(ax: Axes) -> None:
+    """Show 25M instead of 2.5 × 10⁷, and a few ticks within a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = ax.get_xlim()
+    digits = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=digits))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: shorten(float(f"{v:.6g}"))))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _axes(ax: Axes | None, height: float = 4.0) -> Axes:

@@ -39,7 +39,8 @@ def test_the_ranking_has_its_intervals(ranking, ax, tmp_path):
     (whiskers,) = ax.containers[0].lines[2]
     ends = np.array([segment[:, 0] for segment in whiskers.get_segments()])
     np.testing.assert_allclose(ends, judge(ranking).score_interval[::-1])
-    assert ax.get_xlabel() == ranking.metric
+    assert ax.get_xlabel() == "forecast (full), standard deviations"
+    assert ax.get_title() == "2 backbones, 90 % intervals"
     plots.plot_ranking({ODD: 0.5, "a": np.nan}, ax=(other := Figure().subplots()))
     assert labels(other.yaxis) == [ODD]
     other.figure.savefig(tmp_path / "a.svg")
@@ -85,8 +86,36 @@ def test_the_front_is_drawn_and_named(ranking, ax):
     np.testing.assert_allclose(ax.lines[1].get_xdata(), [costs[name] for name in front])
     assert [text.get_text() for text in ax.texts] == front
     assert ax.get_xscale() == "log"
+    assert ax.get_xlabel() == "parameters, logarithmic"
     plots.plot_pareto({ODD: 1.0, "b": 2.0}, {ODD: 3.0, "b": None}, ax=ax)
     ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("n", [3, 16, 60])
+def test_nothing_is_printed_over_something_else(n, ax):
+    """Names, or numbers with a legend, whatever lies where."""
+    rng = np.random.default_rng(n)
+    names = [f"a_rather_long_name_{i}.of_{ODD}_in22k_ft_in1k" for i in range(n)]
+    scores = dict(zip(names, np.sort(rng.random(n)), strict=True))
+    costs = dict(zip(names, np.sort(10 ** rng.uniform(6.5, 7.5, n)), strict=True))  # all on it
+    plots.plot_pareto(scores, costs, cost="parameters", ax=ax)
+    ax.figure.draw_without_rendering()
+    low, high = ax.get_xlim()
+    ticks = [t for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]  # as drawn
+    boxes = [text.get_window_extent() for text in (*ax.texts, *ticks, ax.title, ax.xaxis.label)]
+    boxes += [text.get_window_extent() for of in ax.figure.legends for text in of.get_texts()]
+    shown = [box for box in boxes if box.width]
+    crossing = [(a, b) for k, a in enumerate(shown) for b in shown[:k] if a.overlaps(b)]
+    assert crossing == []
+    page = ax.figure.bbox
+    assert all(b.x0 >= 0 and b.x1 <= page.x1 + 1 for b in shown)
+    if n == 60:
+        numbers = [int(text.get_text()) for text in ax.texts]
+        assert len(numbers) > 6
+        legend = [text.get_text() for of in ax.figure.legends for text in of.get_texts()]
+        best = sorted(scores, key=scores.get)[::-1][:12]
+        assert legend[:12] == [f"{k}  {name}" for k, name in enumerate(best, 1)]
+        assert legend[12:] == ["and 48 more, without a number"]
 
 
 def test_calibration_draws_the_best_values_and_the_line(ax):

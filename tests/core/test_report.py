@@ -266,8 +266,14 @@ def test_a_ranking_alone_leaves_out_the_search(searched, tmp_path):
     Ranking(ranking.scores, ranking.metric, ranking.labels, earlier).to_json(target)
     page = check(write_report(target).read_text(encoding="utf-8"))
     assert "--seed 0 --metric forecast --train full" in page.text
-    for row, record in zip(page.text.split("note 1 ")[1:], ranking.records(), strict=False):
-        assert row.startswith(f"{record['backbone']} {record['forecast']:+.2f}")
+    table = page.text.partition("All scored backbones")[2]
+    places = [
+        table.index(
+            f"{r['rank']} {r['backbone']} {r['forecast']:+.2f} {r['interval_low']:+.2f} to"
+        )
+        for r in ranking.records()
+    ]
+    assert places == sorted(places)
     scored = find_evidence(ranking)
     scored.to_json(target)
     page, first = check(write_report(target).read_text(encoding="utf-8")), next(iter(scored))
