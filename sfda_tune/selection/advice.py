@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.selection.forecast import is_forecast
 from sfda_tune.selection.uncertainty import Confidence, shortlist
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import printable, some
+from sfda_tune.values.text import format_duration, is_number, printable, some
 
 __all__ = ["recommend"]
 
 FIRST = {"full": "Fine-tune", "head": "Train a head on"}
+PASSES = 3  # forward passes: what forward, backward and a step take at least
+HALF = 0.5
 TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
 NAMED = 8  # names in a sentence
 
@@ -34,6 +39,7 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
             f"will be the best with probability {best[0]:.2f}, and one of the first three with "
             f"{sum(best[:3]):.2f}."
         )
+        lines += _expect(ranking, first) + _say_what_helps(ranking, first)
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]
         by = TRAINED[ranking.info["train"]] if trained else "by this score"
@@ -63,3 +69,38 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
     if ensemble := ranking.info.get("ensemble"):
         lines.append(f"To fine-tune together: {', '.join(ensemble['backbones'])}.")
     return lines
+
+
+def _expect(ranking: Ranking, first: str) -> list[str]:
+    """Say what the first reaches as it is, and what it will take to train it."""
+    details = ranking.score(first).details
+    accuracy, n = _number(details.get("accuracy")), _number(details.get("n_samples"))
+    if accuracy is None or not n:
+        return []
+    low, high = accuracy_interval(round(accuracy * n), int(n))
+    # where groups are left out, the images are fewer than they look
+    sure = "" if "groups" in ranking.info else f" (95 %: {low:.2f} to {high:.2f})"
+    right = f"{accuracy:.2f} of new images{sure}"
+    line = f"As it is, a head on its features is right on {right}"
+    pace = _number(details.get("images_per_second"))
+    if ranking.info["train"] == "full":
+        line += "; training usually adds to that"
+        if pace:
+            spent = format_duration(PASSES * n / pace)
+            line += f". An epoch over these {n:.0f} images takes at least {spent} here"
+    return [f"{line}."]
+
+
+def _say_what_helps(ranking: Ranking, first: str) -> list[str]:
+    """Say what would make the first surer: images, if their choice is what makes it unsure."""
+    known = ranking.score(first).details.get("forecast") or {}
+    sd, error, best = (_number(known.get(key)) for key in ("sd", "error", "p_best"))
+    if not sd or error is None or best is None or best > HALF:
+        return []
+    if error**2 > HALF * sd**2:
+        return ["More images would make that surer."]
+    return ["More images would hardly make that surer; training the first few would."]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if is_number(value) else None

@@ -380,3 +380,23 @@ def test_sizes_are_counted_where_the_table_knows_most(monkeypatch):
     assert not scores[NAMES[0]].details
     pipeline.add_sizes(scores, own, pipeline.find_candidate_facts(own))
     assert len(counted) == 1  # nothing would be forecast
+
+
+def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
+    from sfda_tune.selection.advice import recommend
+    from sfda_tune.selection.odds import find_odds
+
+    def advise(train, n, images_per_second=60.0):
+        rng = np.random.default_rng(0)
+        about = {"accuracy": 0.8, "n_samples": n, "images_per_second": images_per_second}
+        p = rng.uniform(0.2, 1.0, n)
+        scores = [Score(k, float(p.mean()), details=about, per_sample=p) for k in "abcdef"]
+        labels = np.arange(n) % 2
+        ranking = order_by_forecast(Ranking(scores, "sfda (loo)", labels), train)
+        return " ".join(recommend(ranking, find_odds(ranking)))
+
+    said = advise("full", 100)
+    assert "right on 0.80 of new images (95 %: 0.71 to 0.87)" in said
+    assert "An epoch over these 100 images takes at least 5 s here." in said
+    assert "More images would hardly make that surer" in said
+    assert "epoch" not in advise("head", 100)
