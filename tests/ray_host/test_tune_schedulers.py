@@ -169,5 +169,7 @@ def test_trap_C18_T01_T03_a_killed_driver_is_restored(tmp_path, ray_cluster):
     assert not results.errors
     searcher = find_searcher(tuner)
     assert searcher.calibration().n_trials == 5
-    assert [trial.state.name for trial in searcher.study.trials] == ["COMPLETE"] * 5
+    ends = [(trial.state.name, trial.value is None) for trial in searcher.study.trials]
+    assert len(ends) == 5
+    assert {*ends} <= {("COMPLETE", False), ("PRUNED", False)}  # those ASHA stops
     assert len(find_rungs(find_config(tuner).scheduler.base_scheduler)[1]) == 5
