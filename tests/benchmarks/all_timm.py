@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                    progress=Told())  # fmt: skip
     spent = time.perf_counter() - began
     stop.set()
-    kinds = collections.Counter(re.sub(r"[\d.]+", "N", e)[:100] for e in ranking.failed.values())
+    kinds = collections.Counter(re.sub(r"\d[\d.]*", "N", e)[:100] for e in ranking.failed.values())
     left = sum(f.stat().st_size for f in (folder / "hub").rglob("blobs/*"))
     kept = sum(f.stat().st_size for f in (folder / "cache").rglob("*") if f.is_file())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
