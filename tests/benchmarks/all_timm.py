@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--params", type=float, default=700, help="millions")
+    parser.add_argument("--batch", type=int, help="images; fewer are filled up to that")
     parser.add_argument("--disk", default="5GB")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     most, stop = [0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.2):
+        while not stop.wait(1.0):
             files = (folder / "hub").rglob("blobs/*")
             sizes = [f.stat().st_size for f in files if f.exists()]
             most[0] = max(most[0], sum(sizes))
@@ -90,10 +91,11 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
     ranking = rank((images, labels), small, metric="sfda",
                    device="cpu", cache=folder / "cache", workers=0, weights_disk=args.disk,
+                   batch_size=args.batch,
                    progress=Told())  # fmt: skip
     spent = time.perf_counter() - began
     stop.set()
-    kinds = collections.Counter(re.sub(r"[\d.]+", "N", e)[:100] for e in ranking.failed.values())
+    kinds = collections.Counter(re.sub(r"\d[\d.]*", "N", e)[:100] for e in ranking.failed.values())
     left = sum(f.stat().st_size for f in (folder / "hub").rglob("blobs/*"))
     kept = sum(f.stat().st_size for f in (folder / "cache").rglob("*") if f.is_file())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,6 +10,7 @@ The etag is none of the checksum's length (a checksum would have to be made of a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -122,7 +123,10 @@ class Zoo(Hub):
             least = (
                 max((cfg.get("min_input_size") or size)[1:]) if cfg.get("min_input_size") else 0
             )
-            size = [size[0], *[max(self.size, least)] * 2]
+            smaller = [size[0], *[max(self.size, least)] * 2]
+            with contextlib.suppress(Exception), torch.no_grad():  # else it must be larger
+                model.eval()(torch.zeros(1, *smaller, device="meta"))
+                size = smaller
         elif self.size is not None and type(model).__name__ in ("VisionTransformer", "Eva"):
             patch = model.patch_embed.patch_size[0]
             model_args["img_size"] = patch * -(-self.size // patch)
