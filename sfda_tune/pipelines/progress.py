@@ -9,11 +9,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from sfda_tune.pipelines.engines import Trial
-from sfda_tune.pipelines.notebook import is_notebook, progress_class
 from sfda_tune.values.features import Score
 from sfda_tune.values.text import printable
 
-__all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress"]
+REDRAW = 0.2  # seconds between two pictures of a bar in a notebook
+
+__all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress", "is_notebook"]
 
 
 class NullProgress:
@@ -43,15 +44,56 @@ class NullProgress:
         """Receive all trials so far; no more than `n_trials`, none after `stop` (Unix time)."""
 
 
+def is_notebook() -> bool:
+    """Whether a notebook shows what is printed: Jupyter, Colab, Databricks."""
+    from rich.console import Console
+
+    return Console().is_jupyter
+
+
+def _progress_of(console: Any) -> Any:
+    """Return the class of `rich` that draws bars on a console.
+
+    In notebooks `rich` itself needs ipywidgets to redraw; IPython redraws without.
+    """
+    from rich.progress import Progress
+
+    if not console.is_jupyter:
+        return Progress
+    from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
+
+    class NotebookProgress(Progress):
+        handle: Any = None
+        drawn = 0.0
+
+        def start(self) -> None:
+            self.handle = display(self, display_id=True)
+
+        def stop(self) -> None:
+            self.handle.update(HTML(""))
+
+        def refresh(self) -> None:
+            if self.handle is not None and time.monotonic() - self.drawn > REDRAW:
+                self.drawn = time.monotonic()
+                self.handle.update(self)
+
+        def update(self, *args: Any, **options: Any) -> None:
+            super().update(*args, **options)
+            self.refresh()
+
+    return NotebookProgress
+
+
 class Bar(NullProgress):
-    """A `rich` progress bar on standard error."""
+    """A `rich` progress bar on standard error, or in a notebook."""
 
     def __init__(self, console: Any = None) -> None:
         from rich import progress
 
         from sfda_tune.pipelines.terminal import Terminal
 
-        self.rich = progress_class()(
+        console = console or Terminal(stderr=True)
+        self.rich = _progress_of(console)(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
@@ -59,7 +101,7 @@ class Bar(NullProgress):
             progress.TimeElapsedColumn(),
             progress.TextColumn("ETA"),
             progress.TimeRemainingColumn(),
-            console=console or Terminal(stderr=True),
+            console=console,
             transient=True,
         )
         self._task: Any = None
@@ -88,12 +130,13 @@ class SearchProgress(NullProgress):
 
         from sfda_tune.pipelines.terminal import Terminal
 
-        self.rich = progress_class()(
+        console = console or Terminal(stderr=True)
+        self.rich = _progress_of(console)(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
-            console=console or Terminal(stderr=True),
+            console=console,
             transient=True,
         )
         self._task = self.rich.add_task("starting", total=None, left="")
