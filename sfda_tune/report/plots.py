@@ -7,7 +7,7 @@ tell apart; what matters is told by shape or hatching, too.
 >>> from sfda_tune.report.plots import plot_pareto
 >>> axes = plot_pareto({"vit": 0.9, "resnet": 0.8}, {"vit": 86e6, "resnet": 25e6}, cost="params")
 >>> axes.get_xlabel()
-'params'
+'params, logarithmic'
 """
 
 from __future__ import annotations
