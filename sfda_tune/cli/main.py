@@ -19,7 +19,7 @@ from sfda_tune.cli.cache import cache_app
 from sfda_tune.cli.config import take_config
 from sfda_tune.cli.doctor import diagnose
 from sfda_tune.cli.export import export
-from sfda_tune.cli.options import spread_lists
+from sfda_tune.cli.options import arrange, spread_lists
 from sfda_tune.cli.predict import predict
 from sfda_tune.cli.rank import rank
 from sfda_tune.cli.reports import compare_rankings, evaluate_scores, list_backbones, report_on
@@ -39,15 +39,14 @@ app = typer.Typer(
     name="sfda-tune",
     help="Rank pretrained image backbones on your own labelled images, before the first epoch.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cache_app, name="cache")
 
 
-app.command()(rank)
-app.command()(search)
+app.command()(arrange(rank))
+app.command()(arrange(search))
 app.command()(predict)
 app.command()(export)
 app.command("backbones")(list_backbones)

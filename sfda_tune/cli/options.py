@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from sfda_tune.data.groups import FOLDERS
 
@@ -92,6 +94,37 @@ def read_groups(groups: str | None, column: str | None, regex: str | None) -> An
         raise ValueError(
             f"--group-regex must be a regular expression but {regex!r} is none ({error})."
         ) from None
+
+
+# What stands under which heading of ``rank -h`` and ``search -h``
+PANELS = {
+    "Images": (
+        "samples", "split", "image_column", "label_column", "groups", "group_column",
+        "group_regex", "split_column", "time_column", "test", "max_unreadable", "task",
+    ),
+    "Candidates": ("backbones", "imports", "weights_disk", "max_params", "max_latency"),
+    "What counts": ("metric", "train", "variant", "objective", "ensemble", "seed"),
+    "How much": (
+        "budget", "trials", "race", "top", "dry_run", "keep", "space", "epochs", "previous",
+    ),
+    "Where it runs": (
+        "device", "precision", "batch_size", "workers", "decoders", "engine", "storage", "ray",
+        "cache", "no_cache",
+    ),
+    "What comes out": ("out", "config", "as_json", "quiet", "debug", "log"),
+}  # fmt: skip
+
+
+def arrange(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Put the options of a command under headings."""
+    panel = {name: title for title, names in PANELS.items() for name in names}
+    hints = get_type_hints(command, include_extras=True)
+    for name, hint in hints.items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                info.rich_help_panel = panel[name]
+    command.__annotations__ = hints  # else typer reads the texts again
+    return command
 
 
 _ADDRESS = re.compile(r"auto|local|(ray://)?[^\s/]+:\d+")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import format_count, printable, without_nan
+from sfda_tune.values.text import format_count, printable, some, without_nan
 
 if TYPE_CHECKING:
     from sfda_tune.pipelines.result import SearchResult
@@ -63,8 +64,8 @@ def show_ranking(ranking: Ranking) -> None:
     if hidden := [name for name in columns if name not in shown]:
         said = f"No room for: {', '.join(hidden)}; a wider terminal or --out shows them"
         say(messages, said)
-    for name, error in ranking.failed.items():
-        say(output, f"{name}: {error}")
+    for line in _join_errors(ranking.failed):
+        say(output, line)
     for line in recommend(ranking, odds):
         say(output, line)
     for diagnostic in diagnose(ranking):
@@ -78,6 +79,21 @@ def show_ranking(ranking: Ranking) -> None:
         f"{seconds['decode_work']:.1f}), forward passes {seconds['forward']:.1f}, "
         f"loading {seconds['load']:.1f}, scoring {seconds['score']:.1f}",
     )
+
+
+def _join_errors(failed: Mapping[str, str]) -> list[str]:
+    """Say what failed, and what failed for the same reason as one.
+
+    >>> _join_errors({"a": "no weights of a", "b": "no weights of b", "c": "out of memory"})
+    ['a, b: no weights of …', 'c: out of memory']
+    """
+    names: dict[str, list[str]] = {}
+    for name, error in failed.items():
+        names.setdefault(str(error).replace(name, "…"), []).append(name)
+    return [
+        f"{some(who, 4)}: {what}" if len(who) > 1 else f"{who[0]}: {failed[who[0]]}"
+        for what, who in names.items()
+    ]
 
 
 _SURE = ("90% ranks", "P(best)")

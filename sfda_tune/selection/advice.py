@@ -36,8 +36,8 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
         first, best = str(odds.names[0]), list(odds.best.values())
         lines.append(
             f"{FIRST[ranking.info['train']]} {printable(first)} first: of these {len(best)} it "
-            f"will be the best with probability {best[0]:.2f}, and one of the first three with "
-            f"{sum(best[:3]):.2f}."
+            f"will be the best with probability {best[0]:.2f}"
+            + (f", and one of the first three with {sum(best[:3]):.2f}." if best[3:] else ".")
         )
         lines += _expect(ranking, first) + _say_what_helps(ranking, first)
     if odds is not None:
