@@ -13,7 +13,7 @@ from sfda_tune.values.redaction import redact
 __all__ = ["take_config", "write_config"]
 
 # What is of one call alone, or about the file itself
-_NOT_KEPT = ("out", "quiet", "debug", "dry_run", "config", "help")
+_NOT_KEPT = ("out", "quiet", "verbose", "log", "as_json", "debug", "dry_run", "config", "help")
 
 
 def take_config(arguments: list[str], app: Any) -> tuple[list[str], dict[str, Any]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.models import OptionInfo
 
+from sfda_tune.cli.terminal import PrintableFormatter
 from sfda_tune.data.groups import FOLDERS
 
 Imports = Annotated[
@@ -96,6 +99,58 @@ def read_groups(groups: str | None, column: str | None, regex: str | None) -> An
         ) from None
 
 
+LOGGERS = ("sfda_tune", "sfda_tune_optuna", "sfda_tune_ray")
+
+
+def _log_to(handler: logging.Handler, level: int, ctx: typer.Context) -> None:
+    """Let our loggers write to a handler until the command ends."""
+    handler.setLevel(level)
+    loggers = [(logger := logging.getLogger(name), logger.level) for name in LOGGERS]
+    for logger, before in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(min(level, before or level))
+
+    def end() -> None:
+        for logger, before in loggers:
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+        handler.close()
+
+    ctx.call_on_close(end)
+
+
+def _log_to_file(ctx: typer.Context, path: Path | None) -> Path | None:
+    if path is not None:
+        try:
+            handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise typer.BadParameter(f"{path}: {error.strerror}") from None
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        _log_to(handler, logging.DEBUG, ctx)
+    return path
+
+
+def _log_to_terminal(ctx: typer.Context, verbose: bool) -> bool:
+    if verbose:
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+        _log_to(handler, logging.INFO, ctx)
+    return verbose
+
+
+Log = Annotated[
+    Path | None,
+    typer.Option(
+        "--log",
+        metavar="FILE",
+        callback=_log_to_file,
+        help="Append to this file what happens, in detail.",
+    ),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=_log_to_terminal, help="Say more.")
+]
+
 # What stands under which heading of ``rank -h`` and ``search -h``
 PANELS = {
     "Images": (
@@ -111,7 +166,7 @@ PANELS = {
         "device", "precision", "batch_size", "workers", "decoders", "engine", "storage", "ray",
         "cache", "no_cache",
     ),
-    "What comes out": ("out", "config", "as_json", "quiet", "debug", "log"),
+    "What comes out": ("out", "config", "as_json", "quiet", "verbose", "log", "debug"),
 }  # fmt: skip
 
 

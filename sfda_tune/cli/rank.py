@@ -21,7 +21,9 @@ from sfda_tune.cli.options import (
     GroupRegex,
     Groups,
     Imports,
+    Log,
     SplitColumn,
+    Verbose,
     read_groups,
 )
 from sfda_tune.cli.terminal import (
@@ -158,6 +160,8 @@ def rank(
     ] = None,
     config: Config = None,
     as_json: AsJson = False,
+    log: Log = None,
+    verbose: Verbose = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     debug: Debug = False,
 ) -> None:

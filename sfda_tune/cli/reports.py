@@ -192,6 +192,9 @@ def report_on(
             "--out", "-o", metavar="FILE", help="Default: RUN/report.html, or RANKING as .html."
         ),
     ] = None,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="Show the hardest images, small.")
+    ] = True,
     plots: Annotated[
         Path | None,
         typer.Option("--plots", metavar="DIR", help="Also save figures there, as PNG and SVG."),
@@ -205,6 +208,6 @@ def report_on(
         check_out(out, "--out")
     if plots is not None:
         check_folder("--plots", plots)
-    files = [write_report(source, out)]
+    files = [write_report(source, out, images=images)]
     for path in files + ([] if plots is None else save_plots(source, plots)):
         say(output, path)

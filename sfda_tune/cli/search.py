@@ -14,7 +14,9 @@ from sfda_tune.cli.options import (
     GroupColumn,
     GroupRegex,
     Groups,
+    Log,
     SplitColumn,
+    Verbose,
     read_groups,
 )
 from sfda_tune.cli.terminal import messages, print_json, show_result, split_commas
@@ -121,6 +123,8 @@ def search(
     ] = None,
     config: Config = None,
     as_json: AsJson = False,
+    log: Log = None,
+    verbose: Verbose = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
