@@ -100,6 +100,7 @@ def _run(arguments: list[str]) -> NoReturn:
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter(logging.BASIC_FORMAT))
+        handler.setLevel(logging.DEBUG if debug else logging.ERROR)  # --verbose has its own
     if not debug:
         warnings.showwarning = show_warning
     for name in ("SIGTERM", "SIGHUP"):  # `kill`, a closed terminal: as Ctrl-C, unless `nohup`

@@ -358,6 +358,11 @@ class FineTuning(Iterator[Epoch]):
                     self._tf32(),
                 ):
                     epoch = self._epoch(started)
+                logger.info(
+                    "%s, epoch %d: %s %.4f, log-loss %.4f, %.1f s", self.backbone.name,
+                    epoch.number, self.config.monitor, getattr(epoch, self.config.monitor),
+                    epoch.log_loss, epoch.seconds,
+                )  # fmt: skip
                 yield epoch
         finally:
             self._loader = self._images = self._unseen = None  # lets workers and pixels go

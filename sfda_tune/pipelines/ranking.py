@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import os
@@ -51,6 +52,8 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, parse_bytes, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
+
+logger = logging.getLogger(__name__)
 
 TOP = 5
 N_HARD = 24  # images that a ranking names as the hardest
@@ -578,6 +581,7 @@ class _RankingRun:
                 if extraction.features is not None:
                     self.rows = of[name] = extraction.rows
                 self.scores[name] = result
+                logger.info("%s: %s", name, result.error or f"score {result.value:.4f}")
                 bar.finish(result)
         finally:
             found.close()

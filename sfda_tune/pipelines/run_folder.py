@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -52,6 +53,8 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.redaction import redact
 
 __all__ = ["RunFolder", "begin", "name_study", "reopen"]
+
+logger = logging.getLogger(__name__)
 
 # may differ when a search goes on
 FREE = ("workers", "decoders", "progress", "out", "cache", "device", "max_unreadable", "previous")
@@ -130,6 +133,7 @@ class RunFolder:
                 others = sum(s["seconds"] or 0.0 for s in state["stages"])
                 entry |= {"seconds": max(0.0, self.now() - others), "note": note}
             state |= changes
+        logger.info("%s: %s", stage, note)
         self.progress.leave(stage, note)
 
     # Ranking, parts and trials ------------------------------------------------------------------

@@ -567,3 +567,16 @@ def test_compare_and_presets_on_the_command_line(cli_here, tmp_path):
     assert json.loads(cli_here("cache", "show", "--json", "--cache", tmp_path / "c"))["kept"] == []
     assert "The first is y now, number 2 before; x is number 2." in out
     assert "none of the presets" in cli_here("backbones", "preset:huge", code=1)
+
+
+def test_what_happens_is_logged_to_a_file_and_with_verbose_to_the_terminal(cli, tmp_path):
+    log = tmp_path / "log.txt"
+    call = ["rank", "digits", "-b", "demo:resnet_*", "--samples", 60, *RANK]
+    done = subprocess.run(
+        [*COMMAND, *map(str, [*call, "--log", log, "-v"])], capture_output=True, text=True,
+        check=True, timeout=120,
+    )  # fmt: skip
+    assert done.stderr.count("demo:resnet_glyphs: score 0.") == 1
+    assert log.read_text().count(" INFO sfda_tune.pipelines.ranking demo:resnet_") == 2
+    assert "score 0." not in cli(*call)  # without
+    assert "--log" in cli(*call, "--log", tmp_path / "no" / "log.txt", code=2)
