@@ -49,16 +49,19 @@ def show_ranking(ranking: Ranking) -> None:
     columns = headings if set(_SURE) <= set(headings) or not sure else _with_odds(headings)
     rows = [dict(zip(headings, cells, strict=True)) for cells in ranking.cells()]
     rows = [dict.fromkeys(_SURE, "") | sure.get(row["backbone"], {}) | row for row in rows]
+    for score, row in zip(ranking.scores, rows, strict=True):
+        row["note"] = row["note"] if score.error is None else "see below"
     columns = [c for c in columns if c not in _IF_ANY or any(row[c] for row in rows)]
     shown = _columns(columns, rows)
     for name in shown:
-        if name == "backbone":  # folded where the terminal is narrow
+        if name == "backbone":
             table.add_column(name, overflow="fold", min_width=12)
         else:
             left = name in ("because of", "note")
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    for score, row in zip(ranking.scores, rows, strict=True):
-        row["note"] = row["note"] if score.error is None else "see below"
+    room = _room(shown, rows)
+    for row in rows:
+        row["backbone"] = _shorten(row["backbone"], room)
         table.add_row(*(text(row[name]) for name in shown))
     print_table(table)
     if hidden := [name for name in columns if name not in shown]:
@@ -97,6 +100,7 @@ def _join_errors(failed: Mapping[str, str]) -> list[str]:
 
 
 _SURE = ("90% ranks", "P(best)")
+NAME = 28  # characters of a name that columns make room for
 _IF_ANY = ("because of", "note")
 
 
@@ -178,16 +182,39 @@ def print_table(table: Table) -> None:
         Terminal(width=wide.measure(table).maximum).print(table)
 
 
+def _room(shown: list[str], rows: list[dict[str, str]]) -> int:
+    """Return how many characters of a name there is room for."""
+    if not output.is_terminal:
+        return 10_000
+    others = sum(max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown if c != "backbone")
+    return max(12, output.width - others - 4)
+
+
 def _columns(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
     """Leave out the less important columns where the terminal is too narrow for all."""
     shown = list(columns)
     room = output.width if output.is_terminal else 10_000
     wide = {c: max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown}
-    spare = ("because of", "images/s", "params", "width", "group", "90% interval", "score", *_SURE)
+    wide["backbone"] = min(wide["backbone"], NAME + 3)  # the rest of a long name goes first
+    spare = ["because of", "images/s", "params", "width", "group", "90% interval", "score", *_SURE]
+    if {row.get("note") for row in rows} <= {"", None, "cached"}:
+        spare.insert(1, "note")
     for name in spare:
         if name in shown and sum(wide[c] for c in shown) + 1 > room and len(shown) > 3:
             shown.remove(name)
     return shown
+
+
+def _shorten(name: str, room: int) -> str:
+    """Cut a name in its middle, where names of one family are alike.
+
+    >>> _shorten("convnext_base.fb_in22k_ft_in1k", 16)
+    'convnex…_ft_in1k'
+    """
+    if len(name) <= room:
+        return name
+    head = (room - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (room - 1 - head) :]}"
 
 
 def fail(message: str) -> NoReturn:
