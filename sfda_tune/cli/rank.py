@@ -137,7 +137,8 @@ def rank(
         int | None, typer.Option(help="Images per forward pass. Default: automatic.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Decoding processes. Default: one per core, at most 8.")
+        int | None,
+        typer.Option("--decoders", help="Decoding processes. Default: one per core, at most 8."),
     ] = None,
     max_unreadable: Annotated[
         float, typer.Option(help="Fraction of unreadable images that is tolerated.")

@@ -66,7 +66,7 @@ def search(
         str, typer.Option(help="accuracy; accuracy,latency; or accuracy,params.")
     ] = "accuracy",
     metric: Annotated[
-        str, typer.Option(help="accuracy, balanced_accuracy, macro_f1 or log_loss.")
+        str, typer.Option("--monitor", help="accuracy, balanced_accuracy, macro_f1 or log_loss.")
     ] = "accuracy",
     max_params: Annotated[
         float | None, typer.Option(metavar="N", help="Leave larger backbones out: 25e6.")

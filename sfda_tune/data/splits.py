@@ -83,6 +83,7 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
     """Open the images to train on, and those for validation and test that are not held out."""
     columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
     whole = open_dataset(g["dataset"], split=g["split"], **columns)
+    share = 1.0 if g["samples"] is None else min(1.0, g["samples"] / len(whole))
     whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
     parts, sources = {"train": whole}, {"train": "own part" if g["split"] else "all images"}
     if isinstance(columns["groups"], list | tuple | np.ndarray):  # of the images above only
@@ -91,6 +92,9 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
     for name in own:
         part = open_own_part(g["dataset"], name, **columns)
         if part is not None:
+            if share < 1:  # `samples` are of the training images, and the others in proportion
+                n = max(len(part.classes), round(share * len(part)))
+                part = part.sample(min(n, len(part)), g["seed"])
             parts[name], sources[name] = part, "own part"
             sources["train"] = "own part"
     if g["test"] is not None and not isinstance(g["test"], float):

@@ -103,7 +103,8 @@ def search(
     epochs : int, optional
         Of a full trial; default: half of what `FinetuneConfig` says for so many images.
     samples : int, optional
-        Use a stratified sample of so many images.
+        Use a stratified sample of so many images; of the data set's own validation and test parts
+        in proportion.
     test : float or data set, optional
         Part to hold out, or the test images. Default: the data set's own test part, else 0.2.
     split, image_column, label_column

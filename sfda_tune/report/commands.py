@@ -110,6 +110,8 @@ def _line(command: str, options: Mapping[str, Any], specs: Sequence[Any]) -> str
         if key in ("format", "sfda_tune", "data", "progress") or value is None or value == []:
             continue
         option = "--" + key.replace("_", "-")
+        if command == "search" and key == "metric":  # so it is called in Python
+            option = "--monitor"
         if key == "import":
             words += [word for one in value for word in (option, str(one))]
         elif not isinstance(value, bool):

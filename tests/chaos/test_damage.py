@@ -250,7 +250,7 @@ NAMES = [
 
 def rank_here(cli, folder, data, *backbones):
     code, out, err = cli(
-        "rank", data, "--backbones", *backbones, "--device", "cpu", "-q", "--workers", 0,
+        "rank", data, "--backbones", *backbones, "--device", "cpu", "-q", "--decoders", 0,
         "--max-unreadable", 1, "--cache", folder / "cache", "--out", folder / "r.json",
     )  # fmt: skip
     assert code == 0, err

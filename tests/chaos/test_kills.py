@@ -28,7 +28,7 @@ def disturb(rng, kill, command, log, seconds):
 # Rank -------------------------------------------------------------------------------------------
 def rank(photos, folder, workers):
     return [
-        "rank", photos, "--backbones", *BACKBONES, "--workers", workers, "--device", "cpu", "-q",
+        "rank", photos, "--backbones", *BACKBONES, "--decoders", workers, "--device", "cpu", "-q",
         "--cache", folder / "cache", "--out", folder / "r.json",
     ]  # fmt: skip
 

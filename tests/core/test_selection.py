@@ -947,6 +947,15 @@ def test_own_parts_are_used(tmp_path):
     assert sources == {"train": "own part", "val": "held out", "test": "held out"}
 
 
+def test_all_own_parts_are_sampled_alike(tmp_path):
+    for part, n in (("train", 40), ("val", 20), ("test", 12)):
+        save_digits(tmp_path, n, part)
+    parts, rows, _ = split_up(tmp_path, samples=10)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 10, "val": 5, "test": 3}
+    assert split_up(tmp_path, samples=10)[1] == rows
+    assert {n: len(p) for n, p in split_up(tmp_path, samples=99)[0].items()}["val"] == 20
+
+
 @pytest.mark.parametrize("part", ["val", "test"])
 @pytest.mark.parametrize("fault", ["flat", "empty", "unknown"])
 def test_own_parts_that_cannot_be_used_are_refused(tmp_path, part, fault):

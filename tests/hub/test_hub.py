@@ -305,7 +305,7 @@ def test_names_of_timm_and_old_formats(hub, monkeypatch, make_checkpoint, tmp_pa
 def test_the_command_line_over_a_hub(hub, photos, tmp_path, capsys, toy_zoo):
     names = [word for spec in specs(hub) for word in ("-b", spec)]
     hub.gated.add("toy/vit")
-    arguments = ["rank", str(photos), *names, "--device", "cpu", "--workers", "0",
+    arguments = ["rank", str(photos), *names, "--device", "cpu", "--decoders", "0",
                  "--weights-disk", "2MB"]  # fmt: skip
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--dry-run"])
