@@ -139,11 +139,33 @@ def show_result(result: SearchResult) -> None:
     table.add_row("trials", f"{len(result.trials)} in {seconds:.0f} s")
     print_table(table)
     say(output, f"{summary['decision']}.")
+    if best.get("epochs") == 0:
+        say(output, _explain_probe(result))
     for note in summary.get("notes", ()):
         say(output, f"note: {note}")
     say(output, result.images)
     folder = shlex.quote(str(result.folder))
-    say(messages, f"Next: sfda-tune predict {folder} IMAGES; sfda-tune report {folder}")
+    todo = [f"predict {folder} IMAGES", f"report {folder}", f"export {folder}"]
+    say(messages, f"Next: {'; '.join(f'sfda-tune {what}' for what in todo)}")
+
+
+def _explain_probe(result: SearchResult) -> str:
+    """Say why the winner is a linear probe: training was no better, or never ended an epoch."""
+    epochs = sum(e["number"] > 0 for t in result.trials for e in t.get("epochs") or ())
+    if epochs:
+        return (
+            f"Fine-tuning did not help: none of {epochs} epochs was better on the validation "
+            "images than the linear probe that the winner is."
+        )
+    if failed := [t["error"] for t in result.trials if t.get("error")]:
+        return (
+            f"No epoch of training ended, {len(failed)} of {len(result.trials)} trials failed: "
+            f"the winner is a linear probe. The first failed with {failed[0]}."
+        )
+    return (
+        "No epoch of training ended in time: the winner is a linear probe; a larger --budget, "
+        "with the same --out, goes on from here."
+    )
 
 
 def _with_odds(headings: list[str]) -> list[str]:

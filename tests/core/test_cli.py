@@ -22,6 +22,7 @@ from sfda_tune import Ranking, __version__
 from sfda_tune.cli import main as commands
 from sfda_tune.cli import terminal
 from sfda_tune.cli.options import spread_lists
+from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values import ranking as values_ranking
 
 COMMAND = [sys.executable, "-m", "sfda_tune"]
@@ -580,3 +581,17 @@ def test_what_happens_is_logged_to_a_file_and_with_verbose_to_the_terminal(cli, 
     assert log.read_text().count(" INFO sfda_tune.pipelines.ranking demo:resnet_") == 2
     assert "score 0." not in cli(*call)  # without
     assert "--log" in cli(*call, "--log", tmp_path / "no" / "log.txt", code=2)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "error", "said"),
+    [
+        ([0, 1, 2], None, "none of 2 epochs was better"),
+        ([0], None, "No epoch of training ended in time"),
+        ([0], "MemoryError: x", "1 of 1 trials failed: .* with MemoryError: x"),
+    ],
+)
+def test_why_the_winner_is_a_probe(epochs, error, said):
+    trial = {"epochs": [{"number": n} for n in epochs], "error": error}
+    found = SearchResult(Path("run"), {"trials": [trial]}, Ranking([]))
+    assert re.search(said, terminal._explain_probe(found))
