@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from sfda_tune import __version__
 from sfda_tune.cli.cache import cache_app
@@ -36,7 +37,7 @@ from sfda_tune.pipelines.clock import counting
 from sfda_tune.pipelines.terminal import hang_up, say, spell_out
 
 
-class _Commands(typer.core.TyperGroup):
+class _Commands(TyperGroup):
     """Says that Ctrl-C was heard: some versions of typer make a silent exit of it."""
 
     def invoke(self, ctx: Any) -> Any:
