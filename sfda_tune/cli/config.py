@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def take_config(arguments: list[str], app: Any) -> tuple[list[str], dict[str, An
     found = getattr(_command(app), "commands", {}).get(command)
     if found is None or command == "cache":
         raise ValueError("--config must stand after a command, such as `sfda-tune rank`.")
-    return rest, {command: _read(file, command, _options(found))}
+    return rest, {command: _read(file, command, found)}
 
 
 def _command(app: Any) -> Any:
@@ -53,19 +52,20 @@ def _command(app: Any) -> Any:
     return typer.main.get_command(app)
 
 
-def _options(command: Any) -> dict[str, str]:
-    """Return name on the command line, without dashes → name of the parameter."""
-    names = {}
+def _options(command: Any) -> dict[str, Any]:
+    """Return name on the command line, without dashes → parameter."""
+    found = {}
     for parameter in command.params:
         words = [word.lstrip("-") for word in parameter.opts if word.startswith("--")]
         for word in words or [parameter.name]:
-            names[word] = parameter.name
-    return {word: name for word, name in names.items() if name not in ("help", "config")}
+            found[word] = parameter
+    return {word: p for word, p in found.items() if p.name not in ("help", "config")}
 
 
-def _read(file: str, command: str, options: Mapping[str, str]) -> dict[str, Any]:
+def _read(file: str, command: str, found: Any) -> dict[str, Any]:
     import yaml
 
+    options = _options(found)
     try:
         values = yaml.safe_load(read_text(file))
     except FileNotFoundError:
@@ -89,8 +89,26 @@ def _read(file: str, command: str, options: Mapping[str, str]) -> dict[str, Any]
                 f"--config {file!r}: {key!r} is no option of `sfda-tune {command}`; {hint}"
             )
         if value is not None:
-            settings[options[word]] = value
+            settings[options[word].name] = _check(
+                f"--config {file!r}: {key!r}", options[word], value
+            )
     return settings
+
+
+def _check(what: str, parameter: Any, value: Any) -> Any:
+    """Return the value of a parameter as its command takes it, or say why there is none."""
+    is_list = getattr(parameter, "multiple", False) or parameter.nargs != 1
+    if is_list and not isinstance(value, list):
+        value = [value]
+    if not is_list and isinstance(value, list):
+        raise ValueError(f"{what} must be one value but is the list {value!r}.")
+    for one in value if is_list else [value]:
+        if isinstance(one, bool) and not getattr(parameter, "is_flag", False):
+            raise ValueError(f"{what} is no switch but is {one!r}; if it is a text, quote it.")
+        if not isinstance(one, (str, int, float)):
+            kind = type(one).__name__
+            raise ValueError(f"{what} must be text or a number but is {one!r} ({kind}); quote it.")
+    return value
 
 
 def write_config(context: Any, path: Path) -> None:
@@ -98,9 +116,9 @@ def write_config(context: Any, path: Path) -> None:
     import yaml
 
     head, values = f"# sfda-tune {context.info_name} --config {path.name}\n", {}
-    for word, name in _options(context.command).items():
-        value = context.params.get(name)
-        if name in _NOT_KEPT or value in (None, (), []):
+    for word, parameter in _options(context.command).items():
+        value = context.params.get(parameter.name)
+        if parameter.name in _NOT_KEPT or value in (None, (), []):
             continue
         if isinstance(value, str) and redact(value) != value:
             head += f"# {word} is left out: it holds a secret\n"

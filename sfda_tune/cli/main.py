@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from sfda_tune import __version__
 from sfda_tune.cli.cache import cache_app
@@ -35,8 +36,21 @@ from sfda_tune.cli.terminal import (
 from sfda_tune.pipelines.clock import counting
 from sfda_tune.pipelines.terminal import hang_up, say, spell_out
 
+
+class _Commands(TyperGroup):
+    """Says that Ctrl-C was heard: some versions of typer make a silent exit of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say(messages, "Interrupted.")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="sfda-tune",
+    cls=_Commands,
     help="Rank pretrained image backbones on your own labelled images, before the first epoch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -254,10 +253,10 @@ def rank(
         say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
     if len(ranking) > len(ranking.failed) + 1:
-        words = ["sfda-tune", "search", dataset, "--backbones"]
-        words += [str(ranking.score(n).details.get("spec", n)) for n in ranking.shortlist(3)]
-        words += [word for one in imports or () for word in ("--import", one)]
-        say(messages, f"Next: {shlex.join(words)}")
+        from sfda_tune.report.commands import propose_search
+
+        line, _ = propose_search(ranking, **{"dataset": dataset, "import": imports})
+        say(messages, f"Next: {line}")
     if len(ranking.failed) == len(ranking):
         fail("no backbone could be ranked; each one's error stands below the table.")
 

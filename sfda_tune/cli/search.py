@@ -140,6 +140,7 @@ def search(
     from sfda_tune.pipelines.progress import SearchProgress
     from sfda_tune.pipelines.terminal import say
 
+    before, done = _read(out / "config.json"), False
     try:
         found = pipeline.search(
             dataset,
@@ -175,16 +176,21 @@ def search(
             out=out,
             progress=False if quiet else SearchProgress(messages),
         )
+        done = True
     except KeyboardInterrupt:
         say(messages, "The same command goes on from here.")
         raise
-    finally:
-        if (out / "config.json").is_file():  # the search has begun
+    finally:  # of a call that the folder refused nothing is kept
+        if done or _read(out / "config.json") != before:
             write_config(ctx, out / "config.yaml")
     if as_json:
         print_json({"folder": str(found.folder), **found.summary})
     else:
         show_result(found)
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _fraction(text: str | None) -> float | str | None:

@@ -12,7 +12,7 @@ from sfda_tune.report.run import Run
 from sfda_tune.selection.forecast import is_forecast
 from sfda_tune.values.ranking import Ranking
 
-__all__ = ["find_next", "repeat", "settle"]
+__all__ = ["find_next", "propose_search", "repeat", "settle"]
 
 SETTLES = {  # kind of a `Diagnostic`: what to rank by instead; None: as before
     "failed": None,
@@ -21,6 +21,12 @@ SETTLES = {  # kind of a `Diagnostic`: what to rank by instead; None: as before
     "width": {"metric": "knn"},
     "shrinkage": {"metric": "sfda", "variant": "loo"},
 }
+
+# What `rank` and `search` mean alike: where the images are, how they are read and computed
+_SHARED = (
+    "dataset", "image_column", "label_column", "groups", "group_column", "group_regex",
+    "split_column", "max_unreadable", "device", "precision", "import",
+)  # fmt: skip
 
 
 def repeat(run: Run) -> tuple[str, str]:
@@ -59,16 +65,30 @@ def settle(run: Run, kind: str) -> str:
 def find_next(run: Run, folder: str = "RUN") -> list[tuple[str, str]]:
     """Return what to do next: pairs of a sentence and a command."""
     if run.search is None:
-        first = _specs(run.ranking, run.ranking.shortlist(3)) if run.ranking else []
-        if not first:
-            return []
-        options, _ = _rank_options(run.ranking)
-        keep = {k: options[k] for k in ("dataset", "import") if k in options}
-        return [("Fine-tune the first three, and keep the best:", _line("search", keep, first))]
+        line, lacking = propose_search(run.ranking)
+        words = f"Fine-tune the first three, and keep the best{lacking}:"
+        return [(words, line)] if line else []
     if (run.search.get("best") or {}).get("test"):
         words = ["sfda-tune", "predict", folder, "IMAGES"]
         return [("Name the classes of new images:", shlex.join(words))]
     return []
+
+
+def propose_search(ranking: Ranking, **typed: Any) -> tuple[str, str]:
+    """Return the command that tunes the first three on the same images, and what it cannot say.
+
+    `typed` are options as they were typed, where the ranking keeps absolute paths.
+    """
+    first = _specs(ranking, ranking.shortlist(3)) if ranking else []
+    if not first:
+        return "", ""
+    options, _ = _rank_options(ranking)
+    options = {k: options[k] for k in _SHARED if k in options} | typed | {"out": "run"}
+    unsaid = {"dataset", "groups"} & {
+        *(ranking.info.get("arguments") or {}).get("only_python", ())
+    }
+    lacking = f" (add its {' and '.join(sorted(unsaid))}, from Python)" if unsaid else ""
+    return _line("search", options, first), lacking
 
 
 def _given(ranking: Ranking) -> list[str]:

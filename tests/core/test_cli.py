@@ -90,6 +90,7 @@ def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_p
     assert "No room" not in err
     specs = [ranking.score(name).details["spec"] for name in ranking.shortlist(3)]
     words = ["sfda-tune", "search", str(photos), "--backbones", *specs]
+    words += ["--device", "cpu", "--out", "run"]
     assert f"Next: {shlex.join(words)}" in " ".join(err.split("\n"))
     assert again.count("cached") == 4
     csv = (tmp_path / "r.csv").read_text().splitlines()
@@ -534,6 +535,39 @@ def test_options_may_come_from_a_file_which_stands_beside_each_result(cli_here, 
     assert "after a command" in cli_here("--config", file, code=1)
     file.write_text("samples: many\n")
     assert "valid integer" in cli_here("rank", "--config", file, code=2)
+
+
+def test_a_file_of_options_holds_what_its_command_can_take(cli_here, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("backbones: demo:resnet_glyphs, demo:vit_glyphs\nsamples: 60\n")  # no list
+    out = cli_here("rank", "--config", file, "--no-cache", "--json", *RANK)
+    assert len(json.loads(out)["backbones"]) == 2
+    for text, said in {
+        "metric: [knn, sfda]": "'metric' must be one value but is the list ['knn', 'sfda']",
+        "samples: true": "'samples' is no switch but is True",
+        "split: true": "'split' is no switch but is True; if it is a text, quote it",
+        "budget: {a: 1}": "'budget' must be text or a number but is {'a': 1} (dict)",
+        "split: 2026-01-01": "'split' must be text or a number but is datetime.date",
+        "backbones: [[a]]": "'backbones' must be text or a number but is ['a'] (list)",
+        "backbones: [true]": "'backbones' is no switch",
+    }.items():
+        file.write_text(text)
+        assert said in cli_here("rank", "--config", file, code=1)
+
+
+def test_ctrl_c_before_anything_is_finished_is_heard(cli_here, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sfda_tune.rank", interrupt)
+    assert "Interrupted." in cli_here("rank", *RANK, code=130)
+
+
+def test_a_search_that_is_refused_leaves_the_options_of_the_run(cli_here, tmp_path):
+    for name in ("config.json", "config.yaml"):
+        (tmp_path / name).write_text("of the run")
+    cli_here("search", tmp_path / "nowhere", "-o", tmp_path, code=1)
+    assert (tmp_path / "config.yaml").read_text() == "of the run"
 
 
 def test_a_search_writes_its_options_without_secrets(tmp_path, monkeypatch):

@@ -24,17 +24,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from sklearn.linear_model import SGDClassifier
 
 import sfda_tune
 from sfda_tune.cli import main as cli
+from sfda_tune.cli.options import spread_lists
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.report import html as report
 from sfda_tune.report.axes import Axis
 from sfda_tune.report.commands import find_next, repeat
 from sfda_tune.report.html import COLOURS, THEMES, render, save_plots, write_report
-from sfda_tune.report.run import read_run
+from sfda_tune.report.run import Run, read_run
 from sfda_tune.selection.forecast import find_evidence
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
@@ -725,6 +727,19 @@ def test_its_commands_run_as_they_stand(ranked, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*shlex.split(line)[1:], "--help"])
     assert stop.value.code == 0
+    command = typer.main.get_command(cli.app).commands["search"]
+    words = shlex.split(line)[2:]
+    assert command.make_context("search", spread_lists(words)).params["out"] == Path("run")
+    given = {"dataset": "t.csv", "backbones": ["demo:*"], "group_column": "patient"}
+    given |= {"split_column": "part", "label_column": "what", "samples": 50, "only_python": ["x"]}
+    grouped = Ranking([Score("demo:vit_glyphs", 0.5)], "sfda (loo)", info={"arguments": given})
+    assert find_next(Run(grouped)) == [(
+        "Fine-tune the first three, and keep the best:",
+        "sfda-tune search t.csv --backbones demo:vit_glyphs --label-column what --group-column "
+        "patient --split-column part --out run",
+    )]  # fmt: skip
+    given["only_python"] = ["groups"]
+    assert "(add its groups, from Python)" in find_next(Run(grouped))[0][0]
     tied = Ranking([Score("demo:vit_glyphs", 0.5), Score("demo:resnet_glyphs", 0.5)], "sfda (loo)",
                    info={"arguments": {"dataset": "a b", "split": "val"}})  # fmt: skip
     tied.to_json(tmp_path / "tied.json")
