@@ -22,6 +22,7 @@ from sfda_tune.cli.options import (
     Groups,
     Imports,
     SplitColumn,
+    Task,
     read_groups,
 )
 from sfda_tune.cli.terminal import (
@@ -127,6 +128,7 @@ def rank(
     group_column: GroupColumn = None,
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
+    task: Task = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
         str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
@@ -189,6 +191,7 @@ def rank(
     warnings.simplefilter("ignore", CopiesWarning)  # said below the table
     specs = ["demo:*"] if backbones is None else split_commas(backbones)
     kept = False if no_cache else cache or True
+    told = None if task == "auto" else task
     if dry_run:
         from sfda_tune.pipelines.bill import draw_up_bill
 
@@ -196,7 +199,7 @@ def rank(
             dataset, specs, samples=samples, seed=seed, split=split, image_column=image_column,
             label_column=label_column, groups=read_groups(groups, group_column, group_regex),
             split_column=split_column, device=device, precision=precision, cache=kept,
-            plugins=imports or (), weights_disk=weights_disk,
+            plugins=imports or (), weights_disk=weights_disk, task=told,
         )  # fmt: skip
         if as_json:
             print_json(asdict(bill))
@@ -231,6 +234,7 @@ def rank(
             budget=budget,
             ensemble=ensemble,
             weights_disk=weights_disk,
+            task=told,
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True
@@ -248,7 +252,7 @@ def rank(
     if interrupted:
         say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
-    if len(ranking) > len(ranking.failed) + 1:
+    if len(ranking) > len(ranking.failed) + 1 and ranking.info.get("task") != "regression":
         words = ["sfda-tune", "search", dataset, "--backbones"]
         words += [str(ranking.score(n).details.get("spec", n)) for n in ranking.shortlist(3)]
         words += [word for one in imports or () for word in ("--import", one)]

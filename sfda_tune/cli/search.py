@@ -15,6 +15,7 @@ from sfda_tune.cli.options import (
     GroupRegex,
     Groups,
     SplitColumn,
+    Task,
     read_groups,
 )
 from sfda_tune.cli.terminal import messages, print_json, show_result, split_commas
@@ -97,6 +98,7 @@ def search(
     group_column: GroupColumn = None,
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
+    task: Task = "auto",
     time_column: Annotated[
         str | None,
         typer.Option(
@@ -161,6 +163,7 @@ def search(
             label_column=label_column,
             groups=read_groups(groups, group_column, group_regex),
             split_column=split_column,
+            task=None if task == "auto" else task,
             time_column=time_column,
             max_unreadable=max_unreadable,
             device=device,

@@ -23,7 +23,7 @@ from sfda_tune.data.tables import open_table
 from sfda_tune.data.torchvision import open_map
 from sfda_tune.values.text import require
 
-__all__ = ["open_dataset", "open_part"]
+__all__ = ["TASKS", "open_dataset", "open_part"]
 
 TASKS = ("auto", "classification", "regression")
 _FORMS = (

@@ -34,7 +34,7 @@ from sfda_tune.values.text import integer
 
 __all__ = ["REGRESSION", "knn_regression", "logme_regression", "ridge", "ridge_probe"]
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # t
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # t
 N_FOLDS = 5
 
 
@@ -61,7 +61,7 @@ def ridge(
         Finite real numbers; never changed. All arithmetic is in float64, on the CPU.
     targets : sequence of float, shape (n_samples,)
         Finite, not all equal.
-    grid : sequence of float, default 1e-4 … 100
+    grid : sequence of float, default 1e-6 … 100
         Values of t to choose from.
     groups : sequence of hashable, shape (n_samples,), optional
         Samples that are left out together, two groups or more.

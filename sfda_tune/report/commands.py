@@ -48,6 +48,8 @@ def settle(run: Run, kind: str) -> str:
     """Return the command that settles a doubt about a ranking; empty if there is none."""
     if kind not in SETTLES or run.search is not None:
         return ""
+    if run.ranking.info.get("task") == "regression" and "variant" in (SETTLES[kind] or {}):
+        return ""
     options, _ = _rank_options(run.ranking)
     changes = SETTLES[kind]
     if changes:
@@ -60,7 +62,7 @@ def find_next(run: Run, folder: str = "RUN") -> list[tuple[str, str]]:
     """Return what to do next: pairs of a sentence and a command."""
     if run.search is None:
         first = _specs(run.ranking, run.ranking.shortlist(3)) if run.ranking else []
-        if not first:
+        if not first or run.ranking.info.get("task") == "regression":
             return []
         options, _ = _rank_options(run.ranking)
         keep = {k: options[k] for k in ("dataset", "import") if k in options}

@@ -52,6 +52,7 @@ def test_ridge_is_what_refits_without_each_sample_or_group_say(n, d, sizes):
         assert found.details["r2"][f"{t:g}"] == pytest.approx(r2[f"{t:g}"], abs=1e-9)
     assert found.details["penalty"] == float(max(r2, key=r2.__getitem__))
     predicted = refit(x, y, found.details["penalty"], groups)
+    assert found.per_sample is not None
     contributions = 1 - (y - predicted) ** 2 / y.var()
     np.testing.assert_allclose(found.per_sample, contributions, rtol=0, atol=1e-8)
     assert found.value == pytest.approx(found.per_sample.mean(), abs=1e-12)
@@ -73,6 +74,7 @@ def test_probe_predicts_folds_that_its_penalty_has_not_seen():
         predicted[~train] = fit.predict(z[~train])
     assert found.value == pytest.approx(r2_score(y, predicted), abs=1e-9)
     wide = ridge_probe(*sample(40, 200), groups=np.arange(40) // 4)
+    assert wide.per_sample is not None
     assert np.isfinite(wide.per_sample).all()
 
 
