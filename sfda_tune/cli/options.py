@@ -78,6 +78,14 @@ SplitColumn = Annotated[
     ),
 ]
 
+Task = Annotated[
+    str,
+    typer.Option(
+        help="What labels are: classification, or regression, numbers to predict. With auto "
+        "numbers are classes, unless they look like a quantity: then you are asked."
+    ),
+]
+
 
 def read_groups(groups: str | None, column: str | None, regex: str | None) -> Any:
     """Return what `groups` of `rank` and `search` is for these options."""

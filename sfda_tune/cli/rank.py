@@ -22,6 +22,7 @@ from sfda_tune.cli.options import (
     Imports,
     Log,
     SplitColumn,
+    Task,
     Verbose,
     read_groups,
 )
@@ -128,6 +129,7 @@ def rank(
     group_column: GroupColumn = None,
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
+    task: Task = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
         str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
@@ -193,6 +195,7 @@ def rank(
     warnings.simplefilter("ignore", CopiesWarning)  # said below the table
     specs = ["demo:*"] if backbones is None else split_commas(backbones)
     kept = False if no_cache else cache or True
+    told = None if task == "auto" else task
     if dry_run:
         from sfda_tune.pipelines.bill import draw_up_bill
 
@@ -200,7 +203,7 @@ def rank(
             dataset, specs, samples=samples, seed=seed, split=split, image_column=image_column,
             label_column=label_column, groups=read_groups(groups, group_column, group_regex),
             split_column=split_column, device=device, precision=precision, cache=kept,
-            plugins=imports or (), weights_disk=weights_disk,
+            plugins=imports or (), weights_disk=weights_disk, task=told,
         )  # fmt: skip
         if as_json:
             print_json(asdict(bill))
@@ -235,6 +238,7 @@ def rank(
             budget=budget,
             ensemble=ensemble,
             weights_disk=weights_disk,
+            task=told,
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True
@@ -252,7 +256,7 @@ def rank(
     if interrupted:
         say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
-    if len(ranking) > len(ranking.failed) + 1:
+    if len(ranking) > len(ranking.failed) + 1 and ranking.info.get("task") != "regression":
         from sfda_tune.report.commands import propose_search
 
         line, _ = propose_search(ranking, **{"dataset": dataset, "import": imports})

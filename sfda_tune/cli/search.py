@@ -16,6 +16,7 @@ from sfda_tune.cli.options import (
     Groups,
     Log,
     SplitColumn,
+    Task,
     Verbose,
     read_groups,
 )
@@ -99,6 +100,7 @@ def search(
     group_column: GroupColumn = None,
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
+    task: Task = "auto",
     time_column: Annotated[
         str | None,
         typer.Option(
@@ -166,6 +168,7 @@ def search(
             label_column=label_column,
             groups=read_groups(groups, group_column, group_regex),
             split_column=split_column,
+            task=None if task == "auto" else task,
             time_column=time_column,
             max_unreadable=max_unreadable,
             device=device,

@@ -42,7 +42,10 @@ def show_ranking(ranking: Ranking) -> None:
     from sfda_tune.selection.odds import find_odds
 
     info = ranking.info
-    title = f"{info['dataset']}: {info['n_samples']} images, {info['n_classes']} classes"
+    what = f"{info['n_classes']} classes"
+    if target := info.get("target"):
+        what = f"numbers from {target['min']:g} to {target['max']:g}"
+    title = f"{info['dataset']}: {info['n_samples']} images, {what}"
     table = Table(title=text(f"{title}; {ranking.metric}"), title_justify="left")
     odds, headings = find_odds(ranking), list(ranking.headings)
     sure = {} if odds is None else _sure(odds)
@@ -179,7 +182,17 @@ def describe_ranking(ranking: Ranking) -> dict[str, Any]:
     from sfda_tune.selection.uncertainty import shortlist
 
     odds = find_odds(ranking)
-    keep = ("dataset", "n_samples", "n_classes", "device", "seconds", "not_looked_at", "race")
+    keep = (
+        "dataset",
+        "n_samples",
+        "n_classes",
+        "task",
+        "target",
+        "device",
+        "seconds",
+        "not_looked_at",
+        "race",
+    )
     return {
         "metric": ranking.metric,
         **{key: ranking.info[key] for key in keep if key in ranking.info},

@@ -71,7 +71,11 @@ def as_item(value: Any, what: str) -> Any:
 
 
 def open_arrays(
-    images: Any, labels: Any = None, least: int = 2, name: str = "arrays"
+    images: Any,
+    labels: Any = None,
+    least: int = 2,
+    name: str = "arrays",
+    task: str | None = None,
 ) -> ImageDataset:
     """Open images in memory, and their labels."""
     if labels is None and isinstance(images, Mapping):
@@ -111,14 +115,14 @@ def open_arrays(
             f"`labels` must have one label per image, but there are {len(items)} images and "
             f"{len(values)} labels."
         )
-    return ImageDataset(name, items, *encode(values, "`labels`", least=least))
+    return ImageDataset(name, items, *encode(values, "`labels`", least=least, task=task))
 
 
-def open_digits(spec: str) -> ImageDataset:
+def open_digits(spec: str, task: str | None = None) -> ImageDataset:
     """Open scikit-learn's handwritten digits."""
     from sklearn.datasets import load_digits
 
     digits = cast("Any", load_digits())
     # 17 grey levels, 0 … 16, spread evenly over 0 … 255
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return open_arrays(images, digits.target, name=spec)
+    return open_arrays(images, digits.target, name=spec, task=task)

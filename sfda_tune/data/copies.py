@@ -98,19 +98,20 @@ def find_twins(
     eligible = np.ones(len(images), bool)
     if among is not None:
         eligible = np.isin(np.arange(len(images)), among)
-    sizes = np.bincount(images.labels, minlength=len(images.classes))
+    different, y = np.unique(images.labels, return_inverse=True)
+    sizes = np.bincount(y)
     members: dict[int, list[int]] = {}
     for row in np.flatnonzero(np.bincount(codes, minlength=len(codes))[codes] > 1).tolist():
         members.setdefault(int(codes[row]), []).append(row)
     copies, torn = {}, {}
     for rows in members.values():
-        counts = Counter(images.labels[rows].tolist())
+        counts = Counter(y[rows].tolist())
         choice = [row for row in rows if eligible[row]] or rows
-        label = min(set(images.labels[choice].tolist()), key=lambda c: (-counts[c], sizes[c], c))
-        kept = next(row for row in choice if images.labels[row] == label)
+        label = min(set(y[choice].tolist()), key=lambda c: (-counts[c], sizes[c], c))
+        kept = next(row for row in choice if y[row] == label)
         copies |= {row: kept for row in rows if row != kept}
         if len(counts) > 1:
-            torn[kept] = tuple(images.classes[c] for c in sorted(counts))
+            torn[kept] = tuple(images.label_name(different[c]) for c in sorted(counts))
     return Twins(np.setdiff1d(np.arange(len(images)), list(copies)), copies, torn)
 
 

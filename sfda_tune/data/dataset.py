@@ -26,6 +26,8 @@ from sfda_tune.values.text import is_integer, one_line, printable
 
 __all__ = ["ImageDataset"]
 
+TENTHS = 10  # strata of numbers
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
@@ -40,11 +42,12 @@ class ImageDataset:
     items : sequence of length n
         Per image a path, encoded bytes, a uint8 array ``(h, w[, c])``, a `PIL.Image.Image`, or a
         function without arguments that returns one of these.
-    labels : ndarray of int64, shape (n,)
-        Position of the class in `classes`; read-only.
+    labels : ndarray of int64 or float64, shape (n,)
+        Position of the class in `classes`; or, without classes, the number to predict. Read-only.
     classes : tuple of str
-        Class names; numbers in numerical, other names in natural order (``a2`` before ``a10``),
-        so that they depend neither on the file system nor on the order of the rows.
+        Class names, none for numbers to predict; names that are numbers in numerical, others in
+        natural order (``a2`` before ``a10``), so that they depend neither on the file system nor
+        on the order of the rows.
     origin : ndarray of int64, shape (n,), optional
         Row number of each image in what the user gave, for messages.
     groups : ndarray of str, shape (n,), optional
@@ -70,13 +73,16 @@ class ImageDataset:
     def __post_init__(self) -> None:
         labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
         integers = labels.shape == (n,) and labels.dtype.kind in "iu"
-        if not integers or not np.all((labels >= 0) & (labels < n_classes)):
+        numbers = labels.shape == (n,) and labels.dtype.kind == "f" and not n_classes
+        if numbers and not np.isfinite(labels).all():
+            raise DatasetError("`labels` that are numbers to predict must be finite but are not.")
+        if not numbers and not (integers and np.all((labels >= 0) & (labels < n_classes))):
             raise DatasetError(
                 f"`labels` must be {n} integers in 0 … {n_classes - 1} (positions in `classes`), "
                 f"one per image, but is {one_line(repr(self.labels), 80)}; `open_dataset` encodes "
                 "other labels."
             )
-        labels = labels.astype(np.int64)
+        labels = labels.astype(np.float64 if numbers else np.int64)
         labels.flags.writeable = False
         object.__setattr__(self, "labels", labels)
         if self.origin is None:
@@ -84,6 +90,37 @@ class ImageDataset:
         for name in ("groups", "times"):
             if (value := getattr(self, name)) is not None and len(value) != n:
                 raise DatasetError(f"`{name}` must have {n} values but has {len(value)}.")
+
+    @property
+    def task(self) -> str:
+        """Either "classification", or "regression": labels are numbers to predict."""
+        return "regression" if self.labels.dtype.kind == "f" else "classification"
+
+    @cached_property
+    def strata(self) -> np.ndarray:
+        """What samples are stratified by: the classes; of numbers, tenths of the images by size.
+
+        Equal numbers are in the same tenth.
+        """
+        if self.task == "classification":
+            return self.labels
+        rank = np.searchsorted(np.sort(self.labels), self.labels)
+        return np.unique(rank * TENTHS // max(len(self), 1), return_inverse=True)[1]
+
+    def require_classes(self, purpose: str) -> None:
+        """Raise a DatasetError if the labels are numbers to predict."""
+        if self.task == "regression":
+            raise DatasetError(
+                f"`dataset` must have classes {purpose} but has numbers to predict (the task "
+                "'regression'), which can only be ranked on so far: rank(task='regression') "
+                "(sfda-tune rank --task regression) orders the backbones, to be trained with "
+                "tools of your own; if each number is a class, pass task='classification' "
+                "(--task classification)."
+            )
+
+    def label_name(self, label: Any) -> str:
+        """Return what a label is called: its class, or the number."""
+        return f"{label:g}" if self.task == "regression" else self.classes[label]
 
     @cached_property
     def group_codes(self) -> np.ndarray | None:
@@ -94,7 +131,11 @@ class ImageDataset:
         return None if len(names) == len(codes) else codes
 
     def __repr__(self) -> str:
-        return f"ImageDataset({self.name!r}, {len(self)} images, {len(self.classes)} classes)"
+        what = f"{len(self.classes)} classes"
+        if self.task == "regression":
+            ends = (f"{v:g}" for v in (self.labels.min(), self.labels.max())) if len(self) else ()
+            what = f"numbers {' … '.join(ends)}"
+        return f"ImageDataset({self.name!r}, {len(self)} images, {what})"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -178,7 +219,7 @@ class ImageDataset:
         )
 
     def sample(self, n: int, seed: int = 0) -> ImageDataset:
-        """Draw `n` images, stratified by class; they keep their order.
+        """Draw `n` images, stratified by class (numbers: by `strata`); they keep their order.
 
         Classes share the places in proportion to their size, but each gets min(2, its size)
         places first (one, where `n` is too small for two). Groups are not drawn as a whole, but
@@ -199,11 +240,12 @@ class ImageDataset:
 
     def sample_rows(self, n: int, seed: int = 0) -> np.ndarray:
         """Return the rows that `sample` draws, sorted."""
-        classes, code, counts = np.unique(self.labels, return_inverse=True, return_counts=True)
+        classes, code, counts = np.unique(self.strata, return_inverse=True, return_counts=True)
         if n < len(classes):
+            kind = "classes" if self.task == "classification" else "strata of the numbers"
             raise DatasetError(
-                f"`samples` must be at least the number of classes, {len(classes)}, but is {n}; "
-                "better 20 or more images per class."
+                f"`samples` must be at least the number of {kind}, {len(classes)}, but is {n}; "
+                "better 20 or more images of each."
             )
         rng = np.random.default_rng(seed)
         rank = np.empty(len(self), np.int64)  # position of a row in its class, shuffled

@@ -155,7 +155,7 @@ def _find_parts(root: str, folders: Sequence[str], split: str | None) -> dict[st
 
 
 def open_folder(
-    spec: Any, split: str | None, least: int, groups: str | None = None
+    spec: Any, split: str | None, least: int, groups: str | None = None, task: str | None = None
 ) -> ImageDataset:
     root = absolute(spec)
     name, where = printable(os.path.basename(root) or root), f"Folder {root!r}"
@@ -241,7 +241,7 @@ def open_folder(
     if len(_list(inner, silent=True)[0]) > 1:
         hint = f" Its sub-folders look like classes: try {inner!r}."
     dataset = ImageDataset(
-        name, paths, *encode(labels, where, hint=hint, least=least, folders=True)
+        name, paths, *encode(labels, where, hint=hint, least=least, folders=True, task=task)
     )
     if groups is None:
         return dataset

@@ -157,6 +157,7 @@ def describe_groups(groups: np.ndarray | None, labels: np.ndarray) -> dict[str, 
     if groups is None:
         return {}
     codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
+    labels = np.zeros(len(codes), np.int64) if labels.dtype.kind == "f" else labels
     pairs = np.unique(codes * (int(labels.max()) + 1) + labels) // (int(labels.max()) + 1)
     return {
         "groups": {

@@ -60,6 +60,7 @@ def open_hf(
     split_column: str | None,
     time_column: str | None,
     least: int,
+    task: str | None = None,
     name: str = "",
 ) -> ImageDataset:
     """Open a `datasets.Dataset`, or one part of a `DatasetDict`."""
@@ -105,7 +106,9 @@ def open_hf(
         wanted = np.array(rows)
     labels = [labels[row] for row in wanted]
     what = f"{where}, column {label!r},"
-    codes, class_names = encode(labels, what, names=names, rows=wanted.tolist(), least=least)
+    codes, class_names = encode(
+        labels, what, names=names, rows=wanted.tolist(), least=least, task=task
+    )
     rows = data.select_columns([image])
     if kind[image] == "Image":
         rows = rows.cast_column(image, datasets.Image(decode=False))

@@ -1,4 +1,8 @@
-"""Class names: from what tables, folders and data sets hold, in the order people expect."""
+"""Class names: from what tables, folders and data sets hold, in the order people expect.
+
+Or numbers to predict, for regression. Without a word of the user, numbers are classes where they
+look like codes of classes (`looks_like_target`), and refused where they do not.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -54,8 +59,11 @@ def encode(
     least: int = 2,
     places: np.ndarray | None = None,
     folders: bool = False,
+    task: str | None = None,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels of any hashable type → codes 0 … C−1 and class names; all checks are here.
+
+    For the `task` "regression" → the numbers, float64, and no classes.
 
     `names` are the declared names of integer labels (ClassLabel, torchvision's `classes`). With
     `places`, `given` are the different labels only, and `places` says where in them each image's
@@ -92,6 +100,10 @@ def encode(
             f"{where} must hold a label for every image, but {len(bad)} of {n} are "
             f"missing ({some(told)}); fill them in or remove these images."
         )
+    if task == "regression":
+        return _read_numbers(labels, text, where, places), ()
+    if task is None and not folders and names is None and least > 1:
+        _refuse_target(known, n, where)
     if len(classes) < least:
         raise DatasetError(
             f"{where} must have at least 2 classes to rank backbones, but all {n} "
@@ -106,6 +118,78 @@ def encode(
     code = {name: n for n, name in enumerate(classes)}
     codes = np.array([code[text[label]] for label in labels])
     return codes if places is None else codes[places], classes
+
+
+MANY = 20  # different integers, up to which they are taken for codes of classes
+RARE = 3  # images of each of many integers, on average, from which they are
+
+
+def looks_like_target(numbers: np.ndarray, n: int) -> bool:
+    """Whether different `numbers`, on `n` images, are more like a target than codes of classes.
+
+    They are if there are three or more and some have a fraction, or if there are more than `MANY`
+    whole ones with fewer than `RARE` images each, on average.
+
+    >>> looks_like_target(np.array([0.5, 1.0, 2.25]), 300)
+    True
+    >>> looks_like_target(np.arange(10), 30), looks_like_target(np.arange(36), 40)
+    (False, True)
+    """
+    if np.any(numbers != np.floor(numbers)):
+        return len(numbers) > 2
+    return len(numbers) > MANY and n < RARE * len(numbers)
+
+
+def _refuse_target(labels: Iterable[Any], n: int, where: str) -> None:
+    """Raise a DatasetError if labels are numbers to predict rather than codes of classes."""
+    numbers = {_as_number(label) for label in labels}
+    values = np.array(sorted(v for v in numbers if v is not None))
+    if None in numbers or not looks_like_target(values, n):
+        return
+    fraction = bool(np.any(values != np.floor(values)))
+    kind = "numbers with a fraction" if fraction else "whole numbers"
+    rule = (
+        "three or more of which some have a fraction"
+        if fraction
+        else f"more than {MANY} with fewer than {RARE} images each, on average"
+    )
+    raise DatasetError(
+        f"{where} must say what its numbers are: {len(values)} different {kind} from "
+        f"{values[0]:g} to {values[-1]:g} on {n} images look like a quantity to predict, not like "
+        f"classes ({rule}); pass task='regression' (--task regression), or, if each number is a "
+        "class, task='classification' (--task classification)."
+    )
+
+
+def _as_number(label: Any) -> float | None:
+    """Return a label as a finite number; None if it is none."""
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        return None
+    with suppress(ValueError, OverflowError):
+        number = float(label)
+        return number if np.isfinite(number) and "_" not in str(label) else None
+    return None
+
+
+def _read_numbers(
+    labels: Sequence[Any], known: Iterable[Any], where: str, places: np.ndarray | None
+) -> np.ndarray:
+    """Return labels as float64, one per image."""
+    bad = sorted({str(label) for label in known if _as_number(label) is None})
+    if bad:
+        raise DatasetError(
+            f"{where} must hold finite numbers for the task 'regression' but holds "
+            f"{some(map(repr, bad))}; choose another column, or task='classification' "
+            "(--task classification)."
+        )
+    values = np.array([float(label) for label in labels])
+    values = values if places is None else values[places]
+    if len(values) > 1 and values.min() == values.max():
+        raise DatasetError(
+            f"{where} must hold different numbers to rank backbones, but all {len(values)} are "
+            f"{values[0]:g}."
+        )
+    return values
 
 
 def _find_lookalikes(classes: Iterable[str]) -> list[str]:

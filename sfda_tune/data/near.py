@@ -164,7 +164,8 @@ def describe_near(images: ImageDataset, pairs: Pairs | None) -> dict[str, Any]:
     codes = near_codes(len(images), pairs)
     sizes = np.bincount(codes)
     several = sizes > 1
-    torn = [len(set(images.labels[codes == c])) > 1 for c in np.flatnonzero(several)]
+    classes = images.labels if images.classes else np.zeros(len(images))
+    torn = [len(set(classes[codes == c])) > 1 for c in np.flatnonzero(several)]
     name = images.item_name
     return {
         "near_duplicates": {

@@ -21,9 +21,11 @@ from sfda_tune.data.groups import FOLDERS, check_groups, find_groups
 from sfda_tune.data.huggingface import open_hf, open_hub
 from sfda_tune.data.tables import open_table
 from sfda_tune.data.torchvision import open_map
+from sfda_tune.values.text import require
 
-__all__ = ["open_dataset", "open_part"]
+__all__ = ["TASKS", "open_dataset", "open_part"]
 
+TASKS = ("auto", "classification", "regression")
 _FORMS = (
     "'digits'; a folder with one sub-folder per class (or train/ and val/ with such sub-folders); "
     "a .csv, .tsv or .parquet table of paths and labels; 'hf:NAME' or 'hf:NAME:CONFIG'; a Hugging "
@@ -44,6 +46,7 @@ def open_dataset(
     groups: Any = None,
     split_column: str | None = None,
     time_column: str | None = None,
+    task: str | None = None,
 ) -> ImageDataset:
     """Open labelled images, in whatever form they are.
 
@@ -90,6 +93,11 @@ def open_dataset(
     split_column, time_column : str, optional
         Column of a table or Hugging Face data set that says the part of each row, where it has
         an unusual name; that says when each image was made (number or ISO 8601).
+    task : {"auto", "classification", "regression"}, optional
+        Whether the labels are classes or numbers to predict. By default numbers are classes, too,
+        but are refused where they look like a quantity (`sfda_tune.data.labels`): three or more,
+        of which some have a fraction; or more than 20 whole ones with fewer than 3 images each.
+        Names of folders, and numbers that the data set has names for, are classes.
 
     Raises
     ------
@@ -104,7 +112,9 @@ def open_dataset(
     """
     columns = {"image_column": image_column, "label_column": label_column, "groups": groups}
     columns |= {"split_column": split_column, "time_column": time_column}
-    dataset = _open(spec, 2, split=split, **columns, labels=labels)
+    require("task", task, f"one of {', '.join(TASKS)}", task in (None, *TASKS))
+    told = None if task == "auto" else task
+    dataset = _open(spec, 2, split=split, **columns, labels=labels, task=told)
     if groups is not None and dataset.groups is not None:
         check_groups(dataset.groups)
     return dataset if samples is None else dataset.sample(samples, seed)
@@ -119,11 +129,17 @@ def open_part(spec: Any, split: str | None = None, **columns: Any) -> ImageDatas
 
 
 def _open(
-    spec: Any, least: int, *, labels: Any = None, groups: Any = None, **options: Any
+    spec: Any,
+    least: int,
+    *,
+    labels: Any = None,
+    groups: Any = None,
+    task: str | None = None,
+    **options: Any,
 ) -> ImageDataset:
     """Open a data set of at least so many classes."""
     form, opener, usable = _form(spec, labels)
-    options |= {"labels": labels, "least": least}
+    options |= {"labels": labels, "least": least, "task": task}
     if isinstance(groups, str):
         where = "group_column" if "group_column" in usable else "groups"
         if where not in usable or (where == "groups" and groups != FOLDERS):
@@ -146,16 +162,23 @@ def _open_form(
     usable: tuple[str, ...],
     options: dict[str, Any],
 ) -> ImageDataset:
-    refused = {name: options[name] for name in options if name not in (*usable, "least")}
+    refused = {name: options[name] for name in options if name not in (*usable, "least", "task")}
     refuse(form, **refused)
-    return opener(spec, **{name: options.get(name) for name in usable})
+    return opener(spec, **{name: options.get(name) for name in usable}, task=options["task"])
+
+
+def _open_opened(dataset: ImageDataset, task: str | None) -> ImageDataset:
+    require(
+        "task", task, f"{dataset.task!r}, as that of {dataset!r}", task in (None, dataset.task)
+    )
+    return dataset
 
 
 def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tuple[str, ...]]:
     """Name of the form of `spec`, the function that opens it, and the options that it takes."""
     columns = ("image_column", "label_column", "group_column", "split_column", "time_column")
     if isinstance(spec, ImageDataset):
-        return "an ImageDataset", lambda dataset: dataset, ()
+        return "an ImageDataset", _open_opened, ()
     if isinstance(spec, str) and spec == "digits":
         return "'digits' (a folder of that name is './digits')", open_digits, ()
     if isinstance(spec, str) and spec.startswith("hf:"):

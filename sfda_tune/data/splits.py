@@ -82,7 +82,8 @@ def _say_once() -> Iterator[None]:
 def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
     """Open the images to train on, and those for validation and test that are not held out."""
     columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
-    whole = open_dataset(g["dataset"], split=g["split"], **columns)
+    whole = open_dataset(g["dataset"], split=g["split"], **columns, task=g.get("task"))
+    whole.require_classes("to search on")
     share = 1.0 if g["samples"] is None else min(1.0, g["samples"] / len(whole))
     whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
     parts, sources = {"train": whole}, {"train": "own part" if g["split"] else "all images"}

@@ -62,6 +62,7 @@ def open_table(
     split_column: str | None,
     time_column: str | None,
     least: int,
+    task: str | None = None,
 ) -> ImageDataset:
     """Open a CSV or Parquet file."""
     path = absolute(spec)
@@ -92,7 +93,8 @@ def open_table(
             )
     if rows is not None:
         found = _of_rows(found, rows)
-    codes, classes = encode(where=f"{where}, column {label!r},", least=least, **found)
+    what = f"{where}, column {label!r},"
+    codes, classes = encode(where=what, least=least, task=task, **found)
     items = _Cells(cells(image), base, rows)
     check_some_exist(items, base, f"{where}, column {image!r},")
     origin = np.arange(len(codes)) if rows is None else np.array(rows)

@@ -73,7 +73,7 @@ def _map_labels(dataset: Any, name: str) -> Sequence[Any]:
         ) from error
 
 
-def open_map(dataset: Any, least: int) -> ImageDataset:
+def open_map(dataset: Any, least: int, task: str | None = None) -> ImageDataset:
     """Open anything with a length whose items are pairs of image and label."""
     rows = list(range(len(dataset)))
     torch = sys.modules.get("torch")  # whoever has a Subset has imported it
@@ -100,5 +100,5 @@ def open_map(dataset: Any, least: int) -> ImageDataset:
         names, labels = None, [convert(label) for label in labels]
     names = names if isinstance(names, list | tuple) else None
     where = f"The labels of {name}"
-    codes, classes = encode(labels, where, names=names, rows=rows, least=least)
+    codes, classes = encode(labels, where, names=names, rows=rows, least=least, task=task)
     return ImageDataset(name, items, codes, classes, np.array(rows))

@@ -641,7 +641,9 @@ def _finish(
         x = parts[0][1].x if len(parts) == 1 else np.concatenate([e.x for _, e in parts])
         if len(order) != len(x) or (order != np.arange(len(x))).any():
             x = x[order]
-        features = Features(x, dataset.labels[rows[order]], dataset.classes, _name(job))
+        features = Features(
+            x, dataset.labels[rows[order]], dataset.classes, _name(job), task=dataset.task
+        )
     except ValueError as error:
         return replace(result, error=str(error))
     return replace(result, features=features)

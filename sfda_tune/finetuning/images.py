@@ -74,6 +74,7 @@ def split(
     dataset: ImageDataset, val: ImageDataset | None, config: FinetuneConfig
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return training and validation images, with the same codes for the classes."""
+    dataset.require_classes("to fine-tune on")
     n, n_classes = len(dataset), len(np.unique(dataset.labels))
     if n_classes < 2:
         raise ValueError(

@@ -11,7 +11,7 @@ N_k(n)      the k samples m ≠ n with the largest s_nm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from sfda_tune.metrics._input import encode_groups, load
 from sfda_tune.values.features import MetricResult
 from sfda_tune.values.text import integer
 
-__all__ = ["knn"]
+__all__ = ["find_neighbours", "knn"]
 
 GRID = (1, 3, 5, 10, 20)
 BLOCK = 2**22  # similarities at a time
@@ -93,23 +93,13 @@ def knn(
     >>> f"{knn(noise + centres, labels).value:.3f} against {knn(noise, labels).value:.3f}"
     '0.887 against 0.307'
     """
-    grid = [integer("k", k, 1) for k in (k if isinstance(k, Sequence) else [k])]
-    if not grid:
-        raise ValueError(f"`k` must hold at least one integer but is {k!r}; try (1, 5, 20).")
     data = load(features, labels)
     codes = encode_groups(groups, data.N)
     g = np.arange(data.N) if codes is None else codes[data.order]
-    grid = sorted({min(k, data.N - int(np.bincount(g).max())) for k in grid})
-    X = data.X / (np.abs(data.X).max() or 1.0)
-    norms = np.linalg.norm(X, axis=1, keepdims=True)
-    X /= np.where(norms > 0, norms, 1)
+    grid, neighbours = find_neighbours(data.X, g, k)
     right = np.empty((len(grid), data.N), dtype=bool)
-    step = max(1, BLOCK // data.N)
-    for i in range(0, data.N, step):
-        rows = np.arange(i, min(i + step, data.N))
-        s = X[rows] @ X.T
-        s[g[rows, None] == g] = -np.inf
-        votes = data.y[_nearest(s, grid[-1])]
+    for rows, nearest in neighbours:
+        votes = data.y[nearest]
         for j, k_j in enumerate(grid):
             right[j, rows] = _majority(votes[:, :k_j]) == data.y[rows]
     accuracies = right.mean(axis=1)
@@ -120,6 +110,33 @@ def knn(
         data.unsorted(right[best].astype(float)),
         data.details() | {"k": grid[best], "accuracies": by_k},
     )
+
+
+def find_neighbours(
+    X: np.ndarray, groups: np.ndarray, k: int | Sequence[int]
+) -> tuple[list[int], Iterator[tuple[np.ndarray, np.ndarray]]]:
+    """Return the numbers of neighbours that exist, and blocks of rows with the nearest of each.
+
+    None is of the row's own group; a group may be the row alone.
+    """
+    grid = [integer("k", k, 1) for k in (k if isinstance(k, Sequence) else [k])]
+    if not grid:
+        raise ValueError(f"`k` must hold at least one integer but is {k!r}; try (1, 5, 20).")
+    N = len(X)
+    grid = sorted({min(k, N - int(np.bincount(groups).max())) for k in grid})
+
+    def iterate() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        unit = X / (np.abs(X).max() or 1.0)
+        norms = np.linalg.norm(unit, axis=1, keepdims=True)
+        unit /= np.where(norms > 0, norms, 1)
+        step = max(1, BLOCK // N)
+        for i in range(0, N, step):
+            rows = np.arange(i, min(i + step, N))
+            s = unit[rows] @ unit.T
+            s[groups[rows, None] == groups] = -np.inf
+            yield rows, _nearest(s, grid[-1])
+
+    return grid, iterate()
 
 
 def _nearest(s: np.ndarray, k: int) -> np.ndarray:

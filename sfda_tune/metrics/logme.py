@@ -18,15 +18,16 @@ t           α/β                                                               
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.linalg import eigh
 
-from sfda_tune.metrics._input import EPS, Data, load
+from sfda_tune.metrics._input import EPS, load
 from sfda_tune.values.features import MetricResult
 
-__all__ = ["logme"]
+__all__ = ["find_spectrum", "logme", "maximise_evidence"]
 
 FLOOR = 1e-6  # of the noise variance, relative to the mean square of y_k
 TOLERANCE = 1e-6
@@ -97,10 +98,18 @@ def logme(features: Any, labels: Any) -> MetricResult:
     '-0.457 against -0.870'
     """
     data = load(features, labels)
-    sigma, z2, rest = _spectrum(data)
-    n = data.counts
-    floor = FLOOR * n  # of r2; β ≤ (N − γ)/floor
-    t, t_max = np.ones(data.C), max(1e12 * sigma[-1], 1.0)
+    norms = data.counts.astype(float)
+    spectrum = find_spectrum(data.X, data.sums, norms)
+    evidence, about = maximise_evidence(data.N, *spectrum, norms)
+    return MetricResult(float(evidence.mean()) / data.N, details=data.details() | about)
+
+
+def maximise_evidence(
+    N: int, sigma: np.ndarray, z2: np.ndarray, rest: np.ndarray, norms: np.ndarray
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return max log p of each y_k (C,), and how it was found; `norms` are ‖y_k‖²."""
+    floor = FLOOR * norms  # of r2; β ≤ (N − γ)/floor
+    t, t_max = np.ones(len(norms)), max(1e12 * sigma[-1], 1.0)
 
     def moments(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         s = sigma[:, None] + t  # (K, C)
@@ -108,43 +117,47 @@ def logme(features: Any, labels: Any) -> MetricResult:
         r2 = np.sum(z2 * (t / s) ** 2, axis=0) + rest  # ‖Fm − y‖²
         return m2, np.maximum(r2, floor)
 
-    change = gamma = np.full(data.C, np.inf)
+    change = gamma = np.full(len(norms), np.inf)
     n_iter = 0
     while n_iter < MAX_ITER and change.max() > TOLERANCE:
         n_iter += 1
         m2, r2 = moments(t)
         gamma = np.sum(sigma[:, None] / (sigma[:, None] + t), axis=0)
-        beta = np.maximum(data.N - gamma, EPS) / r2
+        beta = np.maximum(N - gamma, EPS) / r2
         new = np.where(m2 * beta * t_max > gamma, gamma / np.maximum(m2 * beta, 1e-300), t_max)
         new = np.clip(new, sigma[-1] * 1e-14 + 1e-300, t_max)
         change = np.abs(np.log(new / t))
         t = new
     m2, r2 = moments(t)
-    beta = data.N / (r2 + t * m2)  # the best β for this t
+    beta = N / (r2 + t * m2)  # the best β for this t
     evidence = 0.5 * (
-        data.N * (np.log(beta / (2 * np.pi)) - 1)
+        N * (np.log(beta / (2 * np.pi)) - 1)
         - np.sum(np.log1p(sigma[:, None] / t), axis=0)  # D log α − log|A| + …
     )
-    details = data.details() | {
+    return evidence, {
         "n_iter": n_iter,
         "converged": bool(change.max() <= TOLERANCE),
         "gamma": float(gamma.mean()),
     }
-    return MetricResult(float(evidence.mean()) / data.N, details=details)
 
 
-def _spectrum(data: Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """σ > 0 ascending (K,), z_k² (K, C), and what of ‖y_k‖² is outside the span of F (C,)."""
-    F = data.X
-    if data.D < data.N:
+def find_spectrum(
+    F: np.ndarray, project: Callable[[np.ndarray], np.ndarray], norms: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """σ > 0 ascending (K,), z_k² (K, C), and what of ‖y_k‖² is outside the span of F (C,).
+
+    `project` returns y_kᵀA (C, …) of a matrix A, `norms` are ‖y_k‖².
+    """
+    N, D = F.shape
+    if D < N:
         sigma, V = eigh(F.T @ F, overwrite_a=True, check_finite=False)
-        kept = sigma > data.N * EPS * sigma[-1]
-        z = (V.T @ data.sums(F).T)[kept] / np.sqrt(sigma[kept])[:, None]  # S⁻¹VᵀFᵀY
+        kept = sigma > N * EPS * sigma[-1]
+        z = (V.T @ project(F).T)[kept] / np.sqrt(sigma[kept])[:, None]  # S⁻¹VᵀFᵀY
     else:
         sigma, U = eigh(F @ F.T, overwrite_a=True, check_finite=False)
-        kept = sigma > data.D * EPS * sigma[-1]
-        z = data.sums(U[:, kept]).T
+        kept = sigma > D * EPS * sigma[-1]
+        z = project(U[:, kept]).T
     if not kept.any():  # zero features
-        return np.zeros(1), np.zeros((1, data.C)), data.counts.astype(float)
-    rest = np.maximum(data.counts - np.sum(z**2, axis=0), 0)
-    return sigma[kept], z**2, rest * (kept.sum() < data.N)
+        return np.zeros(1), np.zeros((1, len(norms))), norms
+    rest = np.maximum(norms - np.sum(z**2, axis=0), 0)
+    return sigma[kept], z**2, rest * (kept.sum() < N)

@@ -24,6 +24,7 @@ import numpy as np
 from sfda_tune.metrics.combine import combine, combine_hub
 from sfda_tune.metrics.priors import PRIORS
 from sfda_tune.metrics.registry import METRICS, describe_metrics, get_metric
+from sfda_tune.metrics.regression import REGRESSION
 from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.values.features import Features, MetricResult, Score
 from sfda_tune.values.ranking import Ranking
@@ -64,27 +65,33 @@ class Scorer:
     metric : str or callable
     variant : str, optional
         Of the metric ``sfda``.
+    task : {"classification", "regression"}
+        For "regression" the names are those of `sfda_tune.metrics.regression`.
 
     Raises
     ------
     ValueError
-        If a name is unknown, a metric needs what images and features do not have, or no term is
-        computed from features.
+        If a name is unknown or has no meaning for the task, a metric needs what images and
+        features do not have, or no term is computed from features.
     """
 
-    def __init__(self, metric: Metric = "sfda", variant: str | None = None) -> None:
+    def __init__(
+        self, metric: Metric = "sfda", variant: str | None = None, task: str = "classification"
+    ) -> None:
         needs = {info.name: info.needs for info in describe_metrics()}
         texts = [metric]
         if isinstance(metric, str) and metric not in needs:
             texts = [text.strip() for text in metric.split("+")]
-        self.terms = [_term(text, variant, needs) for text in texts]
+        term = _term_of_numbers if task == "regression" else _term
+        self.terms = [term(text, variant, needs) for text in texts]
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"`metric` must name each metric once but is {metric!r}.")
         if not any(term.function for term in self.terms):
             raise ValueError(
                 f"`metric` must have a term that looks at the images but is {metric!r}; a prior "
-                f"is one of several terms: 'sfda + {names[0]}'."
+                f"is one of several terms: '{'ridge' if task == 'regression' else 'sfda'} + "
+                f"{names[0]}'."
             )
         if variant is not None and all(_bare(term.function) is not sfda for term in self.terms):
             raise ValueError(
@@ -210,7 +217,9 @@ def score(features: Features, metric: Metric = "sfda", *, variant: str | None = 
     >>> score(apart).value > score(mixed).value
     True
     """
-    scorer = Scorer(metric, variant)
+    if features.task == "regression" and metric == "sfda" and variant is None:
+        metric = "ridge"
+    scorer = Scorer(metric, variant, features.task)
     if len(scorer.terms) > 1:
         raise ValueError(
             f"`metric` must be a single one here but is {metric!r}: ranks need several backbones; "
@@ -219,16 +228,46 @@ def score(features: Features, metric: Metric = "sfda", *, variant: str | None = 
     return scorer.score(features)
 
 
-def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]]) -> Term:
+def _parse(text: Metric) -> tuple[str, Metric, float]:
+    """Return what a term is called, the term, and its weight."""
     weight = 1.0
     if isinstance(text, str) and (match := re.fullmatch(r"([\d.]+)\s*\*\s*(.+)", text)):
         weight, text = float(match[1]), match[2]
     name = text if isinstance(text, str) else getattr(text, "__name__", "score")
+    return name, text, weight
+
+
+def _term_of_numbers(
+    text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]]
+) -> Term:
+    """Return a term for numbers to predict: few metrics have a meaning for them."""
+    name, text, weight = _parse(text)
+    if callable(text):
+        return Term(name, name, weight, text)
+    if name in PRIORS:
+        return Term(name, name, weight, None)
+    if name not in REGRESSION:
+        why = "is about classes" if name in needs else "is unknown"
+        raise ValueError(
+            f"`metric` must be a sum of some of {', '.join([*REGRESSION, *PRIORS])}, or a "
+            f"function f(features, targets), for the task 'regression', but {text!r} {why}; take "
+            "'ridge', or task='classification' (--task classification), if each number is a class."
+        )
+    return Term(name, name, weight, REGRESSION[name])
+
+
+def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]]) -> Term:
+    name, text, weight = _parse(text)
     usable = [key for key, need in needs.items() if "features" in need or key in PRIORS]
     if not callable(text) and (not isinstance(text, str) or name not in needs):
         raise ValueError(
             f"`metric` must be a sum of some of {', '.join(usable)}, or a function f(features, "
-            f"labels), but is {text!r}; name your own with sfda_tune.metrics.register_metric."
+            f"labels), but is {text!r}; "
+            + (
+                "that one is for numbers to predict: task='regression'."
+                if isinstance(text, str) and text in REGRESSION
+                else "name your own with sfda_tune.metrics.register_metric."
+            )
         )
     function = get_metric(text)
     registered = METRICS.get(name) is function  # else one of the user's own, whatever its name

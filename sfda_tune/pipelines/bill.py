@@ -120,6 +120,7 @@ def draw_up_bill(
     cache: bool | str | os.PathLike[str] | None = True,
     plugins: Iterable[str] = (),
     weights_disk: str | int | None = None,
+    task: str | None = None,
 ) -> Bill:
     """Find out what `rank` with these arguments will cost; no weights are fetched.
 
@@ -134,7 +135,7 @@ def draw_up_bill(
     candidates = resolve_backbones(backbones, plugins=plugins)
     images = open_dataset(
         dataset, split=split, image_column=image_column, label_column=label_column,
-        groups=groups, split_column=split_column,
+        groups=groups, split_column=split_column, task=task,
     )  # fmt: skip
     if samples is not None:
         images = images.sample(samples, seed=seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sfda_tune.data.groups import describe_options
+from sfda_tune.data.opening import TASKS
 from sfda_tune.finetuning.config import MONITORS
 from sfda_tune.pipelines.budget import parse_budget
 from sfda_tune.pipelines.spaces import open_space
@@ -64,6 +65,7 @@ class SearchConfig:
     groups: Any = None
     split_column: str | None = None
     time_column: str | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
         objective = self.objective
@@ -134,6 +136,14 @@ def _check_numbers(c: SearchConfig) -> None:
     require("metric", c.metric, f"one of {MONITORS}", c.metric in MONITORS)
     if isinstance(c.test, float):
         require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)
+    require("task", c.task, f"one of {', '.join(TASKS)}", c.task in (None, *TASKS))
+    if c.task == "regression":
+        raise ValueError(
+            "`task` must be 'classification' for a search but is 'regression': fine-tuning on "
+            "numbers is not there yet. rank(task='regression') (sfda-tune rank --task regression) "
+            "orders the backbones, to be trained with tools of your own; if each number is a "
+            "class, pass task='classification' (--task classification)."
+        )
     limit = c.max_unreadable
     is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1
     require("max_unreadable", limit, "in 0 … 1", is_share)

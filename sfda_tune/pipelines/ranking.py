@@ -26,7 +26,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
-from sfda_tune.data.opening import open_dataset
+from sfda_tune.data.opening import TASKS, open_dataset
 from sfda_tune.extraction.fetching import Fetcher
 from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
@@ -101,6 +101,7 @@ def rank(
     budget: str | float | None = None,
     ensemble: int | None = None,
     weights_disk: str | int | None = None,
+    task: str | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -173,6 +174,12 @@ def rank(
         How much of the disk may be taken at a time by weights that this call downloads, such as
         "50GB" (or bytes): what was used makes room for the next, and at the end all of it is
         removed. What was here before stays. Not for an `executor` or `map_fn`.
+    task : {"auto", "classification", "regression"}, optional
+        Whether labels are classes or numbers to predict, see `open_dataset`. For "regression" the
+        score is ``ridge``, the R² of leave-one-out ridge regression; ``knn``, ``linear_probe`` and
+        ``logme`` have a form for numbers, too (`sfda_tune.metrics.regression`). The forecast
+        takes the score for evidence, as it does for classes: it was fitted to classification
+        only. ``info["target"]`` describes the numbers. No `ensemble`.
 
     Returns
     -------
@@ -203,7 +210,7 @@ def rank(
         precision=None if precision == "float32" else precision,
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
-        ensemble=ensemble, split_column=split_column, **describe_options(groups),
+        ensemble=ensemble, split_column=split_column, task=task, **describe_options(groups),
     )  # fmt: skip
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
     if executor is None:
@@ -220,6 +227,8 @@ def rank(
         )
     store = open_store(None if cache is True else cache) if cache else None  # type: ignore
     candidates = resolve_backbones(backbones, plugins=plugins)
+    require("task", task, f"one of {', '.join(TASKS)}", task in (None, *TASKS))
+    is_regression = "regression" in (task, isinstance(dataset, ImageDataset) and dataset.task)
     if metric is None:
         metric = "forecast" if variant is None else "sfda"
     forecasts = isinstance(metric, str) and metric == "forecast"
@@ -234,7 +243,12 @@ def rank(
             f"{variant!r}; pass metric='sfda', or leave it out."
         )
     # after the plug-ins, which may have registered it
-    scorer = Scorer("sfda" if forecasts else metric, variant)
+    score = "ridge" if is_regression else "sfda"
+    scorer = Scorer(
+        score if forecasts else metric,
+        variant,
+        "regression" if is_regression else "classification",
+    )
     if race and scorer.combined:
         raise ValueError(
             f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
@@ -259,8 +273,10 @@ def rank(
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
         dataset, split=split, image_column=image_column, label_column=label_column,
-        groups=groups, split_column=split_column,
+        groups=groups, split_column=split_column, task=task,
     )  # fmt: skip
+    if ensemble is not None:
+        images.require_classes("for an `ensemble`")
     if samples is not None:
         images = images.sample(samples, seed=seed)
     digests = images.digests()
@@ -348,7 +364,7 @@ def rank(
     ranking = Ranking(
         tuple(scorer.combine(list(run.scores.values()))),
         scorer.label,
-        None if run.rows is None else images.labels[run.rows],
+        None if run.rows is None else find_strata(images)[run.rows],
         info,
         None if run.rows is None else run.find_groups(run.rows),
     )
@@ -399,7 +415,7 @@ def name_hard_images(
 
     Their names only: the pixels stay where they are.
     """
-    evidence = judge_images(ranking)
+    evidence = judge_images(ranking) if images.classes else None
     if evidence is None:
         return []
     return [
@@ -412,6 +428,11 @@ def name_hard_images(
         }
         for i in evidence.find_hardest(N_HARD)
     ]
+
+
+def find_strata(images: ImageDataset) -> np.ndarray:
+    """Return within what images are resampled: the classes; all of them, for numbers."""
+    return images.labels if images.classes else np.zeros(len(images), np.int64)
 
 
 def parse_weights_disk(text: str | int | None) -> int | None:
@@ -653,7 +674,7 @@ class _RankingRun:
             return self.rows, good
 
         rungs = make_rungs(self.images, config.seed)
-        labels, groups = self.images.labels, self.images.group_codes
+        labels, groups = find_strata(self.images), self.images.group_codes
         result = run(list(by_name), rungs, labels, measure, config, judge, groups)
         final = [
             s.value
@@ -718,7 +739,18 @@ class _RankingRun:
             "seconds": self.seconds,
             "versions": versions,
             **describe_groups(images.groups, images.labels),
+            **self.describe_target(),
         }
+
+    def describe_target(self) -> dict[str, Any]:
+        """Return that labels are numbers to predict, and which; nothing of classes."""
+        if self.images.classes:
+            return {}
+        y = self.images.labels if self.rows is None else self.images.labels[self.rows]
+        of = {"min": y.min(), "median": np.median(y), "max": y.max(), "mean": y.mean()}
+        of |= {"sd": y.std()}
+        target = {name: float(value) for name, value in of.items()}
+        return {"task": "regression", "target": target}
 
     def ensemble(self, k: int) -> dict[str, Any]:
         """Choose `k` of the backbones that were scored on all images."""

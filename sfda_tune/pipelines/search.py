@@ -53,6 +53,7 @@ def search(
     groups: Any = None,
     split_column: str | None = None,
     time_column: str | None = None,
+    task: str | None = None,
     max_unreadable: float = 0.1,
     device: str = "auto",
     precision: str = "float32",
@@ -114,6 +115,8 @@ def search(
         together by the scores, and counts once in the interval of the test; with times the latest
         images are held out. `groups` as a sequence is that of the images to train on (of all,
         where there are no own parts).
+    task : {"auto", "classification"}, optional
+        See `open_dataset`; numbers to predict can only be ranked on so far.
     max_unreadable : float, default 0.1
         Fraction of unreadable images, of all, above which the data set is refused. They are looked
         for once, before anything is ranked, and left out of everything.
@@ -156,7 +159,7 @@ def search(
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
-        time_column=time_column,
+        time_column=time_column, task=task,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history

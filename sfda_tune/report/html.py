@@ -245,7 +245,7 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
     info, labels = run.ranking.info, run.ranking.labels
     entries = list(info.get("hard_images") or ())
     about: dict[str, Any] = {"sizes": [], "hard": [], "n_doubtful": 0}
-    if labels is None or not len(labels):
+    if labels is None or not len(labels) or info.get("task") == "regression":
         return about
     sizes = np.bincount(labels)
     names = [str(c) for c in info.get("classes") or ()]
@@ -265,7 +265,8 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
 def _data(run: Run) -> str:
     """Return what the page lets people take away, as JSON in ASCII."""
     ranking = run.ranking
-    info = {k: ranking.info.get(k) for k in ("dataset", "n_samples", "n_classes", "seed")}
+    keys = ("dataset", "n_samples", "n_classes", "task", "target", "seed")
+    info = {k: ranking.info[k] for k in keys if k in ranking.info}
     about = {"metric": ranking.metric, "info": info, "records": ranking.records()}
     data = {"csv": ranking.to_csv(), "json": about}
     return json.dumps(data, default=str, allow_nan=False)

@@ -75,6 +75,8 @@ def _expect(ranking: Ranking, first: str) -> list[str]:
     """Say what the first reaches as it is, and what it will take to train it."""
     details = ranking.score(first).details
     accuracy, n = _number(details.get("accuracy")), _number(details.get("n_samples"))
+    if ranking.info.get("task") == "regression":
+        return _expect_numbers(ranking, first)
     if accuracy is None or not n:
         return []
     low, high = accuracy_interval(round(accuracy * n), int(n))
@@ -89,6 +91,19 @@ def _expect(ranking: Ranking, first: str) -> list[str]:
             spent = format_duration(PASSES * n / pace)
             line += f". An epoch over these {n:.0f} images takes at least {spent} here"
     return [f"{line}."]
+
+
+def _expect_numbers(ranking: Ranking, first: str) -> list[str]:
+    """Say how well the first predicts numbers as it is."""
+    score, target = ranking.score(first), ranking.info.get("target") or {}
+    value, rmse = _number(score.details.get("evidence")), _number(score.details.get("rmse"))
+    low, high = _number(target.get("min")), _number(target.get("max"))
+    if value is None or rmse is None or low is None or high is None:
+        return []
+    return [
+        f"As it is, a linear model on its features predicts numbers from {low:g} to {high:g} with "
+        f"an error of {rmse:.3g} (root mean square; R² {value:.2f})."
+    ]
 
 
 def _say_what_helps(ranking: Ranking, first: str) -> list[str]:

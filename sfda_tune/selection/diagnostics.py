@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import rankdata
 
-from sfda_tune.selection.forecast import find_evidence
+from sfda_tune.selection.forecast import find_evidence, is_forecast
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import some
@@ -39,6 +39,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     =================  ======================================================================
     kind               when
     =================  ======================================================================
+    ``task``           a forecast for numbers to predict, for it was fitted to classification
     ``failed``         a backbone could not be scored
     ``ties``           two scores are equal, or exceed 1 − 1e-6 where all lie in [0, 1]
     ``few_samples``    N < 5 D for a metric that scores the images it was fitted on
@@ -70,9 +71,10 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     ...     print(finding)
     warning: 2 backbones have the score 0.5 exactly: a, b; use another metric to tell them apart.
     """
-    ranking = find_evidence(ranking)
+    task, ranking = _task(ranking), find_evidence(ranking)
     scores = [s for s in ranking.scores if s.error is None]
     checks = {
+        "task": task,
         "failed": _failed(ranking),
         "ties": _ties(ranking, scores),
         "few_samples": _few_samples(ranking, scores),
@@ -91,6 +93,21 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
 
 def _count(n: int, singular: str, plural: str) -> str:
     return f"{n} {singular if n == 1 else plural}"
+
+
+def _is_regression(ranking: Ranking) -> bool:
+    return ranking.info.get("task") == "regression"
+
+
+def _task(ranking: Ranking) -> _Found:
+    if not (_is_regression(ranking) and is_forecast(ranking)):
+        return None
+    return (
+        "note",
+        "the forecast was fitted to classification only; for numbers it weighs score, ImageNet "
+        "accuracy and size as it does for classes: metric='ridge' (--metric ridge) ranks by these "
+        "images alone.",
+    )
 
 
 def _failed(ranking: Ranking) -> _Found:
@@ -159,7 +176,7 @@ def _width(scores: Sequence[Score]) -> _Found:
 
 
 def _small_classes(ranking: Ranking) -> _Found:
-    if ranking.labels is None or not len(ranking.labels):
+    if ranking.labels is None or not len(ranking.labels) or _is_regression(ranking):
         return None
     classes = list(ranking.info.get("classes") or ())
     sizes = np.bincount(ranking.labels, minlength=len(classes))
@@ -244,7 +261,7 @@ def _groups(ranking: Ranking, scores: Sequence[Score]) -> _Found:
 
 
 def _lone_classes(ranking: Ranking) -> _Found:
-    if ranking.groups is None or ranking.labels is None:
+    if ranking.groups is None or ranking.labels is None or _is_regression(ranking):
         return None
     pairs = np.unique(np.stack([ranking.labels, ranking.groups]), axis=1)[0]
     alone = np.flatnonzero(np.bincount(pairs) == 1)

@@ -93,7 +93,7 @@ class RaceResult:
 
 def make_rungs(images: ImageDataset, seed: int = 0) -> list[np.ndarray]:
     """Return the rows of each rung, sorted; each holds the one before, the last holds all."""
-    N, C = len(images), len(images.classes)
+    N, C = len(images), len(images.classes) or len(np.unique(images.strata))
     m = max(-(-N // FIRST), PER_CLASS * C)
     rungs = []
     while m < N:

@@ -103,6 +103,8 @@ class Features(Value):
         Whose features these are; used in messages.
     groups : sequence of hashable, shape (n_samples,), optional
         Images that belong together, which metrics leave out together.
+    task : {"classification", "regression"}
+        For "regression" `y` are the numbers to predict, float64, and there are no classes.
 
     Raises
     ------
@@ -121,6 +123,7 @@ class Features(Value):
     classes: tuple[Hashable, ...] = ()
     backbone: str = ""
     groups: np.ndarray | None = None
+    task: str = "classification"
 
     def __post_init__(self) -> None:
         who = f" of {self.backbone!r}" if self.backbone else ""
@@ -139,7 +142,11 @@ class Features(Value):
                 f"`x`{who} must be finite but {len(bad)} of {len(x)} rows hold NaN or infinity, "
                 f"first row {bad[0]}; try precision='float32' or drop the backbone."
             )
-        if self.classes:
+        if self.task == "regression":
+            y, classes = np.asarray(self.y, np.float64), ()
+            if y.ndim != 1 or not np.isfinite(y).all():
+                raise ValueError(f"`y`{who} must be finite numbers, one per row, for regression.")
+        elif self.classes:
             y, classes = np.asarray(self.y), tuple(self.classes)
             if y.dtype.kind not in "iu" or y.ndim != 1:
                 raise ValueError(
@@ -184,7 +191,12 @@ class Features(Value):
     def __repr__(self) -> str:
         return (
             f"Features(backbone={self.backbone!r}, n_samples={self.n_samples}, "
-            f"n_dims={self.n_dims}, n_classes={len(self.classes)})"
+            f"n_dims={self.n_dims}, "
+            + (
+                "task='regression')"
+                if self.task == "regression"
+                else f"n_classes={len(self.classes)})"
+            )
         )
 
 

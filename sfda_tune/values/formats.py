@@ -51,6 +51,8 @@ RANKING: dict[Any, Any] = {
             {"n": int, "sets": int, "several_classes": int, "pairs": [[str]]},
             None,
         ),
+        "task?": str,
+        "target?": NUMBERS,
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,

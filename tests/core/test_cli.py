@@ -14,8 +14,10 @@ from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from sfda_tune import Ranking, __version__
@@ -629,3 +631,26 @@ def test_why_the_winner_is_a_probe(epochs, error, said):
     trial = {"epochs": [{"number": n} for n in epochs], "error": error}
     found = SearchResult(Path("run"), {"trials": [trial]}, Ranking([]))
     assert re.search(said, terminal._explain_probe(found))
+
+
+def test_the_command_asks_what_numbers_are(cli_here, tmp_path):
+    lines = ["path,label"]
+    for n in range(40):
+        Image.fromarray(np.full((8, 8), 6 * n, np.uint8)).save(tmp_path / f"{n}.png")
+        lines.append(f"{n}.png,{n / 7}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    words = ["rank", tmp_path / "t.csv", "-b", "demo:resnet_*", "--cache", tmp_path / "c", "-q"]
+    asked = " ".join(cli_here(*words, code=1).split())
+    assert "40 different numbers with a fraction from 0 to 5.57143 on 40 images" in asked
+    assert "--task regression" in asked
+    out, err = cli_here(*words, "--task", "regression", "-o", tmp_path / "r.json", both=True)
+    assert "40 images, numbers from 0 to 5.57" in out
+    assert "predicts numbers from 0 to 5.57" in out
+    assert "fitted to classification only" in err
+    assert "Next:" not in err
+    info = Ranking.from_json(tmp_path / "r.json").info
+    assert info["arguments"]["task"] == "regression"
+    out, err = cli_here(*words, "--task", "classification", "--dry-run", both=True)
+    assert "40 images" in out + err
+    search = ["search", tmp_path / "t.csv", "-o", tmp_path / "run", "--task", "regression"]
+    assert "sfda-tune rank --task regression" in cli_here(*search, code=1)

@@ -1608,3 +1608,113 @@ def test_names_of_class_folders_that_are_none_or_the_same(tmp_path):
         )
     assert open_dataset(tree(tmp_path / "4", "nan", "None")).classes == ("None", "nan")
     assert open_dataset(tree(tmp_path / "5", "a", "A", "\x7f")).classes == ("A", "\\x7f", "a")
+
+
+# Numbers to predict -----------------------------------------------------------------------------
+AGES = (np.arange(60) * 7 % 41 + 18).tolist()  # 41 different, one or two images each
+
+
+def numbered(form: str, root: Path, labels: list[Any]) -> Any:
+    """Return images with these labels in one of the forms that a data set may have."""
+    paths = [str(write(root / f"{i}.png")) for i in range(len(labels))]
+    if form == "arrays":
+        return np.zeros((len(labels), 4, 4), np.uint8), labels
+    if form == "torchvision":
+        return list_of_pairs(labels)
+    if form == "csv":
+        file = root / "t.csv"
+        lines = [f"{p},{v}" for p, v in zip(paths, labels, strict=True)]
+        file.write_text("\n".join(["path,label", *lines]))
+        return file
+    if form == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({"path": paths, "label": labels})
+        pyarrow.parquet.write_table(table, root / "t.parquet")
+        return root / "t.parquet"
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_dict({"path": paths, "label": labels})
+
+
+class list_of_pairs:  # noqa: N801
+    def __init__(self, labels: list[Any]) -> None:
+        self.targets = labels
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, row: int) -> Any:
+        return Image.new("L", (4, 4)), self.targets[row]
+
+
+@pytest.mark.parametrize("form", ["arrays", "csv", "parquet", "hf", "torchvision"])
+def test_numbers_never_silently_become_classes(form, tmp_path):
+    floats = [0.5, 1.25, 3.0, 0.5] * 10
+    for n, (labels, told) in enumerate(
+        [(floats, "3 different numbers with a fraction from 0.5 to 3 on 40 images"),
+         (AGES, "41 different whole numbers from 18 to 58 on 60 images")]
+    ):  # fmt: skip
+        spec = numbered(form, tmp_path / str(n), labels)
+        with pytest.raises(DatasetError, match="--task regression") as error:
+            open_dataset(spec)
+        assert told in str(error.value)
+        assert "--task classification" in str(error.value)
+        as_classes = open_dataset(spec, task="classification")
+        assert (as_classes.task, len(as_classes.classes)) == ("classification", len(set(labels)))
+        numbers = open_dataset(spec, task="regression")
+        assert (numbers.task, numbers.classes) == ("regression", ())
+        assert numbers.labels.dtype == np.float64
+        assert numbers.labels.tolist() == labels
+        assert open_dataset(numbers) is numbers
+        with pytest.raises(ValueError, match="`task` must be 'regression'"):
+            open_dataset(numbers, task="classification")
+
+
+def test_codes_of_classes_stay_classes(tmp_path):
+    codes = [*range(30)] * 3
+    for labels in (
+        [*range(10)] * 2,
+        codes,
+        [0.0, 1.0, 2.0] * 4,
+        [0.5, 1.5] * 3,
+        ["7a", "2.5"] * 4,
+    ):
+        for task in (None, "auto"):
+            data = open_dataset((np.zeros((len(labels), 4, 4), np.uint8), labels), task=task)
+            assert len(data.classes) == len(set(labels))
+    for age in (3.5, 4.5, 5.5):  # names of folders are classes
+        write(tmp_path / str(age) / "1.png")
+    assert open_dataset(tmp_path).classes == ("3.5", "4.5", "5.5")
+    assert open_dataset(tmp_path, task="regression").labels.tolist() == [3.5, 4.5, 5.5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1.5, "tall", 2.0], "must hold finite numbers .* but holds 'tall'"),
+        ([1.5, float("inf"), 2.0], "must hold finite numbers"),
+        ([1.5, None, 2.0], "1 of 3 are missing"),
+        ([2.5, 2.5, 2.5], "all 3 are 2.5"),
+    ],
+)
+def test_bad_numbers_are_refused(labels, message):
+    with pytest.raises(DatasetError, match=message):
+        open_dataset((np.zeros((3, 4, 4), np.uint8), labels), task="regression")
+
+
+def test_samples_of_numbers_are_stratified_by_their_size():
+    values = np.random.default_rng(0).lognormal(size=1000)
+    data = open_dataset((np.zeros((1000, 2, 2), np.uint8), values), task="regression")
+    rows = data.sample_rows(100, seed=3)
+    tenth = np.argsort(np.argsort(values))[rows] // 100
+    assert np.bincount(tenth).tolist() == [10] * 10
+    assert set(rows) < set(data.sample_rows(250, seed=3))
+    part = pickle.loads(pickle.dumps(data.subset(rows)))
+    assert part.labels.tolist() == values[rows].tolist()
+    assert part.task == "regression"
+    assert repr(data).endswith(f"numbers {values.min():g} … {values.max():g})")
+    ties = open_dataset(
+        (np.zeros((50, 2, 2), np.uint8), [0] * 45 + [*range(1, 6)]), task="regression"
+    )
+    assert len(set(ties.strata[:45])) == 1
