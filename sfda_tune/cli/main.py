@@ -111,10 +111,12 @@ def _leave(code: int) -> NoReturn:
 def _run(arguments: list[str]) -> NoReturn:
     debug = "--debug" in arguments
     spell_out()
-    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR)
+    level, others = logging.DEBUG if debug else logging.ERROR, logging.getLogger().handlers[:]
+    logging.basicConfig(level=level)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter(logging.BASIC_FORMAT))
-        handler.setLevel(logging.DEBUG if debug else logging.ERROR)  # --verbose has its own
+        if handler not in others:  # --verbose has its own
+            handler.setLevel(level)
     if not debug:
         warnings.showwarning = show_warning
     for name in ("SIGTERM", "SIGHUP"):  # `kill`, a closed terminal: as Ctrl-C, unless `nohup`

@@ -72,7 +72,7 @@ class SearchConfig:
         self._set("out", Path(self.out).absolute())
         self._set("objective", (objective,) if isinstance(objective, str) else tuple(objective))
         self._set("plugins", tuple(self.plugins))
-        self._set("previous", tuple(str(Path(run).absolute()) for run in self.previous))
+        self._set("previous", tuple(str(Path(run).absolute()) for run in self.previous or ()))
         if self.trials is None and self.budget is None:
             self._set("trials", TRIALS)
         if self.keep is None:
