@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "find_groups",
     "merge_codes",
     "name_groups",
+    "read_options",
     "read_times",
 ]
 
@@ -180,6 +181,13 @@ def describe_options(groups: Any) -> dict[str, str | None]:
     elif groups is not None:
         options["groups"] = f"<{type(groups).__name__}>"
     return options
+
+
+def read_options(options: Mapping[str, Any]) -> Any:
+    """Return the `groups` that `describe_options` described; text of an object names no column."""
+    if options.get("group_regex") is not None:
+        return re.compile(options["group_regex"])
+    return options.get("group_column") or options.get("groups")
 
 
 def read_times(values: Sequence[Any], where: str) -> np.ndarray:

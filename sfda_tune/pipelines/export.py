@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.groups import read_options
 from sfda_tune.data.splits import fingerprint, split_images
 from sfda_tune.finetuning.models import Model, load_model, predict
 from sfda_tune.pipelines.result import SearchResult
@@ -163,7 +164,7 @@ def _test_images(found: SearchResult) -> tuple[ImageDataset, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parts, _, _ = split_images(config, usable)
+            parts, _, _ = split_images(config | {"groups": read_options(config)}, usable)
         if fingerprint(parts) == splits["fingerprint"]:
             return parts["test"], "test images"
     except (OSError, ValueError, TypeError, KeyError):  # moved away since, or an object in memory

@@ -13,6 +13,7 @@ from PIL import Image
 import sfda_tune
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.groups import describe_options, read_options
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.data.splits import hold_out, split_images, tell_shared
 from sfda_tune.finetuning.config import FinetuneConfig
@@ -378,6 +379,11 @@ def test_grouped_scores_rank_frames_of_videos_as_new_videos_do():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("groups", [None, "folders", "video", VIDEOS])
+def test_groups_are_read_as_they_were_described(groups):
+    assert read_options(describe_options(groups)) == groups
+
+
 def test_a_search_by_the_command_line_keeps_videos_whole(tmp_path, monkeypatch, capsys):
     from sfda_tune.cli.main import main
     from sfda_tune.values.files import read_json
@@ -413,6 +419,9 @@ def test_a_search_by_the_command_line_keeps_videos_whole(tmp_path, monkeypatch, 
     assert sum(map(len, videos)) == len(set.union(*videos)) == 60
     config = read_json(out / "config.json", {})
     assert config["group_regex"] == regex[1]
+    pytest.importorskip("onnxruntime")
+    export = sfda_tune.export_onnx(out)  # opens the same test images again
+    assert (export.images, export.n_images) == ("test images", len(splits["test"]))
     assert run("search", *data, *quick) == 1
     assert "holds a search with group_regex" in " ".join(capsys.readouterr().err.split())
     assert run("rank", *data, *regex, "--groups", "folders") == 1
