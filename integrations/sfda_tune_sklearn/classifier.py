@@ -303,6 +303,7 @@ class BackboneClassifier(ClassifierMixin, BaseEstimator):
                     "only folders, tables and data sets have labels of their own."
                 )
             dataset = open_dataset(X, groups=groups)
+            dataset.require_classes("for a classifier")
             read_images(self, dataset, fit=True)
             self.classes_ = np.array(dataset.classes)
             return dataset

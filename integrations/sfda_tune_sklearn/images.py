@@ -70,7 +70,10 @@ def _find_items(X: Any) -> Any:
     if isinstance(X, ImageDataset):
         return X.items
     if isinstance(X, str | os.PathLike):
-        items = list(image_files(X)) if os.path.isdir(X) else open_dataset(X).items
+        if os.path.isdir(X):
+            items = list(image_files(X))
+        else:  # whatever the labels are: they do not matter here
+            items = open_dataset(X, task="classification").items
         if not len(items):
             raise ValueError(f"`X` must hold images but there are none below {os.fspath(X)!r}.")
         return [os.fspath(item) if isinstance(item, os.PathLike) else item for item in items]

@@ -188,16 +188,20 @@ class Scorer:
         return {**known, **dict.fromkeys(missing, median)}
 
 
-def score(features: Features, metric: Metric = "sfda", *, variant: str | None = None) -> Score:
+def score(
+    features: Features, metric: Metric | None = None, *, variant: str | None = None
+) -> Score:
     """Score the features of one backbone.
 
     Parameters
     ----------
     features : Features
         With ``groups``, where some images belong together.
-    metric : str or callable, default "sfda"
-        A name in `sfda_tune.metrics.METRICS`, or any ``f(x, y)`` that returns a float or a
-        `MetricResult`, higher being better; with a parameter ``groups`` it is given these, too.
+    metric : str or callable, optional
+        Default: "sfda"; "ridge" for numbers to predict. A name in
+        `sfda_tune.metrics.METRICS` (`REGRESSION`, for numbers), or any ``f(x, y)`` that returns a
+        float or a `MetricResult`, higher being better; with a parameter ``groups`` it is given
+        these, too.
         Combinations need all backbones: see `rank`.
     variant : str, optional
         Of the metric ``sfda``.
@@ -217,8 +221,8 @@ def score(features: Features, metric: Metric = "sfda", *, variant: str | None = 
     >>> score(apart).value > score(mixed).value
     True
     """
-    if features.task == "regression" and metric == "sfda" and variant is None:
-        metric = "ridge"
+    if metric is None:
+        metric = "ridge" if features.task == "regression" else "sfda"
     scorer = Scorer(metric, variant, features.task)
     if len(scorer.terms) > 1:
         raise ValueError(
