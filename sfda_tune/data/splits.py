@@ -100,6 +100,12 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
             sources["train"] = "own part"
     if g["test"] is not None and not isinstance(g["test"], float):
         parts["test"], sources["test"] = open_part(g["test"], **columns), "given"
+    if g.get("time_column") is not None and {"val", "test"} <= set(parts):
+        warnings.warn(
+            f"`time_column` {g['time_column']!r} has no effect: the data set has its own "
+            "validation and test parts; pass split='train' (--split train) to hold out the latest",
+            stacklevel=2,
+        )
     return parts, sources
 
 

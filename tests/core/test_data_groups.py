@@ -152,6 +152,19 @@ def test_a_column_of_the_users_own_names_the_parts(root):
         open_dataset(table, split_column="wave")
 
 
+def test_times_that_decide_nothing_are_said(root, tmp_path):
+    import pandas as pd
+
+    table = pd.read_csv(root.parent / "t.csv")
+    table["part"] = (["train"] * 2 + ["val", "test"]) * (len(table) // 4)
+    table["path"] = [str(root.parent / path) for path in table["path"]]
+    table.to_csv(tmp_path / "p.csv", index=False)
+    given = dict.fromkeys(("split", "image_column", "label_column", "samples", "test"))
+    given |= {"dataset": tmp_path / "p.csv", "seed": 0, "time_column": "day"}
+    with pytest.warns(UserWarning, match="`time_column` 'day' has no effect"):
+        split_images({**given, "split_column": "part"})
+
+
 # Splits -----------------------------------------------------------------------------------------
 def grouped(n: int = 240, size: int = 6, classes: int = 3, seed: int = 0) -> ImageDataset:
     rng = np.random.default_rng(seed)
