@@ -31,8 +31,27 @@ PRELOADED = [
 ]  # fmt: skip
 
 
+# Files and folders that take long go first, or one process works at them alone at the end.
+LONG = (
+    "ray_host", "chaos", "test_selection.py", "test_cli.py", "test_extraction.py",
+    "test_finetuning.py", "hub", "sklearn_host", "optuna_host",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist's order, by the number of tests
+        config.option.loadscopereorder = False
+
+
+def _place(item: pytest.Item) -> int:
+    parts = item.path.parts
+    return next((k for k, name in enumerate(LONG) if name in parts), len(LONG))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
+
+    items.sort(key=_place)
 
     for item in items:
         if "zoo" in item.keywords and not ZOO.is_dir():

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from fcntl import ioctl
+from io import StringIO
 from pathlib import Path
 from termios import TIOCSWINSZ
 
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import sfda_tune
 from sfda_tune import Ranking, __version__
 from sfda_tune.cli import main as commands
 from sfda_tune.cli import terminal
@@ -310,23 +312,29 @@ def test_saturated_scores_are_remarked_upon(cli_here, photos, toy_zoo):
 
 
 @pytest.mark.parametrize("columns", [40, 60, 100])
-def test_a_narrow_terminal_keeps_names_and_scores(
-    forked, photos, toy_zoo, tmp_path, monkeypatch, columns
-):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    ours, theirs = pty.openpty()
-    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    arguments = ["rank", photos, "-b", toy_zoo, *RANK]
-    child = forked(arguments, os.ttyname(theirs), tmp_path / "err")
-    child.join(120)
-    assert child.exitcode == 0, (tmp_path / "err").read_text()
-    os.close(theirs)
-    text = os.read(ours, 100_000).decode()
+def test_a_narrow_terminal_keeps_names_and_scores(photos, toy_zoo, monkeypatch, capsys, columns):
+    ranking = sfda_tune.rank(photos, toy_zoo, device="cpu", workers=0)
+    told = StringIO()
+    monkeypatch.setattr(terminal, "output", Console(file=told, width=columns, force_terminal=True))
+    terminal.show_ranking(ranking)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue())
     for name in ("convnext", "efficientnet", "resnet", "vit"):
         assert name in text
     assert len(re.findall(r"│ +[+-]\d\.\d\d │", text)) == 4  # the forecasts
     assert ("P(best)" in text) is (columns >= 60)
     assert ("score" in text.split("┡")[0]) is (columns == 100)
+    assert "No room for: " in capsys.readouterr().err
+
+
+def test_the_width_is_that_of_the_terminal(forked, photos, toy_zoo, tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    ours, theirs = pty.openpty()
+    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 40, 60, 0, 0))
+    child = forked(["rank", photos, "-b", toy_zoo, *RANK], os.ttyname(theirs), tmp_path / "err")
+    child.join(120)
+    assert child.exitcode == 0, (tmp_path / "err").read_text()
+    os.close(theirs)
+    assert "P(best)" in os.read(ours, 100_000).decode()
     assert "No room for: " in (tmp_path / "err").read_text()
 
 
@@ -606,17 +614,14 @@ def test_compare_and_presets_on_the_command_line(cli_here, tmp_path):
     assert "none of the presets" in cli_here("backbones", "preset:huge", code=1)
 
 
-def test_what_happens_is_logged_to_a_file_and_with_verbose_to_the_terminal(cli, tmp_path):
+def test_what_happens_is_logged_to_a_file_and_with_verbose_to_the_terminal(cli_here, tmp_path):
     log = tmp_path / "log.txt"
     call = ["rank", "digits", "-b", "demo:resnet_*", "--samples", 60, *RANK]
-    done = subprocess.run(
-        [*COMMAND, *map(str, [*call, "--log", log, "-v"])], capture_output=True, text=True,
-        check=True, timeout=120,
-    )  # fmt: skip
-    assert done.stderr.count("demo:resnet_glyphs: score 0.") == 1
+    _, err = cli_here(*call, "--log", log, "-v", both=True)
+    assert err.count("demo:resnet_glyphs: score 0.") == 1
     assert log.read_text().count(" INFO sfda_tune.pipelines.ranking demo:resnet_") == 2
-    assert "score 0." not in cli(*call)  # without
-    assert "--log" in cli(*call, "--log", tmp_path / "no" / "log.txt", code=2)
+    assert "score 0." not in cli_here(*call, both=True)[1]  # without
+    assert "--log" in cli_here(*call, "--log", tmp_path / "no" / "log.txt", code=2)
 
 
 @pytest.mark.parametrize(
