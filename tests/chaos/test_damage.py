@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -279,8 +280,10 @@ def test_images(seed, photos, tmp_path, record_property, cli):
     assert {name for name in left_out if name not in UNREADABLE} <= {
         f"damaged{k}.jpg" for k in range(20)
     }
-    assert f"{len(left_out)} of {24 + len(READABLE) + len(UNREADABLE) + 20} images" in said
     copies = ranking.info["copies"]  # a flipped bit need not change the pixels
+    (total,) = re.findall(rf"{len(left_out)} of (\d+) images could not be read", said)
+    n = 24 + len(READABLE) + len(UNREADABLE) + 20  # some copies are found before they are read
+    assert n - len(copies) <= int(total) <= n
     assert all("damaged" in copy["image"] + copy["same_as"] for copy in copies)
     n = 24 + len(READABLE) + 20 + len(UNREADABLE) - len(left_out) - len(copies)
     assert ranking.info["n_samples"] == n
