@@ -58,7 +58,7 @@ def look(store, path, photos):
     return store.get(path.parent.name, sfda_tune.open_dataset(photos).digests())
 
 
-@trials(10)
+@trials(6)
 def test_flipped_bits(seed, kept, photos, tmp_path, record_property):
     rng, cache = random.Random(seed), tmp_path / "cache"
     shutil.copytree(kept[0], cache)
@@ -176,7 +176,7 @@ def spoil(rng, path):
     return f"{where} = {new!r}"[:200]
 
 
-@trials(10)
+@trials(6)
 def test_run_files(seed, found, photos, tmp_path, record_property, cli):
     rng, n = random.Random(seed), 4
     for k in range(n):
