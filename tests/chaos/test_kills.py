@@ -45,7 +45,7 @@ def undisturbed(finish, photos, tmp_path_factory):
     return essence(folder / "0" / "r.json"), seconds
 
 
-@trials(6)
+@trials(3)
 def test_rank(seed, undisturbed, finish, kill, photos, tmp_path):
     expected, seconds = undisturbed
     rng = random.Random(seed)
