@@ -39,17 +39,13 @@ def take_config(arguments: list[str], app: Any) -> tuple[list[str], dict[str, An
             rest.append(word)
     if file is None:
         return rest, {}
+    import typer
+
     command = next((word for word in rest if not word.startswith("-")), "")
-    found = getattr(_command(app), "commands", {}).get(command)
+    found = getattr(typer.main.get_command(app), "commands", {}).get(command)
     if found is None or command == "cache":
         raise ValueError("--config must stand after a command, such as `sfda-tune rank`.")
     return rest, {command: _read(file, command, found)}
-
-
-def _command(app: Any) -> Any:
-    import typer
-
-    return typer.main.get_command(app)
 
 
 def _options(command: Any) -> dict[str, Any]:

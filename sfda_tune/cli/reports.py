@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -135,7 +134,7 @@ def evaluate_scores(
     judge: Any = evaluate_many if nested else evaluate
     result = judge(read_scores(scores), known, seed=seed)
     if as_json:
-        print_json(json.loads(result.to_json()))
+        print_json(asdict(result))
         return
     said = "" if nested else f"{result.describe()}\n\n"
     for line in f"{said}{result!r}".splitlines():

@@ -175,7 +175,9 @@ def describe_options(groups: Any) -> dict[str, str | None]:
     """Return the options of the command line that stand for `groups`."""
     options: dict[str, str | None] = dict.fromkeys(("groups", "group_column", "group_regex"))
     if isinstance(groups, re.Pattern):
-        options["group_regex"] = groups.pattern
+        given = groups.flags & ~re.compile(groups.pattern).flags  # not written in it
+        flags = "".join(c for c in "aimsx" if given & getattr(re, c.upper()))
+        options["group_regex"] = f"(?{flags}){groups.pattern}" if flags else groups.pattern
     elif isinstance(groups, str):
         options["groups" if groups == FOLDERS else "group_column"] = groups
     elif groups is not None:

@@ -67,7 +67,7 @@ def open_table(
     """Open a CSV or Parquet file."""
     path = absolute(spec)
     where, base = f"Table {path!r}", os.path.dirname(path)
-    read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
+    read = _reader(path)
     columns, cells, labels = read(path, where)
     note = where + " (its first line must name the columns)" * (read is _read_csv)
     image = find_column("image_column", image_column, columns, note)
@@ -126,7 +126,7 @@ def read_paths(path: str, image_column: str | None = None) -> list[str]:
     """Return the paths that a CSV or Parquet file names, relative ones from its folder."""
     path = absolute(path)
     where = f"Table {path!r}"
-    read = _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
+    read = _reader(path)
     columns, cells, _ = read(path, where)
     column = find_column("image_column", image_column, columns, where)
     found = [as_cell(cell, os.path.dirname(path)) for cell in _listed(cells(column))]
@@ -150,6 +150,10 @@ def _of_rows(found: dict[str, Any], rows: list[int]) -> dict[str, Any]:
 
 def _listed(column: Any) -> Sequence[Any]:
     return column.to_pylist() if hasattr(column, "to_pylist") else column
+
+
+def _reader(path: str) -> Callable[[str, str], tuple[Any, ...]]:
+    return _read_csv if path.lower().endswith(("csv", "tsv")) else _read_parquet
 
 
 def _read_csv(path: str, where: str) -> tuple[Any, ...]:

@@ -97,14 +97,19 @@ def ridge(
     >>> round(ridge(x, x[:, 0] + rng.normal(size=200)).value, 2)
     0.41
     """
-    ts = sorted(positive("grid", t) for t in grid)
-    if not ts:
-        raise ValueError(f"`grid` must hold at least one number but is {grid!r}; try (0.01, 1).")
+    ts = _sort_grid(grid)
     X, y, dtype = _load(features, targets)
     fit = _Ridge(X, y, encode_groups(groups, len(y)), ts)
     by_t = dict(zip((f"{t:g}" for t in ts), fit.r2.tolist(), strict=True))
     details = {"penalty": ts[fit.best], "r2": by_t}
     return _result(y, y - fit.errors, {"n_dims": X.shape[1], "dtype": dtype} | details)
+
+
+def _sort_grid(grid: Sequence[float]) -> list[float]:
+    ts = sorted(positive("grid", t) for t in grid)
+    if not ts:
+        raise ValueError(f"`grid` must hold at least one number but is {grid!r}; try (0.01, 1).")
+    return ts
 
 
 def ridge_probe(
@@ -147,9 +152,7 @@ def ridge_probe(
     >>> round(ridge_probe(x, x[:, 0] + rng.normal(size=200)).value, 2)
     0.38
     """
-    n_folds, ts = integer("n_folds", n_folds, 2), sorted(positive("grid", t) for t in grid)
-    if not ts:
-        raise ValueError(f"`grid` must hold at least one number but is {grid!r}; try (0.01, 1).")
+    n_folds, ts = integer("n_folds", n_folds, 2), _sort_grid(grid)
     X, y, dtype = _load(features, targets)
     codes = encode_groups(groups, len(y))
     units = np.arange(len(y)) if codes is None else codes

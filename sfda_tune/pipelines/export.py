@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import read_options
 from sfda_tune.data.splits import fingerprint, split_images
 from sfda_tune.finetuning.models import Model, load_model, predict
+from sfda_tune.pipelines.inputs import read_usable
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values.files import check_folder, read_json, replacing, write_json, write_text
 from sfda_tune.values.formats import SPLITS
@@ -153,18 +155,11 @@ def _test_images(found: SearchResult) -> tuple[ImageDataset, str]:
     """Open the test images again, or make some noise."""
     config = read_json(found.folder / "config.json", {})
     splits = read_json(found.folder / "splits.json", SPLITS)
-
-    def usable(opened: Mapping[str, ImageDataset]) -> tuple[dict[str, np.ndarray], Any]:
-        bad, twins = splits.get("left_out", {}), np.arange(len(opened["train"]))
-        for rows in splits.get("copies", ()):
-            twins[rows] = rows[0]
-        kept = {n: np.setdiff1d(np.arange(len(d)), bad.get(n, ())) for n, d in opened.items()}
-        return kept, twins
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parts, _, _ = split_images(config | {"groups": read_options(config)}, usable)
+            given = config | {"groups": read_options(config)}
+            parts, _, _ = split_images(given, partial(read_usable, splits))
         if fingerprint(parts) == splits["fingerprint"]:
             return parts["test"], "test images"
     except (OSError, ValueError, TypeError, KeyError):  # moved away since, or an object in memory

@@ -23,7 +23,7 @@ from sfda_tune.pipelines.engines import Engine, load_engine
 from sfda_tune.pipelines.spaces import Space, default_space, open_space
 from sfda_tune.values.features import Backbone
 
-__all__ = ["Inputs", "Survey", "open_inputs"]
+__all__ = ["Inputs", "Survey", "open_inputs", "read_usable"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,10 @@ def open_inputs(
 
     def find_usable(opened: Mapping[str, ImageDataset]) -> tuple[dict[str, np.ndarray], Any]:
         """Return the rows that can be read, and the twins among the training images."""
-        if splits is None:
-            surveys.append(_look(opened, config.max_unreadable, check, config.decoders))
-            bad, twins = surveys[0].unreadable, surveys[0].twins
-        else:
-            bad, twins = splits.get("left_out", {}), _read_twins(splits, len(opened["train"]))
-        rows = {name: np.arange(len(data)) for name, data in opened.items()}
-        return {n: np.setdiff1d(rows[n], list(bad.get(n, ()))) for n in rows}, twins
+        if splits is not None:
+            return read_usable(splits, opened)
+        surveys.append(_look(opened, config.max_unreadable, check, config.decoders))
+        return _leave_out(surveys[0].unreadable, opened), surveys[0].twins
 
     parts, rows, sources = split_images(vars(config), find_usable)
     n = len(parts["train"])
@@ -84,6 +81,23 @@ def open_inputs(
         backbones={b.name: b for b in found}, space=space or default_space(n), engine=engine,
         n_epochs=config.epochs or max(3, round(auto / 2)), device=resolve_device(config.device),
     )  # fmt: skip
+
+
+def read_usable(
+    splits: Mapping[str, Any], opened: Mapping[str, ImageDataset]
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Return what `split_images` asks for, from what splits.json holds of an earlier look."""
+    twins = _read_twins(splits, len(opened["train"]))
+    return _leave_out(splits.get("left_out", {}), opened), twins
+
+
+def _leave_out(
+    bad: Mapping[str, Any], opened: Mapping[str, ImageDataset]
+) -> dict[str, np.ndarray]:
+    return {
+        name: np.setdiff1d(np.arange(len(data)), list(bad.get(name, ())))
+        for name, data in opened.items()
+    }
 
 
 def _look(

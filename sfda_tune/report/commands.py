@@ -136,7 +136,7 @@ def _line(command: str, options: Mapping[str, Any], specs: Sequence[Any]) -> str
         option = "--" + key.replace("_", "-")
         if command == "search" and key == "metric":  # so it is called in Python
             option = "--monitor"
-        if key == "import":
+        if key in ("import", "previous"):  # given once for each
             words += [word for one in value for word in (option, str(one))]
         elif not isinstance(value, bool):
             value = ",".join(map(str, value)) if isinstance(value, list) else str(value)

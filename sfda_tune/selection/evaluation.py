@@ -32,7 +32,7 @@ import numpy as np
 from scipy.stats import binomtest, kendalltau, norm, pearsonr, rankdata, spearmanr
 
 from sfda_tune.selection.tables import TooFewError, numbers, pair
-from sfda_tune.values.text import integer, printable, some
+from sfda_tune.values.text import integer, printable, some, without_nan
 
 Values: TypeAlias = Mapping[Any, Any] | Sequence[Any] | np.ndarray
 Truths: TypeAlias = Mapping[str, Mapping[str, float]]
@@ -329,8 +329,7 @@ def static_order_null(
 class _Report:
     def to_json(self) -> str:
         """Return the report as strict JSON text; undefined is null."""
-        strict = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)  # no NaN
-        return json.dumps(strict, indent=1, ensure_ascii=False)
+        return json.dumps(without_nan(asdict(self)), indent=1, ensure_ascii=False)
 
     def __repr__(self) -> str:
         return _table(_flat("", {k: x for k, x in asdict(self).items() if k != "datasets"}))

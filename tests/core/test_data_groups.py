@@ -397,6 +397,15 @@ def test_groups_are_read_as_they_were_described(groups):
     assert read_options(describe_options(groups)) == groups
 
 
+@pytest.mark.parametrize("flags", [re.IGNORECASE, re.VERBOSE | re.DOTALL, re.ASCII])
+def test_flags_of_a_pattern_are_described(flags):
+    given = re.compile(r"(A\w) _", flags)
+    found = read_options(describe_options(given))
+    assert found.flags == given.flags
+    text = "xaé _1aA _Aé _A1_"
+    assert found.findall(text) == given.findall(text)
+
+
 def test_a_search_by_the_command_line_keeps_videos_whole(tmp_path, monkeypatch, capsys):
     from sfda_tune.cli.main import main
     from sfda_tune.values.files import read_json

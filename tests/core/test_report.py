@@ -714,6 +714,13 @@ def test_a_ranking_shows_its_classes_and_hardest_images(ranked, tmp_path):
     assert "no pictures: they were not asked for, or the files are not here" in again.text
 
 
+def test_a_search_is_repeated_with_each_earlier_run_it_learned_from():
+    config = {"dataset": "digits", "backbones": ["demo:*"], "previous": ["a b", "c"]}
+    run = Run(Ranking([]), {"dataset": "digits", "candidates": []}, config=config)
+    line, _ = repeat(run)
+    assert shlex.split(line)[-4:] == ["--previous", "a b", "--previous", "c"]
+
+
 def test_its_commands_run_as_they_stand(ranked, tmp_path, capsys):
     ranking, path = ranked
     line, lacking = repeat(read_run(path))
