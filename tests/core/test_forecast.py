@@ -397,6 +397,6 @@ def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
 
     said = advise("full", 100)
     assert "right on 0.80 of new images (95 %: 0.71 to 0.87)" in said
-    assert "An epoch over these 100 images takes at least 5 s here." in said
+    assert "An epoch over these 100 images takes about 5 s here." in said
     assert "More images would hardly make that surer" in said
     assert "epoch" not in advise("head", 100)
