@@ -258,6 +258,9 @@ def _headed(body: nn.Module, width: int, n_classes: int) -> Any:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(_pool(self.body(x)))
 
+        def __reduce__(self) -> Any:  # pickle finds no class of a function
+            return _headed, (self.body, width, n_classes), self.__dict__
+
     return Headed()
 
 
