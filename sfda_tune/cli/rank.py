@@ -23,6 +23,7 @@ from sfda_tune.cli.options import (
     Log,
     SplitColumn,
     Task,
+    Threads,
     Verbose,
     read_groups,
 )
@@ -141,6 +142,7 @@ def rank(
         int | None,
         typer.Option("--decoders", help="Decoding processes. Default: one per core, at most 8."),
     ] = None,
+    threads: Threads = None,
     max_unreadable: Annotated[
         float, typer.Option(help="Fraction of unreadable images that is tolerated.")
     ] = 0.1,
@@ -239,6 +241,7 @@ def rank(
             ensemble=ensemble,
             weights_disk=weights_disk,
             task=told,
+            threads=threads,
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True

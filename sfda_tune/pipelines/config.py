@@ -66,6 +66,7 @@ class SearchConfig:
     split_column: str | None = None
     time_column: str | None = None
     task: str | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         objective = self.objective
@@ -125,8 +126,9 @@ def _check_numbers(c: SearchConfig) -> None:
     for name in ("trials", "workers", "keep", "epochs", "samples"):
         if g[name] is not None or name in ("workers", "keep"):
             c._set(name, integer(name, g[name], 1))
-    if c.decoders is not None:
-        c._set("decoders", integer("decoders", c.decoders, 0))
+    for name, least in (("decoders", 0), ("threads", 1)):
+        if g[name] is not None:
+            c._set(name, integer(name, g[name], least))
     for name in ("max_params", "max_latency"):
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")

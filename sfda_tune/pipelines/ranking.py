@@ -102,6 +102,7 @@ def rank(
     ensemble: int | None = None,
     weights_disk: str | int | None = None,
     task: str | None = None,
+    threads: int | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -138,7 +139,7 @@ def rank(
         metrics that know no groups.
     split_column : str, optional
         Column that says which part a row is of, where it has an unusual name.
-    device, precision, batch_size, workers, max_unreadable
+    device, precision, batch_size, workers, max_unreadable, threads
         See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
         Where features are kept for the next run: True for
@@ -212,7 +213,7 @@ def rank(
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
         ensemble=ensemble, split_column=split_column, task=task, **describe_options(groups),
     )  # fmt: skip
-    settings = Settings(device, precision, batch_size, workers, max_unreadable)
+    settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
     if executor is None:
         settings = replace(settings, device=resolve_device(device))
     elif isinstance(executor, type):

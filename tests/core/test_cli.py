@@ -179,6 +179,7 @@ def test_a_failed_backbone_is_shown_last_with_its_error(cli_here, photos, toy_zo
         (["digits", "--device", "nonsense"], "`device`"),
         (["digits", "--precision", "int8"], "`precision`"),
         (["digits", "--samples", "3"], "3"),
+        (["digits", "--threads", "0"], "`threads` must be an integer ≥ 1"),
         (["digits", "--cache", "c", "--no-cache"], "exclude each other"),
         (["digits", "--import", "nope.py"], "nope.py"),
     ],

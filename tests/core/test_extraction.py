@@ -808,6 +808,20 @@ def test_tf32_is_for_cuda_devices(dataset, zoo):
     assert Settings(precision="tf32").device == "auto"  # not known yet
 
 
+def test_features_are_the_same_bits_with_any_number_of_threads(dataset, zoo, monkeypatch):
+    monkeypatch.setattr(devices, "SMALL", 0.0)
+    found, used, real = {}, [], torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n) or real(n))
+    for n in (1, 2, 3):
+        used.clear()
+        found[n] = features(run(dataset, zoo, replace(CPU, threads=n)))
+        assert max(used) == n
+        assert torch.get_num_threads() == 1  # as the tests have it
+    for other in (found[2], found[3]):
+        for name, x in other.items():
+            np.testing.assert_array_equal(x, found[1][name])
+
+
 @pytest.mark.parametrize("best", [1, 2])
 def test_a_batch_is_computed_with_as_many_threads_as_are_fast(dataset, monkeypatch, best):
 

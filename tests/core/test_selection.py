@@ -880,13 +880,19 @@ def test_so_many_processes_decode(photos, toy_zoo, tmp_path, monkeypatch, decode
     assert told["decoders"] == decoders
 
 
-def test_the_command_line(tmp_path, capsys):
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    import torch
+
     from sfda_tune.cli.main import main
 
+    real, used = torch.set_num_threads, []
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n) or real(n))
     run, images = tmp_path / "run", tmp_path / "images"
-    command = "search digits --trials 1 --epochs 1 --samples 60 -q --out"
+    command = "search digits --trials 1 --epochs 1 --samples 60 -q --threads 3 --out"
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), str(run), "--backbones", ONE])
+    assert 3 in used
+    assert "threads: 3" in (run / "config.yaml").read_text()
     out, err = capsys.readouterr()
     assert f"{ONE}, trial 0" in out
     found = SearchResult.open(run)
@@ -899,7 +905,8 @@ def test_the_command_line(tmp_path, capsys):
     for row in range(3):
         data.load(row).save(images / f"{row}.png")
     with pytest.raises(SystemExit, match="0"):
-        main(["predict", str(run), str(images), "--csv", str(tmp_path / "p.csv")])
+        main(["predict", str(run), str(images), "--csv", str(tmp_path / "p.csv"), "--threads=4"])
+    assert 4 in used
     shown = capsys.readouterr().out.splitlines()
     with (tmp_path / "p.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
