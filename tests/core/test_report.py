@@ -430,6 +430,29 @@ def test_a_broken_file_is_named(folder, name, content):
         write_report(folder)
 
 
+def test_no_network_is_slower_in_batches_than_by_the_image(folder):
+    ranking = Ranking.from_json(folder / "ranking.json")
+    search = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    best, other, *_ = sorted(ranking, key=lambda name: name != search["best"]["backbone"])
+    scores = [
+        replace(s, details={**s.details, "images_per_second": 100.0, "batch": 16})
+        for s in ranking.scores
+    ]
+    Ranking(scores, ranking.metric, ranking.labels, ranking.info).to_json(folder / "ranking.json")
+    search["costs"] = {other: {"latency_ms": 20.0}}
+    (folder / "search.json").write_text(json.dumps(search), encoding="utf-8")
+    page = write_report(folder).read_text(encoding="utf-8")
+    found = re.findall(r'data-speed="([\d.]+)"[^>]*><td[^>]*>\d+</td>(.*?)</td>', page)
+    shown = {_plain(cell): float(speed) for speed, cell in found}
+    assert (shown[best], shown[other]) == (1250, 100)
+    assert "in batches of 16 images" in _plain(page)
+    assert "one image at a time, the fastest of several" in _plain(page)
+
+
+def _plain(markup):
+    return re.sub(r"<[^>]*>", "", markup)
+
+
 def test_what_is_no_run_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="is a folder without either"):
         write_report(tmp_path)
