@@ -166,6 +166,8 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     if run.trials:
         draw["trials"] = partial(plots.plot_trials, run.trials)
         draw["calibration"] = partial(plots.plot_calibration, _calibrate(run))
+    if calibration := _winner_calibration(run):
+        draw["reliability"] = partial(plots.plot_reliability, calibration)
     if run.predictions:
         *pairs, classes = _classes(run)
         draw["confusion"] = partial(plots.plot_confusion, *pairs, classes=classes)
@@ -419,9 +421,14 @@ def _classes(run: Run) -> tuple[list[str], list[str], list[str]]:
     return labels, predicted, list(dict.fromkeys([*known, *sorted({*labels, *predicted})]))
 
 
+def _winner_calibration(run: Run) -> dict[str, Any] | None:
+    """Return what the temperature of the winner was worth; None in an older search."""
+    return ((run.search or {}).get("best") or {}).get("calibration")
+
+
 def _temperature(run: Run) -> dict[str, Any] | None:
     """Set how sure the winner is of its test images against how often it is right."""
-    c = ((run.search or {}).get("best") or {}).get("calibration")
+    c = _winner_calibration(run)
     if not c:
         return None
     x, y, marks = Axis(0.0, 1.0), Axis(0.0, 1.0), []

@@ -32,6 +32,7 @@ import sfda_tune
 from sfda_tune.cli import main as cli
 from sfda_tune.cli.options import spread_lists
 from sfda_tune.data.opening import open_dataset
+from sfda_tune.finetuning.calibration import calibrate_on_test
 from sfda_tune.report import html as report
 from sfda_tune.report.axes import Axis
 from sfda_tune.report.commands import find_next, repeat
@@ -128,6 +129,7 @@ def searched(tmp_path_factory):
         "trials": trials, "front": [], "costs": {},
         "best": {"trial": best["number"], "backbone": best["backbone"], "params": best["params"],
                  "val": {"accuracy": best["value"]}, "latency_ms": 0.8, "n_params": 164160,
+                 "calibration": calibrate_on_test(y[test], p, 0.8, len(val)),
                  "test": {"accuracy": float((predicted == y[test]).mean())}},
         "seconds": {"total": time.time() - started, "train_everything_estimate": 400.0},
     })  # fmt: skip
@@ -845,7 +847,8 @@ def test_command_line(folder, capsys):
     assert stop.value.code == 0
     lines = capsys.readouterr().out.split()
     assert lines[0] == str(folder / "report.html")
-    names = ("ranking", "images_per_second", "n_params", "trials", "calibration", "confusion")
+    names = ("ranking", "images_per_second", "n_params", "trials", "calibration")
+    names += ("reliability", "confusion")
     assert lines[1:] == [
         str(folder / "figures" / f"{n}.{s}") for n in names for s in ("png", "svg")
     ]
