@@ -350,11 +350,6 @@ def rank(
             "forward_passes": result.n_forward,
             "full_run": result.n_full,
         }
-    if ensemble is not None and not interrupted:
-        info["ensemble"] = run.ensemble(ensemble)
-        if images.group_codes is not None:
-            text = "`ensemble` knows no groups: what they give away counts in its choice"
-            warnings.warn(text, stacklevel=2)
     if facts is None and not interrupted:
         facts = find_candidate_facts(candidates)
     if facts is not None:
@@ -378,6 +373,12 @@ def rank(
         ranking = order_by_forecast(ranking, train or "full")
     if interrupted:
         raise RankingInterruptedError(ranking)
+    if ensemble is not None:
+        chosen = run.ensemble(ensemble, ranking if forecasts else None)
+        ranking = replace(ranking, info={**ranking.info, "ensemble": chosen})
+        if images.group_codes is not None:
+            text = "`ensemble` knows no groups: what they give away counts in its choice"
+            warnings.warn(text, stacklevel=2)
     return ranking
 
 
@@ -752,15 +753,16 @@ class _RankingRun:
         target = {name: float(value) for name, value in of.items()}
         return {"task": "regression", "target": target}
 
-    def ensemble(self, k: int) -> dict[str, Any]:
-        """Choose `k` of the backbones that were scored on all images."""
+    def ensemble(self, k: int, order: Iterable[str] | None) -> dict[str, Any]:
+        """Choose `k` of the backbones that were scored on all images; `order` is a forecast's."""
         names = [
             name for name, s in self.scores.items() if s.error is None and "race" not in s.details
         ]
         hub = {name: self.copies.leave_out(self.seen[name]).features for name in names}
         if not hub:
             return {}
-        chosen = select_ensemble(hub, None, min(k, len(hub)))
+        order = None if order is None else [name for name in order if name in hub]
+        chosen = select_ensemble(hub, None, min(k, len(hub)), order=order)
         return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
 
 
