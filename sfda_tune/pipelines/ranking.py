@@ -8,7 +8,7 @@ import numbers
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from sfda_tune.data.checks import absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
+from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import TASKS, open_dataset
@@ -102,6 +103,8 @@ def rank(
     ensemble: int | None = None,
     weights_disk: str | int | None = None,
     task: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -180,6 +183,8 @@ def rank(
         ``logme`` have a form for numbers, too (`sfda_tune.metrics.regression`). The forecast
         takes the score for evidence, as it does for classes: it was fitted to classification
         only. ``info["target"]`` describes the numbers. No `ensemble`.
+    bit_depth, bands : optional
+        How deep pixels and images of other than three bands become RGB, see `open_dataset`.
 
     Returns
     -------
@@ -210,7 +215,8 @@ def rank(
         precision=None if precision == "float32" else precision,
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
-        ensemble=ensemble, split_column=split_column, task=task, **describe_options(groups),
+        ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
+        bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
     if executor is None:
@@ -272,13 +278,12 @@ def rank(
     if ensemble is not None:
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
-        dataset, split=split, image_column=image_column, label_column=label_column,
-        groups=groups, split_column=split_column, task=task,
+        dataset, samples=samples, seed=seed, split=split, image_column=image_column,
+        label_column=label_column,
+        groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
     )  # fmt: skip
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
-    if samples is not None:
-        images = images.sample(samples, seed=seed)
     digests = images.digests()
     whole, codes = images, group_twins(images, digests=digests)
     twins = find_twins(whole, codes)
