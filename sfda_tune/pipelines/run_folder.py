@@ -97,6 +97,15 @@ class RunFolder:
         with FileLock(self.path / f"{name}.lock"):
             yield
 
+    def forget_refused(self) -> None:
+        """Remove the lock "stage", which the caller holds, unless the search has begun.
+
+        Who waits for it sees that its file is gone, and makes another.
+        """
+        if not os.path.lexists(self.path / "config.json"):
+            with suppress(OSError):  # Windows does not let go what is open
+                (self.path / "stage.lock").unlink()
+
     # search.json --------------------------------------------------------------------------------
     @property
     def state(self) -> dict[str, Any]:

@@ -66,7 +66,11 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
     with ExitStack() as stack:
         try:
             with folder.lock("stage"):
-                inputs = _begin(config, folder, budget)
+                try:
+                    inputs = _begin(config, folder, budget)
+                except BaseException:
+                    folder.forget_refused()
+                    raise
                 if folder.is_done("test"):
                     if not (folder.path / "report.html").exists():  # killed before it was written
                         write_report(folder.path)
