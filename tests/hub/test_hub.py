@@ -17,6 +17,7 @@ from sfda_tune.backbones.loading import BackboneError, load
 from sfda_tune.backbones.weights import find_cached, look_up_sizes
 from sfda_tune.cli.main import main
 from sfda_tune.data.hub import forget_reachable
+from sfda_tune.extraction.fetching import Fetcher, sweep
 from sfda_tune.pipelines.bill import draw_up_bill
 from sfda_tune.pipelines.progress import NullProgress
 
@@ -223,6 +224,41 @@ def test_weights_take_no_more_disk_than_they_may_and_none_in_the_end(
     few = rank(photos, specs(hub), metric="sfda", cache=False, weights_disk=1000, **CPU)
     assert set(few.failed) == set(specs(hub)) - {mine}
     assert "`weights_disk` allows 0.0 MB" in few.failed[specs(hub)[-1]]
+
+
+def test_weights_that_another_process_opens_are_not_removed(hub, caplog, tmp_path):
+    """Two fetchers, as in two actors on one machine: a lock knows no processes, only files."""
+    backbone, ledger = one("vit"), tmp_path / "ledger"
+    with Fetcher(10**9, ledger=ledger) as first, first.opening(backbone) as came:
+        assert came
+    assert find_cached(backbone.spec) is None
+    with Fetcher(10**9) as second:
+        with Fetcher(10**9, ledger=ledger) as first:
+            first.expect([backbone])
+            while not first.is_ready(backbone.name):
+                time.sleep(0.01)
+            opened = second.opening(backbone)
+            assert opened.__enter__() is False  # it is here already
+        assert find_cached(backbone.spec) is not None
+        assert "another process is opening it" in caplog.text
+        load(backbone)
+        opened.__exit__(None, None, None)
+    ledger.write_text(f"{find_cached(backbone.spec)}\n{tmp_path}/gone\n")
+    assert sweep([ledger]) == []
+    assert find_cached(backbone.spec) is None
+    assert not ledger.exists()
+
+
+def test_what_nobody_expects_any_more_makes_room(hub):
+    with Fetcher() as fetcher:
+        fetcher.expect([one("vit"), one("resnet"), one("convnext"), one("efficientnet")])
+        while not all(find_cached(f"hf-hub:{repo}") for repo in hub.repos):
+            time.sleep(0.01)
+        newest = next(iter(hub.repos["toy/vit"].values()))
+        hub.publish("toy/fifth", newest)
+        fetcher.expect([one("fifth")])  # else four were ahead, and nothing more would come
+        with fetcher.opening(one("fifth")) as came:
+            assert came
 
 
 def test_another_image_needs_the_same_weights_again(hub, photos, tmp_path):
