@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -259,6 +261,33 @@ def test_what_nobody_expects_any_more_makes_room(hub):
         fetcher.expect([one("fifth")])  # else four were ahead, and nothing more would come
         with fetcher.opening(one("fifth")) as came:
             assert came
+
+
+@pytest.mark.slow  # a Ray starts
+def test_actors_fetch_within_the_disk_and_leave_nothing(hub, photos, tmp_path, clean_environment):
+    pytest.importorskip("ray")
+    largest = max(look_up_sizes(specs(hub)).values())
+    cache = tmp_path / "hub"
+    environment = clean_environment | {
+        "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "sfda_tune", "rank", photos, "-b", *specs(hub), "--ray", "local",
+        "--metric", "sfda", "--budget", "10m", "--json", "--cache", tmp_path / "features",
+        "--weights-disk", f"{2 * largest + 4000}", "--quiet",
+    ]  # fmt: skip
+    told = subprocess.run(
+        list(map(str, command)), env=environment, text=True, timeout=300, check=False,
+        capture_output=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    ranking = json.loads(told.stdout)
+    assert ranking["failed"] == {}
+    assert len(ranking["backbones"]) == len(hub.repos)
+    assert sum(hub.sent.values()) > 0
+    assert not [p for p in cache.rglob("*") if p.is_file() and p.stat().st_size > 5000]
+    assert not list(cache.glob(".sfda-tune-*"))
 
 
 def test_another_image_needs_the_same_weights_again(hub, photos, tmp_path):
