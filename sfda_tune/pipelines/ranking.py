@@ -34,7 +34,7 @@ from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
-from sfda_tune.pipelines.budget import RankingWatch, parse_budget
+from sfda_tune.pipelines.budget import RankingWatch, parse_budget, parse_weights_disk
 from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
 from sfda_tune.selection.ensembles import select_ensemble
@@ -49,7 +49,7 @@ from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, parse_bytes, require, some
+from sfda_tune.values.text import integer, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -436,11 +436,6 @@ def name_hard_images(
 def find_strata(images: ImageDataset) -> np.ndarray:
     """Return within what images are resampled: the classes; all of them, for numbers."""
     return images.labels if images.classes else np.zeros(len(images), np.int64)
-
-
-def parse_weights_disk(text: str | int | None) -> int | None:
-    """Return the bytes that downloaded weights may take; None for any."""
-    return None if text is None else parse_bytes("`weights_disk`", str(text))
 
 
 def _leave_out_equal(

@@ -349,6 +349,26 @@ def test_a_search_over_a_hub(hub, photos, tmp_path, monkeypatch):
     assert again.best["backbone"] == "hf-hub:toy/vit"
 
 
+def test_a_search_keeps_to_the_disk_for_weights(hub, photos, tmp_path):
+    sizes, how = look_up_sizes(specs(hub)), {"keep": 4, "device": "cpu", "decoders": 0}
+    how |= {"trials": 2, "epochs": 1, "out": tmp_path / "run"}
+    mine = specs(hub)[1]
+    load(resolve_backbones(mine)[0])
+    with pytest.raises(ValueError, match=r"`weights_disk` allows .* to be tuned, of hf-hub:toy/"):
+        search(photos, specs(hub), weights_disk=max(sizes.values()), **how)
+    here = [spec for spec in sizes if find_cached(spec) is not None]
+    assert here == [mine]  # what was ranked is not
+    disk = sum(sizes.values())
+    with pytest.raises(ValueError, match="`weights_disk` bounds the disk of this machine"):
+        search(photos, specs(hub), weights_disk=disk, engine="ray", **how)
+    found = search(photos, specs(hub), weights_disk=disk, **how)
+    assert len(found.trials) == 2
+    assert "fetched" not in found.summary
+    assert [spec for spec in sizes if find_cached(spec) is not None] == [mine]
+    with pytest.raises(ValueError, match="`weights_disk` must be a size"):
+        search(photos, specs(hub), weights_disk="much", **how)
+
+
 def test_names_of_timm_and_old_formats(hub, monkeypatch, make_checkpoint, tmp_path):
     import timm
     import torch
