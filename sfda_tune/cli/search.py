@@ -124,6 +124,14 @@ def search(
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the kept features.")
     ] = None,
+    weights_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Disk for weights that this search downloads, such as `50GB`: they are removed "
+            "again, those that are tuned in the end. What was here before stays.",
+        ),
+    ] = None,
     imports: Annotated[
         list[str] | None, typer.Option("--import", metavar="FILE_OR_MODULE", help="As for `rank`.")
     ] = None,
@@ -180,6 +188,7 @@ def search(
             device=device,
             precision=precision,
             plugins=imports or (),
+            weights_disk=weights_disk,
             cache=cache or True,
             seed=seed,
             out=out,

@@ -61,6 +61,7 @@ def search(
     precision: str = "float32",
     plugins: Iterable[str] = (),
     cache: bool | str | os.PathLike[str] | None = True,
+    weights_disk: str | int | None = None,
     previous: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -126,6 +127,11 @@ def search(
         for once, before anything is ranked, and left out of everything.
     device, precision, plugins, cache
         See `rank`.
+    weights_disk : str or int, optional
+        How much of the disk may be taken at a time by weights that the search downloads, such as
+        "50GB" (or bytes): those of networks that are ranked make room for the next, those of the
+        `keep` that are tuned stay until the test is done. What was here before stays. For an
+        engine that trains on this machine.
     previous : sequence of path, optional
         Folders of finished searches on other data: what parameters did best there is preferred, as
         far as the trials of this search bear it out. With one objective.
@@ -164,6 +170,7 @@ def search(
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
         time_column=time_column, task=task, bit_depth=bit_depth, bands=bands,
+        weights_disk=weights_disk,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history
