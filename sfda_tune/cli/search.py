@@ -19,6 +19,7 @@ from sfda_tune.cli.options import (
     Log,
     SplitColumn,
     Task,
+    Threads,
     Verbose,
     read_groups,
 )
@@ -62,6 +63,7 @@ def search(
         int | None,
         typer.Option(metavar="N", help="Decoding processes of each. Default: one per core."),
     ] = None,
+    threads: Threads = None,
     keep: Annotated[
         int | None, typer.Option(metavar="K", help="Tune at most K backbones. Default: 3.")
     ] = None,
@@ -165,6 +167,7 @@ def search(
             storage=storage,
             workers=workers,
             decoders=decoders,
+            threads=threads,
             keep=keep,
             objective=tuple(objective.replace(" ", "").split(",")),
             metric=metric,

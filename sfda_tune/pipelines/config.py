@@ -70,6 +70,7 @@ class SearchConfig:
     bit_depth: str | int | None = None
     bands: Any = None  # as text, "4,3,2"
     weights_disk: str | int | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         objective = self.objective
@@ -135,8 +136,9 @@ def _check_numbers(c: SearchConfig) -> None:
     for name in ("trials", "workers", "keep", "epochs", "samples"):
         if g[name] is not None or name in ("workers", "keep"):
             c._set(name, integer(name, g[name], 1))
-    if c.decoders is not None:
-        c._set("decoders", integer("decoders", c.decoders, 0))
+    for name, least in (("decoders", 0), ("threads", 1)):
+        if g[name] is not None:
+            c._set(name, integer(name, g[name], least))
     for name in ("max_params", "max_latency"):
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")

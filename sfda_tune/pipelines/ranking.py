@@ -105,6 +105,7 @@ def rank(
     task: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
+    threads: int | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -141,7 +142,7 @@ def rank(
         metrics that know no groups.
     split_column : str, optional
         Column that says which part a row is of, where it has an unusual name.
-    device, precision, batch_size, workers, max_unreadable
+    device, precision, batch_size, workers, max_unreadable, threads
         See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
         Where features are kept for the next run: True for
@@ -219,7 +220,7 @@ def rank(
         ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
         bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
-    settings = Settings(device, precision, batch_size, workers, max_unreadable)
+    settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
     if executor is None:
         settings = replace(settings, device=resolve_device(device))
     elif isinstance(executor, type):
