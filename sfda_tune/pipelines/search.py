@@ -54,11 +54,14 @@ def search(
     split_column: str | None = None,
     time_column: str | None = None,
     task: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
     max_unreadable: float = 0.1,
     device: str = "auto",
     precision: str = "float32",
     plugins: Iterable[str] = (),
     cache: bool | str | os.PathLike[str] | None = True,
+    weights_disk: str | int | None = None,
     previous: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -118,11 +121,18 @@ def search(
         where there are no own parts).
     task : {"auto", "classification"}, optional
         See `open_dataset`; numbers to predict can only be ranked on so far.
+    bit_depth, bands : optional
+        See `open_dataset`. The winner is shown new images in the same way.
     max_unreadable : float, default 0.1
         Fraction of unreadable images, of all, above which the data set is refused. They are looked
         for once, before anything is ranked, and left out of everything.
     device, precision, plugins, cache
         See `rank`.
+    weights_disk : str or int, optional
+        How much of the disk may be taken at a time by weights that the search downloads, such as
+        "50GB" (or bytes): those of networks that are ranked make room for the next, those of the
+        `keep` that are tuned stay until the test is done. What was here before stays. For an
+        engine that trains on this machine.
     previous : sequence of path, optional
         Folders of finished searches on other data: what parameters did best there is preferred, as
         far as the trials of this search bear it out. With one objective.
@@ -166,7 +176,8 @@ def search(
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
-        time_column=time_column, task=task, threads=threads,
+        time_column=time_column, task=task, bit_depth=bit_depth, bands=bands,
+        weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history

@@ -559,3 +559,41 @@ def test_the_same_pixels_in_other_files_are_copies_here_and_there(
     assert len(here.info["copies"]) == len(list(root.glob("*/*_again.bmp")))
     assert there.info["copies"] == here.info["copies"]
     assert dict(there) == pytest.approx(dict(here), rel=1e-4)
+
+
+def test_a_budget_is_kept_and_what_it_left_is_told(executor, tmp_path):
+    class Asleep(RayExecutor):
+        def __enter__(self):
+            raise AssertionError("there is nothing to compute")
+
+    nets = [Backbone(f"n{k:02}", load=Load("slow", scale=1 + k / 9)) for k in range(30)]
+    options = {"metric": "sfda", "device": "cpu", "cache": tmp_path / "cache"}
+    dataset = make_dataset()
+    sfda_tune.rank(dataset, NETS, executor=executor, **{**options, "cache": tmp_path / "other"})
+    started = time.monotonic()
+    cut = sfda_tune.rank(dataset, nets, budget=3, executor=executor, **options)
+    assert time.monotonic() - started < 3 + 5
+    unseen = cut.info["not_looked_at"]
+    assert 0 < len(unseen) < 30
+    names = [net.name for net in nets]
+    assert unseen == [name for name in names if name in unseen]
+    assert {cut.failed[name] for name in unseen} == {"not looked at: the 3 s were over"}
+    seen = [net for net in nets if net.name not in unseen]
+    assert seen
+    again = sfda_tune.rank(dataset, seen, budget=60, executor=Asleep(num_gpus=0), **options)
+    assert {**again} == {name: cut[name] for name in again}  # kept: Ray is not even started
+    whole = sfda_tune.rank(dataset, nets, budget="10m", executor=executor, **options)
+    local = sfda_tune.rank(dataset, nets, metric="sfda", device="cpu", cache=False, workers=0)
+    assert not whole.failed
+    assert "not_looked_at" not in whole.info
+    assert {**whole} == {**local}
+
+
+def test_what_an_executor_cannot_keep_to_is_refused(dataset, zoo, tmp_path):
+    class Mine:
+        """Bounds no weights."""
+
+    with pytest.raises(ValueError, match="`weights_disk` is for downloads of this process, or of"):
+        sfda_tune.rank(dataset, zoo, executor=Mine(), cache=tmp_path, weights_disk="1GB")
+    with pytest.raises(ValueError, match="with `map_fn`; leave one out"):
+        sfda_tune.rank(dataset, zoo, map_fn=map, weights_disk="1GB")
