@@ -291,7 +291,8 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
     from jinja2 import Environment
 
     best, config = found.best, getattr(model.module, "pretrained_cfg", None) or {}
-    spec, licence = str(model.provenance.get("spec", "")), config.get("license") or "unknown"
+    spec, ranked = str(model.provenance.get("spec", "")), found.ranking.score(best["backbone"])
+    licence = config.get("license") or ranked.details.get("license") or "unknown"
     accuracy = {"type": "accuracy", "value": round(best["test"]["accuracy"], 4)}
     task = {"type": "image-classification"}
     data = {"name": str(found.summary["dataset"]), "type": "private"}
