@@ -115,7 +115,7 @@ def measure(backbone, name: str, device: str, runs: list[dict]) -> dict:
         *_, last = run
         trained = {k: v.cpu() for k, v in run.module.state_dict().items()}
         run.module.load_state_dict(run._between(trained, last.interpolation))
-        model = Model(run.module.eval(), run.preprocessing, run.train.classes)
+        model = Model(run.module.eval(), run.preprocessing, run.task)
         guess = np.array(model.classes)[predict(model, test, device=device).argmax(1)]
         correct = float(np.mean(guess == labels))
         runs = [*runs, {"lr": lr, "held_out": last.accuracy, "accuracy": correct}]

@@ -8,9 +8,8 @@ import io
 import numpy as np
 import pytest
 
-from sfda_tune import ImageDataset, Ranking, open_dataset, rank, resolve_backbones, score, search
+from sfda_tune import ImageDataset, Ranking, open_dataset, rank, score, search
 from sfda_tune.data.checks import DatasetError
-from sfda_tune.finetuning.run import finetune
 from sfda_tune.metrics.regression import ridge
 from sfda_tune.report.html import write_report
 from sfda_tune.selection.diagnostics import diagnose
@@ -123,14 +122,12 @@ def test_what_has_no_meaning_for_numbers_is_refused(options, message):
         rank("digits", THREE, **{"task": "regression", "cache": False, **options})
 
 
-def test_numbers_cannot_be_trained_on_yet(tmp_path):
+def test_numbers_cannot_be_searched_on_yet(tmp_path):
     digits = open_dataset("digits", task="regression", samples=60)
     with pytest.raises(ValueError, match="fine-tuning on numbers is not there yet"):
         search("digits", THREE, task="regression", out=tmp_path / "run")
     with pytest.raises(DatasetError, match="must have classes to search on"):
         search(digits, THREE, cache=False, out=tmp_path / "run")
-    with pytest.raises(DatasetError, match="must have classes to fine-tune on"):
-        finetune(resolve_backbones("demo:resnet_glyphs")[0], digits)
 
 
 def test_image_dataset_of_numbers_is_checked():
