@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
+from sfda_tune.values.metrics import call, tell
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import format_count, printable, some, without_nan
 
@@ -127,10 +128,7 @@ def show_result(result: SearchResult) -> None:
     table.add_column(f"on {summary['n_images']['test']} test images")
     table.add_column("", justify="right", no_wrap=True)
     for name, value in result.test.items():
-        shown = f"{value:.4f}"
-        if name == "accuracy" and "test_interval" in best:
-            shown += " (95 %: {:.4f} to {:.4f})".format(*best["test_interval"])
-        table.add_row(name.replace("_", " "), shown)
+        table.add_row(call(name), tell(value, result.intervals.get(name)))
     if best.get("latency_ms"):
         table.add_row("latency of one image", f"{best['latency_ms']:.1f} ms")
     if best.get("n_params"):

@@ -112,10 +112,8 @@ class ImageDataset:
         if self.task == "regression":
             raise DatasetError(
                 f"`dataset` must have classes {purpose} but has numbers to predict (the task "
-                "'regression'), which can only be ranked on so far: rank(task='regression') "
-                "(sfda-tune rank --task regression) orders the backbones, to be trained with "
-                "tools of your own; if each number is a class, pass task='classification' "
-                "(--task classification)."
+                "'regression'); if each number is a class, pass task='classification' (--task "
+                "classification)."
             )
 
     def label_name(self, label: Any) -> str:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "LOSSES", "MONITORS", "Classification", "Regression", "Task", "find_kind", "make_task",
-    "read_task",
+    "KINDS", "LOSSES", "MONITORS", "Classification", "Regression", "Task", "find_kind",
+    "make_task", "read_task",
 ]  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class Task(ABC):
     monitors: ClassVar[tuple[str, ...]]  # what `measure` finds; the first by default
     losses: ClassVar[tuple[str, ...]]  # the first by default
     tie: ClassVar[str]  # the metric that tells apart what the chosen one does not
+    exported: ClassVar[tuple[str, str]]  # names of outputs and predictions in ONNX
     refused: ClassVar[Mapping[str, Any]] = {}  # fields of a configuration without a meaning here
     classes: tuple[str, ...]  # names of the columns of predictions; none for numbers
 
@@ -60,6 +61,11 @@ class Task(ABC):
     def shape(self) -> tuple[int, ...]:
         """Shape of the prediction for one image."""
         return (len(self.classes),)
+
+    @property
+    def unit(self) -> float:
+        """The size of differences between predictions."""
+        return 1.0
 
     def describe(self) -> dict[str, Any]:
         """Return what predictions need besides the classes, as JSON values."""
@@ -109,8 +115,12 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def finish(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return predictions as a tensor, one per row, by operations that ONNX knows."""
+
     def predict(self, outputs: torch.Tensor) -> np.ndarray:
         """Return predictions, float64, one per row."""
+        return self.finish(outputs.double()).numpy()
 
     @abstractmethod
     def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
@@ -141,6 +151,7 @@ class Classification(Task):
     monitors: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
     losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
     tie: ClassVar[str] = "log_loss"
+    exported: ClassVar[tuple[str, str]] = ("logits", "probabilities")
 
     @property
     def n_outputs(self) -> int:
@@ -175,9 +186,9 @@ class Classification(Task):
         """Fit logistic regression, see `sfda_tune.finetuning.heads.fit_head`."""
         return fit_head(x, labels, len(self.classes))
 
-    def predict(self, outputs: torch.Tensor) -> np.ndarray:
+    def finish(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return softmax probabilities, whose rows add up to one."""
-        return outputs.double().softmax(1).numpy()
+        return outputs.softmax(1)
 
     def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """See `sfda_tune.finetuning.epochs.measure`."""
@@ -208,6 +219,7 @@ class Regression(Task):
     monitors: ClassVar[tuple[str, ...]] = ("r2", "spearman", "rmse", "mae")
     losses: ClassVar[tuple[str, ...]] = ("mse", "l1", "huber")
     tie: ClassVar[str] = "rmse"
+    exported: ClassVar[tuple[str, str]] = ("standardised", "numbers")
     refused: ClassVar[Mapping[str, Any]] = {
         "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None,
     }  # fmt: skip
@@ -236,6 +248,11 @@ class Regression(Task):
     def shape(self) -> tuple[int, ...]:
         """A number per image."""
         return ()
+
+    @property
+    def unit(self) -> float:
+        """The scale."""
+        return self.scale
 
     def describe(self) -> dict[str, Any]:
         """Return mean and scale."""
@@ -266,9 +283,9 @@ class Regression(Task):
         """Fit ridge regression, see `sfda_tune.finetuning.heads.fit_numbers`."""
         return fit_numbers(x, (labels - self.mean) / self.scale)
 
-    def predict(self, outputs: torch.Tensor) -> np.ndarray:
-        """Return numbers in the unit of the labels."""
-        return self.mean + self.scale * outputs[:, 0].double().numpy()
+    def finish(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return numbers in the unit of the labels, float64: their mean may be far from 0."""
+        return self.mean + self.scale * outputs[:, 0].double()
 
     def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         """See `sfda_tune.selection.numbers.measure_numbers`."""

@@ -98,6 +98,8 @@ EPOCH = {
     "number": AtLeast(0, int),
     "value": float,
     "log_loss?": float,
+    "rmse?": AtLeast(0),
+    "error?": AtLeast(0),
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),
     "temperature?": AtLeast(0),
@@ -123,13 +125,14 @@ OUTLINE: dict[Any, Any] = {  # of a trial, as a report needs it
     "error?": TEXT,
     "epochs?": [EPOCH],
 }
-TRIAL: dict[Any, Any] = OUTLINE | {"epochs": [EPOCH | {"log_loss": float}], "started": AtLeast(0)}
+TRIAL: dict[Any, Any] = OUTLINE | {"epochs": [EPOCH], "started": AtLeast(0)}
 
 SEARCH: dict[Any, Any] = {
     "format?": int,
     "status?": str,
     "dataset?": str,
     "classes?": [str],
+    "task?": str,
     "n_images?": {str: AtLeast(0, int)},
     "sources?": {str: str},
     "unreadable?": {str: object},
@@ -162,6 +165,7 @@ SEARCH: dict[Any, Any] = {
             "test?": (NUMBERS, None),
             "calibration?": (CALIBRATION, None),
             "test_interval?": ([float], None),
+            "test_intervals?": ({str: [float]}, None),
             "latency_ms?": COUNT,
             "n_params?": COUNT,
         },
@@ -197,10 +201,16 @@ HARD_IMAGE: dict[Any, Any] = {
     "label": str,
     "predicted": str,
     "p_label": NUMBER,
+    "error?": float,
 }
 SPLITS: dict[Any, Any] = {"left_out?": {str: [AtLeast(0, int)]}, "copies?": [[AtLeast(0, int)]]}
 EXPERIMENTS = [{"trials": [str], "end": TEXT, "n_trials": (int, None)}]
-PROVENANCE: dict[Any, Any] = {"classes": [str], "backbone": object, "digests?": {str: str}}
+PROVENANCE: dict[Any, Any] = {
+    "classes": [str],
+    "backbone": object,
+    "digests?": {str: str},
+    "task?": {"name": str, "mean?": float, "scale?": float},
+}
 CLASSIFIER: dict[Any, Any] = {
     "params": {str: object},
     "classes": [(str, int, float, bool)],

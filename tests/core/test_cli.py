@@ -652,10 +652,11 @@ def test_the_command_asks_what_numbers_are(cli_here, tmp_path):
     assert "40 images, numbers from 0 to 5.57" in out
     assert "predicts numbers from 0 to 5.57" in out
     assert "fitted to classification only" in err
-    assert "Next:" not in err
+    assert re.search("Next: sfda-tune search .* --task regression --out run", err)
     info = Ranking.from_json(tmp_path / "r.json").info
     assert info["arguments"]["task"] == "regression"
     out, err = cli_here(*words, "--task", "classification", "--dry-run", both=True)
     assert "40 images" in out + err
     search = ["search", tmp_path / "t.csv", "-o", tmp_path / "run", "--task", "regression"]
-    assert "sfda-tune rank --task regression" in cli_here(*search, code=1)
+    told = cli_here(*search, "--monitor", "accuracy", code=1)
+    assert "must be one of ('r2', 'spearman', 'rmse', 'mae') for regression" in told
