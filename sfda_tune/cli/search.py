@@ -10,6 +10,8 @@ import typer
 from sfda_tune.cli.config import write_config
 from sfda_tune.cli.options import (
     AsJson,
+    Bands,
+    BitDepth,
     Config,
     GroupColumn,
     GroupRegex,
@@ -17,6 +19,7 @@ from sfda_tune.cli.options import (
     Log,
     SplitColumn,
     Task,
+    Threads,
     Verbose,
     read_groups,
 )
@@ -60,6 +63,7 @@ def search(
         int | None,
         typer.Option(metavar="N", help="Decoding processes of each. Default: one per core."),
     ] = None,
+    threads: Threads = None,
     keep: Annotated[
         int | None, typer.Option(metavar="K", help="Tune at most K backbones. Default: 3.")
     ] = None,
@@ -110,6 +114,8 @@ def search(
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
     task: Task = "auto",
+    bit_depth: BitDepth = None,
+    bands: Bands = None,
     time_column: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +134,14 @@ def search(
     seed: Annotated[int, typer.Option(help="Of the splits and of the trials.")] = 0,
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the kept features.")
+    ] = None,
+    weights_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Disk for weights that this search downloads, such as `50GB`: they are removed "
+            "again, those that are tuned in the end. What was here before stays.",
+        ),
     ] = None,
     imports: Annotated[
         list[str] | None, typer.Option("--import", metavar="FILE_OR_MODULE", help="As for `rank`.")
@@ -163,6 +177,7 @@ def search(
             storage=storage,
             workers=workers,
             decoders=decoders,
+            threads=threads,
             keep=keep,
             objective=objective and tuple(objective.replace(" ", "").split(",")),
             metric=metric,
@@ -179,11 +194,14 @@ def search(
             groups=read_groups(groups, group_column, group_regex),
             split_column=split_column,
             task=None if task == "auto" else task,
+            bit_depth=bit_depth,
+            bands=bands,
             time_column=time_column,
             max_unreadable=max_unreadable,
             device=device,
             precision=precision,
             plugins=imports or (),
+            weights_disk=weights_disk,
             cache=cache or True,
             seed=seed,
             out=out,

@@ -296,6 +296,7 @@ class FineTuning(Iterator[Epoch]):
             "classes": list(self.task.classes),
             "task": {"name": self.task.name, **self.task.describe()},
             "dataset": self.train.name,
+            "reading": None if self.train.reading is None else vars(self.train.reading),
             "train": {"images": len(self.train), "fingerprint": train},
             "val": {"images": len(self.val), "fingerprint": val},
             "unreadable": self.unreadable,

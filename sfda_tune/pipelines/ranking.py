@@ -8,7 +8,7 @@ import numbers
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from sfda_tune.data.checks import absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
+from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import TASKS, open_dataset
@@ -34,7 +35,7 @@ from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer
-from sfda_tune.pipelines.budget import RankingWatch, parse_budget
+from sfda_tune.pipelines.budget import RankingWatch, parse_budget, parse_weights_disk
 from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
 from sfda_tune.selection.ensembles import select_ensemble
@@ -49,7 +50,7 @@ from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, parse_bytes, require, some
+from sfda_tune.values.text import integer, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -102,6 +103,9 @@ def rank(
     ensemble: int | None = None,
     weights_disk: str | int | None = None,
     task: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
+    threads: int | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -138,7 +142,7 @@ def rank(
         metrics that know no groups.
     split_column : str, optional
         Column that says which part a row is of, where it has an unusual name.
-    device, precision, batch_size, workers, max_unreadable
+    device, precision, batch_size, workers, max_unreadable, threads
         See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
         Where features are kept for the next run: True for
@@ -173,13 +177,16 @@ def rank(
     weights_disk : str or int, optional
         How much of the disk may be taken at a time by weights that this call downloads, such as
         "50GB" (or bytes): what was used makes room for the next, and at the end all of it is
-        removed. What was here before stays. Not for an `executor` or `map_fn`.
+        removed. What was here before stays. With an `executor` so much of each machine, in equal
+        parts for its actors. Not for a `map_fn`.
     task : {"auto", "classification", "regression"}, optional
         Whether labels are classes or numbers to predict, see `open_dataset`. For "regression" the
         score is ``ridge``, the R² of leave-one-out ridge regression; ``knn``, ``linear_probe`` and
         ``logme`` have a form for numbers, too (`sfda_tune.metrics.regression`). The forecast
         takes the score for evidence, as it does for classes: it was fitted to classification
         only. ``info["target"]`` describes the numbers. No `ensemble`.
+    bit_depth, bands : optional
+        How deep pixels and images of other than three bands become RGB, see `open_dataset`.
 
     Returns
     -------
@@ -210,9 +217,10 @@ def rank(
         precision=None if precision == "float32" else precision,
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
-        ensemble=ensemble, split_column=split_column, task=task, **describe_options(groups),
+        ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
+        bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
-    settings = Settings(device, precision, batch_size, workers, max_unreadable)
+    settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
     if executor is None:
         settings = replace(settings, device=resolve_device(device))
     elif isinstance(executor, type):
@@ -256,10 +264,12 @@ def rank(
         )
     seconds = parse_budget(budget)
     limit = parse_weights_disk(weights_disk)
-    if limit is not None and (executor is not None or map_fn is not None):
+    bounded = executor is None or getattr(executor, "bounds_weights", False)
+    if limit is not None and (map_fn is not None or not bounded):
         raise ValueError(
-            f"`weights_disk` is for downloads of this process but is {weights_disk!r} with an "
-            "`executor` or `map_fn`; leave one out."
+            f"`weights_disk` is for downloads of this process, or of an executor that keeps to "
+            f"it, but is {weights_disk!r} with {'`map_fn`' if bounded else f'{executor!r}'}; "
+            "leave one out."
         )
     if top is not None and not race:
         raise ValueError(f"`top` is for a race but is {top!r} without one; add race=True.")
@@ -272,13 +282,12 @@ def rank(
     if ensemble is not None:
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
-        dataset, split=split, image_column=image_column, label_column=label_column,
-        groups=groups, split_column=split_column, task=task,
+        dataset, samples=samples, seed=seed, split=split, image_column=image_column,
+        label_column=label_column,
+        groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
     )  # fmt: skip
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
-    if samples is not None:
-        images = images.sample(samples, seed=seed)
     digests = images.digests()
     whole, codes = images, group_twins(images, digests=digests)
     twins = find_twins(whole, codes)
@@ -350,11 +359,6 @@ def rank(
             "forward_passes": result.n_forward,
             "full_run": result.n_full,
         }
-    if ensemble is not None and not interrupted:
-        info["ensemble"] = run.ensemble(ensemble)
-        if images.group_codes is not None:
-            text = "`ensemble` knows no groups: what they give away counts in its choice"
-            warnings.warn(text, stacklevel=2)
     if facts is None and not interrupted:
         facts = find_candidate_facts(candidates)
     if facts is not None:
@@ -378,6 +382,12 @@ def rank(
         ranking = order_by_forecast(ranking, train or "full")
     if interrupted:
         raise RankingInterruptedError(ranking)
+    if ensemble is not None:
+        chosen = run.ensemble(ensemble, ranking if forecasts else None)
+        ranking = replace(ranking, info={**ranking.info, "ensemble": chosen})
+        if images.group_codes is not None:
+            text = "`ensemble` knows no groups: what they give away counts in its choice"
+            warnings.warn(text, stacklevel=2)
     return ranking
 
 
@@ -433,11 +443,6 @@ def name_hard_images(
 def find_strata(images: ImageDataset) -> np.ndarray:
     """Return within what images are resampled: the classes; all of them, for numbers."""
     return images.labels if images.classes else np.zeros(len(images), np.int64)
-
-
-def parse_weights_disk(text: str | int | None) -> int | None:
-    """Return the bytes that downloaded weights may take; None for any."""
-    return None if text is None else parse_bytes("`weights_disk`", str(text))
 
 
 def _leave_out_equal(
@@ -617,12 +622,13 @@ class _RankingRun:
 
         Some at a time, for at most `SLICE` of the time that is left, so that a wrong estimate of
         their price costs little: seconds are taken to be proportional to `find_prices`, by what
-        those before have taken.
+        those before have taken. An executor gets at least as many as it runs at a time.
         """
         begun = time.perf_counter()
         order, price = order_by_promise(facts), find_prices(facts)
         left, by_name = list(order), {b.name: b for b in self.candidates}
         spent = paid = 0.0
+        demand = self.executor
 
         def is_over() -> bool:
             return time.perf_counter() - begun >= seconds
@@ -630,16 +636,17 @@ class _RankingRun:
         watch = RankingWatch(bar, is_over)
         while left and not is_over():
             room, rate = seconds - (time.perf_counter() - begun), spent / paid if paid else 0.0
-            some, total = [], 0.0
+            some, total, least = [], 0.0, 1 if demand is None else demand.n_places
             for name in left:
                 cost = rate * price[name]
-                if cost < room and (not some or (paid and total + cost < SLICE * room)):
+                if cost < room and (len(some) < least or (paid and total + cost < SLICE * room)):
                     some.append(name)
                     total += cost
             if not some:
                 return
             left = [name for name in left if name not in some]
             started, rows = time.perf_counter(), self.rows
+            waited = 0.0 if demand is None else demand.waited
             try:
                 self.measure([by_name[name] for name in some], None, watch, seen)
             except KeyboardInterrupt:
@@ -651,6 +658,7 @@ class _RankingRun:
             new = [n for n in some if not self.scores[n].details.get("cached")]
             if new:
                 spent += time.perf_counter() - started
+                spent -= 0.0 if demand is None else demand.waited - waited  # but once, to start
                 paid += sum(price[name] for name in new)
 
     def race(self, config: RaceConfig, bar: Any, judge: Judge | None = None) -> RaceResult:
@@ -752,15 +760,16 @@ class _RankingRun:
         target = {name: float(value) for name, value in of.items()}
         return {"task": "regression", "target": target}
 
-    def ensemble(self, k: int) -> dict[str, Any]:
-        """Choose `k` of the backbones that were scored on all images."""
+    def ensemble(self, k: int, order: Iterable[str] | None) -> dict[str, Any]:
+        """Choose `k` of the backbones that were scored on all images; `order` is a forecast's."""
         names = [
             name for name, s in self.scores.items() if s.error is None and "race" not in s.details
         ]
         hub = {name: self.copies.leave_out(self.seen[name]).features for name in names}
         if not hub:
             return {}
-        chosen = select_ensemble(hub, None, min(k, len(hub)))
+        order = None if order is None else [name for name in order if name in hub]
+        chosen = select_ensemble(hub, None, min(k, len(hub)), order=order)
         return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
 
 

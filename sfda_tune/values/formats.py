@@ -210,6 +210,7 @@ PROVENANCE: dict[Any, Any] = {
     "backbone": object,
     "digests?": {str: str},
     "task?": {"name": str, "mean?": float, "scale?": float},
+    "reading?": ({"bit_depth?": (int, None), "bands?": ([int], None)}, None),
 }
 CLASSIFIER: dict[Any, Any] = {
     "params": {str: object},
