@@ -240,7 +240,7 @@ def rank(
             cache=kept,
             plugins=imports or (),
             executor=executor,
-            progress=False if quiet else Bar(messages),
+            progress=False if quiet else Bar(messages, leaders=not as_json),
             race=race,
             top=top,
             budget=budget,

@@ -634,6 +634,7 @@ def _finish(
         rows=rows[order],
         unreadable=unreadable,
         images_per_second=len(rows) / spent if spent else None,
+        batch=max((info.get("batch") or 0 for info in infos), default=0) or None,
         peak_memory=hungriest.get("peak_memory"),
         peak_batch=hungriest.get("peak_batch"),
         cached=job.cached,

@@ -808,6 +808,7 @@ def _score(
         "n_params": extraction.n_params,
         "input_size": extraction.input_size,
         "images_per_second": extraction.images_per_second,
+        "batch": extraction.batch,
         "peak_memory": extraction.peak_memory,
         "peak_batch": extraction.peak_batch,
         "cached": extraction.cached,

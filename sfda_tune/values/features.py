@@ -241,7 +241,8 @@ class Score(Value):
         Images scored and feature width; 0 if it failed before.
     details : mapping of str to JSON value
         The metric's details (λ, …) and the measurements of the extraction: ``spec``, ``n_params``,
-        ``images_per_second``, ``input_size``, ``peak_memory``, ``peak_batch``, ``cached``.
+        ``images_per_second``, ``batch``, ``input_size``, ``peak_memory``, ``peak_batch``,
+        ``cached``.
     seconds : float
         Wall time spent on this backbone: loading, forward passes and scoring.
     error : str or None

@@ -71,6 +71,7 @@ RANKING: dict[Any, Any] = {
             "details": {
                 "n_params?": COUNT,
                 "images_per_second?": COUNT,
+                "batch?": COUNT,
                 "peak_memory?": COUNT,
                 "peak_batch?": COUNT,
                 "input_size?": ([AtLeast(1, int)], None),
