@@ -78,11 +78,35 @@ SplitColumn = Annotated[
     ),
 ]
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="At most so many threads of the CPU compute; small networks always take one. "
+        "Default: one per core.",
+    ),
+]
 Task = Annotated[
     str,
     typer.Option(
         help="What labels are: classification, or regression, numbers to predict. With auto "
         "numbers are classes, unless they look like a quantity: then you are asked."
+    ),
+]
+BitDepth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|9…16",
+        help="Bits of grey images with more than 8: 12 for most cameras and X-rays kept in 16. "
+        "Default: auto, 16, or what the file says (DICOM).",
+    ),
+]
+Bands = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Bands, counted from 1, to be shown as red, green and blue (or one, as grey): 4,3,2. "
+        "Of a TIFF samples, channels or frames.",
     ),
 ]
 
@@ -164,6 +188,7 @@ PANELS = {
     "Images": (
         "samples", "split", "image_column", "label_column", "groups", "group_column",
         "group_regex", "split_column", "time_column", "test", "max_unreadable", "task",
+        "bit_depth", "bands",
     ),
     "Candidates": ("backbones", "imports", "weights_disk", "max_params", "max_latency"),
     "What counts": ("metric", "train", "variant", "objective", "ensemble", "seed"),
@@ -171,8 +196,8 @@ PANELS = {
         "budget", "trials", "race", "top", "dry_run", "keep", "space", "epochs", "previous",
     ),
     "Where it runs": (
-        "device", "precision", "batch_size", "workers", "decoders", "engine", "storage", "ray",
-        "cache", "no_cache",
+        "device", "precision", "batch_size", "workers", "threads", "decoders", "engine", "storage",
+        "ray", "cache", "no_cache",
     ),
     "What comes out": ("out", "config", "as_json", "quiet", "verbose", "log", "debug"),
 }  # fmt: skip

@@ -10,6 +10,8 @@ import typer
 from sfda_tune.cli.config import write_config
 from sfda_tune.cli.options import (
     AsJson,
+    Bands,
+    BitDepth,
     Config,
     GroupColumn,
     GroupRegex,
@@ -17,6 +19,7 @@ from sfda_tune.cli.options import (
     Log,
     SplitColumn,
     Task,
+    Threads,
     Verbose,
     read_groups,
 )
@@ -60,6 +63,7 @@ def search(
         int | None,
         typer.Option(metavar="N", help="Decoding processes of each. Default: one per core."),
     ] = None,
+    threads: Threads = None,
     keep: Annotated[
         int | None, typer.Option(metavar="K", help="Tune at most K backbones. Default: 3.")
     ] = None,
@@ -101,6 +105,8 @@ def search(
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
     task: Task = "auto",
+    bit_depth: BitDepth = None,
+    bands: Bands = None,
     time_column: Annotated[
         str | None,
         typer.Option(
@@ -161,6 +167,7 @@ def search(
             storage=storage,
             workers=workers,
             decoders=decoders,
+            threads=threads,
             keep=keep,
             objective=tuple(objective.replace(" ", "").split(",")),
             metric=metric,
@@ -177,6 +184,8 @@ def search(
             groups=read_groups(groups, group_column, group_regex),
             split_column=split_column,
             task=None if task == "auto" else task,
+            bit_depth=bit_depth,
+            bands=bands,
             time_column=time_column,
             max_unreadable=max_unreadable,
             device=device,

@@ -110,8 +110,12 @@ class Worker:
         kept: deque[Any] = deque()
         about = outcome, n_params, unit.dataset.name
         with ThreadPoolExecutor(1) as keeper:  # a thread starts with the first entry
-            threads = few_threads(forward.module, unit.preprocessing)
-            with self.turn or contextlib.nullcontext(), threads:
+            most = use_threads(self.settings.threads)
+            with (
+                self.turn or contextlib.nullcontext(),
+                most,
+                few_threads(forward.module, unit.preprocessing),
+            ):
                 for shard in self._forward_all(unit, outcome, forward):
                     if not on_gpu:
                         self._keep(shard, *about)

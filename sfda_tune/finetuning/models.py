@@ -14,18 +14,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.backbones import loading
-from sfda_tune.backbones.devices import check_precision, compute, few_threads, resolve_device
+from sfda_tune.backbones.devices import (
+    check_precision,
+    compute,
+    few_threads,
+    resolve_device,
+    use_threads,
+)
 from sfda_tune.backbones.plugins import BackboneError
 from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.data.arrays import as_item
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.data.folders import image_files
+from sfda_tune.data.formats import parse_reading
 from sfda_tune.data.loader import Loader, cut, is_in_memory
 from sfda_tune.finetuning.checkpoints import read_tensors, write_tensors
 from sfda_tune.values import formats
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import digest_file, read_json, replacing, unfinished, write_text
-from sfda_tune.values.text import one_line
+from sfda_tune.values.text import integer, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +133,7 @@ def predict(
     batch_size: int = 32,
     device: str = "auto",
     precision: str = "float32",
+    threads: int | None = None,
 ) -> np.ndarray:
     """Return the class probabilities of images.
 
@@ -139,6 +148,8 @@ def predict(
     batch_size : int, default 32
     device : str, default "auto"
     precision : {"float32", "tf32", "bfloat16", "float16"}
+    threads : int, optional
+        At most so many threads of the CPU compute; default: as many as PyTorch has.
 
     Returns
     -------
@@ -147,10 +158,12 @@ def predict(
         warning that names the first.
     """
     model = model if isinstance(model, Model) else load_model(model)
-    dataset = _images(images)
+    dataset = _images(images, model)
     p = np.full((len(dataset), len(model.classes)), np.nan)
     unreadable: dict[int, str] = {}
-    for rows, found, bad in predict_batches(model, dataset, batch_size, device, precision):
+    for rows, found, bad in predict_batches(
+        model, dataset, batch_size, device, precision, threads
+    ):
         p[rows] = found
         unreadable |= bad
     if unreadable:
@@ -169,10 +182,12 @@ def predict_batches(
     batch_size: int = 32,
     device: str = "auto",
     precision: str = "float32",
+    threads: int | None = None,
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """Yield rows, their probabilities and what cannot be read, batch by batch; see `predict`."""
-    dataset, device = _images(images), resolve_device(device)
+    dataset, device = _images(images, model), resolve_device(device)
     check_precision(precision, device)
+    threads = None if threads is None else integer("threads", threads, 1)
     module = model.module.to(device)
     inputs = _Inputs(dataset, model.preprocessing.build())
     batches = cut(len(dataset), batch_size)
@@ -182,7 +197,7 @@ def predict_batches(
         pixels = [x for x in made if not isinstance(x, str)]
         p = np.full((len(rows), len(model.classes)), np.nan)
         if pixels:
-            with few_threads(module, model.preprocessing):
+            with use_threads(threads), few_threads(module, model.preprocessing):
                 good = [row not in bad for row in rows]
                 p[good] = probabilities(
                     forward(module, model.preprocessing, pixels, device, precision)
@@ -209,13 +224,21 @@ class _Inputs:
             return one_line(f"{type(error).__name__}: {error}")
 
 
-def _images(images: Any) -> ImageDataset:
+def _images(images: Any, model: Model) -> ImageDataset:
     if isinstance(images, ImageDataset):
         return images
     if isinstance(images, str | os.PathLike):
         images = list(image_files(images)) if os.path.isdir(images) else [images]
+    found = model.provenance.get("reading") or {}
+    reading = parse_reading(found.get("bit_depth"), found.get("bands"))
     items = [os.fspath(i) if isinstance(i, os.PathLike) else i for i in images]
-    return ImageDataset("images", items, np.zeros(len(items), np.int64), ("",))
+    if reading is not None:  # it is of arrays as they were given
+        items = [
+            as_item(item, f"`images[{n}]`", reading) if isinstance(item, np.ndarray) else item
+            for n, item in enumerate(items)
+        ]
+    labels = np.zeros(len(items), np.int64)
+    return ImageDataset("images", items, labels, ("",), reading=reading)
 
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -257,6 +280,9 @@ def _headed(body: nn.Module, width: int, n_classes: int) -> Any:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(_pool(self.body(x)))
+
+        def __reduce__(self) -> Any:  # pickle finds no class of a function
+            return _headed, (self.body, width, n_classes), self.__dict__
 
     return Headed()
 

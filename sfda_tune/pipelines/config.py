@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_options
 from sfda_tune.data.opening import TASKS
 from sfda_tune.finetuning.config import MONITORS
@@ -66,13 +67,17 @@ class SearchConfig:
     split_column: str | None = None
     time_column: str | None = None
     task: str | None = None
+    bit_depth: str | int | None = None
+    bands: Any = None  # as text, "4,3,2"
     weights_disk: str | int | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         objective = self.objective
         self._set("out", Path(self.out).absolute())
         self._set("objective", (objective,) if isinstance(objective, str) else tuple(objective))
         self._set("plugins", tuple(self.plugins))
+        self._set("bands", list_bands(self.bands))
         self._set("previous", tuple(str(Path(run).absolute()) for run in self.previous or ()))
         if self.trials is None and self.budget is None:
             self._set("trials", TRIALS)
@@ -131,8 +136,9 @@ def _check_numbers(c: SearchConfig) -> None:
     for name in ("trials", "workers", "keep", "epochs", "samples"):
         if g[name] is not None or name in ("workers", "keep"):
             c._set(name, integer(name, g[name], 1))
-    if c.decoders is not None:
-        c._set("decoders", integer("decoders", c.decoders, 0))
+    for name, least in (("decoders", 0), ("threads", 1)):
+        if g[name] is not None:
+            c._set(name, integer(name, g[name], least))
     for name in ("max_params", "max_latency"):
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")

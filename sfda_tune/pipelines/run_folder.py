@@ -58,8 +58,8 @@ logger = logging.getLogger(__name__)
 
 # may differ when a search goes on
 FREE = (
-    "workers", "decoders", "progress", "out", "cache", "device", "max_unreadable", "previous",
-    "weights_disk",
+    "workers", "decoders", "threads", "progress", "out", "cache", "device", "max_unreadable",
+    "previous", "weights_disk",
 )  # fmt: skip
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines

@@ -54,6 +54,8 @@ def search(
     split_column: str | None = None,
     time_column: str | None = None,
     task: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
     max_unreadable: float = 0.1,
     device: str = "auto",
     precision: str = "float32",
@@ -64,6 +66,7 @@ def search(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: Any = None,
+    threads: int | None = None,
 ) -> SearchResult:
     """Rank, tune and fine-tune backbones; return the best model and its test.
 
@@ -118,6 +121,8 @@ def search(
         where there are no own parts).
     task : {"auto", "classification"}, optional
         See `open_dataset`; numbers to predict can only be ranked on so far.
+    bit_depth, bands : optional
+        See `open_dataset`. The winner is shown new images in the same way.
     max_unreadable : float, default 0.1
         Fraction of unreadable images, of all, above which the data set is refused. They are looked
         for once, before anything is ranked, and left out of everything.
@@ -136,6 +141,12 @@ def search(
     out : path, optional
         The folder RUN; default: a new temporary one.
     progress : bool or SearchProgress, optional
+    threads : int, optional
+        At most so many threads of the CPU compute in each of the processes; default: those of
+        PyTorch, shared between the `workers`. Scores do not depend on it; training does (an epoch
+        on 60 digits with one thread and with two: log-losses up to 0.0001 apart, four demo
+        networks), so a search is repeated to the bit with as many. Trials on Ray have the CPUs
+        that Ray gives them.
 
     Returns
     -------
@@ -165,7 +176,8 @@ def search(
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
-        time_column=time_column, task=task, weights_disk=weights_disk,
+        time_column=time_column, task=task, bit_depth=bit_depth, bands=bands,
+        weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history
@@ -173,7 +185,7 @@ def search(
     with (
         counting(),
         _as_found(device),
-        share_cores(workers),
+        share_cores(workers, config.threads),
         without_secrets(storage),
         as_progress(progress, SearchProgress) as shown,
     ):

@@ -73,9 +73,9 @@ def cli_here(clean_environment, monkeypatch, capfd):
 RANK = ["--device", "cpu", "--quiet"]
 
 
-def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_path):
+def test_rank_prints_and_writes_and_reuses(cli_here, photos, toy_zoo, tmp_path):
     arguments = [photos, "--backbones", toy_zoo, *RANK]
-    out = cli("rank", *arguments, "--out", tmp_path / "r.json")
+    out = cli_here("rank", *arguments, "--out", tmp_path / "r.json")
     assert "my photos: 36 images, 3 classes" in out
     for word in (
         "rank",
@@ -179,6 +179,7 @@ def test_a_failed_backbone_is_shown_last_with_its_error(cli_here, photos, toy_zo
         (["digits", "--device", "nonsense"], "`device`"),
         (["digits", "--precision", "int8"], "`precision`"),
         (["digits", "--samples", "3"], "3"),
+        (["digits", "--threads", "0"], "`threads` must be an integer ≥ 1"),
         (["digits", "--cache", "c", "--no-cache"], "exclude each other"),
         (["digits", "--import", "nope.py"], "nope.py"),
     ],
@@ -311,9 +312,13 @@ def test_saturated_scores_are_remarked_upon(cli_here, photos, toy_zoo):
     assert "tie" in err
 
 
+@pytest.fixture(scope="module")
+def ranking(photos, toy_zoo):
+    return sfda_tune.rank(photos, toy_zoo, device="cpu", workers=0, cache=False)
+
+
 @pytest.mark.parametrize("columns", [40, 60, 100])
-def test_a_narrow_terminal_keeps_names_and_scores(photos, toy_zoo, monkeypatch, capsys, columns):
-    ranking = sfda_tune.rank(photos, toy_zoo, device="cpu", workers=0)
+def test_a_narrow_terminal_keeps_names_and_scores(ranking, monkeypatch, capsys, columns):
     told = StringIO()
     monkeypatch.setattr(terminal, "output", Console(file=told, width=columns, force_terminal=True))
     terminal.show_ranking(ranking)
@@ -338,6 +343,7 @@ def test_the_width_is_that_of_the_terminal(forked, photos, toy_zoo, tmp_path, mo
     assert "No room for: " in (tmp_path / "err").read_text()
 
 
+@pytest.mark.slow
 def test_a_script_without_main_guard_works_where_processes_are_spawned(
     photos, toy_zoo, tmp_path, clean_environment
 ):
