@@ -170,7 +170,8 @@ def rank(
         A time such as "10m", or seconds, from the first image on: the most promising candidates
         for their price come first (by what is known of them before), and where the time is over
         the others are ranked by that alone; ``info["not_looked_at"]`` names them. A later call
-        goes on from there. What is done in time depends on the machine.
+        goes on from there. What is done in time depends on the machine. A `map_fn` is stopped
+        only when a unit is done, which is one backbone.
     ensemble : int, optional
         Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
         ``info["ensemble"]`` has them. All features are then held in memory.
