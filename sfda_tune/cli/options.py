@@ -85,6 +85,22 @@ Task = Annotated[
         "numbers are classes, unless they look like a quantity: then you are asked."
     ),
 ]
+BitDepth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|9…16",
+        help="Bits of grey images with more than 8: 12 for most cameras and X-rays kept in 16. "
+        "Default: auto, 16, or what the file says (DICOM).",
+    ),
+]
+Bands = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Bands, counted from 1, to be shown as red, green and blue (or one, as grey): 4,3,2. "
+        "Of a TIFF samples, channels or frames.",
+    ),
+]
 
 
 def read_groups(groups: str | None, column: str | None, regex: str | None) -> Any:
@@ -164,6 +180,7 @@ PANELS = {
     "Images": (
         "samples", "split", "image_column", "label_column", "groups", "group_column",
         "group_regex", "split_column", "time_column", "test", "max_unreadable", "task",
+        "bit_depth", "bands",
     ),
     "Candidates": ("backbones", "imports", "weights_disk", "max_params", "max_latency"),
     "What counts": ("metric", "train", "variant", "objective", "ensemble", "seed"),

@@ -13,6 +13,8 @@ import typer
 from sfda_tune.cli.config import write_config
 from sfda_tune.cli.options import (
     AsJson,
+    Bands,
+    BitDepth,
     CacheDir,
     Config,
     Debug,
@@ -46,7 +48,8 @@ def rank(
         str,
         typer.Argument(
             help="An image folder (one sub-folder per class, or train/ and val/ with these), a "
-            "CSV or Parquet file of paths and labels, `hf:NAME`, or `digits`."
+            "CSV or Parquet file of paths and labels, `.tar` files (WebDataset), `hf:NAME`, "
+            "`hf-stream:NAME` (draws --samples of a stream), or `digits`."
         ),
     ] = "digits",
     backbones: Annotated[
@@ -130,6 +133,8 @@ def rank(
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
     task: Task = "auto",
+    bit_depth: BitDepth = None,
+    bands: Bands = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
     precision: Annotated[
         str, typer.Option(help="float32, tf32 (CUDA), bfloat16 or float16.")
@@ -203,7 +208,8 @@ def rank(
             dataset, specs, samples=samples, seed=seed, split=split, image_column=image_column,
             label_column=label_column, groups=read_groups(groups, group_column, group_regex),
             split_column=split_column, device=device, precision=precision, cache=kept,
-            plugins=imports or (), weights_disk=weights_disk, task=told,
+            plugins=imports or (), weights_disk=weights_disk, task=told, bit_depth=bit_depth,
+            bands=bands,
         )  # fmt: skip
         if as_json:
             print_json(asdict(bill))
@@ -239,6 +245,8 @@ def rank(
             ensemble=ensemble,
             weights_disk=weights_disk,
             task=told,
+            bit_depth=bit_depth,
+            bands=bands,
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True

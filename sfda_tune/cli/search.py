@@ -10,6 +10,8 @@ import typer
 from sfda_tune.cli.config import write_config
 from sfda_tune.cli.options import (
     AsJson,
+    Bands,
+    BitDepth,
     Config,
     GroupColumn,
     GroupRegex,
@@ -101,6 +103,8 @@ def search(
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
     task: Task = "auto",
+    bit_depth: BitDepth = None,
+    bands: Bands = None,
     time_column: Annotated[
         str | None,
         typer.Option(
@@ -169,6 +173,8 @@ def search(
             groups=read_groups(groups, group_column, group_regex),
             split_column=split_column,
             task=None if task == "auto" else task,
+            bit_depth=bit_depth,
+            bands=bands,
             time_column=time_column,
             max_unreadable=max_unreadable,
             device=device,

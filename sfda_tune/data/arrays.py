@@ -11,7 +11,7 @@ from PIL import Image
 
 from sfda_tune.data.checks import DatasetError, absolute, check_some_exist
 from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import deep_to_uint8
+from sfda_tune.data.formats import Reading, choose_bands, deep_to_uint8
 from sfda_tune.data.labels import encode
 from sfda_tune.data.several import check_labels, encode_rows
 from sfda_tune.values.text import some
@@ -19,33 +19,44 @@ from sfda_tune.values.text import some
 _CHANNELS = (1, 3, 4)
 
 
-def _as_array(value: Any, ndim: int) -> Any:
+def _as_array(value: Any, ndim: int, reading: Reading | None = None) -> Any:
     """Turn a tensor into an array, channels last; leave anything else as it is."""
     if not hasattr(value, "detach"):
         return value
     value = value.detach().cpu()
     array = (value.float() if value.is_floating_point() else value).numpy()  # bfloat16 has none
-    channels_first = array.ndim == ndim and array.shape[-3] in _CHANNELS
+    any_number = reading is not None and reading.bands is not None
+    channels_first = array.ndim == ndim and (any_number or array.shape[-3] in _CHANNELS)
     return np.moveaxis(array, -3, -1) if channels_first else array
 
 
-def _pixels(array: np.ndarray, what: str) -> np.ndarray:
+def _pixels(array: np.ndarray, what: str, reading: Reading | None = None) -> np.ndarray:
     """One image as uint8 array ``(h, w)`` or ``(h, w, c)``."""
+    reading = reading or Reading()
+    try:
+        if reading.bands is not None:
+            array = choose_bands(array, reading.bands)
+        if array.dtype == np.uint16 and array.ndim in (2, 3) and array.size:
+            array = deep_to_uint8(array, reading.bit_depth)
+    except ValueError as error:
+        raise DatasetError(f"{what} {error}.") from None
     shape_is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)
     if array.size == 0 or not shape_is_known:
         axes = array.ndim == 3 and array.shape[0] in _CHANNELS
         raise DatasetError(
             f"{what} must have shape (h, w) or (h, w, c) with c = 1, 3 or 4 but has "
             f"{array.shape}; "
-            + ("channels come last: np.moveaxis(image, 0, -1)." if axes else "reshape it.")
+            + (
+                "channels come last: np.moveaxis(image, 0, -1)."
+                if axes
+                else "reshape it, or choose one or three of its bands: bands=(4, 3, 2)."
+            )
         )
     if array.dtype == np.uint8:
         return array
     kind, low, high = array.dtype.kind, array.min(), array.max()
     if kind == "b":
         return array * np.uint8(255)
-    if array.dtype == np.uint16:
-        return deep_to_uint8(array)
     if kind == "f" and -1e-5 <= low <= high <= 1 + 1e-5:  # rounding of a resize
         return np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
     if kind == "f" and not 0 <= low <= high <= 255:
@@ -58,13 +69,13 @@ def _pixels(array: np.ndarray, what: str) -> np.ndarray:
     )
 
 
-def as_item(value: Any, what: str) -> Any:
+def as_item(value: Any, what: str, reading: Reading | None = None) -> Any:
     """Turn an image in memory into an item."""
     if isinstance(value, bytes | Image.Image):
         return value
-    value = _as_array(value, 3)
+    value = _as_array(value, 3, reading)
     if isinstance(value, np.ndarray):
-        return _pixels(value, what)
+        return _pixels(value, what, reading)
     raise DatasetError(
         f"{what} must be an array, a tensor, a PIL image, a path or the bytes of an image file "
         f"but is {type(value).__name__}."
@@ -77,6 +88,7 @@ def open_arrays(
     least: int = 2,
     name: str = "arrays",
     task: str | None = None,
+    reading: Reading | None = None,
 ) -> ImageDataset:
     """Open images in memory, and their labels."""
     if labels is None and isinstance(images, Mapping):
@@ -93,7 +105,7 @@ def open_arrays(
             "`labels` must be given with images in a list or array: "
             "open_dataset((images, labels)) or open_dataset(images, labels=labels)."
         )
-    images = _as_array(images, 4)
+    images = _as_array(images, 4, reading)
     for what, given in (("`images`", images), ("`labels`", labels)):
         if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
             kind = type(given).__name__
@@ -101,11 +113,14 @@ def open_arrays(
                 f"{what} must be a sequence with one element per image but is {kind}."
             )
     if isinstance(images, np.ndarray) and images.dtype.kind not in "OSU":
-        pixels = [_pixels(image, f"`images[{n}]`") for n, image in enumerate(images)]
-        items: Any = images if images.dtype == np.uint8 else np.array(pixels)
+        pixels = [_pixels(image, f"`images[{n}]`", reading) for n, image in enumerate(images)]
+        as_is = images.dtype == np.uint8 and (reading is None or reading.bands is None)
+        items: Any = images if as_is else np.array(pixels)
     else:
         items = [
-            absolute(x) if isinstance(x, str | os.PathLike) else as_item(x, f"`images[{n}]`")
+            absolute(x)
+            if isinstance(x, str | os.PathLike)
+            else as_item(x, f"`images[{n}]`", reading)
             for n, x in enumerate(images)
         ]
         check_some_exist(items, os.getcwd(), "`images`")

@@ -14,6 +14,7 @@ from PIL import Image
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import (
     UNREADABLE,
+    Member,
     Passing,
     UnreadableImage,
     Verdict,
@@ -22,6 +23,7 @@ from sfda_tune.data.decoding import (
     digest_pixels,
     explain,
 )
+from sfda_tune.data.formats import Reading
 from sfda_tune.values.labels import as_indicators, find_rarest
 from sfda_tune.values.text import is_integer, one_line, printable
 
@@ -46,8 +48,9 @@ class ImageDataset:
     name : str
         Shown in the ranking.
     items : sequence of length n
-        Per image a path, encoded bytes, a uint8 array ``(h, w[, c])``, a `PIL.Image.Image`, or a
-        function without arguments that returns one of these.
+        Per image a path, a file in a tar (`Member`), encoded bytes, a uint8 array
+        ``(h, w[, c])``, a `PIL.Image.Image`, or a function without arguments that returns one of
+        these.
     labels : ndarray of int64 or float64, shape (n,), or of int8, shape (n, n_labels)
         Position of the class in `classes`; or, without classes, the number to predict; or, of
         several labels per image, for each of `classes` 1, 0, or −1 where it is not known.
@@ -63,6 +66,8 @@ class ImageDataset:
         on either side.
     times : ndarray of float64, shape (n,), optional
         When each was made: what is held out comes after what is trained on.
+    reading : Reading, optional
+        How pixels become RGB, where the files leave it open.
 
     >>> from sfda_tune import open_dataset
     >>> data = open_dataset((np.zeros((6, 4, 5, 3), np.uint8), ["dog", "cat"] * 3))
@@ -77,6 +82,7 @@ class ImageDataset:
     origin: np.ndarray = None  # type: ignore[assignment]
     groups: np.ndarray | None = None
     times: np.ndarray | None = None
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
@@ -172,7 +178,7 @@ class ImageDataset:
         """Decode one image, by any thread; `UnreadableImage` if missing, damaged or too large."""
         item = self.items[row]
         try:
-            return decode(item)
+            return decode(item, reading=self.reading)
         except Verdict as verdict:
             error: Any = verdict.__cause__
             raise UnreadableImage(self.item_name(row), explain(error, item)) from error
@@ -183,8 +189,8 @@ class ImageDataset:
     def item_name(self, row: int) -> str:
         """Path of an image, or ``"row 17"``: printable, also where the file name is not."""
         item = self.items[row]
-        if isinstance(item, str | os.PathLike):
-            return printable(os.fspath(item))
+        if isinstance(item, str | os.PathLike | Member):
+            return printable(str(item))
         return f"row {self.origin[row]}"
 
     def digest(self, row: int) -> str:
@@ -194,7 +200,7 @@ class ImageDataset:
         """
         item = self.items[row]
         try:
-            return digest(item)
+            return digest(item, self.reading)
         except Exception:  # a foreign data set may raise anything
             return UNREADABLE
 
@@ -208,7 +214,7 @@ class ImageDataset:
     def thumbnail(self, row: int, side: int) -> np.ndarray:
         """One image as a square in colour; zeros for what is smaller, or cannot be read."""
         try:
-            image = decode(self.items[row], 4 * side)
+            image = decode(self.items[row], 4 * side, self.reading)
         except Exception:  # `load` says why
             return np.zeros((side, side, 3), np.uint8)
         if min(image.size) < side:

@@ -5,10 +5,13 @@ RGB, grey, 1-bit, palette, CMYK,      exactly Pillow's ``convert("RGB")``, like 
 YCbCr, HSV, LAB                       timm and torchvision
 alpha, palette with transparency      laid over white: `convert` would show the arbitrary
                                       colours that lie below transparent pixels
-16-bit grey, 32-bit integers          v / 257 (0 … 65535 → 0 … 255): `convert` would clip
+16-bit grey, 32-bit integers          v / 257 (0 … 65535 → 0 … 255): `convert` would clip; of
+                                      `bit_depth` b: 255 v / (2^b − 1)
 floating point                        times 255 if all ≤ 1, as is if all ≤ 255, else v / 257
 EXIF orientation                      applied
 several frames                        the first
+other numbers of bands, other         `sfda_tune.data.formats`
+formats (DICOM, NIfTI, ``.npy``)
 ====================================  ====================================================
 """
 
@@ -25,11 +28,13 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sfda_tune.data.formats import Reading, find_reader, to_uint8
 from sfda_tune.values.files import open_regular
 from sfda_tune.values.text import one_line
 
@@ -46,6 +51,7 @@ UNREADABLE = "unreadable"
 _LOCK = threading.RLock()
 # What a second attempt may not meet again.
 _AGAIN = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+LOOK = 8  # images
 _QUIET: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # entry of `warnings.filters`
 
 
@@ -69,6 +75,28 @@ class Verdict(Exception):  # noqa: N818 - not an error of ours
     """What the decoder says of the bytes of an image; its cause has the details."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar, as an item: where its bytes lie."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+
+    def read(self) -> bytes:
+        """Return the bytes; `ValueError` if the file ends before."""
+        with open_regular(self.path, 1 << 60) as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise ValueError(f"{self.path!r} ends within {self.name!r}; fetch it again")
+        return content
+
+    def __str__(self) -> str:
+        return f"{self.path}/{self.name}"
+
+
 class UnreadableImage(Exception):  # noqa: N818 - a fact about one image, which a sweep survives
     """One image is missing, damaged, or no image: its `name`, and the `reason` on one line.
 
@@ -83,7 +111,7 @@ class UnreadableImage(Exception):  # noqa: N818 - a fact about one image, which 
         return f"{self.name}: {self.reason}"
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, reading: Reading | None = None) -> Image.Image:
     """Turn an image of any mode into upright 8-bit RGB; the rules stand at the top of the module.
 
     Of several frames, the current one counts (the first of a file just opened). `ValueError` if
@@ -98,27 +126,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     with suppress(Exception):  # damaged EXIF data do not make the pixels unreadable
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):  # I, I;16, I;16B, …
-        return Image.fromarray(deep_to_uint8(np.asarray(image))).convert("RGB")
+        return Image.fromarray(to_uint8(np.asarray(image), reading)).convert("RGB")
+    if reading is not None and reading.bands is not None:
+        image = image if image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
+        return Image.fromarray(to_uint8(np.asarray(image), reading)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def deep_to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Scale 16-bit or floating-point pixels to 8 bit; the rules stand at the top of the module."""
-    low, high = pixels.min(), pixels.max()
-    if not 0 <= low <= high <= 65535:  # also false for NaN
-        raise ValueError(
-            f"pixels from {low} to {high}: known are integers 0 … 65535 and floating point "
-            "0 … 1, 0 … 255 or 0 … 65535; convert the image to 8 bit"
-        )
-    is_float = pixels.dtype.kind == "f"
-    full = 1 if is_float and high <= 1 else 255 if is_float and high <= 255 else 65535
-    return np.rint(pixels * (255 / full)).astype(np.uint8)
-
-
-def decode(item: Any, least: int | None = None) -> Image.Image:
+def decode(item: Any, least: int | None = None, reading: Reading | None = None) -> Image.Image:
     """Item of an `ImageDataset` → RGB image; `explain` says why, if it raises.
 
     Where `least` pixels on a side will do, a JPEG is decoded at a fraction of its size.
@@ -127,19 +145,48 @@ def decode(item: Any, least: int | None = None) -> Image.Image:
     """
     content = _read(item)
     try:
-        if isinstance(content, np.ndarray):
+        if isinstance(content, np.ndarray):  # `as_item` has chosen its bands
             content = Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
-        if isinstance(content, Image.Image):
             return to_rgb(content)
+        if isinstance(content, Image.Image):
+            return to_rgb(content, reading)
+        if read := find_reader(content, reading):
+            return to_rgb(Image.fromarray(read(content, reading)))
         _prepare_pillow()
         with Image.open(io.BytesIO(content)) as image:
             if least is not None:
                 image.draft(None, (least, least))  # pyright: ignore[reportArgumentType]
-            return to_rgb(image)
+            return to_rgb(image, reading)
     except Exception as error:
         if is_passing(error):
             raise
         raise Verdict from error
+
+
+def warn_of_dark(items: Any) -> None:
+    """Warn where deep images look as if they had fewer bits than 16; a few are looked at."""
+    rows = range(0, len(items), max(1, len(items) // LOOK))[:LOOK]
+    brightest = 0
+    for item in (items[row] for row in rows):
+        with suppress(Exception):  # such images are reported when they are loaded
+            image = item if isinstance(item, Image.Image) else None
+            if isinstance(item, (str, os.PathLike, bytes, Member)):
+                _prepare_pillow()
+                with open_stream(resolve(item)) as stream, Image.open(stream) as image:
+                    if not image.mode.startswith("I"):
+                        return
+                    image.load()
+            if image is None or not image.mode.startswith("I"):
+                return
+            brightest = max(brightest, int(np.asarray(image).max()))
+    if 0 < brightest < 4096:
+        bits = 10 if brightest < 1024 else 12
+        warnings.warn(
+            f"the images have 16 bits, but no pixel of {len(rows)} looked at is above "
+            f"{brightest}: with white at 65535 they are nearly black; if they have {bits} bits, "
+            f"pass bit_depth={bits} (--bit-depth {bits}), or 16 if they are meant to be dark",
+            stacklevel=4,
+        )
 
 
 def is_passing(error: BaseException) -> bool:
@@ -155,12 +202,15 @@ def is_passing(error: BaseException) -> bool:
     return missing or any(sign in str(error).lower() for sign in signs)
 
 
-def digest(item: Any) -> str:
-    """Blake2b, in hexadecimal, of the encoded bytes, or of the pixels, shape and dtype."""
+def digest(item: Any, reading: Reading | None = None) -> str:
+    """Blake2b, in hexadecimal, of the encoded bytes, or of the pixels, shape and dtype.
+
+    With a `reading` that, too.
+    """
     item = resolve(item)
     if isinstance(item, Image.Image):
-        item = np.asarray(to_rgb(item))
-    result = hashlib.blake2b(digest_size=20)
+        item = np.asarray(to_rgb(item, reading))
+    result = hashlib.blake2b(f"{reading} ".encode() if reading else b"", digest_size=20)
     if isinstance(item, np.ndarray):
         result.update(f"array {item.dtype.str} {item.shape}".encode())
         result.update(np.ascontiguousarray(item).data)
@@ -190,6 +240,11 @@ def explain(error: Exception, item: Any) -> str:
             return "is a Git LFS pointer, not the image; run `git lfs pull`"
         if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
             return "is HEIC, which Pillow cannot read; convert it to JPEG"
+        if head[:4] in (b"II*\0", b"MM\0*"):
+            return (
+                "is a TIFF that Pillow cannot read; if it has many bands, choose one or three, "
+                "counted from 1: bands='3,2,1' (--bands 3,2,1)"
+            )
         return "is not an image in a format that Pillow can read"
     text = getattr(error, "strerror", None) or str(error)
     if not text or not isinstance(error, OSError | ValueError):
@@ -199,6 +254,8 @@ def explain(error: Exception, item: Any) -> str:
 
 def resolve(item: Any) -> Any:
     """Return the path, bytes, uint8 array or loaded image behind an item."""
+    if isinstance(item, Member):
+        return item.read()
     with _LOCK:
         if callable(item):
             item = item()

@@ -25,6 +25,7 @@ __all__ = ["image_files"]
 EXTENSIONS = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg"}
     | {".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
+    | {".dcm", ".dicom", ".nii", ".npy"}
 )
 _JUNK = {"__MACOSX", "@eaDir"}  # archives of macOS, thumbnails of Synology
 
@@ -45,7 +46,8 @@ def _check_folder_names(names: Iterable[str], where: str) -> None:
 
 
 def is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in EXTENSIONS
+    path = path.lower().removesuffix(".gz") if path.lower().endswith(".nii.gz") else path.lower()
+    return os.path.splitext(path)[1] in EXTENSIONS
 
 
 def _is_run(folder: str) -> bool:

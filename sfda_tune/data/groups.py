@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.decoding import Member
 from sfda_tune.data.labels import class_name, is_missing
 from sfda_tune.values.text import is_number, one_line, printable, some
 
@@ -76,12 +77,13 @@ def find_groups(items: Sequence[Any] | np.ndarray, groups: Any) -> np.ndarray:
 
 def _paths(items: Sequence[Any] | np.ndarray, what: str) -> list[str]:
     paths = [items[row] for row in range(len(items))]
-    if bad := [row for row, path in enumerate(paths) if not isinstance(path, str | os.PathLike)]:
+    files = str | os.PathLike | Member
+    if bad := [row for row, path in enumerate(paths) if not isinstance(path, files)]:
         raise DatasetError(
             f"`groups` as {what} needs images that are files, but {len(bad)} of {len(paths)} are "
             f"none, the first in row {bad[0]}; name a column, or pass one group per image."
         )
-    return [os.fspath(path) for path in paths]
+    return [str(path) for path in paths]
 
 
 def _match(paths: Sequence[str], pattern: re.Pattern[str]) -> np.ndarray:

@@ -20,14 +20,22 @@ from sfda_tune.data.several import check_labels, read_columns
 from sfda_tune.data.tables import add_columns, as_cell, find_column
 from sfda_tune.values.text import one_line, printable, some
 
+BUFFER = 10_000  # rows of a stream that are held to be shuffled
+
+
+STREAM = "hf-stream:"
 _LISTS = ("Sequence", "List", "LargeList")  # features that hold several values
 
 
 def open_hub(spec: str, split: str | None, **options: Any) -> ImageDataset:
-    """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder."""
-    datasets, text = need("datasets", "'hf:'"), spec[3:]
+    """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder; "hf-stream:" draws from a stream."""
+    datasets = need("datasets", "'hf:'")
+    prefix = STREAM if spec.startswith(STREAM) else "hf:"
+    text = spec.removeprefix(prefix)
     if not text:
-        raise DatasetError("`spec` must be 'hf:NAME' or 'hf:NAME:CONFIG' but is 'hf:'.")
+        raise DatasetError(
+            f"`spec` must be '{prefix}NAME' or '{prefix}NAME:CONFIG' but is {spec!r}."
+        )
     local = os.path.expanduser(text)
     exists = os.path.exists(local)
     name, _, config = (local, "", "") if exists else text.partition(":")
@@ -39,12 +47,13 @@ def open_hub(spec: str, split: str | None, **options: Any) -> ImageDataset:
         else:
             part = split if split and re.search(r"[\[+]", split) else None  # "train[:10%]"
             with nullcontext() if exists else cache_only_if_unreachable():
-                data = datasets.load_dataset(name, config or None, split=part)
+                streams = {"streaming": True} if prefix == STREAM else {}
+                data = datasets.load_dataset(name, config or None, split=part, **streams)
             if part:
                 shown, split = f"{shown}/{part}", None
     except Exception as error:  # of network, file system, data set script, …
         raise DatasetError(
-            f"`spec` 'hf:{printable(text)}' cannot be loaded: {type(error).__name__}: "
+            f"`spec` '{prefix}{printable(text)}' cannot be loaded: {type(error).__name__}: "
             f"{one_line(error)}"
         ) from error
     return open_hf(data, split, name=shown, **options)
@@ -67,18 +76,23 @@ def open_hf(
     label_delimiter: str | None = None,
     task: str | None = None,
     name: str = "",
+    draw: tuple[int | None, int] = (None, 0),
 ) -> ImageDataset:
-    """Open a `datasets.Dataset`, or one part of a `DatasetDict`."""
+    """Open a `datasets.Dataset`, or one part of a `DatasetDict`; of a stream, what is drawn."""
     import datasets
 
     first: Any = next(iter(data.values())) if isinstance(data, Mapping) else data
     name = name or first.info.dataset_name or "dataset"
     where = f"Data set {name!r}"
     if isinstance(first, datasets.IterableDataset):
-        raise DatasetError(
-            f"{where} must not be streamed, for images are read in any order; load it without "
-            "streaming=True."
-        )
+        if isinstance(data, Mapping):
+            parts = {c: part_of(c) for c in data}
+            chosen = pick(choose, parts, split, where)
+            if len(chosen) > 1:
+                raise DatasetError(f"{where} is a stream: name one `split` of {some(data)}.")
+            name += "" if split is None or parts[chosen[0]] == "train" else f"/{split}"
+            data, split = data[chosen[0]], None
+        data = _draw(data, *draw, where)
     if isinstance(data, Mapping) and len(data) > 1:
         refuse(f"{where}, which has the splits {some(data)}", split_column=split_column)
         parts = {c: part_of(c) for c in data}
@@ -157,6 +171,30 @@ def _find_label(
             f"{error} Its column {lists[0]!r} holds lists: if these are several labels per image, "
             "pass task='multilabel' (--task multilabel)."
         ) from None
+
+
+def is_stream(spec: Any) -> bool:
+    """Whether a data set is read as a stream."""
+    return (isinstance(spec, str) and spec.startswith(STREAM)) or hasattr(spec, "_ex_iterable")
+
+
+def _draw(stream: Any, n: int | None, seed: int, where: str) -> Any:
+    """Return `n` rows of a stream, shuffled as far as a buffer of ten times as many reaches."""
+    import datasets
+
+    if n is None:
+        raise DatasetError(
+            f"{where} is a stream, of which as many images are drawn as `samples` (--samples) "
+            "says: pass it; or load the data set without streaming."
+        )
+    features = stream.features
+    for column, feature in (features or {}).items():
+        if type(feature).__name__ == "Image":
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    drawn = list(stream.shuffle(seed=seed, buffer_size=min(10 * n, BUFFER)).take(n))
+    if not drawn:
+        raise DatasetError(f"{where} is a stream without a row.")
+    return datasets.Dataset.from_list(drawn, features=features)
 
 
 def _cells(data: Any, column: str) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ import numpy as np
 from sfda_tune.data.arrays import open_arrays, open_digits
 from sfda_tune.data.checks import DatasetError, absolute, close_matches, refuse
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.decoding import warn_of_dark
 from sfda_tune.data.folders import open_folder
+from sfda_tune.data.formats import Reading, parse_reading
 from sfda_tune.data.groups import FOLDERS, check_groups, find_groups
-from sfda_tune.data.huggingface import open_hf, open_hub
+from sfda_tune.data.huggingface import STREAM, open_hf, open_hub
 from sfda_tune.data.several import open_coco
+from sfda_tune.data.shards import is_shards, open_shards
 from sfda_tune.data.tables import open_table
 from sfda_tune.data.torchvision import open_map
 from sfda_tune.values.text import require
@@ -29,9 +33,9 @@ __all__ = ["TASKS", "open_dataset", "open_part", "settle_task"]
 TASKS = ("auto", "classification", "regression", "multilabel")
 _FORMS = (
     "'digits'; a folder with one sub-folder per class (or train/ and val/ with such sub-folders); "
-    "a .csv, .tsv or .parquet table of paths and labels; a .json file like COCO's; 'hf:NAME' or "
-    "'hf:NAME:CONFIG'; a Hugging Face Dataset; a torchvision-style data set; arrays or lists "
-    "(images, labels); an ImageDataset"
+    "a .csv, .tsv or .parquet table of paths and labels; a .json file like COCO's; .tar files "
+    "(WebDataset); 'hf:NAME' or 'hf:NAME:CONFIG'; a Hugging Face Dataset; a torchvision-style "
+    "data set; arrays or lists (images, labels); an ImageDataset"
 )
 
 
@@ -50,6 +54,8 @@ def open_dataset(
     task: str | None = None,
     label_columns: str | Sequence[str] | None = None,
     label_delimiter: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
 ) -> ImageDataset:
     """Open labelled images, in whatever form they are.
 
@@ -65,8 +71,13 @@ def open_dataset(
           ``.parquet`` with paths, relative to the table, or encoded images, and labels. A column
           such as ``split``, ``fold``, ``subset`` or ``is_valid`` says which part a row is of.
         - ``.json`` with images, annotations and categories, like COCO's (for "multilabel").
+        - ``.tar`` files (WebDataset): a file, a folder of them, ``"train-*.tar"`` or
+          ``"train-{000..127}.tar"``, with a ``.cls`` or ``.json`` beside each image, or a folder
+          for each class in the tar; see `sfda_tune.data.shards`. They are not unpacked.
         - ``"hf:NAME"``, ``"hf:NAME:CONFIG"``, ``"hf:folder"``, or a Hugging Face `Dataset` or
-          `DatasetDict`. Its format or transform is not applied.
+          `DatasetDict`. Its format or transform is not applied. ``"hf-stream:NAME"``, or an
+          `IterableDataset`: `samples` images are drawn from the stream (shuffled within a buffer,
+          not stratified), and nothing else is downloaded.
         - Torchvision-style data set: ``spec[i]`` → (image, label); labels from `targets`, `labels`
           or `_labels` and names from `classes`, if there are any. A transform that returns tensors
           is not applied, because each backbone has its own; one that returns images is, and must
@@ -113,6 +124,14 @@ def open_dataset(
     label_delimiter : str, optional
         What separates the labels in the one column that holds all, such as ``";"``; an empty cell
         has none. Not needed for a column of lists. Either of the two means "multilabel".
+    bit_depth : int in 9 … 16, or "auto", optional
+        Grey (and other integer) pixels of more than 8 bits are white at 2^bit_depth − 1; by
+        default at 65535, with a warning where images of 12 bits would be nearly black. DICOM
+        files say it themselves.
+    bands : sequence of one or three int, or str, optional
+        Which bands, counted from 1, are shown as grey, or as red, green and blue: ``(4, 3, 2)`` or
+        ``"4,3,2"``. Of a TIFF (by tifffile) these are all axes but height and width: samples,
+        channels, or the frames of a stack.
 
     Raises
     ------
@@ -129,7 +148,11 @@ def open_dataset(
     columns |= {"split_column": split_column, "time_column": time_column}
     columns |= {"label_columns": label_columns, "label_delimiter": label_delimiter}
     told = settle_task(task, label_columns, label_delimiter)
-    dataset = _open(spec, 2, split=split, **columns, labels=labels, task=told)
+    reading = _parse_reading(bit_depth, bands)
+    dataset = _open(
+        spec, 2, split=split, **columns, labels=labels, task=told, reading=reading,
+        draw=(samples, seed),
+    )  # fmt: skip
     if groups is not None and dataset.groups is not None:
         check_groups(dataset.groups)
     return dataset if samples is None else dataset.sample(samples, seed)
@@ -149,12 +172,26 @@ def settle_task(task: str | None, label_columns: Any = None, label_delimiter: An
     return "multilabel" if given else None if task == "auto" else task
 
 
-def open_part(spec: Any, split: str | None = None, **columns: Any) -> ImageDataset:
+def open_part(
+    spec: Any,
+    split: str | None = None,
+    *,
+    bit_depth: Any = None,
+    bands: Any = None,
+    **columns: Any,
+) -> ImageDataset:
     """Open images to validate or test with, which may be of a single class.
 
     `NoPartError` if the data set has no part of that name.
     """
-    return _open(spec, 1, split=split, **columns)
+    return _open(spec, 1, split=split, reading=_parse_reading(bit_depth, bands), **columns)
+
+
+def _parse_reading(bit_depth: Any, bands: Any) -> Reading | None:
+    try:
+        return parse_reading(bit_depth, bands)
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
 
 
 def _open(
@@ -164,10 +201,20 @@ def _open(
     labels: Any = None,
     groups: Any = None,
     task: str | None = None,
+    reading: Reading | None = None,
+    draw: tuple[int | None, int] = (None, 0),
     **options: Any,
 ) -> ImageDataset:
     """Open a data set of at least so many classes."""
     form, opener, usable = _form(spec, labels)
+    if opener in (open_hf, open_hub):
+        opener = partial(opener, draw=draw)
+    if reading is not None:
+        if opener in (_open_opened, open_digits, open_map):
+            given = {name: v for name, v in vars(reading).items() if v is not None}
+            refuse(form, **given)
+        if opener is open_arrays:
+            opener = partial(open_arrays, reading=reading)
     options |= {"labels": labels, "least": least, "task": task}
     if isinstance(groups, str):
         where = "group_column" if "group_column" in usable else "groups"
@@ -179,6 +226,10 @@ def _open(
             )
         options[where], groups = groups, None
     dataset = _open_form(spec, form, opener, usable, options)
+    if reading is not None:
+        dataset = replace(dataset, reading=reading)
+    elif not isinstance(spec, ImageDataset):
+        warn_of_dark(dataset.items)
     if groups is None:
         return dataset
     return replace(dataset, groups=find_groups(dataset.items, groups))
@@ -211,10 +262,13 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         return "an ImageDataset", _open_opened, ()
     if isinstance(spec, str) and spec == "digits":
         return "'digits' (a folder of that name is './digits')", open_digits, ()
-    if isinstance(spec, str) and spec.startswith("hf:"):
-        return "'hf:…'", open_hub, ("split", *columns, "least")
+    if isinstance(spec, str) and spec.startswith(("hf:", STREAM)):
+        return f"'{spec.partition(':')[0]}:…'", open_hub, ("split", *columns, "least")
     if isinstance(spec, str | os.PathLike):
         path = absolute(spec)
+        if is_shards(path):
+            usable = ("split", "image_column", "label_column", "least")
+            return "tar files", open_shards, usable
         if os.path.isdir(path) and os.fspath(spec):  # "" is not the current folder
             return (
                 "a folder (the labels are the folder names)",
@@ -231,7 +285,7 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         elif suffix in (".csv", ".tsv", ".parquet", ".pq"):
             return "a table", open_table, ("split", *columns, "least")
         else:
-            archive = suffix in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+            archive = suffix in (".zip", ".gz", ".tgz", ".7z", ".rar")
             fact = f"It is the file {path!r}" + ("; unpack it first" if archive else "")
         raise DatasetError(f"{fact}. A data set is one of: {_FORMS}.")
     if hasattr(spec, "cast_column"):

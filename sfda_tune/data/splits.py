@@ -16,6 +16,7 @@ from sfda_tune.data.checks import DatasetError, NoPartError
 from sfda_tune.data.copies import group_twins, shared_images
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import merge_codes
+from sfda_tune.data.huggingface import is_stream
 from sfda_tune.data.near import MOST, shared_near
 from sfda_tune.data.opening import open_dataset, open_part
 from sfda_tune.values.text import some
@@ -24,7 +25,9 @@ __all__ = [
     "fingerprint", "hold_out", "join", "open_own_part", "split_images", "tell_gaps", "tell_shared",
 ]  # fmt: skip
 
-COLUMNS = ("image_column", "label_column", "groups", "split_column", "time_column")
+COLUMNS = (
+    "image_column", "label_column", "groups", "split_column", "time_column", "bit_depth", "bands",
+)  # fmt: skip
 
 FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
 HELD_OUT = 0.2  # of the images for the test, then of the others for validation
@@ -81,6 +84,11 @@ def _say_once() -> Iterator[None]:
 
 def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
     """Open the images to train on, and those for validation and test that are not held out."""
+    if is_stream(g["dataset"]):
+        raise DatasetError(
+            "`dataset` must not be a stream for a search, which shows each image many times; draw "
+            "images first: search(open_dataset('hf-stream:NAME', samples=2000), …)."
+        )
     columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
     whole = open_dataset(g["dataset"], split=g["split"], **columns, task=g.get("task"))
     whole.require_classes("to search on")
@@ -304,4 +312,6 @@ def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:
     groups = None
     if a.groups is not None and b.groups is not None:
         groups = np.concatenate([a.groups, b.groups])
-    return ImageDataset(a.name, [*a.items, *b.items], labels, a.classes, origin, groups)
+    return replace(
+        a, items=[*a.items, *b.items], labels=labels, origin=origin, groups=groups, times=None
+    )

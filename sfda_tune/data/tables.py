@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +25,7 @@ from sfda_tune.values.files import check, parse_csv, read_text
 from sfda_tune.values.text import one_line, printable, read_csv_cell, some
 
 IMAGE_COLUMNS = ("path", "image", "file", "filename", "filepath", "image_path", "file_name")
+LARGE = 1 << 30  # bytes of a Parquet column that are not held in memory
 LABEL_COLUMNS = ("label", "class", "target", "category", "y")
 
 
@@ -109,7 +112,7 @@ def open_table(
         found = labels(label) if rows is None else _of_rows(labels(label), rows)
         what = f"{where}, column {label!r},"
         codes, classes = encode(where=what, least=least, task=task, **found)
-    items = _Cells(cells(image), base, rows)
+    items = _Cells(cells(image, lazy=True), base, rows)
     check_some_exist(items, base, f"{where}, column {image!r},")
     origin = np.arange(len(codes)) if rows is None else np.array(rows)
     dataset = ImageDataset(name, items, codes, classes, origin)
@@ -210,7 +213,7 @@ def _read_csv(path: str, where: str) -> tuple[Any, ...]:
             f"{table.delimiter!r} between double quotes."
         )
 
-    def cells(name: str) -> list[str]:
+    def cells(name: str, lazy: bool = False) -> list[str]:
         return [read_csv_cell(row[name]) for row in rows]
 
     return columns, cells, lambda name: {"given": cells(name), "rows": lines, "unit": "line"}
@@ -225,7 +228,9 @@ def _read_parquet(path: str, where: str) -> tuple[Any, ...]:
 
     # A few kilobytes may stand for millions of rows, so none becomes an object before it is asked
     # for; texts are kept once each.
-    def cells(name: str) -> Any:
+    def cells(name: str, lazy: bool = False) -> Any:
+        if lazy and _size_column(parquet.read_metadata(path), name) > LARGE:
+            return _RowGroups(path, name, parquet)
         texts = [name] if re.fullmatch("(large_)?string", str(schema.field(name).type)) else None
         return parquet.ParquetFile(path, read_dictionary=texts).read([name]).column(name)
 
@@ -251,6 +256,47 @@ def _declared(schema: Any, label: str) -> list[str] | None:
         check(found, [str])
         return found
     return None
+
+
+def _size_column(metadata: Any, name: str) -> int:
+    """Return the bytes of a column in memory."""
+    groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
+    parts = [group.column(c) for group in groups for c in range(group.num_columns)]
+    return sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema.partition(".")[0] == name
+    )
+
+
+class _RowGroups(Sequence[Any]):
+    """A column too large to be held: the row group of a cell is read when it is asked for."""
+
+    def __init__(self, path: str, name: str, parquet: Any) -> None:
+        self.path, self.name, self._parquet = path, name, parquet
+        metadata = parquet.read_metadata(path)
+        n_rows = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
+        self._starts = np.cumsum([0, *n_rows]).tolist()
+        self._lock, self._held = threading.Lock(), (-1, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state, parquet=need("pyarrow.parquet", "Reading .parquet"))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, row: Any) -> Any:
+        group = bisect_right(self._starts, row) - 1
+        with self._lock:
+            if self._held[0] != group:
+                with self._parquet.ParquetFile(self.path) as file:
+                    table = file.read_row_group(group, [self.name])
+                self._held = group, table.column(self.name)
+            column: Any = self._held[1]
+        return column[row - self._starts[group]]
 
 
 class _Cells(Sequence[Any]):

@@ -17,9 +17,11 @@ from sfda_tune.backbones import loading
 from sfda_tune.backbones.devices import check_precision, compute, few_threads, resolve_device
 from sfda_tune.backbones.plugins import BackboneError
 from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.data.arrays import as_item
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.data.folders import image_files
+from sfda_tune.data.formats import parse_reading
 from sfda_tune.data.loader import Loader, cut, is_in_memory
 from sfda_tune.finetuning.checkpoints import read_tensors, write_tensors
 from sfda_tune.values import formats
@@ -147,7 +149,7 @@ def predict(
         warning that names the first.
     """
     model = model if isinstance(model, Model) else load_model(model)
-    dataset = _images(images)
+    dataset = _images(images, model)
     p = np.full((len(dataset), len(model.classes)), np.nan)
     unreadable: dict[int, str] = {}
     for rows, found, bad in predict_batches(model, dataset, batch_size, device, precision):
@@ -171,7 +173,7 @@ def predict_batches(
     precision: str = "float32",
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """Yield rows, their probabilities and what cannot be read, batch by batch; see `predict`."""
-    dataset, device = _images(images), resolve_device(device)
+    dataset, device = _images(images, model), resolve_device(device)
     check_precision(precision, device)
     module = model.module.to(device)
     inputs = _Inputs(dataset, model.preprocessing.build())
@@ -209,13 +211,21 @@ class _Inputs:
             return one_line(f"{type(error).__name__}: {error}")
 
 
-def _images(images: Any) -> ImageDataset:
+def _images(images: Any, model: Model) -> ImageDataset:
     if isinstance(images, ImageDataset):
         return images
     if isinstance(images, str | os.PathLike):
         images = list(image_files(images)) if os.path.isdir(images) else [images]
+    found = model.provenance.get("reading") or {}
+    reading = parse_reading(found.get("bit_depth"), found.get("bands"))
     items = [os.fspath(i) if isinstance(i, os.PathLike) else i for i in images]
-    return ImageDataset("images", items, np.zeros(len(items), np.int64), ("",))
+    if reading is not None:  # it is of arrays as they were given
+        items = [
+            as_item(item, f"`images[{n}]`", reading) if isinstance(item, np.ndarray) else item
+            for n, item in enumerate(items)
+        ]
+    labels = np.zeros(len(items), np.int64)
+    return ImageDataset("images", items, labels, ("",), reading=reading)
 
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

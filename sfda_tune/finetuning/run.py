@@ -290,6 +290,7 @@ class FineTuning(Iterator[Epoch]):
             "spec": self.backbone.spec,
             "classes": list(self.train.classes),
             "dataset": self.train.name,
+            "reading": None if self.train.reading is None else vars(self.train.reading),
             "train": {"images": len(self.train), "fingerprint": train},
             "val": {"images": len(self.val), "fingerprint": val},
             "unreadable": self.unreadable,

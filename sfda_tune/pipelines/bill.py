@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,8 @@ def draw_up_bill(
     plugins: Iterable[str] = (),
     weights_disk: str | int | None = None,
     task: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
 ) -> Bill:
     """Find out what `rank` with these arguments will cost; no weights are fetched.
 
@@ -134,11 +136,10 @@ def draw_up_bill(
     store = open_store(None if cache is True else cache) if cache else None  # type: ignore
     candidates = resolve_backbones(backbones, plugins=plugins)
     images = open_dataset(
-        dataset, split=split, image_column=image_column, label_column=label_column,
-        groups=groups, split_column=split_column, task=task,
+        dataset, samples=samples, seed=seed, split=split, image_column=image_column,
+        label_column=label_column,
+        groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
     )  # fmt: skip
-    if samples is not None:
-        images = images.sample(samples, seed=seed)
     pending, failed = find_pending(images, candidates, store, precision)
     missing = {name: p for name, p in pending.items() if p.n_images}
     todo = [p.description.backbone for p in missing.values()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_options
 from sfda_tune.data.opening import TASKS
 from sfda_tune.finetuning.config import MONITORS
@@ -66,12 +67,15 @@ class SearchConfig:
     split_column: str | None = None
     time_column: str | None = None
     task: str | None = None
+    bit_depth: str | int | None = None
+    bands: Any = None  # as text, "4,3,2"
 
     def __post_init__(self) -> None:
         objective = self.objective
         self._set("out", Path(self.out).absolute())
         self._set("objective", (objective,) if isinstance(objective, str) else tuple(objective))
         self._set("plugins", tuple(self.plugins))
+        self._set("bands", list_bands(self.bands))
         self._set("previous", tuple(str(Path(run).absolute()) for run in self.previous or ()))
         if self.trials is None and self.budget is None:
             self._set("trials", TRIALS)

@@ -8,7 +8,7 @@ import numbers
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -24,6 +24,7 @@ from sfda_tune.data.checks import absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
+from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import TASKS, open_dataset
@@ -102,6 +103,8 @@ def rank(
     ensemble: int | None = None,
     weights_disk: str | int | None = None,
     task: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -180,6 +183,8 @@ def rank(
         ``logme`` have a form for numbers, too (`sfda_tune.metrics.regression`). The forecast
         takes the score for evidence, as it does for classes: it was fitted to classification
         only. ``info["target"]`` describes the numbers. No `ensemble`.
+    bit_depth, bands : optional
+        How deep pixels and images of other than three bands become RGB, see `open_dataset`.
 
     Returns
     -------
@@ -210,7 +215,8 @@ def rank(
         precision=None if precision == "float32" else precision,
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
-        ensemble=ensemble, split_column=split_column, task=task, **describe_options(groups),
+        ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
+        bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
     settings = Settings(device, precision, batch_size, workers, max_unreadable)
     if executor is None:
@@ -272,13 +278,12 @@ def rank(
     if ensemble is not None:
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
-        dataset, split=split, image_column=image_column, label_column=label_column,
-        groups=groups, split_column=split_column, task=task,
+        dataset, samples=samples, seed=seed, split=split, image_column=image_column,
+        label_column=label_column,
+        groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
     )  # fmt: skip
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
-    if samples is not None:
-        images = images.sample(samples, seed=seed)
     digests = images.digests()
     whole, codes = images, group_twins(images, digests=digests)
     twins = find_twins(whole, codes)
@@ -350,11 +355,6 @@ def rank(
             "forward_passes": result.n_forward,
             "full_run": result.n_full,
         }
-    if ensemble is not None and not interrupted:
-        info["ensemble"] = run.ensemble(ensemble)
-        if images.group_codes is not None:
-            text = "`ensemble` knows no groups: what they give away counts in its choice"
-            warnings.warn(text, stacklevel=2)
     if facts is None and not interrupted:
         facts = find_candidate_facts(candidates)
     if facts is not None:
@@ -378,6 +378,12 @@ def rank(
         ranking = order_by_forecast(ranking, train or "full")
     if interrupted:
         raise RankingInterruptedError(ranking)
+    if ensemble is not None:
+        chosen = run.ensemble(ensemble, ranking if forecasts else None)
+        ranking = replace(ranking, info={**ranking.info, "ensemble": chosen})
+        if images.group_codes is not None:
+            text = "`ensemble` knows no groups: what they give away counts in its choice"
+            warnings.warn(text, stacklevel=2)
     return ranking
 
 
@@ -752,15 +758,16 @@ class _RankingRun:
         target = {name: float(value) for name, value in of.items()}
         return {"task": "regression", "target": target}
 
-    def ensemble(self, k: int) -> dict[str, Any]:
-        """Choose `k` of the backbones that were scored on all images."""
+    def ensemble(self, k: int, order: Iterable[str] | None) -> dict[str, Any]:
+        """Choose `k` of the backbones that were scored on all images; `order` is a forecast's."""
         names = [
             name for name, s in self.scores.items() if s.error is None and "race" not in s.details
         ]
         hub = {name: self.copies.leave_out(self.seen[name]).features for name in names}
         if not hub:
             return {}
-        chosen = select_ensemble(hub, None, min(k, len(hub)))
+        order = None if order is None else [name for name in order if name in hub]
+        chosen = select_ensemble(hub, None, min(k, len(hub)), order=order)
         return {f.name: getattr(chosen, f.name) for f in fields(chosen)}
 
 

@@ -54,6 +54,8 @@ def search(
     split_column: str | None = None,
     time_column: str | None = None,
     task: str | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
     max_unreadable: float = 0.1,
     device: str = "auto",
     precision: str = "float32",
@@ -117,6 +119,8 @@ def search(
         where there are no own parts).
     task : {"auto", "classification"}, optional
         See `open_dataset`; numbers to predict can only be ranked on so far.
+    bit_depth, bands : optional
+        See `open_dataset`. The winner is shown new images in the same way.
     max_unreadable : float, default 0.1
         Fraction of unreadable images, of all, above which the data set is refused. They are looked
         for once, before anything is ranked, and left out of everything.
@@ -159,7 +163,7 @@ def search(
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
-        time_column=time_column, task=task,
+        time_column=time_column, task=task, bit_depth=bit_depth, bands=bands,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history

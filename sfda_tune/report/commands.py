@@ -25,7 +25,7 @@ SETTLES = {  # kind of a `Diagnostic`: what to rank by instead; None: as before
 # What `rank` and `search` mean alike: where the images are, how they are read and computed
 _SHARED = (
     "dataset", "image_column", "label_column", "groups", "group_column", "group_regex",
-    "split_column", "max_unreadable", "device", "precision", "import",
+    "split_column", "bit_depth", "bands", "max_unreadable", "device", "precision", "import",
 )  # fmt: skip
 
 
@@ -45,7 +45,11 @@ def repeat(run: Run) -> tuple[str, str]:
     hidden = re.sub(r"(://[^:/@\s]+):[^@\s]+@", r"\1:***@", line)
     notes = [] if hidden == line else ["The password of the storage is left out."]
     dataset = str(options["dataset"])
-    if dataset != "digits" and not dataset.startswith("hf:") and not os.path.isabs(dataset):
+    if (
+        dataset != "digits"
+        and not dataset.startswith(("hf:", "hf-stream:"))
+        and not os.path.isabs(dataset)
+    ):
         notes.append("To be run where the search was begun, for its data set is named from there.")
     return hidden, " ".join(notes)
 

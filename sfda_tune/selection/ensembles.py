@@ -14,7 +14,7 @@ F_n(S)      the x̂' of sample n, one row of length 1 for each member of S      
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -80,6 +80,7 @@ def select_ensemble(
     *,
     method: str = "sfda",
     r: float = 0.5,
+    order: Sequence[str] | None = None,
 ) -> Ensemble:
     """Choose the k backbones to fine-tune together, from their features alone.
 
@@ -122,6 +123,10 @@ def select_ensemble(
     method : {"sfda", "greedy"}, default "sfda"
     r : float in [0, 1], default 0.5
         For ``"sfda"``: weight of the score; 1 takes the top k by score.
+    order : sequence of str, optional
+        For ``"sfda"``: all backbones, best first, by something that knows more of them than their
+        features, as a forecast of what training makes of them. Then s̃ are given out in this
+        order, the largest to the first; `rank` does so where it orders by a forecast.
 
     Returns
     -------
@@ -163,6 +168,10 @@ def select_ensemble(
     (['strong', 'twin', 'other'], ('strong', 'other'))
     """
     names, codes = _checked(features_by_backbone, labels, k, method, r)
+    if order is not None:
+        rule = "a list of all backbones with method 'sfda', else None"
+        listed = isinstance(order, Sequence) and sorted(map(str, order)) == names
+        require("order", order, rule, listed and method == "sfda")
     fit = partial(leave_one_out, codes=codes)
     y = np.sort(codes)  # the order of the rows in the fits
     n = np.bincount(y)[y]
@@ -183,6 +192,8 @@ def select_ensemble(
     else:
         single = np.array(own_p)
         s = single - (n[n > 1] - 1).mean() / (len(n) - 1)
+        if order is not None:
+            s[[names.index(name) for name in order]] = np.sort(s)[::-1]
         values_of = partial(t_ens, s=s / (np.abs(s).max() or 1), F=F, r=float(r))
     chosen, score, accuracy = [], [], []
     total = 0.0

@@ -200,7 +200,12 @@ HARD_IMAGE: dict[Any, Any] = {
 }
 SPLITS: dict[Any, Any] = {"left_out?": {str: [AtLeast(0, int)]}, "copies?": [[AtLeast(0, int)]]}
 EXPERIMENTS = [{"trials": [str], "end": TEXT, "n_trials": (int, None)}]
-PROVENANCE: dict[Any, Any] = {"classes": [str], "backbone": object, "digests?": {str: str}}
+PROVENANCE: dict[Any, Any] = {
+    "classes": [str],
+    "backbone": object,
+    "digests?": {str: str},
+    "reading?": ({"bit_depth?": (int, None), "bands?": ([int], None)}, None),
+}
 CLASSIFIER: dict[Any, Any] = {
     "params": {str: object},
     "classes": [(str, int, float, bool)],

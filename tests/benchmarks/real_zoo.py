@@ -25,6 +25,7 @@ accuracy, the median of them where there is none; ``random`` is the mean of 1,00
 import argparse
 import csv
 import functools
+import itertools
 import json
 import logging
 import multiprocessing
@@ -62,6 +63,9 @@ RECIPE = {
     "by": "sfda_tune.finetuning",
 }  # fmt: skip
 
+SETTINGS = {"lr": [1e-4, 1e-3, 1e-2], "batch_norm": ["frozen", "train"]}
+N_SETTINGS = 8  # backbones, the cheapest
+
 logger = logging.getLogger("real_zoo")
 
 
@@ -96,30 +100,44 @@ def merge(files: list[Path]) -> None:
     print(f"{new} complete pairs are new in {RESULTS}")
 
 
-def measure(backbone, name: str, device: str, runs: list[dict]) -> dict:
-    """Fine-tune one backbone on one data set with every learning rate that `runs` lacks."""
-    started = time.perf_counter()
-    images = open_dataset(ZOO / "datasets" / name).sample(RECIPE["images"], seed=0)
-    test = open_dataset(ZOO / "datasets" / name, split="val")
-    labels = np.array(test.classes)[test.labels]
-    rows, held_out = train_test_split(
-        np.arange(len(images)),
-        test_size=RECIPE["chosen_on"],
-        stratify=images.labels,
-        random_state=0,
-    )
-    train, val, shared = images.subset(rows), images.subset(held_out), SharedWork()
-    for lr in sorted(set(RECIPE["learning_rates"]) - {run["lr"] for run in runs}):
-        config = FinetuneConfig(epochs=RECIPE["epochs"], lr=lr) if lr else FinetuneConfig(epochs=0)
-        run = finetune(backbone, train, config, val=val, device=device, workers=0, shared=shared)
+class Tuning:
+    """Fine-tune one backbone on one data set; what settings have in common is done once."""
+
+    def __init__(self, backbone, name: str, device: str) -> None:
+        self.backbone, self.device, self.shared = backbone, device, SharedWork()
+        self.images = open_dataset(ZOO / "datasets" / name).sample(RECIPE["images"], seed=0)
+        self.test = open_dataset(ZOO / "datasets" / name, split="val")
+        rows, held_out = train_test_split(
+            np.arange(len(self.images)),
+            test_size=RECIPE["chosen_on"],
+            stratify=self.images.labels,
+            random_state=0,
+        )
+        self.train, self.val = self.images.subset(rows), self.images.subset(held_out)
+
+    def __call__(self, config: FinetuneConfig) -> dict[str, float]:
+        """Return the last accuracies, on the images held out and on the test images."""
+        run = finetune(
+            self.backbone, self.train, config, val=self.val, device=self.device, workers=0,
+            shared=self.shared,
+        )  # fmt: skip
         *_, last = run
         trained = {k: v.cpu() for k, v in run.module.state_dict().items()}
         run.module.load_state_dict(run._between(trained, last.interpolation))
         model = Model(run.module.eval(), run.preprocessing, run.train.classes)
-        guess = np.array(model.classes)[predict(model, test, device=device).argmax(1)]
-        correct = float(np.mean(guess == labels))
-        runs = [*runs, {"lr": lr, "held_out": last.accuracy, "accuracy": correct}]
-    (found,) = extract(images, [backbone], Settings(device=device, workers=0))
+        guess = np.array(model.classes)[predict(model, self.test, device=self.device).argmax(1)]
+        correct = float(np.mean(guess == np.array(self.test.classes)[self.test.labels]))
+        return {"held_out": last.accuracy, "accuracy": correct}
+
+
+def measure(backbone, name: str, device: str, runs: list[dict]) -> dict:
+    """Fine-tune one backbone on one data set with every learning rate that `runs` lacks."""
+    started = time.perf_counter()
+    tune = Tuning(backbone, name, device)
+    for lr in sorted(set(RECIPE["learning_rates"]) - {run["lr"] for run in runs}):
+        config = FinetuneConfig(epochs=RECIPE["epochs"], lr=lr) if lr else FinetuneConfig(epochs=0)
+        runs = [*runs, {"lr": lr, **tune(config)}]
+    (found,) = extract(tune.images, [backbone], Settings(device=device, workers=0))
     runs = sorted(runs, key=lambda run: run["lr"])
     best = max(runs, key=lambda run: run["held_out"])
     return {
@@ -129,6 +147,32 @@ def measure(backbone, name: str, device: str, runs: list[dict]) -> dict:
         "seconds": time.perf_counter() - started,
         "device": device,
     }
+
+
+def fill_settings(device: str, names: Sequence[str], out: Path) -> None:
+    """Fine-tune the cheap backbones with every setting: ``{data set: {backbone: runs}}``.
+
+    For `study_replay.py`: the accuracy on the test images, and the seconds, of each setting in the
+    order of the product. A file that exists is gone on with.
+    """
+    found = json.loads(out.read_text()) if out.is_file() else {}
+    plugins = [str(ZOO / "zoo_models.py")]
+    backbones = sorted(resolve_backbones(str(ZOO / "models"), plugins=plugins), key=_cost)
+    for name in names:
+        cells = found.setdefault(name, {})
+        for backbone in backbones[:N_SETTINGS]:
+            if backbone.name in cells:
+                continue
+            tune, runs = Tuning(backbone, name, device), []
+            for values in itertools.product(*SETTINGS.values()):
+                started = time.process_time()
+                config = FinetuneConfig(
+                    epochs=RECIPE["epochs"], **dict(zip(SETTINGS, values, strict=True))
+                )
+                runs.append([tune(config)["accuracy"], time.process_time() - started])
+            cells[backbone.name] = runs
+            write_text(out, json.dumps(found) + "\n")
+            logger.info("%s × %s: %s", name, backbone.name, runs)
 
 
 def _cost(backbone) -> int:
@@ -289,6 +333,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, a process each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--settings", nargs="+", metavar="DATASET", help="see fill_settings")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--truth", type=Path, default=RESULTS, help="what to report on")
     parser.add_argument("--cache", help="where the features for the report are kept")
@@ -300,6 +345,8 @@ def main() -> None:
         report(options.cache, options.truth)
     elif options.merge:
         merge(options.merge)
+    elif options.settings:
+        fill_settings(options.device, options.settings, options.out)
     else:
         fill(options.device, options.minutes, options.jobs, options.out)
 

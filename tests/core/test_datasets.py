@@ -25,6 +25,7 @@ from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, UnreadableImage, to_rgb
 from sfda_tune.data.opening import open_dataset
+from sfda_tune.pipelines.search import search
 
 ZOO = Path(__file__).parents[2] / ".." / "shared" / "zoo"
 RNG = np.random.default_rng(0)
@@ -565,6 +566,25 @@ def test_a_small_parquet_of_very_many_rows(tmp_path):
     assert peak < 100 * n  # bytes; as objects they took 300 each
 
 
+def test_a_parquet_column_too_large_for_memory_is_read_by_row_groups(tmp_path, monkeypatch):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [write(tmp_path / f"{k}.png").read_bytes() for k in range(12)]
+    for name, cells in (("bytes", images), ("hf", [{"bytes": b, "path": None} for b in images])):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"image": cells, "label": list("ab") * 6}), path, row_group_size=5)
+        whole = open_dataset(path)
+        monkeypatch.setattr("sfda_tune.data.tables.LARGE", 100)
+        by_groups = open_dataset(path)
+        monkeypatch.undo()
+        assert (
+            by_groups.digests()
+            == whole.digests()
+            == pickle.loads(pickle.dumps(by_groups)).digests()
+        )
+        rows = [11, 0, 6, 4, 5]
+        assert by_groups.subset(rows).digests() == [whole.digest(row) for row in rows]
+
+
 def test_parquet_with_class_names_of_hugging_face(tmp_path):
     import datasets
 
@@ -930,8 +950,27 @@ def test_hugging_face_splits(hf):
     assert len(open_dataset(hf.DatasetDict(extra=_hf_dataset(hf, 4)))) == 4  # the only one
     assert "which is a single split" in message(both["train"], split="train[:5]")
     assert "`labels` cannot be used with a Hugging Face" in message(both, labels=[1])
-    streamed = both["train"].to_iterable_dataset()
-    assert "must not be streamed" in message(streamed)
+
+
+def test_hugging_face_streams(hf, tmp_path):
+    both = hf.DatasetDict(train=_hf_dataset(hf, 6), validation=_hf_dataset(hf, 4))
+    streams = {name: part.to_iterable_dataset() for name, part in both.items()}
+    assert "is a stream, of which as many images" in message(streams["train"])
+    found = open_dataset(streams["train"], samples=4, seed=1)
+    assert len(set(found.digests()) & set(open_dataset(both).digests())) == 4
+    assert found.classes == ("z", "a")
+    assert found.digests() == open_dataset(streams["train"], samples=4, seed=1).digests()
+    orders = {tuple(open_dataset(streams["train"], samples=6, seed=k).digests()) for k in range(4)}
+    assert len(orders) > 1
+    parts = hf.IterableDatasetDict(streams)
+    assert len(open_dataset(parts, split="val", samples=3)) == 3
+    with pytest.raises(DatasetError, match="must not be a stream for a search"):
+        search(streams["train"], "demo:resnet_noise", samples=4, out=tmp_path / "run")
+    for k in range(8):
+        write(tmp_path / "photos" / "ab"[k % 2] / f"{k}.png")
+    drawn = open_dataset(f"hf-stream:{tmp_path / 'photos'}", samples=5)
+    assert (len(drawn), drawn.classes) == (5, ("a", "b"))
+    assert "'hf-stream:NAME'" in message("hf-stream:")
 
 
 def test_hugging_face_local_folder(hf, tmp_path, monkeypatch):

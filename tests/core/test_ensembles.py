@@ -84,6 +84,17 @@ def test_from_one_to_all(method):
         assert select_ensemble(hub, y, 2, r=0).backbones == (best, "other")
 
 
+def test_a_forecast_gives_the_order_and_features_the_rest():
+    hub, y = make_hub()
+    plain = select_ensemble(hub, y, 3)
+    order = list(plain.single)
+    assert select_ensemble(hub, y, 3, order=order) == plain
+    turned = order[::-1]
+    assert select_ensemble(hub, y, 3, r=1, order=turned).backbones == tuple(turned[:3])
+    assert select_ensemble(hub, y, 3, order=turned).backbones[0] == turned[0]
+    assert select_ensemble(hub, y, 3, order=turned).single == plain.single
+
+
 def loo_posteriors(X, y, temperature):
     """Refit without each sample; the ridge is that of all samples."""
     X = (X - X.mean(0)) / X.std(0)
@@ -214,6 +225,8 @@ X, Y = np.random.default_rng(0).normal(size=(6, 2)), [0, 0, 1, 1, 2, 2]
         *(({"k": k}, "`k` must be an integer in 1 … 1") for k in (0, 2, 1.0, True, "1")),
         *(({"r": r}, r"`r` must be a number in \[0, 1\]") for r in (-0.1, 1.1, np.nan, "1", True)),
         *(({"method": m}, "`method` must be 'sfda' or 'greedy'") for m in ("top", None, [])),
+        *(({"order": o}, "`order` must be a list of all") for o in ([], "a b", ["b"], [1], 3)),
+        ({"order": ["a"], "method": "greedy"}, "`order` must be .* 'sfda', else None"),
     ],
 )
 def test_refuses(change, message):

@@ -150,5 +150,6 @@ def test_rank_chooses_an_ensemble(photos, toy_zoo):
     assert len(chosen["backbones"]) == 2
     assert set(chosen["backbones"]) <= set(ranking)
     assert type(ranking).from_json(ranking.to_json()).info["ensemble"]["method"] == "sfda"
+    assert chosen["backbones"][0] == next(iter(ranking))  # by the forecast, not by its score
     with pytest.raises(ValueError, match="`ensemble` must be an integer in 1 … 4"):
         rank(photos, toy_zoo, ensemble=5, **CPU)
