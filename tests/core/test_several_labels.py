@@ -11,9 +11,15 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sfda_tune import ImageDataset, open_dataset
+from sfda_tune import ImageDataset, Ranking, open_dataset, rank, score, search
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.copies import find_twins
+from sfda_tune.metrics.multilabel import logme_multilabel, sfda_multilabel
+from sfda_tune.report.html import write_report
+from sfda_tune.selection.diagnostics import diagnose
+from sfda_tune.selection.labels import judge_labels
+from sfda_tune.selection.uncertainty import confidence
+from sfda_tune.values.features import Features
 
 NAMES = ("cat", "dog", "owl")
 MATRIX = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, -1], [0, 0, 1], [1, 1, 1]], np.int8)
@@ -134,7 +140,7 @@ FORMS = {k.removeprefix("form_"): f for k, f in dict(globals()).items() if k.sta
 def test_every_form_gives_the_same_labels(form, tmp_path):
     write_images(tmp_path)
     spec, options = FORMS[form](tmp_path)
-    with pytest.raises(DatasetError, match=r"multilabel|`label_column`"):
+    with pytest.raises(DatasetError, match=r"multilabel|label_column"):
         open_dataset(spec)
     data = open_dataset(spec, **options)
     knows_missing = form in ("columns_csv", "named_columns_parquet", "arrays", "torchvision")
@@ -259,3 +265,137 @@ def test_annotations_that_are_not_understood(change, message, tmp_path):
     path.write_text(json.dumps(data))
     with pytest.raises(DatasetError, match=message):
         open_dataset(path, **options)
+
+
+# Ranking -----------------------------------------------------------------------------------------
+THREE = ["demo:resnet_glyphs", "demo:resnet_noise", "demo:vit_untrained"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_digits_as_bits_are_ranked_through_files_and_page(cache, tmp_path):
+    ranking = rank("digits", THREE, task="multilabel", samples=300, cache=cache)
+    info = ranking.info
+    assert next(iter(ranking)) == "demo:resnet_glyphs"
+    assert (info["task"], info["n_classes"], len(info["label_counts"])) == ("multilabel", 4, 4)
+    assert "hard_images" not in info
+    kinds = {d.kind: d.message for d in diagnose(ranking)}
+    assert "for several labels it weighs" in kinds["task"]
+    assert not {"small_classes", "unjudged"} & set(kinds)
+    by_score = rank("digits", THREE, task="multilabel", samples=300, cache=cache, metric="sfda")
+    assert "task" not in {d.kind for d in diagnose(by_score)}
+    data = open_dataset("digits", task="multilabel", samples=300)
+    counts = [(c["positives"], c["missing"]) for c in info["label_counts"]]
+    assert counts == [(n, 0) for n in (data.labels == 1).sum(axis=0).tolist()]
+    for s in by_score.scores:
+        assert s.per_sample is not None
+        assert s.value == pytest.approx(s.per_sample.mean())
+        assert s.value == ranking.score(s.backbone).details["evidence"]
+    interval = dict(zip(by_score, confidence(by_score).score_interval, strict=True))
+    low, high = interval["demo:resnet_glyphs"]
+    assert low < by_score["demo:resnet_glyphs"] < high < low + 0.1
+
+    rows = judge_labels(ranking)
+    first = ranking.score("demo:resnet_glyphs").details
+    for row in rows:
+        k = info["classes"].index(row["name"])
+        assert row["average_precision"] == first["average_precisions"][k]
+        assert row["share"] == pytest.approx(counts[k][0] / 300)
+        every = [ranking.score(name).details["average_precisions"][k] for name in ranking]
+        assert row["best_average_precision"] == max(every)
+    ranking.to_json(tmp_path / "r.json")
+    again = Ranking.from_json(tmp_path / "r.json")
+    assert judge_labels(again) == rows
+    assert [*again.items()] == [*ranking.items()]
+    page = write_report(tmp_path / "r.json").read_text("utf-8").replace("<wbr>", "")
+    assert 'id="labels"' in page
+    assert 'id="classes"' not in page
+    assert "sfda-tune search" not in page
+    assert "--task multilabel" in page
+    mean = first["mean_average_precision"]
+    assert f"finds the images of 4 labels with a mean average precision of {mean:.2f}" in page
+    assert f"Labels that separate worst, by average precision: {rows[0]['name']}" in page
+
+
+def test_scores_do_not_depend_on_how_labels_come(cache):
+    data = open_dataset("digits", task="multilabel", samples=200)
+    for metric in ("sfda", "knn", "logme", "linear_probe"):
+        found = rank(data, THREE[:1], metric=metric, cache=cache)
+        options = {"samples": 200, "task": "multilabel", "cache": cache}
+        again = rank("digits", THREE[:1], metric=metric, **options)
+        assert dict(found) == dict(again)
+        assert not found.failed
+    x = np.random.default_rng(0).normal(size=(200, 5))
+    features = Features(x, data.labels, data.classes, task="multilabel")
+    assert repr(features).endswith("n_labels=4)")
+    assert score(features).value == sfda_multilabel(features.x, data.labels).value
+    assert score(features, "logme").value == logme_multilabel(features.x, data.labels).value
+    combined = rank(data, THREE, metric="sfda + 2*knn + params", cache=cache)
+    assert len(combined.failed) == 0
+    assert judge_labels(combined) == []
+    mine = rank(data, THREE[:1], metric=lambda f, y: float(y.sum()), cache=cache)
+    assert list(mine.values()) == [float(data.labels.sum())]
+
+
+def test_groups_are_left_out_together_and_missing_labels_count_for_nothing(cache):
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(40), 5)
+    images = rng.integers(0, 256, (40, 8, 8), dtype=np.uint8)[patient]
+    images[:, 0] = rng.integers(0, 256, (200, 8))
+    labels = rng.integers(0, 2, (40, 5))[patient].astype(float)
+    labels[:60, 2] = np.nan
+    labels[:, 4] = patient == 7  # of one patient only
+    found = rank(
+        (images, labels), THREE[:2], task="multilabel", groups=patient, metric="sfda", cache=cache
+    )
+    for s in found.scores:
+        assert s.value < 0.65 < s.details["value_without_groups"] - 0.1
+        assert s.details["left_out"] == [4]
+    assert found.info["groups"]["n"] == 40
+    assert found.info["label_counts"][2]["missing"] == 60
+    kinds = {d.kind: d.message for d in diagnose(found)}
+    assert "1 label was left out of the score, for it takes two groups" in kinds["unjudged"]
+    assert "label 4 (5)" in kinds["unjudged"]
+    assert judge_labels(found)[-1]["average_precision"] is None
+    assert confidence(found).dof == 39
+
+
+def test_race_and_budget(cache):
+    data = open_dataset("digits", task="multilabel", samples=800)
+    fast = ["demo:resnet_*", "demo:regnet_shapes", "demo:densenet_digits"]
+    whole = rank(data, fast, metric="sfda", cache=cache)
+    raced = rank(data, fast, metric="sfda", race=True, top=1, cache=cache)
+    assert next(iter(raced)) == next(iter(whole))
+    assert raced.info["race"]["stages"][0]["images"] < 800
+    assert dict(rank(data, fast, budget=600, cache=cache)) == dict(rank(data, fast, cache=cache))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "hscore"}, "'hscore' takes one class per image; take 'sfda'"),
+        ({"metric": "sfda + ridge"}, "'ridge' is unknown; take 'sfda'"),
+        ({"metric": "imagenet"}, "'sfda [+] imagenet'"),
+        ({"metric": "sfda", "variant": "loo"}, "`variant` must be None for several labels"),
+        (
+            {"metric": "knn + sfda", "race": True},
+            "`race` needs a metric that is a mean over images",
+        ),
+        ({"ensemble": 2}, "must have one class per image for an `ensemble`"),
+        ({"label_delimiter": ";"}, "`label_delimiter` cannot be used with 'digits'"),
+    ],
+)
+def test_what_has_no_meaning_for_several_labels_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        rank("digits", THREE, **{"task": "multilabel", "cache": False, **options})
+
+
+def test_several_labels_cannot_be_trained_on_yet(tmp_path):
+    data = open_dataset("digits", task="multilabel", samples=60)
+    with pytest.raises(ValueError, match="on several labels per image is not there yet"):
+        search("digits", THREE, task="multilabel", out=tmp_path / "run")
+    with pytest.raises(DatasetError, match="one class per image to search on but has several"):
+        search(data, THREE, cache=False, out=tmp_path / "run")
