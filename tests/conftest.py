@@ -33,8 +33,8 @@ PRELOADED = [
 
 # Files and folders that take long go first, or one process works at them alone at the end.
 LONG = (
-    "ray_host", "chaos", "test_selection.py", "test_cli.py", "test_extraction.py",
-    "test_finetuning.py", "hub", "sklearn_host", "optuna_host",
+    "ray_host", "chaos", "test_examples.py", "test_real_zoo.py", "test_selection.py",
+    "test_cli.py", "test_extraction.py", "test_finetuning.py", "hub", "optuna_host",
 )  # fmt: skip
 
 

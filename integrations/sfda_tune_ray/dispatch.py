@@ -131,24 +131,10 @@ class Dispatcher:
             task.names = tuple(n for n in task.names if n not in self.failed)
             self.pending += 1
             return task
-        self._left = [b for b in self._left if b.todo]
-        if not self._left:
-            return None
-        costs = [self.cost(b) for b in self._left]
-        work = [cost * len(b.todo) for cost, b in zip(costs, self._left, strict=True)]
-        share = sum(work) / (UNITS_PER_ACTOR * max(self.n_actors, 1))
-        if ahead and share < max(costs):
+        best, share = self._choose(actor, ahead=ahead)
+        if best is None:
             return None
         old = self._places.get(actor)
-        ending = sum(work) < ENDING * max(costs) * self.n_actors  # then the largest first, simply
-        best, at, pull = None, 0, -1.0
-        for i, bundle in enumerate(self._left):
-            mine = bundle is old
-            strength = work[i] / (bundle.actors + (not mine)) * (STAYING if mine else 1.0)
-            strength = costs[i] if ending else strength
-            if strength > pull:
-                best, at, pull = bundle, i, strength
-        assert best is not None
         if best is not old:
             if old is not None:
                 old.actors -= 1
@@ -156,11 +142,37 @@ class Dispatcher:
             self._places[actor] = best
         n = 1
         if self._measured[1]:
-            n = int(max(1, min(self.seconds, share) / max(costs[at], 1e-9)))
+            n = int(max(1, min(self.seconds, share) / max(self.cost(best), 1e-9)))
         shards = tuple(best.todo.popleft() for _ in range(min(n, best.most, len(best.todo))))
         self._number += 1
         self.pending += 1
         return Task(self._number, best, best.names, shards)
+
+    def foresee(self, actor: Any) -> tuple[str, ...]:
+        """Return the backbones that an actor may get after what it has: a guess."""
+        best, _ = self._choose(actor, ahead=True)
+        return () if best is None else best.names
+
+    def _choose(self, actor: Any, *, ahead: bool) -> tuple[Bundle | None, float]:
+        """Return the bundle that an actor gets next, and an actor's share of all that is left."""
+        self._left = [b for b in self._left if b.todo]
+        if not self._left:
+            return None, 0.0
+        costs = [self.cost(b) for b in self._left]
+        work = [cost * len(b.todo) for cost, b in zip(costs, self._left, strict=True)]
+        share = sum(work) / (UNITS_PER_ACTOR * max(self.n_actors, 1))
+        if ahead and share < max(costs):
+            return None, share
+        old = self._places.get(actor)
+        ending = sum(work) < ENDING * max(costs) * self.n_actors  # then the largest first, simply
+        best, pull = None, -1.0
+        for i, bundle in enumerate(self._left):
+            mine = bundle is old
+            strength = work[i] / (bundle.actors + (not mine)) * (STAYING if mine else 1.0)
+            strength = costs[i] if ending else strength
+            if strength > pull:
+                best, pull = bundle, strength
+        return best, share
 
     def complete(self, task: Task, seconds: float | None) -> None:
         """Note that a task is done, and what it took."""

@@ -25,6 +25,7 @@ the images are not there       the run ends: the machine that lacks them is name
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -41,14 +42,17 @@ from typing import Any
 import ray
 from ray.cloudpickle import dumps  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sfda_tune.backbones.devices import is_working, resolve_device
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.decoding import UNREADABLE
 from sfda_tune.extraction.crashes import find_crashing_images
+from sfda_tune.extraction.fetching import Fetcher, sweep
 from sfda_tune.extraction.plan import Outcome, Plan, Unit, shards_at_once
 from sfda_tune.extraction.worker import Worker
-from sfda_tune.values.text import integer, is_number, require
+from sfda_tune.values.features import Backbone
+from sfda_tune.values.text import integer, is_number, require, some
 from sfda_tune_ray.cluster import connect, count_places, share_cpus
 from sfda_tune_ray.dispatch import Dispatcher, Task, make_bundles
 
@@ -56,6 +60,7 @@ __all__ = ["RayExecutor"]
 
 logger = logging.getLogger(__name__)
 
+SWEEPING = 60.0  # seconds that the removal of weights may take
 TICK = 0.5  # seconds between two looks at deadlines and machines
 PATIENCE = 60.0  # seconds without any actor before the user is told
 FAULTS_KEPT = 1000
@@ -79,6 +84,15 @@ class _Result:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Disk:
+    """How much of a machine's disk weights may take."""
+
+    limit: int
+    share: int  # actors on the machine
+    ledger: str  # what begins the names of the files that say what came
+
+
 class _Extractor:
     """The actor: a `Worker` that keeps the networks of its bundle between units."""
 
@@ -92,6 +106,7 @@ class _Extractor:
         self._cpus, self._gpus, self._threads = cpus, gpus, max(1, int(cpus))
         torch.set_num_threads(self._threads)
         self._worker: Worker | None = None
+        self._fetcher = Fetcher()
         self._images = metrics.Counter(
             "sfda_tune_images", "Images through a backbone", ("backbone",)
         )
@@ -114,14 +129,26 @@ class _Extractor:
             marker is None or os.path.exists(marker),
         )
 
-    def run(self, worker: Worker, units: list[Unit], isolated: float | None) -> _Result:
-        """Run the units of one bundle on the same shards; first check its images if `isolated`."""
+    def run(
+        self,
+        worker: Worker,
+        units: list[Unit],
+        isolated: float | None,
+        ahead: list[Backbone],
+        disk: _Disk | None,
+    ) -> _Result:
+        """Run the units of one bundle on the same shards; first check its images if `isolated`.
+
+        The weights of those `ahead` are fetched meanwhile, within what there is of the `disk`.
+        """
         import torch
 
         started = time.perf_counter()
         old = self._worker
         if old is None or (old.settings, old.store) != (worker.settings, worker.store):
-            self._worker = replace(worker, threads=self._threads, resident={})
+            self._worker = replace(
+                worker, threads=self._threads, resident={}, fetcher=self._fetcher
+            )
         worker = self._worker  # type: ignore[assignment]
         _check_mount(units[0])
         crashing: dict[int, str] = {}
@@ -132,8 +159,11 @@ class _Extractor:
         assert resident is not None
         for name in resident.keys() - {unit.backbone.name for unit in units}:
             del resident[name]
+        self._expect([*(unit.backbone for unit in units), *ahead], disk)
+        open_already = [unit for unit in units if unit.backbone.name in resident]
+        others = self._fetcher.order(u for u in units if u.backbone.name not in resident)
         outcomes = []
-        for unit in units:
+        for unit in itertools.chain(open_already, others):
             try:
                 outcome = worker(unit)
             except SystemExit as error:  # for Ray that would be the end of an actor's life
@@ -158,6 +188,26 @@ class _Extractor:
             sum(outcome.n_decoded for outcome in outcomes),
             time.perf_counter() - started,
         )
+
+    def _expect(self, backbones: list[Backbone], disk: _Disk | None) -> None:
+        """Have the weights of these fetched, but for networks that are open."""
+        assert self._worker is not None
+        if disk is not None:
+            from huggingface_hub import constants
+
+            folder = Path(constants.HF_HUB_CACHE)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._fetcher.limit, self._fetcher.share = disk.limit // disk.share, disk.share
+            self._fetcher.ledger = folder / f"{disk.ledger}-{os.getpid()}"
+        resident = self._worker.resident or {}
+        self._fetcher.expect(b for b in backbones if b.name not in resident)
+
+
+def _sweep(ledger: str) -> list[str]:
+    """Remove what actors have fetched to this machine; return what cannot be removed."""
+    from huggingface_hub import constants
+
+    return sweep(Path(constants.HF_HUB_CACHE).glob(f"{ledger}-*"))
 
 
 def _check_mount(unit: Unit) -> None:
@@ -284,10 +334,13 @@ class RayExecutor:
         self._gone: list[ActorState] = []
         self._store: Any = None
         self._marker: Path | None = None
+        self._ledger = ""
+        self._nodes: set[str] = set()  # with weights that are to be removed in the end
         self._clear()
 
     def _clear(self) -> None:
         self._refused = self._outside = 0  # actors that did not start, or not see the store
+        self.waited = 0.0  # seconds until the first actor of a run had started
         self._faults: list[dict[str, Any]] = []
         self._counts = dict.fromkeys(("units", "decodes", "images", "seconds", "faults"), 0.0)
 
@@ -295,6 +348,7 @@ class RayExecutor:
         """Connect to Ray; actors start with the first run."""
         if not self._depth:
             self._clear()
+            self._ledger = f".sfda-tune-{uuid.uuid4().hex}"
             self._stack.enter_context(connect(self.address, **self.options))
             nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
             gpus = any(n.get("GPU") for n in nodes)
@@ -310,6 +364,7 @@ class RayExecutor:
             try:
                 for state in list(self._states):
                     self._dismiss(state)
+                self._sweep()
                 self._forget_marker()
             finally:
                 self._stack.close()
@@ -319,6 +374,13 @@ class RayExecutor:
         if device == "auto":
             return "cuda" if self._gpus else "cpu"
         return device if self._gpus else resolve_device(device)
+
+    bounds_weights = True  # see `Executor`
+
+    @property
+    def n_places(self) -> int:
+        """How many units run at a time; 1 while nobody knows."""
+        return self.actors or max(1, count_places(self._gpus, self._cpus) if self._depth else 0)
 
     @property
     def states(self) -> tuple[ActorState, ...]:
@@ -367,6 +429,9 @@ class RayExecutor:
                     for ref in ray.wait(list(pings), timeout=TICK)[0]:
                         self._on_actor_ready(pings[ref])
                     self._warn_if_alone()
+                    if worker.advance is not None:
+                        worker.advance(names[0], 0)
+                self.waited += time.monotonic() - started
                 yield from _PlanRun(self, worker, plan, names).outcomes()
             finally:
                 self._counts["seconds"] += time.monotonic() - started
@@ -448,6 +513,28 @@ class RayExecutor:
         with contextlib.suppress(Exception):  # Ray itself may be gone
             ray.kill(state.handle)
 
+    def _sweep(self) -> None:
+        """Remove the weights that actors have fetched, who have ended."""
+        sweepers = [
+            ray.remote(_sweep)
+            .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, False))
+            .remote(self._ledger)
+            for node in self._nodes & {n["NodeID"] for n in ray.nodes() if n["Alive"]}
+        ]
+        self._nodes.clear()
+        if not sweepers:
+            return
+        done, late = ray.wait(sweepers, num_returns=len(sweepers), timeout=SWEEPING)
+        left = [f"all on {len(late)} machines that do not answer"] * bool(late)
+        for found in done:
+            try:
+                left += ray.get(found)
+            except RayError as error:
+                left.append(_line(error))
+        if left:
+            text = f"weights that were fetched could not be removed: {some(left)}"
+            warnings.warn(text, stacklevel=2)
+
     def _forget_marker(self) -> None:
         self._store = None
         if self._marker is not None:
@@ -469,7 +556,7 @@ class _PlanRun:
     def __init__(
         self, executor: RayExecutor, worker: Worker, plan: Plan, names: list[str]
     ) -> None:
-        self.executor, self.worker, self.plan = executor, worker, plan
+        self.executor, self.worker, self.plan, self.names = executor, worker, plan, names
         infos = [m.info for m in executor._states if m.info]
         memory = executor.memory or min(info.memory for info in infos)
         sizes = {}
@@ -497,6 +584,8 @@ class _PlanRun:
             waiting = {m.ping: m for m in states if m.ping is not None}
             waiting |= {m.queue[0][0]: m for m in states if m.queue}
             ready, rest = ray.wait(list(waiting), timeout=TICK) if waiting else ([], [])
+            if self.worker.advance is not None:  # which may stop the run
+                self.worker.advance(self.names[0], 0)
             if ready and rest:  # and whatever else has come meanwhile
                 ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
             for ref in ready:
@@ -507,22 +596,37 @@ class _PlanRun:
 
     def _fill(self, state: ActorState) -> None:
         """Give an actor a task, and one ahead so that it need not wait for the driver."""
-        while len(state.queue) < 2:
-            task = self.dispatcher.next(state, ahead=bool(state.queue))
+        new: list[tuple[Task, list[Unit]]] = []
+        while len(state.queue) + len(new) < 2:
+            task = self.dispatcher.next(state, ahead=bool(state.queue or new))
             if task is None:
-                return
+                break
             # equal numbers: the pixels of the unit before can be used again
             number = hash((task.shards, self.plan.preprocessing(task.bundle.names[0]).key))
             number += len(self.plan.crashing)
             units = self.plan.units(task.names, task.shards, number, retry=task.attempts > 0)
-            if not (units := list(units)):  # all failed meanwhile
+            if units := list(units):
+                new.append((task, units))
+            else:  # all failed meanwhile
                 self.dispatcher.complete(task, None)
-                continue
+        following = [task.names for task, _ in new[1:]] + [self.dispatcher.foresee(state)]
+        for (task, units), ahead in zip(new, following[: len(new)], strict=True):
             timeout = self.executor.image_seconds if task.isolated else None
-            ref = state.handle.run.remote(self.worker, units, timeout)
+            backbones = [b for b in map(self.plan.backbone, ahead) if b.load is None]
+            disk = self._find_disk(state)
+            ref = state.handle.run.remote(self.worker, units, timeout, backbones, disk)
             state.queue.append((ref, task))
             if len(state.queue) == 1:
                 state.since = time.monotonic()
+
+    def _find_disk(self, state: ActorState) -> _Disk | None:
+        """Return how much of its machine's disk an actor's weights may take; None for any."""
+        if self.worker.weights_disk is None or state.info is None:
+            return None
+        executor, node = self.executor, state.info.node
+        executor._nodes.add(node)
+        share = sum(m.info is not None and m.info.node == node for m in executor._states)
+        return _Disk(self.worker.weights_disk, share, executor._ledger)
 
     def _receive(self, state: ActorState) -> Iterator[Outcome]:
         """Take what an actor sent: an answer to a ping, a result, an error, or its death."""

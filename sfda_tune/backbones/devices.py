@@ -122,12 +122,12 @@ SMALL = 5e5  # parameters × (pixels / 224²): below, one thread computes
 
 
 @contextlib.contextmanager
-def use_threads(n: int) -> Iterator[None]:
-    """Let PyTorch compute with `n` threads, then with as many as before."""
+def use_threads(n: int | None) -> Iterator[None]:
+    """Let PyTorch compute with `n` threads (None: as it does), then with as many as before."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(n)
+    torch.set_num_threads(n or threads)
     try:
         yield
     finally:

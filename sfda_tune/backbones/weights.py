@@ -8,6 +8,7 @@ it would ask for a newer version of what is in its cache already.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -23,8 +24,8 @@ from typing import Any
 from sfda_tune.data.hub import forget_reachable, reachable
 
 __all__ = [
-    "Remote", "fetch", "find_cached", "find_remote", "free_space", "is_here", "look_up_sizes",
-    "remove", "version",
+    "Remote", "fetch", "find_cached", "find_remote", "free_space", "hold", "is_here",
+    "look_up_sizes", "remove", "remove_unused", "version",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -233,6 +234,40 @@ def _is_of_the_network(error: Exception) -> bool:
 def _asked_to_wait(error: Exception) -> float:
     asked = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
     return float(asked) if asked.isdigit() else 0.0
+
+
+def hold(file: str, *, alone: bool = False) -> Any:
+    """Keep other processes from removing a file while it is opened; close what is returned.
+
+    None if it is gone, or, to have it `alone`, if another process holds it.
+    """
+    try:
+        held = open(file, "rb")  # noqa: SIM115 - the caller closes it
+    except OSError:
+        return None
+    with contextlib.suppress(ImportError):  # Windows lets nobody remove what is open
+        import fcntl
+
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            held.close()
+            return None
+        except OSError:  # a file system without locks
+            return held
+        if not os.path.exists(file):  # removed, before it was held
+            held.close()
+            return None
+    return held
+
+
+def remove_unused(file: str) -> bool:
+    """Delete a file from the hub's cache; return whether it is gone: others may be opening it."""
+    if (held := hold(file, alone=True)) is None:
+        return not os.path.exists(file)
+    with held if os.name == "posix" else contextlib.nullcontext(held.close()):
+        remove(file)
+    return True
 
 
 def remove(file: str) -> None:

@@ -27,10 +27,12 @@ from sfda_tune.cli.reports import compare_rankings, evaluate_scores, list_backbo
 from sfda_tune.cli.search import search
 from sfda_tune.cli.terminal import (
     PrintableFormatter,
+    Told,
     UsageError,
     messages,
     output,
     print_error,
+    print_json,
     show_warning,
 )
 from sfda_tune.pipelines.clock import counting
@@ -91,12 +93,25 @@ def _on_terminate(signum: int, frame: Any) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors are one line, and a traceback with ``--debug``."""
+    Told.documents, Told.error = 0, ""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        _run(sys.argv[1:] if arguments is None else arguments)
+        _run(words)
     except SystemExit as end:
+        if end.code and not Told.documents and _wants_json(words):
+            print_json({"error": Told.error or "interrupted"})
         if arguments is not None:
             raise
         _leave(int(end.code or 0))
+
+
+def _wants_json(words: list[str]) -> bool:
+    """Whether a program reads the standard output: also what failed is then one document."""
+    options = words[: words.index("--")] if "--" in words else words
+    with suppress(Exception):  # it may be what failed
+        settings = take_config(words, app)[1]
+        return "--json" in options or any(s.get("as_json") for s in settings.values())
+    return "--json" in options
 
 
 def _leave(code: int) -> NoReturn:
@@ -142,9 +157,9 @@ def _run(arguments: list[str]) -> NoReturn:
         if debug:
             for line in traceback.format_exc().splitlines():
                 say(messages, line)
-            sys.exit(1)
         known = str(error) if isinstance(error, (ValueError, OSError)) else ""
-        print_error(known or f"{type(error).__name__}: {error} (--debug shows the traceback)")
+        hint = "" if debug else " (--debug shows the traceback)"
+        print_error(known or f"{type(error).__name__}: {error}{hint}")
         sys.exit(1)
     try:
         if sys.stdout is not None:  # closed by `>&-`

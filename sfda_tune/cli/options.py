@@ -78,6 +78,14 @@ SplitColumn = Annotated[
     ),
 ]
 
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="At most so many threads of the CPU compute; small networks always take one. "
+        "Default: one per core.",
+    ),
+]
 Task = Annotated[
     str,
     typer.Option(
@@ -205,8 +213,8 @@ PANELS = {
         "budget", "trials", "race", "top", "dry_run", "keep", "space", "epochs", "previous",
     ),
     "Where it runs": (
-        "device", "precision", "batch_size", "workers", "decoders", "engine", "storage", "ray",
-        "cache", "no_cache",
+        "device", "precision", "batch_size", "workers", "threads", "decoders", "engine", "storage",
+        "ray", "cache", "no_cache",
     ),
     "What comes out": ("out", "config", "as_json", "quiet", "verbose", "log", "debug"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sfda_tune.cli.options import AsJson
+from sfda_tune.cli.options import AsJson, Threads
 from sfda_tune.cli.terminal import check_out, fail, messages, output, print_json
 
 __all__ = ["predict"]
@@ -50,6 +50,7 @@ def predict(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    threads: Threads = None,
     imports: Annotated[
         list[str] | None, typer.Option("--import", metavar="FILE_OR_MODULE", help="As for `rank`.")
     ] = None,
@@ -80,7 +81,7 @@ def predict(
     bar = Progress(console=messages, transient=True, disable=quiet or not messages.is_terminal)
     with tables[0], tables[1], bar:
         task = bar.add_task("classifying", total=len(files))
-        for rows, p, bad in predict_batches(model, files, batch_size, device):
+        for rows, p, bad in predict_batches(model, files, batch_size, device, threads=threads):
             records = []
             for row, numbers in zip(rows, p.tolist(), strict=True):
                 record: dict[str, Any] = {"item": files[row]}

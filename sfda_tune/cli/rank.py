@@ -27,6 +27,7 @@ from sfda_tune.cli.options import (
     Log,
     SplitColumn,
     Task,
+    Threads,
     Verbose,
     read_groups,
 )
@@ -150,6 +151,7 @@ def rank(
         int | None,
         typer.Option("--decoders", help="Decoding processes. Default: one per core, at most 8."),
     ] = None,
+    threads: Threads = None,
     max_unreadable: Annotated[
         float, typer.Option(help="Fraction of unreadable images that is tolerated.")
     ] = 0.1,
@@ -256,6 +258,7 @@ def rank(
             label_delimiter=label_delimiter,
             bit_depth=bit_depth,
             bands=bands,
+            threads=threads,
         )
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True

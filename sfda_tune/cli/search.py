@@ -19,6 +19,7 @@ from sfda_tune.cli.options import (
     Log,
     SplitColumn,
     Task,
+    Threads,
     Verbose,
     read_groups,
 )
@@ -62,6 +63,7 @@ def search(
         int | None,
         typer.Option(metavar="N", help="Decoding processes of each. Default: one per core."),
     ] = None,
+    threads: Threads = None,
     keep: Annotated[
         int | None, typer.Option(metavar="K", help="Tune at most K backbones. Default: 3.")
     ] = None,
@@ -124,6 +126,14 @@ def search(
     cache: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the kept features.")
     ] = None,
+    weights_disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Disk for weights that this search downloads, such as `50GB`: they are removed "
+            "again, those that are tuned in the end. What was here before stays.",
+        ),
+    ] = None,
     imports: Annotated[
         list[str] | None, typer.Option("--import", metavar="FILE_OR_MODULE", help="As for `rank`.")
     ] = None,
@@ -157,6 +167,7 @@ def search(
             storage=storage,
             workers=workers,
             decoders=decoders,
+            threads=threads,
             keep=keep,
             objective=tuple(objective.replace(" ", "").split(",")),
             metric=metric,
@@ -180,6 +191,7 @@ def search(
             device=device,
             precision=precision,
             plugins=imports or (),
+            weights_disk=weights_disk,
             cache=cache or True,
             seed=seed,
             out=out,

@@ -207,8 +207,15 @@ def describe_ranking(ranking: Ranking) -> dict[str, Any]:
     }
 
 
+class Told:
+    """What this call has told so far: JSON documents, and the error it ends with."""
+
+    documents, error = 0, ""
+
+
 def print_json(document: Any) -> None:
     """Write one JSON document to standard output; what is no number is null, as JSON has it."""
+    Told.documents += 1
     for line in json.dumps(without_nan(document), indent=1).splitlines():  # ASCII: for any pipe
         say(output, line)
 
@@ -265,8 +272,9 @@ def fail(message: str) -> NoReturn:
 
 def print_error(message: str) -> None:
     """Print an error as one line."""
+    Told.error = " ".join(message.split())
     say(messages, "error:", style="bold red", end=" ")
-    say(messages, " ".join(message.split()))  # one line, whatever a plug-in or a library says
+    say(messages, Told.error)  # one line, whatever a plug-in or a library says
 
 
 def show_warning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, open_stream, resolve
+from sfda_tune.data.formats import find_reader
 
 __all__ = [
     "CopiesWarning", "Twins", "find_alike", "find_twins", "group_twins", "shared_images",
@@ -154,6 +155,9 @@ def _is_image(item: Any) -> bool:
         item = resolve(item)
         if isinstance(item, (Image.Image, np.ndarray)):
             return True
+        with open_stream(item) as stream:
+            if find_reader(stream.read(512), None):
+                return True
         with open_stream(item) as stream, Image.open(stream):
             return True
     except Exception:  # Pillow raises a dozen types, a foreign data set any

@@ -3,7 +3,7 @@
 Two threads download; what they have fetched and nobody has used yet is at most `AHEAD` networks.
 With a limit on the disk, what was used is removed when there is no room for the next, the latest
 first: whoever goes over the same networks again finds the others. Only what came here during the
-run is ever removed.
+run is ever removed, and never while another process opens it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from sfda_tune.backbones import loading, weights
 from sfda_tune.data.loader import patience
@@ -21,10 +23,11 @@ from sfda_tune.extraction.plan import Unit
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.text import format_bytes
 
-__all__ = ["Fetcher"]
+__all__ = ["Fetcher", "sweep"]
 
 logger = logging.getLogger(__name__)
 STREAMS, AHEAD = 2, 4  # downloads at a time; networks that are here, or coming, and not used yet
+TRIES = 3  # of weights that another process removes
 STALL = 10  # times the patience with images: the client tells of ten megabytes at a time
 Tell = Callable[[str, int, "int | None"], None]  # backbone, bytes that are here, of how many
 
@@ -54,6 +57,9 @@ class Fetcher:
         Bytes on the disk that may be taken at a time.
     tell : callable, optional
         Receives each backbone, the bytes of it that are here, and of how many.
+    ledger : Path, optional
+        A file for the names of the files that came, one a line; for who has to remove them in the
+        place of this process, see `sweep`.
 
     Examples
     --------
@@ -64,8 +70,11 @@ class Fetcher:
     True
     """
 
-    def __init__(self, limit: int | None = None, tell: Tell | None = None) -> None:
-        self.limit, self.tell = limit, tell
+    def __init__(
+        self, limit: int | None = None, tell: Tell | None = None, ledger: Path | None = None
+    ) -> None:
+        self.limit, self.tell, self.ledger = limit, tell, ledger
+        self.share = 1  # processes that the disk was divided among
         self._items: dict[str, _Item] = {}
         self._used: list[str] = []  # in the order of their use
         self._change = threading.Condition()
@@ -81,9 +90,9 @@ class Fetcher:
             self._stop = True
             self._change.notify_all()
             owned = [item for item in self._items.values() if item.file is not None]
-        if self.limit is not None:
-            for item in owned:
-                self._remove(item)
+        for item in owned if self.limit is not None else ():
+            if not self._remove(item):
+                logger.warning("%s stays: another process is opening it", item.file)
 
     def want(self, backbones: Iterable[Backbone]) -> None:
         """Fetch what is not here yet, in this order."""
@@ -99,6 +108,18 @@ class Fetcher:
                     self._items[name] = _Item(backbone)
             self._start()
             self._change.notify_all()
+
+    def expect(self, backbones: Iterable[Backbone]) -> None:
+        """Fetch what is not here yet of these, and nothing else any more."""
+        backbones = list(backbones)
+        names = {backbone.name for backbone in backbones}
+        with self._change:
+            for name, item in list(self._items.items()):
+                if name not in names and item.state == "wanted":
+                    del self._items[name]
+                elif name not in names:
+                    self._release(name)
+        self.want(backbones)
 
     def is_ready(self, name: str) -> bool:
         """Whether weights are here, or will never be."""
@@ -136,8 +157,33 @@ class Fetcher:
             elif tick is not None:
                 tick(waiting[0].backbone.name, 0)
 
-    def require(self, backbone: Backbone) -> None:
-        """Wait for the weights of a backbone; raise what kept them from coming."""
+    @contextmanager
+    def opening(self, backbone: Backbone) -> Iterator[bool]:
+        """Wait for the weights of a backbone, which is opened inside, and then no more for now.
+
+        Hands out whether they were not here before.
+
+        Raises
+        ------
+        Exception
+            What kept them from coming.
+        """
+        held = None
+        for _ in range(TRIES):
+            self._wait_for(backbone)
+            if (file := _find_file(backbone)) is not None and (held := weights.hold(file)):
+                break
+            if not _is_remote(backbone):
+                break
+            self.want([backbone])  # another process has removed them
+        try:
+            yield self.has_fetched(backbone.name)
+        finally:
+            if held is not None:
+                held.close()
+            self.release(backbone.name)
+
+    def _wait_for(self, backbone: Backbone) -> None:
         with self._change:
             while not self._is_ready(backbone.name) and not self._stop:
                 self._check_stalls()
@@ -147,13 +193,16 @@ class Fetcher:
             raise item.error
 
     def release(self, name: str) -> None:
-        """Receive that a backbone has been opened and will be no more for now."""
+        """Receive that a backbone will be no more for now."""
         with self._change:
-            item = self._items.get(name)
-            if item is not None and item.state == "here":
-                item.state = "used"
-                self._used.append(name)
-                self._change.notify_all()
+            self._release(name)
+
+    def _release(self, name: str) -> None:
+        item = self._items.get(name)
+        if item is not None and item.state == "here":
+            item.state = "used"
+            self._used.append(name)
+            self._change.notify_all()
 
     def has_fetched(self, name: str) -> bool:
         """Whether the weights of a backbone were not here before."""
@@ -201,9 +250,10 @@ class Fetcher:
             name = loading.timm_name(backbone.spec)
             size = weights.look_up_sizes([name])[name]
             if size is not None and size > self.limit:
+                among = f" to each of {self.share} actors on a machine" * (self.share > 1)
                 raise loading.BackboneError(
                     f"its weights take {format_bytes(size)}, and `weights_disk` allows "
-                    f"{format_bytes(self.limit)}"
+                    f"{format_bytes(self.limit)}{among}"
                 )
             self._make_room(item, size)
 
@@ -219,6 +269,9 @@ class Fetcher:
         with self._change:
             if file is not None and fetched:
                 item.file, item.size = file, os.path.getsize(file)
+                if self.ledger is not None:
+                    with self.ledger.open("a", encoding="utf-8") as ledger:
+                        ledger.write(f"{file}\n")
             if self._stop and self.limit is not None:
                 self._remove(item)
             if item.state == "coming":
@@ -233,22 +286,24 @@ class Fetcher:
                 if taken + (size or 0) <= (self.limit or 0) or not taken:
                     item.size, item.moved = size or 0, time.monotonic()
                     return
-                if owned := [n for n in self._used if self._items[n].file is not None]:
-                    self._remove(self._items[owned[-1]])
-                else:
+                owned = [self._items[n] for n in self._used if self._items[n].file is not None]
+                if not any(self._remove(one) for one in reversed(owned)):
                     item.moved = time.monotonic()
                     self._change.wait(0.2)
         raise EndedError
 
-    def _remove(self, item: _Item) -> None:
+    def _remove(self, item: _Item) -> bool:
+        """Remove what came; return whether it is gone."""
         if item.file is not None:
             try:
-                weights.remove(item.file)
+                if not weights.remove_unused(item.file):
+                    return False
             except OSError as error:
                 logger.warning("%s could not be removed: %s", item.file, error)
         item.file, item.size, item.state = None, None, "gone"
         if item.backbone.name in self._used:
             self._used.remove(item.backbone.name)
+        return True
 
     def _check_stalls(self) -> None:
         """Give up the downloads of which nothing has come for long; the client may not."""
@@ -264,9 +319,26 @@ class Fetcher:
                 self._change.notify_all()
 
 
+def sweep(ledgers: Iterable[Path]) -> list[str]:
+    """Remove what came here, for processes that have ended; return what cannot be."""
+    left = []
+    for ledger in ledgers:
+        for file in ledger.read_text(encoding="utf-8").splitlines():
+            with suppress(OSError):
+                if weights.remove_unused(file):
+                    continue
+            left.append(file)
+        ledger.unlink(missing_ok=True)
+    return left
+
+
+def _find_file(backbone: Backbone) -> str | None:
+    return None if backbone.load else weights.find_cached(loading.timm_name(backbone.spec))
+
+
 def _is_remote(backbone: Backbone) -> bool:
     """Whether weights are to be fetched from the hub."""
     if backbone.load is not None:
         return False
-    name = loading.timm_name(backbone.spec)
-    return weights.find_remote(name) is not None and weights.find_cached(name) is None
+    remote = weights.find_remote(loading.timm_name(backbone.spec))
+    return remote is not None and _find_file(backbone) is None

@@ -109,6 +109,10 @@ class Plan:
         """Return the preprocessing of a backbone; equal keys share their pixels."""
         return self.jobs[name].description.preprocessing
 
+    def backbone(self, name: str) -> Backbone:
+        """Return a backbone by its name."""
+        return self.jobs[name].description.backbone
+
     def n_params(self, name: str) -> int:
         """Return the number of parameters of a backbone."""
         return self.jobs[name].description.n_params

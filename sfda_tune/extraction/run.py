@@ -163,6 +163,7 @@ def extract_within(
     settings = settings or Settings()
     resolve = resolve_device if executor is None else executor.resolve_device
     n, limit, begun = len(dataset), settings.max_unreadable, time.time()
+    weights_disk = None if fetcher is None else fetcher.limit
     if executor is not None or map_fn is not None:
         fetcher = None
     jobs: dict[str, BackboneJob] = {}
@@ -235,8 +236,9 @@ def extract_within(
             store.root,
         )
     settings = replace(settings, device=resolve(settings.device))
-    tell = progress.advance if progress and map_fn is None and executor is None else None
-    worker = Worker(settings, store, tell, fetcher=fetcher)
+    here = map_fn is None and executor is None
+    tell = progress.advance if progress and map_fn is None else None
+    worker = Worker(settings, store, tell, fetcher=fetcher, weights_disk=weights_disk)
     outcomes: Any = ()
     keeper = _Keeper(store, begun)
     try:
@@ -250,7 +252,7 @@ def extract_within(
             for outcome in outcomes:
                 came.add(outcome.name)
                 job = jobs[outcome.name]
-                if progress is not None and tell is None:
+                if progress is not None and not here:
                     progress.advance(outcome.name, outcome.n_images)
                 if outcome.not_kept is not None:
                     warnings.warn(

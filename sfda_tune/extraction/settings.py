@@ -45,6 +45,10 @@ class Settings:
         small images that are in memory already, and within the processes of a pool.
     max_unreadable : float, default 0.1
         Fraction of unreadable images above which the data set is refused.
+    threads : int, optional
+        At most so many threads of the CPU compute a batch; a small network is computed with one,
+        and another one with one where that is faster. The features are the same bits whatever is
+        chosen. Default: as many as PyTorch has (`torch.get_num_threads`).
 
     Raises
     ------
@@ -57,12 +61,13 @@ class Settings:
     batch_size: int | None = None
     workers: int | None = None
     max_unreadable: float = 0.1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         rule = f"one of {', '.join(PRECISIONS)}"
         require("precision", self.precision, rule, self.precision in PRECISIONS)
         check_precision(self.precision, self.device)
-        for name, least in (("batch_size", 1), ("workers", 0)):
+        for name, least in (("batch_size", 1), ("workers", 0), ("threads", 1)):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, integer(name, value, least))

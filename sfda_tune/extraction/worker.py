@@ -76,6 +76,9 @@ class Worker:
     resident: dict[str, Any] | None = None  # keeps the networks from one unit to the next
     turn: Turn | None = None  # for the device, where several units are under way
     fetcher: Fetcher | None = None  # of the weights of all units
+    weights_disk: int | None = (
+        None  # bytes of each machine that they may take, elsewhere than here
+    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "advance": None, "resident": None, "turn": None, "fetcher": None}
@@ -97,9 +100,6 @@ class Worker:
             logger.debug("%s failed", unit.backbone.name, exc_info=True)
             outcome.error = describe_error(error)
             outcome.entries, outcome.kept, outcome.unreadable = {}, set(), {}
-        finally:
-            if self.fetcher is not None:
-                self.fetcher.release(unit.backbone.name)
         return outcome
 
     def _run(self, unit: Unit, outcome: Outcome) -> None:
@@ -110,8 +110,12 @@ class Worker:
         kept: deque[Any] = deque()
         about = outcome, n_params, unit.dataset.name
         with ThreadPoolExecutor(1) as keeper:  # a thread starts with the first entry
-            threads = few_threads(forward.module, unit.preprocessing)
-            with self.turn or contextlib.nullcontext(), threads:
+            most = use_threads(self.settings.threads)
+            with (
+                self.turn or contextlib.nullcontext(),
+                most,
+                few_threads(forward.module, unit.preprocessing),
+            ):
                 for shard in self._forward_all(unit, outcome, forward):
                     if not on_gpu:
                         self._keep(shard, *about)
@@ -241,10 +245,20 @@ class Worker:
             return self.resident[name]
         device = torch.device(self.settings.device)
         fetched = unit.backbone.load is None and not is_here(loading.timm_name(unit.backbone.spec))
-        if self.fetcher is not None:
-            self.fetcher.require(unit.backbone)
-            fetched = fetched or self.fetcher.has_fetched(name)
-        module, preprocessing = loading.load(unit.backbone)
+        nothing_to_fetch = contextlib.nullcontext(False)
+        with self.fetcher.opening(unit.backbone) if self.fetcher else nothing_to_fetch as came:
+            module, preprocessing = loading.load(unit.backbone)
+            weights = self._fingerprint(unit, module, fetched or came)
+        n_params = sum(p.numel() for p in module.parameters())
+        with _MOVES:
+            module = module.to(device).to(memory_format=torch.channels_last)
+        loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
+        if self.resident is not None:
+            self.resident[name] = loaded
+        return loaded
+
+    def _fingerprint(self, unit: Unit, module: Any, fetched: bool) -> str:
+        """Return that of the weights; note it for the next run, if they came from the hub."""
         weights = unit.weights or ""
         if self.store is not None and (fetched or not weights):
             digest = self.store.digest_file
@@ -256,13 +270,7 @@ class Worker:
                 )
             if fetched and (known := fingerprints.stand_in(unit.backbone, digest)) is not None:
                 self.store.note("weights", known, {"weights": weights})
-        n_params = sum(p.numel() for p in module.parameters())
-        with _MOVES:
-            module = module.to(device).to(memory_format=torch.channels_last)
-        loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
-        if self.resident is not None:
-            self.resident[name] = loaded
-        return loaded
+        return weights
 
 
 @dataclass(eq=False)
@@ -506,7 +514,13 @@ class Executor(Protocol):
         ...
 
     def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
-        """Yield an outcome for each unit, until nothing of the plan is missing."""
+        """Yield an outcome for each unit, until nothing of the plan is missing.
+
+        An executor that calls ``worker.advance(name, 0)`` every second or so is stopped in time,
+        by what that raises. One with a true attribute ``bounds_weights`` keeps to
+        `Worker.weights_disk`. An attribute ``n_places`` are the units that it runs at a time, an
+        attribute ``waited`` the seconds that it waited for workers to start.
+        """
         ...
 
     def report(self) -> dict[str, Any]:
@@ -523,6 +537,7 @@ class OnDemand:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.device: str | None = None
+        self._entering = 0.0  # seconds
         self._stack = contextlib.ExitStack()
         self._entered = False
 
@@ -534,9 +549,21 @@ class OnDemand:
 
     def _enter(self) -> Executor:
         if not self._entered:
+            started = time.perf_counter()
             self._stack.enter_context(self.executor)
+            self._entering = time.perf_counter() - started
             self._entered = True
         return self.executor
+
+    @property
+    def n_places(self) -> int:
+        """The units that run at a time, as far as that is known."""
+        return getattr(self.executor, "n_places", 1)
+
+    @property
+    def waited(self) -> float:
+        """The seconds so far until workers had started."""
+        return self._entering + getattr(self.executor, "waited", 0.0)
 
     def resolve_device(self, device: str) -> str:
         """Return the device of the workers; it stays known as `device`."""

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.backbones import loading
-from sfda_tune.backbones.devices import check_precision, compute, few_threads, resolve_device
+from sfda_tune.backbones.devices import (
+    check_precision,
+    compute,
+    few_threads,
+    resolve_device,
+    use_threads,
+)
 from sfda_tune.backbones.plugins import BackboneError
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.data.arrays import as_item
@@ -27,7 +33,7 @@ from sfda_tune.finetuning.checkpoints import read_tensors, write_tensors
 from sfda_tune.values import formats
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import digest_file, read_json, replacing, unfinished, write_text
-from sfda_tune.values.text import one_line
+from sfda_tune.values.text import integer, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +133,7 @@ def predict(
     batch_size: int = 32,
     device: str = "auto",
     precision: str = "float32",
+    threads: int | None = None,
 ) -> np.ndarray:
     """Return the class probabilities of images.
 
@@ -141,6 +148,8 @@ def predict(
     batch_size : int, default 32
     device : str, default "auto"
     precision : {"float32", "tf32", "bfloat16", "float16"}
+    threads : int, optional
+        At most so many threads of the CPU compute; default: as many as PyTorch has.
 
     Returns
     -------
@@ -152,7 +161,9 @@ def predict(
     dataset = _images(images, model)
     p = np.full((len(dataset), len(model.classes)), np.nan)
     unreadable: dict[int, str] = {}
-    for rows, found, bad in predict_batches(model, dataset, batch_size, device, precision):
+    for rows, found, bad in predict_batches(
+        model, dataset, batch_size, device, precision, threads
+    ):
         p[rows] = found
         unreadable |= bad
     if unreadable:
@@ -171,10 +182,12 @@ def predict_batches(
     batch_size: int = 32,
     device: str = "auto",
     precision: str = "float32",
+    threads: int | None = None,
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
     """Yield rows, their probabilities and what cannot be read, batch by batch; see `predict`."""
     dataset, device = _images(images, model), resolve_device(device)
     check_precision(precision, device)
+    threads = None if threads is None else integer("threads", threads, 1)
     module = model.module.to(device)
     inputs = _Inputs(dataset, model.preprocessing.build())
     batches = cut(len(dataset), batch_size)
@@ -184,7 +197,7 @@ def predict_batches(
         pixels = [x for x in made if not isinstance(x, str)]
         p = np.full((len(rows), len(model.classes)), np.nan)
         if pixels:
-            with few_threads(module, model.preprocessing):
+            with use_threads(threads), few_threads(module, model.preprocessing):
                 good = [row not in bad for row in rows]
                 p[good] = probabilities(
                     forward(module, model.preprocessing, pixels, device, precision)
@@ -267,6 +280,9 @@ def _headed(body: nn.Module, width: int, n_classes: int) -> Any:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(_pool(self.body(x)))
+
+        def __reduce__(self) -> Any:  # pickle finds no class of a function
+            return _headed, (self.body, width, n_classes), self.__dict__
 
     return Headed()
 

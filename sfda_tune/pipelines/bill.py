@@ -16,9 +16,9 @@ from sfda_tune.extraction.run import find_pending
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import open_store
 from sfda_tune.metrics.priors import look_up_facts
-from sfda_tune.pipelines.budget import time_decoding
+from sfda_tune.pipelines.budget import parse_weights_disk, time_decoding
 from sfda_tune.pipelines.latency import time_forward
-from sfda_tune.pipelines.ranking import find_prices, measure_sizes, parse_weights_disk
+from sfda_tune.pipelines.ranking import find_prices, measure_sizes
 from sfda_tune.values.text import format_bytes, format_duration, some
 
 __all__ = ["Bill", "draw_up_bill"]

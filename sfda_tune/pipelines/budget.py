@@ -1,4 +1,4 @@
-"""How much time there is, and what it must suffice for."""
+"""How much time and disk there is, and what it must suffice for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.pipelines.trials import best_epoch, find_best, of_backbone
+from sfda_tune.values.text import parse_bytes
 
-__all__ = ["Budget", "RankingWatch", "Workload", "ends_later", "parse_budget", "time_decoding"]
+__all__ = [
+    "Budget", "RankingWatch", "Workload", "ends_later", "parse_budget", "parse_weights_disk",
+    "time_decoding",
+]  # fmt: skip
 
 RANK_SHARE, RETRAIN_SHARE = 0.5, 0.3  # at most so much of a budget
 
@@ -140,6 +144,11 @@ def parse_budget(budget: str | float | None) -> float | None:
     if seconds is not None and not 0 < float(seconds) < math.inf:
         raise ValueError(f"`budget` must be a time such as '2h', '45m' or 90 but is {budget!r}.")
     return None if seconds is None else float(seconds)
+
+
+def parse_weights_disk(text: str | int | None) -> int | None:
+    """Return the bytes that downloaded weights may take; None for any."""
+    return None if text is None else parse_bytes("`weights_disk`", str(text))
 
 
 def ends_later(new: str | float | None, old: str | float | None) -> bool:

@@ -12,7 +12,7 @@ from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_options
 from sfda_tune.data.opening import TASKS
 from sfda_tune.finetuning.config import MONITORS
-from sfda_tune.pipelines.budget import parse_budget
+from sfda_tune.pipelines.budget import parse_budget, parse_weights_disk
 from sfda_tune.pipelines.spaces import open_space
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check_folder
@@ -69,6 +69,8 @@ class SearchConfig:
     task: str | None = None
     bit_depth: str | int | None = None
     bands: Any = None  # as text, "4,3,2"
+    weights_disk: str | int | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         objective = self.objective
@@ -93,6 +95,11 @@ class SearchConfig:
     def seconds(self) -> float | None:
         """The budget."""
         return parse_budget(self.budget)
+
+    @property
+    def weights_limit(self) -> int | None:
+        """Bytes that weights may take of the disk which come from the hub."""
+        return parse_weights_disk(self.weights_disk)
 
     @property
     def directions(self) -> tuple[Literal["maximize", "minimize"], ...]:
@@ -129,8 +136,9 @@ def _check_numbers(c: SearchConfig) -> None:
     for name in ("trials", "workers", "keep", "epochs", "samples"):
         if g[name] is not None or name in ("workers", "keep"):
             c._set(name, integer(name, g[name], 1))
-    if c.decoders is not None:
-        c._set("decoders", integer("decoders", c.decoders, 0))
+    for name, least in (("decoders", 0), ("threads", 1)):
+        if g[name] is not None:
+            c._set(name, integer(name, g[name], least))
     for name in ("max_params", "max_latency"):
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
     allowed = ("accuracy", "accuracy,latency", "accuracy,params")
@@ -158,6 +166,7 @@ def _check_numbers(c: SearchConfig) -> None:
     is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1
     require("max_unreadable", limit, "in 0 … 1", is_share)
     parse_budget(c.budget)
+    parse_weights_disk(c.weights_disk)
 
 
 def _check_apart(images: Any, out: Path) -> None:

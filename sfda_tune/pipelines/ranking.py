@@ -35,7 +35,7 @@ from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer, default_metric
-from sfda_tune.pipelines.budget import RankingWatch, parse_budget
+from sfda_tune.pipelines.budget import RankingWatch, parse_budget, parse_weights_disk
 from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
 from sfda_tune.selection.ensembles import select_ensemble
@@ -50,7 +50,7 @@ from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, parse_bytes, require, some
+from sfda_tune.values.text import integer, require, some
 
 __all__ = ["RankingInterruptedError", "rank"]
 
@@ -107,6 +107,7 @@ def rank(
     label_delimiter: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
+    threads: int | None = None,
 ) -> Ranking:
     """Rank backbones by what training on a labelled image data set will make of them.
 
@@ -143,7 +144,7 @@ def rank(
         metrics that know no groups.
     split_column : str, optional
         Column that says which part a row is of, where it has an unusual name.
-    device, precision, batch_size, workers, max_unreadable
+    device, precision, batch_size, workers, max_unreadable, threads
         See `sfda_tune.extraction.settings.Settings`.
     cache : bool or path, default True
         Where features are kept for the next run: True for
@@ -178,7 +179,8 @@ def rank(
     weights_disk : str or int, optional
         How much of the disk may be taken at a time by weights that this call downloads, such as
         "50GB" (or bytes): what was used makes room for the next, and at the end all of it is
-        removed. What was here before stays. Not for an `executor` or `map_fn`.
+        removed. What was here before stays. With an `executor` so much of each machine, in equal
+        parts for its actors. Not for a `map_fn`.
     task : {"auto", "classification", "regression", "multilabel"}, optional
         What labels are: classes, numbers to predict, or several per image; see `open_dataset`.
         For "regression" the score is ``ridge``, the R² of leave-one-out ridge regression; ``knn``,
@@ -229,7 +231,7 @@ def rank(
         label_columns=label_columns if isinstance(label_columns, str | None) else [*label_columns],
         bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
-    settings = Settings(device, precision, batch_size, workers, max_unreadable)
+    settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
     if executor is None:
         settings = replace(settings, device=resolve_device(device))
     elif isinstance(executor, type):
@@ -269,10 +271,12 @@ def rank(
         )
     seconds = parse_budget(budget)
     limit = parse_weights_disk(weights_disk)
-    if limit is not None and (executor is not None or map_fn is not None):
+    bounded = executor is None or getattr(executor, "bounds_weights", False)
+    if limit is not None and (map_fn is not None or not bounded):
         raise ValueError(
-            f"`weights_disk` is for downloads of this process but is {weights_disk!r} with an "
-            "`executor` or `map_fn`; leave one out."
+            f"`weights_disk` is for downloads of this process, or of an executor that keeps to "
+            f"it, but is {weights_disk!r} with {'`map_fn`' if bounded else f'{executor!r}'}; "
+            "leave one out."
         )
     if top is not None and not race:
         raise ValueError(f"`top` is for a race but is {top!r} without one; add race=True.")
@@ -448,11 +452,6 @@ def find_strata(images: ImageDataset) -> np.ndarray:
     """Return within what images are resampled: the classes; all of them, for other tasks."""
     is_single = images.task == "classification"
     return images.labels if is_single else np.zeros(len(images), np.int64)
-
-
-def parse_weights_disk(text: str | int | None) -> int | None:
-    """Return the bytes that downloaded weights may take; None for any."""
-    return None if text is None else parse_bytes("`weights_disk`", str(text))
 
 
 def _leave_out_equal(
@@ -632,12 +631,13 @@ class _RankingRun:
 
         Some at a time, for at most `SLICE` of the time that is left, so that a wrong estimate of
         their price costs little: seconds are taken to be proportional to `find_prices`, by what
-        those before have taken.
+        those before have taken. An executor gets at least as many as it runs at a time.
         """
         begun = time.perf_counter()
         order, price = order_by_promise(facts), find_prices(facts)
         left, by_name = list(order), {b.name: b for b in self.candidates}
         spent = paid = 0.0
+        demand = self.executor
 
         def is_over() -> bool:
             return time.perf_counter() - begun >= seconds
@@ -645,16 +645,17 @@ class _RankingRun:
         watch = RankingWatch(bar, is_over)
         while left and not is_over():
             room, rate = seconds - (time.perf_counter() - begun), spent / paid if paid else 0.0
-            some, total = [], 0.0
+            some, total, least = [], 0.0, 1 if demand is None else demand.n_places
             for name in left:
                 cost = rate * price[name]
-                if cost < room and (not some or (paid and total + cost < SLICE * room)):
+                if cost < room and (len(some) < least or (paid and total + cost < SLICE * room)):
                     some.append(name)
                     total += cost
             if not some:
                 return
             left = [name for name in left if name not in some]
             started, rows = time.perf_counter(), self.rows
+            waited = 0.0 if demand is None else demand.waited
             try:
                 self.measure([by_name[name] for name in some], None, watch, seen)
             except KeyboardInterrupt:
@@ -666,6 +667,7 @@ class _RankingRun:
             new = [n for n in some if not self.scores[n].details.get("cached")]
             if new:
                 spent += time.perf_counter() - started
+                spent -= 0.0 if demand is None else demand.waited - waited  # but once, to start
                 paid += sum(price[name] for name in new)
 
     def race(self, config: RaceConfig, bar: Any, judge: Judge | None = None) -> RaceResult:

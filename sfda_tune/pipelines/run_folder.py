@@ -57,7 +57,10 @@ __all__ = ["RunFolder", "begin", "name_study", "reopen"]
 logger = logging.getLogger(__name__)
 
 # may differ when a search goes on
-FREE = ("workers", "decoders", "progress", "out", "cache", "device", "max_unreadable", "previous")
+FREE = (
+    "workers", "decoders", "threads", "progress", "out", "cache", "device", "max_unreadable",
+    "previous", "weights_disk",
+)  # fmt: skip
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
 
@@ -96,6 +99,15 @@ class RunFolder:
 
         with FileLock(self.path / f"{name}.lock"):
             yield
+
+    def forget_refused(self) -> None:
+        """Remove the lock "stage", which the caller holds, unless the search has begun.
+
+        Who waits for it sees that its file is gone, and makes another.
+        """
+        if not os.path.lexists(self.path / "config.json"):
+            with suppress(OSError):  # Windows does not let go what is open
+                (self.path / "stage.lock").unlink()
 
     # search.json --------------------------------------------------------------------------------
     @property

@@ -61,10 +61,12 @@ def search(
     precision: str = "float32",
     plugins: Iterable[str] = (),
     cache: bool | str | os.PathLike[str] | None = True,
+    weights_disk: str | int | None = None,
     previous: Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: Any = None,
+    threads: int | None = None,
 ) -> SearchResult:
     """Rank, tune and fine-tune backbones; return the best model and its test.
 
@@ -126,6 +128,11 @@ def search(
         for once, before anything is ranked, and left out of everything.
     device, precision, plugins, cache
         See `rank`.
+    weights_disk : str or int, optional
+        How much of the disk may be taken at a time by weights that the search downloads, such as
+        "50GB" (or bytes): those of networks that are ranked make room for the next, those of the
+        `keep` that are tuned stay until the test is done. What was here before stays. For an
+        engine that trains on this machine.
     previous : sequence of path, optional
         Folders of finished searches on other data: what parameters did best there is preferred, as
         far as the trials of this search bear it out. With one objective.
@@ -134,6 +141,12 @@ def search(
     out : path, optional
         The folder RUN; default: a new temporary one.
     progress : bool or SearchProgress, optional
+    threads : int, optional
+        At most so many threads of the CPU compute in each of the processes; default: those of
+        PyTorch, shared between the `workers`. Scores do not depend on it; training does (an epoch
+        on 60 digits with one thread and with two: log-losses up to 0.0001 apart, four demo
+        networks), so a search is repeated to the bit with as many. Trials on Ray have the CPUs
+        that Ray gives them.
 
     Returns
     -------
@@ -164,6 +177,7 @@ def search(
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
         time_column=time_column, task=task, bit_depth=bit_depth, bands=bands,
+        weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history
@@ -171,7 +185,7 @@ def search(
     with (
         counting(),
         _as_found(device),
-        share_cores(workers),
+        share_cores(workers, config.threads),
         without_secrets(storage),
         as_progress(progress, SearchProgress) as shown,
     ):

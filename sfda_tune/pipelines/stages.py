@@ -19,7 +19,9 @@ nothing if it is done already.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -29,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.backbones.loading import fetch, timm_name
+from sfda_tune.backbones.weights import is_here, look_up_sizes, remove_unused
 from sfda_tune.data.decoding import get_switches, set_switches
 from sfda_tune.pipelines.budget import RANK_SHARE, Budget, Workload
 from sfda_tune.pipelines.clock import Beat
@@ -52,10 +56,11 @@ from sfda_tune.selection.forecast import find_evidence, forecast, is_forecast
 from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.uncertainty import shortlist
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import some
+from sfda_tune.values.text import format_bytes, some
 
 __all__ = ["choose_survivors", "run_stages", "work"]
 
+logger = logging.getLogger(__name__)
 NEAR = 5  # so many trials that may be the winner keep their weights
 
 
@@ -66,7 +71,11 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
     with ExitStack() as stack:
         try:
             with folder.lock("stage"):
-                inputs = _begin(config, folder, budget)
+                try:
+                    inputs = _begin(config, folder, budget)
+                except BaseException:
+                    folder.forget_refused()
+                    raise
                 if folder.is_done("test"):
                     if not (folder.path / "report.html").exists():  # killed before it was written
                         write_report(folder.path)
@@ -74,6 +83,7 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
                 stack.enter_context(Beat(folder.now.write, 1.0))
                 rank_backbones(folder, budget, inputs)
                 make_shortlist(config, folder)
+                fetch_survivors(folder, inputs)
             todo = _measure_workload(folder, budget, inputs)
             if number == 0 and not folder.is_done("tune"):
                 workers = start_workers(config, inputs.engine, work)
@@ -115,6 +125,12 @@ def _begin(config: SearchConfig, folder: RunFolder, budget: Budget) -> Inputs:
             )
 
     inputs = open_inputs(config, folder.splits, check)
+    if config.weights_disk is not None and getattr(inputs.engine, "spreads", False):
+        raise ValueError(
+            f"`weights_disk` bounds the disk of this machine but is {config.weights_disk!r} with "
+            f"the engine {config.engine!r}, which trains on others, too; leave it out, or take "
+            "engine='optuna'."
+        )
     limits = {"max_params": config.max_params, "max_latency": config.max_latency}
     timed = "latency" in config.objective
     costs = partial(measure_costs, inputs.backbones, inputs.device, timed=timed, **limits)
@@ -145,7 +161,7 @@ def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
         inputs.parts["train"], admitted, seed=config.seed, device=inputs.device,
         precision=config.precision, cache=config.cache, plugins=config.plugins,
         progress=folder.progress, max_unreadable=config.max_unreadable,
-        workers=config.decoders,
+        workers=config.decoders, weights_disk=config.weights_disk,
         budget=None if math.inf == end else max(end - budget.now(), 1e-3),
     )  # fmt: skip
     unseen = ranking.info.get("not_looked_at", [])
@@ -207,6 +223,38 @@ def choose_survivors(ranking: Ranking, keep: int) -> list[str]:
         first += find_evidence(ranking).shortlist(1)
     chosen = list(dict.fromkeys([*first, *scored]))[:keep]
     return [name for name in scored if name in chosen]
+
+
+def fetch_survivors(folder: RunFolder, inputs: Inputs) -> None:
+    """Have the weights to be tuned here, within the disk that they may take, until the end."""
+    limit, known = inputs.config.weights_limit, folder.state.get("fetched", [])
+    if limit is None or folder.is_done("test"):
+        return
+    survivors = [inputs.backbones[name] for name in folder.state["survivors"]]
+    absent = [b for b in survivors if b.load is None and not is_here(timm_name(b.spec))]
+    sizes = look_up_sizes(timm_name(b.spec) for b in absent).values()
+    there = sum(os.path.getsize(file) for file in known if os.path.exists(file))
+    needed = there + sum(size or 0 for size in sizes)
+    if needed > limit:
+        raise ValueError(
+            f"`weights_disk` allows {format_bytes(limit)} but the weights to be tuned, of "
+            f"{some([b.name for b in survivors])}, take {format_bytes(needed)}; the same call "
+            "goes on from here with more."
+        )
+    for backbone in absent:
+        file, fetched = fetch(backbone)
+        if file is not None and fetched:
+            with folder.edit() as state:
+                state["fetched"] = [*state.get("fetched", []), file]
+
+
+def forget_weights(folder: RunFolder) -> None:
+    """Remove the weights that `fetch_survivors` fetched."""
+    for file in folder.state.get("fetched", []):
+        if not remove_unused(file):
+            logger.warning("%s stays: another process is opening it", file)
+    with folder.edit() as state:
+        state.pop("fetched", None)
 
 
 # Tune -------------------------------------------------------------------------------------------
@@ -287,6 +335,7 @@ def finish(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) ->
     winner = summarise(best, todo.metric, state["costs"]) | found
     spent = any("budget" in s["note"] for s in state["stages"])
     note = f"accuracy {found['test']['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
+    forget_weights(folder)
     # at once: a search whose last stage is done, but which has no winner, would never end
     folder.leave("test", note, best=winner, status="budget spent" if spent else "done")
     write_report(folder.path)

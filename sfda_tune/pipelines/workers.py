@@ -35,11 +35,11 @@ class Worker:
 
 
 @contextmanager
-def share_cores(workers: int) -> Iterator[None]:
+def share_cores(workers: int, threads: int | None = None) -> Iterator[None]:
     """Leave every worker its part of the cores: threads that wait for each other are slow."""
     import torch
 
-    with use_threads(max(1, torch.get_num_threads() // workers)):
+    with use_threads(threads or max(1, torch.get_num_threads() // workers)):
         yield
 
 
@@ -90,7 +90,7 @@ def work_as(config: SearchConfig, number: int) -> Iterator[SearchConfig]:
         config = replace(config, device=f"cuda:{number % torch.cuda.device_count()}")
     note = _note(config.out, number)
     note.unlink(missing_ok=True)
-    with share_cores(config.workers):
+    with share_cores(config.workers, config.threads):
         try:
             yield config
         except KeyboardInterrupt:

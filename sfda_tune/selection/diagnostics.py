@@ -117,7 +117,7 @@ def _task(ranking: Ranking) -> _Found:
 
 
 def _unjudged(ranking: Ranking, scores: Sequence[Score]) -> _Found:
-    counts = list(ranking.info.get("label_counts") or ())
+    counts: list[dict[str, Any]] = [*(ranking.info.get("label_counts") or ())]
     left_out = next((s.details["left_out"] for s in scores if "left_out" in s.details), ())
     few = [f"{counts[c]['name']} ({counts[c]['positives']})" for c in left_out if c < len(counts)]
     if not few:

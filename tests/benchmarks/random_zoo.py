@@ -41,10 +41,12 @@ KEPT = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "first_conv", "
 
 
 @functools.cache
-def pool(scale: int) -> bytes:
-    """Return normal numbers with a standard deviation of 2^scale; the ends fit together."""
+def pool(kind: int | str) -> bytes:
+    """Return ones, zeros, or normal numbers with a standard deviation of 2^kind."""
+    if isinstance(kind, str):
+        return np.full(POOL, kind == "ones", np.float32).tobytes()
     rng = np.random.default_rng(0)
-    return (rng.standard_normal(POOL).astype(np.float32) * np.float32(2.0**scale)).tobytes()
+    return (rng.standard_normal(POOL).astype(np.float32) * np.float32(2.0**kind)).tobytes()
 
 
 def make_weights(tensors: Mapping[str, Any], seed: int) -> Content:
@@ -67,9 +69,6 @@ def make_weights(tensors: Mapping[str, Any], seed: int) -> Content:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    one = np.ones(POOL, np.float32).tobytes()
-    sources = {kind: pool(kind) for kind in kinds if isinstance(kind, int)}
-    sources |= {"ones": one, "zeros": bytes(len(one))}
     shift = 4 * (seed % POOL)
 
     def read(start: int, stop: int) -> bytes:
@@ -78,7 +77,7 @@ def make_weights(tensors: Mapping[str, Any], seed: int) -> Content:
         while start < stop:
             i = bisect_right(starts, start) - 1
             until = min(stop, starts[i + 1] if i + 1 < len(starts) else end)
-            source = sources[kinds[i]]
+            source = pool(kinds[i])
             at = (start - starts[i] + shift) % len(source)
             part = source[at : at + until - start]
             parts.append(part)

@@ -64,6 +64,7 @@ RECIPE = {
 }  # fmt: skip
 
 SETTINGS = {"lr": [1e-4, 1e-3, 1e-2], "batch_norm": ["frozen", "train"]}
+SETTINGS_FILE = Path(__file__).with_name("real_zoo_settings.json")
 N_SETTINGS = 8  # backbones, the cheapest
 
 logger = logging.getLogger("real_zoo")

@@ -6,7 +6,9 @@ A trial looks its value up in a table of ../shared/data, through real Optuna stu
 
 - **SHiFT** (9 tables): 30 backbones, drawn per seed from the complete block of 178 with lr .01 at
   800 images (`cifar100`, `dmlab`: × lr .1 where it was run), with recorded seconds;
-- **CLIP** (24 tables): 12 backbones × 3 lr × 3 epochs; without seconds: cost is GMACs × epochs.
+- **CLIP** (24 tables): 12 backbones × 3 lr × 3 epochs; without seconds: cost is GMACs × epochs;
+- **zoo**: fine-tunings of our own, 3 lr × 2 kinds of batch_norm, with CPU seconds
+  (``real_zoo.py --settings``, ``real_zoo_settings.json``); nothing was fitted to it.
 
 The proxy is made: normal scores of the backbones' best values, mixed with noise to the Spearman
 correlation ρ. Every second table (``--tables fit``) served to fit the constants of
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import sys
 import time
 import warnings
@@ -54,7 +57,7 @@ class Table(NamedTuple):
     name: str
     value: np.ndarray
     cost: np.ndarray
-    space: dict[str, list[float]]  # of the other parameters; settings in their product's order
+    space: dict[str, list[Any]]  # of the other parameters; settings in their product's order
 
 
 class Case(NamedTuple):
@@ -110,6 +113,16 @@ def read_clip() -> list[Table]:
     return tables
 
 
+def read_zoo() -> list[Table]:
+    from real_zoo import SETTINGS, SETTINGS_FILE
+
+    tables = []
+    for name, cells in json.loads(SETTINGS_FILE.read_text()).items():
+        grid = np.array([cells[backbone] for backbone in sorted(cells)])
+        tables.append(Table(f"zoo {name}", grid[..., 0], grid[..., 1], SETTINGS))
+    return tables
+
+
 def make_case(table: Table, rho: float, seed: int, pool: int) -> Case:
     rng = np.random.default_rng([seed, *table.name.encode()])
     K = len(table.value)
@@ -151,7 +164,7 @@ def best(case: Case, n: int | None = None) -> list[str]:
     return sorted(case.scores, key=lambda name: -case.scores[name])[:n]
 
 
-def suggest_setting(trial: optuna.Trial, space: dict[str, list[float]]) -> int:
+def suggest_setting(trial: optuna.Trial, space: dict[str, list[Any]]) -> int:
     h = 0
     for name, values in space.items():
         h = h * len(values) + values.index(trial.suggest_categorical(name, values))
@@ -351,8 +364,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     tables = [t for family in (read_shift(), read_clip()) for t in family]
-    parts = {"all": tables, "fit": tables[::2], "held-out": tables[1::2]}
-    tables = parts.get(args.tables, [t for t in tables if args.tables in t.name])
+    parts = {"fit": tables[::2], "held-out": [*tables[1::2], *read_zoo()]}
+    parts["all"] = [*tables, *read_zoo()]
+    tables = parts.get(args.tables, [t for t in parts["all"] if args.tables in t.name])
     started = time.perf_counter()
     jobs = [(t, rho, args.seeds, args.pool) for t in tables for rho in RHOS]
     found: dict[tuple[str, str, float], Any] = {}
@@ -360,7 +374,7 @@ def main() -> None:
         for part in (map if args.jobs == 1 else executor.map)(replay, jobs):
             found |= part
     names = [t.name for t in tables]
-    families = {f: [n for n in names if n.startswith(f.lower())] for f in ("SHiFT", "CLIP")}
+    families = {f: [n for n in names if n.startswith(f.lower())] for f in ("SHiFT", "CLIP", "zoo")}
     families = {f: n for f, n in (families | {"all": names}).items() if n}
     print(
         f"# Study replay: {len(names)} tables, {args.seeds} seeds, Optuna {optuna.__version__}\n"

@@ -18,7 +18,7 @@ LIBRARY = glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")
 @pytest.mark.skipif(not LIBRARY, reason="no libfaketime (apt-get install faketime)")
 def test_a_budget(seed, tmp_path, clean_environment):
     """Days forth and back, several times a second, also for the workers."""
-    rng, budget, run = random.Random(seed), 24, tmp_path / "run"
+    rng, budget, run = random.Random(seed), 20, tmp_path / "run"
     now = tmp_path / "now"
     now.write_text("+0")
     environment = clean_environment | {

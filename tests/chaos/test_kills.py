@@ -1,11 +1,7 @@
 """`kill -9` at random moments, then the same command again."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import optuna
@@ -113,35 +109,3 @@ def test_search_with_workers(seed, seconds, finish, kill, tmp_path):
     finish(command, tmp_path / "log")
     check(tmp_path / "run", 4)
     check_study(tmp_path / "run")
-
-
-@trials(1)
-def test_search_on_ray(seed, tmp_path, clean_environment):
-    pytest.importorskip("ray")
-    rng = random.Random(seed)
-    command = [sys.executable, "-m", "sfda_tune", *map(str, search(tmp_path, 3)), "--engine=ray"]
-    environment = clean_environment | {
-        "RAY_AUTH_MODE": "", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
-        environment.pop(name, None)
-
-    def begin():
-        with (tmp_path / "log").open("ab") as log:  # a pipe would wait for Ray's daemons
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-    child, until = begin(), time.monotonic() + 120
-    while not list((tmp_path / "run").glob("trials/*")) and time.monotonic() < until:
-        time.sleep(0.1)
-    time.sleep(rng.uniform(0, 5))
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    again = begin()
-    try:
-        code = again.wait(timeout=180)
-    finally:
-        again.kill()
-        again.wait()
-    assert code == 0, (tmp_path / "log").read_text(errors="replace")[-3000:]
-    check(tmp_path / "run", 3)

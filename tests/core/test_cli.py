@@ -73,9 +73,9 @@ def cli_here(clean_environment, monkeypatch, capfd):
 RANK = ["--device", "cpu", "--quiet"]
 
 
-def test_rank_prints_and_writes_and_reuses(cli, cli_here, photos, toy_zoo, tmp_path):
+def test_rank_prints_and_writes_and_reuses(cli_here, photos, toy_zoo, tmp_path):
     arguments = [photos, "--backbones", toy_zoo, *RANK]
-    out = cli("rank", *arguments, "--out", tmp_path / "r.json")
+    out = cli_here("rank", *arguments, "--out", tmp_path / "r.json")
     assert "my photos: 36 images, 3 classes" in out
     for word in (
         "rank",
@@ -179,6 +179,7 @@ def test_a_failed_backbone_is_shown_last_with_its_error(cli_here, photos, toy_zo
         (["digits", "--device", "nonsense"], "`device`"),
         (["digits", "--precision", "int8"], "`precision`"),
         (["digits", "--samples", "3"], "3"),
+        (["digits", "--threads", "0"], "`threads` must be an integer ≥ 1"),
         (["digits", "--cache", "c", "--no-cache"], "exclude each other"),
         (["digits", "--import", "nope.py"], "nope.py"),
     ],
@@ -311,9 +312,13 @@ def test_saturated_scores_are_remarked_upon(cli_here, photos, toy_zoo):
     assert "tie" in err
 
 
+@pytest.fixture(scope="module")
+def ranking(photos, toy_zoo):
+    return sfda_tune.rank(photos, toy_zoo, device="cpu", workers=0, cache=False)
+
+
 @pytest.mark.parametrize("columns", [40, 60, 100])
-def test_a_narrow_terminal_keeps_names_and_scores(photos, toy_zoo, monkeypatch, capsys, columns):
-    ranking = sfda_tune.rank(photos, toy_zoo, device="cpu", workers=0)
+def test_a_narrow_terminal_keeps_names_and_scores(ranking, monkeypatch, capsys, columns):
     told = StringIO()
     monkeypatch.setattr(terminal, "output", Console(file=told, width=columns, force_terminal=True))
     terminal.show_ranking(ranking)
@@ -338,6 +343,7 @@ def test_the_width_is_that_of_the_terminal(forked, photos, toy_zoo, tmp_path, mo
     assert "No room for: " in (tmp_path / "err").read_text()
 
 
+@pytest.mark.slow
 def test_a_script_without_main_guard_works_where_processes_are_spawned(
     photos, toy_zoo, tmp_path, clean_environment
 ):
@@ -578,6 +584,46 @@ def test_a_search_that_is_refused_leaves_the_options_of_the_run(cli_here, tmp_pa
         (tmp_path / name).write_text("of the run")
     cli_here("search", tmp_path / "nowhere", "-o", tmp_path, code=1)
     assert (tmp_path / "config.yaml").read_text() == "of the run"
+    for words in (["nowhere"], ["digits", "-b", "demo:resnet_noise", "--max-params", 10]):
+        cli_here("search", *words, "-o", tmp_path / "new", code=1)
+        assert not list((tmp_path / "new").iterdir())  # not even a lock
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["rank", "nowhere"], 1, "nowhere"),
+        (["rank", "digits", "--out", "r.txt"], 1, "--out must end in .json or .csv"),
+        (["rank", "nowhere", "--debug"], 1, "nowhere"),
+        (["rank", "digits", "--samples", "many"], 2, "valid integer"),
+        (["rank", "digits", "--config", "none.yaml"], 1, "does not exist"),
+        (["search", "nowhere", "-o", "run"], 1, "nowhere"),
+        (["predict", "run", "a.png"], 1, "run"),
+        (["evaluate", "a.json", "b.json"], 1, "does not exist"),
+        (["compare", "a.json", "b.json"], 1, "a.json"),
+        (["backbones", "nothing-like-it"], 1, "nothing-like-it"),
+        (["doctor", "--nothing"], 2, "--nothing"),
+    ],
+)
+def test_what_fails_is_one_json_document_too(cli_here, tmp_path, monkeypatch, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    out, err = cli_here(*words, "--json", code=code, both=True)
+    assert said in json.loads(out)["error"]
+    assert json.loads(out)["error"] in err  # as people read it
+
+
+def test_what_fails_after_its_document_is_still_one(cli_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "options.yaml"
+    file.write_text("json: true\nbackbones: local-dir:nowhere\n")
+    told = json.loads(cli_here("rank", "--config", file, *RANK, code=1, both=True)[0])
+    assert "nowhere" in told["error"]
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "config.json").write_text("{}")
+    words = ("rank", "-b", "local-dir:net", "--no-cache", "--json", *RANK)
+    told = json.loads(cli_here(*words, code=1, both=True)[0])
+    assert list(told["failed"]) == ["net"]
+    assert "error" not in told
 
 
 def test_a_search_writes_its_options_without_secrets(tmp_path, monkeypatch):

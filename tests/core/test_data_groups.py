@@ -16,6 +16,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import describe_options, read_options
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.data.splits import hold_out, split_images, tell_shared
+from sfda_tune.extraction.store import FeatureStore
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.images import split
 from sfda_tune.selection.diagnostics import diagnose
@@ -356,7 +357,7 @@ def frames(seed: int, videos: int, each: int) -> tuple[np.ndarray, np.ndarray, n
 
 
 @pytest.mark.slow
-def test_grouped_scores_rank_frames_of_videos_as_new_videos_do():
+def test_grouped_scores_rank_frames_of_videos_as_new_videos_do(tmp_path):
     """The truth: a linear head on all frames, tested on videos that nobody has seen."""
     from scipy.stats import spearmanr
     from sklearn.linear_model import LogisticRegression
@@ -368,10 +369,10 @@ def test_grouped_scores_rank_frames_of_videos_as_new_videos_do():
         pixels, labels, owner = frames(seed, 60, 8)
         new, truth, _ = frames(seed + 100, 300, 1)
         data = open_dataset((pixels, labels), groups=owner)
-        ranking = sfda_tune.rank(data, "demo:*", metric="sfda", cache=False)
+        ranking = sfda_tune.rank(data, "demo:*", metric="sfda", cache=tmp_path)
         candidates = sfda_tune.resolve_backbones("demo:*")
         accuracy = {}
-        seen = sfda_tune.extract(data, candidates)
+        seen = sfda_tune.extract(data, candidates, store=FeatureStore(tmp_path))
         unseen = sfda_tune.extract(open_dataset((new, truth)), candidates)
         x = {e.backbone.name: e.features.x for e in seen if e.features}
         for e in unseen:

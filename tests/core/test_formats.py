@@ -12,6 +12,7 @@ from PIL import Image
 
 from sfda_tune import open_dataset, rank, search
 from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.copies import group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.data.formats import Reading, parse_reading
@@ -167,6 +168,13 @@ def test_dicom_of_real_machines_in_a_folder(name, tmp_path):
     image = open_dataset(tmp_path).load(0)
     assert image.mode == "RGB"
     assert np.asarray(image).std() > 10
+
+
+def test_copies_are_found_in_formats_that_pillow_does_not_know():
+    items = [dicom(DEEP), dicom(DEEP), dicom(DEEP[::-1].copy()), b"", b""]
+    images = open_dataset((items, list("aabba")))
+    assert group_twins(images).tolist()[:3] == [0, 0, 2]
+    assert len(set(group_twins(images)[3:])) == 2  # empty files are no copies
 
 
 def test_nifti_is_its_middle_slice():

@@ -116,11 +116,12 @@ def test_wrong_parameters_are_named(arguments):
 
 
 # Through the public door -------------------------------------------------------------------------
-def test_rank_races_and_survivors_have_the_scores_of_the_full_run():
-    options = {**CPU, "variant": "loo", "samples": 900}
-    full = rank("digits", "demo:*", **options)
+def test_rank_races_and_survivors_have_the_scores_of_the_full_run(tmp_path):
+    options = {**CPU, "samples": 900, "variant": "loo"}
+    kept = {**CPU, "samples": 900, "cache": tmp_path}
+    full = rank("digits", "demo:*", variant="loo", **kept)
     raced = rank("digits", "demo:*", race=True, top=2, **options)
-    forecasts = rank("digits", "demo:*", race=True, top=2, **CPU, samples=900)
+    forecasts = rank("digits", "demo:*", race=True, top=2, **kept)
     assert forecasts.info["race"] == raced.info["race"]  # of nothing but the scores, here
     assert forecasts.shortlist(2) == full.shortlist(2)
     assert raced.shortlist(2) == full.shortlist(2)

@@ -22,7 +22,7 @@ def test_the_whole_zoo_is_ranked_through_the_command_line(tmp_path, clean_enviro
     command = [
         sys.executable, "-m", "sfda_tune", "rank", str(ZOO / "datasets" / "trashnet"),
         "--backbones", str(ZOO / "models"),
-        "--import", str(ZOO / "zoo_models.py"), "--samples", "100",
+        "--import", str(ZOO / "zoo_models.py"), "--samples", "48",
         "--device", "cpu", "--out", str(tmp_path / "r.json"),
     ]  # fmt: skip
     done = subprocess.run(

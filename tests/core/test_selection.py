@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -320,17 +318,19 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path, **options):
-    script = tmp_path / "call.py"
-    script.write_text(CALL.format(**options))
-    return subprocess.Popen(
-        [sys.executable, script, tmp_path / "run"], stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture
+def start(forked, tmp_path):
+    def begin(**options):
+        script = tmp_path / "call.py"
+        script.write_text(CALL.format(**options))
+        return forked([script, tmp_path / "run"], tmp_path / "log")
+
+    return begin
 
 
-def finish(process):
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+def finish(process, log):
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
 
 
 def wait_for(holds, seconds=90):
@@ -346,15 +346,15 @@ def wait_for(holds, seconds=90):
 
 
 @pytest.mark.slow
-def test_kill_9_loses_at_most_an_epoch(tmp_path):
-    options = {"trials": 2, "epochs": 25}
-    process = start(tmp_path, **options)
+def test_kill_9_loses_at_most_an_epoch(start, tmp_path):
+    options = {"trials": 2, "epochs": 12}
+    process = start(**options)
     run = tmp_path / "run"
     wait_for(lambda: read(run)["trials"] and len(read(run)["trials"][-1]["epochs"]) > 4)
     process.kill()
-    process.communicate()
+    process.join()
     killed = read(run)
-    finish(start(tmp_path, **options))
+    finish(start(**options), tmp_path / "log")
     done = read(run)
     assert done["status"] == "done"
     assert done["stages"][:2] == killed["stages"][:2]  # neither ranked nor shortened again
@@ -368,14 +368,14 @@ def test_kill_9_loses_at_most_an_epoch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_share_one_search(tmp_path):
-    options = {"trials": 40, "epochs": 8}  # enough for one that comes many seconds later
-    pair = [start(tmp_path, **options) for _ in range(2)]
+def test_two_processes_share_one_search(start, tmp_path):
+    options = {"trials": 12, "epochs": 6}  # enough for one that comes some seconds later
+    pair = [start(**options) for _ in range(2)]
     for process in pair:
-        finish(process)
+        finish(process, tmp_path / "log")
     done = read(tmp_path / "run")
     assert done["status"] == "done"
-    assert sorted(t["number"] for t in done["trials"]) == list(range(40))
+    assert sorted(t["number"] for t in done["trials"]) == list(range(12))
     assert {t["state"] for t in done["trials"]} <= {"complete", "pruned"}
     assert len({t["worker"] for t in done["trials"]}) == 2
     assert [s["name"] for s in done["stages"]].count("rank") == 1
@@ -388,13 +388,11 @@ def note_switches(config, number):
 def test_workers_have_pillow_s_switches(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1234)
-    config = config_of("digits", out=tmp_path, workers=3, trials=1)
-    workers = start_workers(config, lambda job: (), note_switches)
-    for worker in workers:
-        worker.process.join()
-    assert [w.process.exitcode for w in workers] == [0, 0]
-    for number in (1, 2):
-        assert json.loads((tmp_path / f"{number}.json").read_text()) == get_switches() != {}
+    config = config_of("digits", out=tmp_path, workers=2, trials=1)
+    (worker,) = start_workers(config, lambda job: (), note_switches)
+    worker.process.join()
+    assert worker.process.exitcode == 0
+    assert json.loads((tmp_path / "1.json").read_text()) == get_switches() != {}
 
 
 def test_workers_are_processes_of_the_same_search(tmp_path):
@@ -882,13 +880,19 @@ def test_so_many_processes_decode(photos, toy_zoo, tmp_path, monkeypatch, decode
     assert told["decoders"] == decoders
 
 
-def test_the_command_line(tmp_path, capsys):
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    import torch
+
     from sfda_tune.cli.main import main
 
+    real, used = torch.set_num_threads, []
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n) or real(n))
     run, images = tmp_path / "run", tmp_path / "images"
-    command = "search digits --trials 1 --epochs 1 --samples 60 -q --out"
+    command = "search digits --trials 1 --epochs 1 --samples 60 -q --threads 3 --out"
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), str(run), "--backbones", ONE])
+    assert 3 in used
+    assert "threads: 3" in (run / "config.yaml").read_text()
     out, err = capsys.readouterr()
     assert f"{ONE}, trial 0" in out
     found = SearchResult.open(run)
@@ -901,7 +905,8 @@ def test_the_command_line(tmp_path, capsys):
     for row in range(3):
         data.load(row).save(images / f"{row}.png")
     with pytest.raises(SystemExit, match="0"):
-        main(["predict", str(run), str(images), "--csv", str(tmp_path / "p.csv")])
+        main(["predict", str(run), str(images), "--csv", str(tmp_path / "p.csv"), "--threads=4"])
+    assert 4 in used
     shown = capsys.readouterr().out.splitlines()
     with (tmp_path / "p.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from sfda_tune.backbones.loading import BackboneError, load
 from sfda_tune.backbones.weights import find_cached, look_up_sizes
 from sfda_tune.cli.main import main
 from sfda_tune.data.hub import forget_reachable
+from sfda_tune.extraction.fetching import Fetcher, sweep
 from sfda_tune.pipelines.bill import draw_up_bill
 from sfda_tune.pipelines.progress import NullProgress
 
@@ -225,6 +228,68 @@ def test_weights_take_no_more_disk_than_they_may_and_none_in_the_end(
     assert "`weights_disk` allows 0.0 MB" in few.failed[specs(hub)[-1]]
 
 
+def test_weights_that_another_process_opens_are_not_removed(hub, caplog, tmp_path):
+    """Two fetchers, as in two actors on one machine: a lock knows no processes, only files."""
+    backbone, ledger = one("vit"), tmp_path / "ledger"
+    with Fetcher(10**9, ledger=ledger) as first, first.opening(backbone) as came:
+        assert came
+    assert find_cached(backbone.spec) is None
+    with Fetcher(10**9) as second:
+        with Fetcher(10**9, ledger=ledger) as first:
+            first.expect([backbone])
+            while not first.is_ready(backbone.name):
+                time.sleep(0.01)
+            opened = second.opening(backbone)
+            assert opened.__enter__() is False  # it is here already
+        assert find_cached(backbone.spec) is not None
+        assert "another process is opening it" in caplog.text
+        load(backbone)
+        opened.__exit__(None, None, None)
+    ledger.write_text(f"{find_cached(backbone.spec)}\n{tmp_path}/gone\n")
+    assert sweep([ledger]) == []
+    assert find_cached(backbone.spec) is None
+    assert not ledger.exists()
+
+
+def test_what_nobody_expects_any_more_makes_room(hub):
+    with Fetcher() as fetcher:
+        fetcher.expect([one("vit"), one("resnet"), one("convnext"), one("efficientnet")])
+        while not all(find_cached(f"hf-hub:{repo}") for repo in hub.repos):
+            time.sleep(0.01)
+        newest = next(iter(hub.repos["toy/vit"].values()))
+        hub.publish("toy/fifth", newest)
+        fetcher.expect([one("fifth")])  # else four were ahead, and nothing more would come
+        with fetcher.opening(one("fifth")) as came:
+            assert came
+
+
+@pytest.mark.slow  # a Ray starts
+def test_actors_fetch_within_the_disk_and_leave_nothing(hub, photos, tmp_path, clean_environment):
+    pytest.importorskip("ray")
+    largest = max(look_up_sizes(specs(hub)).values())
+    cache = tmp_path / "hub"
+    environment = clean_environment | {
+        "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "sfda_tune", "rank", photos, "-b", *specs(hub), "--ray", "local",
+        "--metric", "sfda", "--budget", "10m", "--json", "--cache", tmp_path / "features",
+        "--weights-disk", f"{2 * largest + 4000}", "--quiet",
+    ]  # fmt: skip
+    told = subprocess.run(
+        list(map(str, command)), env=environment, text=True, timeout=300, check=False,
+        capture_output=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    ranking = json.loads(told.stdout)
+    assert ranking["failed"] == {}
+    assert len(ranking["backbones"]) == len(hub.repos)
+    assert sum(hub.sent.values()) > 0
+    assert not [p for p in cache.rglob("*") if p.is_file() and p.stat().st_size > 5000]
+    assert not list(cache.glob(".sfda-tune-*"))
+
+
 def test_another_image_needs_the_same_weights_again(hub, photos, tmp_path):
     first = rank(photos, specs(hub), metric="sfda", samples=20, weights_disk="2MB", **CPU)
     newest = next(iter(hub.repos["toy/resnet"].values()))
@@ -282,6 +347,26 @@ def test_a_search_over_a_hub(hub, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     again = search(photos, [specs(hub)[-1]], out=tmp_path / "again", **how)
     assert again.best["backbone"] == "hf-hub:toy/vit"
+
+
+def test_a_search_keeps_to_the_disk_for_weights(hub, photos, tmp_path):
+    sizes, how = look_up_sizes(specs(hub)), {"keep": 4, "device": "cpu", "decoders": 0}
+    how |= {"trials": 2, "epochs": 1, "out": tmp_path / "run"}
+    mine = specs(hub)[1]
+    load(resolve_backbones(mine)[0])
+    with pytest.raises(ValueError, match=r"`weights_disk` allows .* to be tuned, of hf-hub:toy/"):
+        search(photos, specs(hub), weights_disk=max(sizes.values()), **how)
+    here = [spec for spec in sizes if find_cached(spec) is not None]
+    assert here == [mine]  # what was ranked is not
+    disk = sum(sizes.values())
+    with pytest.raises(ValueError, match="`weights_disk` bounds the disk of this machine"):
+        search(photos, specs(hub), weights_disk=disk, engine="ray", **how)
+    found = search(photos, specs(hub), weights_disk=disk, **how)
+    assert len(found.trials) == 2
+    assert "fetched" not in found.summary
+    assert [spec for spec in sizes if find_cached(spec) is not None] == [mine]
+    with pytest.raises(ValueError, match="`weights_disk` must be a size"):
+        search(photos, specs(hub), weights_disk="much", **how)
 
 
 def test_names_of_timm_and_old_formats(hub, monkeypatch, make_checkpoint, tmp_path):

@@ -52,15 +52,12 @@ def test_wrong_configurations_are_named():
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("where", "switch", "value", "fails"),
-    [
-        (ImageFile, "LOAD_TRUNCATED_IMAGES", True, False),
-        (ImageFile, "LOAD_TRUNCATED_IMAGES", False, True),
-        (Image, "MAX_IMAGE_PIXELS", 20, True),
-    ],
+    [(ImageFile, "LOAD_TRUNCATED_IMAGES", True, False), (Image, "MAX_IMAGE_PIXELS", 20, True)],
 )
 def test_trials_have_pillow_s_switches(
     ray_cluster, tmp_path, monkeypatch, where, switch, value, fails
 ):
+    """Each value makes the trial end in the other way than Pillow's own would."""
     pixels = np.random.default_rng(0).integers(0, 255, (12, 40, 40, 3), np.uint8)
     for k, image in enumerate(pixels):
         file = tmp_path / "photos" / "ab"[k % 2] / f"{k}.jpg"
@@ -68,6 +65,8 @@ def test_trials_have_pillow_s_switches(
         Image.fromarray(image).save(file)
         if switch == "LOAD_TRUNCATED_IMAGES":
             file.write_bytes(file.read_bytes()[:-300])
+            with pytest.raises(OSError, match="truncated"), Image.open(file) as photo:
+                photo.load()
     monkeypatch.setattr(where, switch, value)
     trainable = finetune_trainable(str(tmp_path / "photos"), config={"epochs": 0})
     results = run(make_tuner(trainable, tmp_path, {"backbone": "demo:resnet_glyphs"}))

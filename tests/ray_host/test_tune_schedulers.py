@@ -42,7 +42,7 @@ pytestmark = [
 MAX = {"metric": "acc", "mode": "max"}
 
 
-@pytest.mark.parametrize("base", ["asha", "hyperband"])
+@pytest.mark.parametrize("base", ["asha", pytest.param("hyperband", marks=pytest.mark.slow)])
 def test_trap_C02_C13_C15_C17_vetoed_trials_never_start_and_results_work(tmp_path, base):
     base_scheduler = ASHAScheduler(max_t=2) if base == "asha" else HyperBandScheduler(max_t=2)
     scheduler = SFDAScheduler(SCORES, keep=2, base_scheduler=base_scheduler)

@@ -94,7 +94,9 @@ def test_trap_S02_when_all_backbones_fail_the_run_ends(tmp_path):
     assert len(results.errors) == len(results) == 3  # the first failure of one says nothing
 
 
-@pytest.mark.parametrize("how", ["resume_errored", "restart_errored"])
+@pytest.mark.parametrize(
+    "how", ["resume_errored", pytest.param("restart_errored", marks=pytest.mark.slow)]
+)
 def test_trap_S18_S19_errored_trials_come_back(tmp_path, how):
     space = {"backbone": backbone_space(SCORES, 2), "folder": str(tmp_path)}
     space |= {"lr": tune.uniform(0, 1)}

@@ -16,6 +16,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
 def test_example_runs(file, forked, clean_environment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # at 15 other tests starve the workers
     child = forked([file, "--smoke"], tmp_path / "out", tmp_path / "err")
     child.join(300)
     assert child.exitcode == 0, (tmp_path / "err").read_text()

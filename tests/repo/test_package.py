@@ -44,6 +44,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     assert wheel.stat().st_size < 5e6
 
 
+@pytest.mark.slow
 def test_wheel_works_away_from_the_source_tree(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
