@@ -203,7 +203,7 @@ def describe_near(images: ImageDataset, pairs: Pairs | None) -> dict[str, Any]:
     sizes = np.bincount(codes)
     several = sizes > 1
     classes = images.labels if images.classes else np.zeros(len(images))
-    torn = [len(set(classes[codes == c])) > 1 for c in np.flatnonzero(several)]
+    torn = [len(np.unique(classes[codes == c], axis=0)) > 1 for c in np.flatnonzero(several)]
     name = images.item_name
     return {
         "near_duplicates": {

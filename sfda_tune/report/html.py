@@ -30,6 +30,7 @@ from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.selection.forecast import is_forecast
 from sfda_tune.selection.images import ImageEvidence, judge_classes, judge_images
+from sfda_tune.selection.labels import judge_labels
 from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.tables import listed
 from sfda_tune.selection.uncertainty import Confidence
@@ -134,6 +135,7 @@ def render(run: Run) -> str:
         tradeoffs=_tradeoffs(run),
         evidence=evidence,
         classes=judge_classes(evidence) if evidence else [],
+        labels=judge_labels(ranking),
         dataset=_describe_dataset(run, evidence),
         course=_course(run),
         calibration=_calibration(run),
@@ -254,7 +256,7 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
     info, labels = run.ranking.info, run.ranking.labels
     entries = list(info.get("hard_images") or ())
     about: dict[str, Any] = {"sizes": [], "hard": [], "n_doubtful": 0}
-    if labels is None or not len(labels) or info.get("task") == "regression":
+    if labels is None or not len(labels) or "task" in info:
         return about
     sizes = np.bincount(labels)
     names = [str(c) for c in info.get("classes") or ()]
@@ -274,7 +276,7 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
 def _data(run: Run) -> str:
     """Return what the page lets people take away, as JSON in ASCII."""
     ranking = run.ranking
-    keys = ("dataset", "n_samples", "n_classes", "task", "target", "seed")
+    keys = ("dataset", "n_samples", "n_classes", "task", "target", "label_counts", "seed")
     info = {k: ranking.info[k] for k in keys if k in ranking.info}
     about = {"metric": ranking.metric, "info": info, "records": ranking.records()}
     data = {"csv": ranking.to_csv(), "json": about}

@@ -53,6 +53,7 @@ RANKING: dict[Any, Any] = {
         ),
         "task?": str,
         "target?": NUMBERS,
+        "label_counts?": [{"name": str, "positives": AtLeast(0, int), "missing": AtLeast(0, int)}],
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,
@@ -78,6 +79,8 @@ RANKING: dict[Any, Any] = {
                 "standard_error?": COUNT,
                 "license?": TEXT,
                 "evidence?": float,
+                "average_precisions?": [NUMBER],
+                "left_out?": [AtLeast(0, int)],
                 "confusions?": [[AtLeast(0, int)]],
                 "forecast?": {
                     "rank_low": AtLeast(1, int),
