@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from ray import tune
@@ -107,7 +106,7 @@ def finetune_trainable(
                 workers=workers,
                 shared=shared,
             ):
-                tune.report(asdict(epoch), checkpoint=tune.Checkpoint.from_directory(folder))
+                tune.report(epoch.flatten(), checkpoint=tune.Checkpoint.from_directory(folder))
 
     if isinstance(dataset, (str, os.PathLike)):
         return train

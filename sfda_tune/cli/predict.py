@@ -35,8 +35,8 @@ def predict(
         typer.Option(
             "--csv",
             metavar="FILE",
-            help="Write all probabilities there, as they become known. Names that a spreadsheet "
-            "would run begin with an apostrophe; bytes that are no UTF-8 are kept.",
+            help="Write all probabilities (or numbers) there, as they become known. Names that a "
+            "spreadsheet would run begin with an apostrophe; bytes that are no UTF-8 are kept.",
         ),
     ] = None,
     jsonl: Annotated[
@@ -58,7 +58,7 @@ def predict(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Classify IMAGES with the winner of the search in RUN.
+    """Classify IMAGES with the winner of the search in RUN, or predict their numbers.
 
     For example:
 
@@ -80,12 +80,15 @@ def predict(
     known, told = 0, []
     bar = Progress(console=messages, transient=True, disable=quiet or not messages.is_terminal)
     with tables[0], tables[1], bar:
-        task = bar.add_task("classifying", total=len(files))
+        task = bar.add_task("classifying" if model.classes else "predicting", total=len(files))
         for rows, p, bad in predict_batches(model, files, batch_size, device, threads=threads):
             records = []
             for row, numbers in zip(rows, p.tolist(), strict=True):
                 record: dict[str, Any] = {"item": files[row]}
-                if all(map(math.isfinite, numbers)):
+                if not model.classes and math.isfinite(numbers):
+                    record["predicted"] = numbers
+                    known += 1
+                elif model.classes and all(map(math.isfinite, numbers)):
                     best = max(range(len(numbers)), key=numbers.__getitem__)
                     odds = dict(zip(model.classes, numbers, strict=True))
                     record |= {"predicted": model.classes[best], "confidence": numbers[best]}
@@ -98,8 +101,7 @@ def predict(
             for table in tables:  # before they are shown: a kill loses nothing that was
                 table.write(records)
             for record in records if not as_json else ():
-                said = record.get("error") or f"{record['predicted']}  {record['confidence']:.3f}"
-                say(output, f"{record['item']}  {said}")
+                say(output, f"{record['item']}  {_tell(record)}")
             told += records if as_json else []
             unreadable |= bad
             bar.advance(task, len(rows))
@@ -139,9 +141,24 @@ def _find_files(images: list[str], image_column: str | None) -> list[str]:
     return files
 
 
+def _tell(record: dict[str, Any]) -> str:
+    """Return the class and how sure it is, or the number."""
+    if "error" in record:
+        return record["error"]
+    if "confidence" in record:
+        return f"{record['predicted']}  {record['confidence']:.3f}"
+    return f"{record['predicted']:.6g}"
+
+
 def _csv(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool) -> str:
     from sfda_tune.values.text import csv_line
 
+    if not classes:
+        rows = [["item", "predicted"]] if is_first else []
+        for record in records:
+            number = record.get("predicted")
+            rows.append([record["item"], "" if number is None else f"{number:.9g}"])
+        return "".join(map(csv_line, rows))
     head = ["item", "predicted", "confidence", *(f"p_{c}" for c in classes)]
     rows = [head] if is_first else []
     for record in records:

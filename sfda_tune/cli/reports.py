@@ -111,7 +111,9 @@ def evaluate_scores(
     ],
     truth: Annotated[
         Path,
-        typer.Argument(help="Accuracies after fine-tuning: {backbone: accuracy}, JSON or CSV."),
+        typer.Argument(
+            help="Accuracies (or R²) after fine-tuning: {backbone: accuracy}, JSON or CSV."
+        ),
     ],
     column: Annotated[
         str | None, typer.Option(help="Column of the accuracies in a CSV of several.")

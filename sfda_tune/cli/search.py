@@ -68,11 +68,20 @@ def search(
         int | None, typer.Option(metavar="K", help="Tune at most K backbones. Default: 3.")
     ] = None,
     objective: Annotated[
-        str, typer.Option(help="accuracy; accuracy,latency; or accuracy,params.")
-    ] = "accuracy",
+        str | None,
+        typer.Option(
+            help="accuracy; accuracy,latency; or accuracy,params (r2 for numbers). Default: the "
+            "first."
+        ),
+    ] = None,
     metric: Annotated[
-        str, typer.Option("--monitor", help="accuracy, balanced_accuracy, macro_f1 or log_loss.")
-    ] = "accuracy",
+        str | None,
+        typer.Option(
+            "--monitor",
+            help="accuracy, balanced_accuracy, macro_f1 or log_loss; for numbers r2, spearman, "
+            "rmse or mae. Default: the first.",
+        ),
+    ] = None,
     max_params: Annotated[
         float | None, typer.Option(metavar="N", help="Leave larger backbones out: 25e6.")
     ] = None,
@@ -147,6 +156,7 @@ def search(
     """Rank BACKBONES on DATASET, tune the best, fine-tune the winner and test it.
 
     The same command goes on where it was interrupted, and helps where it is running already.
+    Labels that are numbers to predict: --task regression.
 
     For example:
 
@@ -169,7 +179,7 @@ def search(
             decoders=decoders,
             threads=threads,
             keep=keep,
-            objective=tuple(objective.replace(" ", "").split(",")),
+            objective=objective and tuple(objective.replace(" ", "").split(",")),
             metric=metric,
             max_params=max_params,
             max_latency=max_latency,

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
+from sfda_tune.values.metrics import call, tell
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import format_count, printable, some, without_nan
 
@@ -43,6 +44,8 @@ def show_ranking(ranking: Ranking) -> None:
 
     info = ranking.info
     what = f"{info['n_classes']} classes"
+    if info.get("task") == "multilabel":
+        what = f"{info['n_classes']} labels"
     if target := info.get("target"):
         what = f"numbers from {target['min']:g} to {target['max']:g}"
     title = f"{info['dataset']}: {info['n_samples']} images, {what}"
@@ -127,10 +130,7 @@ def show_result(result: SearchResult) -> None:
     table.add_column(f"on {summary['n_images']['test']} test images")
     table.add_column("", justify="right", no_wrap=True)
     for name, value in result.test.items():
-        shown = f"{value:.4f}"
-        if name == "accuracy" and "test_interval" in best:
-            shown += " (95 %: {:.4f} to {:.4f})".format(*best["test_interval"])
-        table.add_row(name.replace("_", " "), shown)
+        table.add_row(call(name), tell(value, result.intervals.get(name)))
     if best.get("latency_ms"):
         table.add_row("latency of one image", f"{best['latency_ms']:.1f} ms")
     if best.get("n_params"):
@@ -178,16 +178,18 @@ def _with_odds(headings: list[str]) -> list[str]:
 
 def describe_ranking(ranking: Ranking) -> dict[str, Any]:
     """Return what `show_ranking` prints, for programs; `Ranking.to_json` keeps everything."""
+    from sfda_tune.selection.labels import judge_labels
     from sfda_tune.selection.odds import find_odds
     from sfda_tune.selection.uncertainty import shortlist
 
-    odds = find_odds(ranking)
+    odds, labels = find_odds(ranking), judge_labels(ranking)
     keep = (
         "dataset",
         "n_samples",
         "n_classes",
         "task",
         "target",
+        "label_counts",
         "device",
         "seconds",
         "not_looked_at",
@@ -196,6 +198,7 @@ def describe_ranking(ranking: Ranking) -> dict[str, Any]:
     return {
         "metric": ranking.metric,
         **{key: ranking.info[key] for key in keep if key in ranking.info},
+        **({"labels": labels} if labels else {}),
         "shortlist": [] if odds is None else [str(name) for name in shortlist(odds)],
         "backbones": ranking.records(),
         "failed": dict(ranking.failed),

@@ -66,6 +66,12 @@ def split_images(
     empty = [name for name, part in parts.items() if len(part) == 0]
     if empty:
         raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
+    for name, part in parts.items():
+        if whole.task == "regression" and part.labels.min() == part.labels.max():
+            raise DatasetError(
+                f"`dataset` must have different numbers in each part, but the images for {name}, "
+                f"{len(part)}, all have {part.labels[0]:g}; give it more images."
+            )
     return parts, rows, sources
 
 
@@ -91,7 +97,7 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
         )
     columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
     whole = open_dataset(g["dataset"], split=g["split"], **columns, task=g.get("task"))
-    whole.require_classes("to search on")
+    task = whole.task if g.get("task") or whole.task != "classification" else None
     share = 1.0 if g["samples"] is None else min(1.0, g["samples"] / len(whole))
     whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
     parts, sources = {"train": whole}, {"train": "own part" if g["split"] else "all images"}
@@ -99,15 +105,15 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
         del columns["groups"]
     own = ["val"] + ["test"] * (g["test"] is None) if g["split"] is None else []
     for name in own:
-        part = open_own_part(g["dataset"], name, **columns)
+        part = open_own_part(g["dataset"], name, **columns, task=task)
         if part is not None:
             if share < 1:  # `samples` are of the training images, and the others in proportion
-                n = max(len(part.classes), round(share * len(part)))
+                n = max(len(np.unique(part.strata)), round(share * len(part)))
                 part = part.sample(min(n, len(part)), g["seed"])
             parts[name], sources[name] = part, "own part"
             sources["train"] = "own part"
     if g["test"] is not None and not isinstance(g["test"], float):
-        parts["test"], sources["test"] = open_part(g["test"], **columns), "given"
+        parts["test"], sources["test"] = open_part(g["test"], **columns, task=task), "given"
     if g.get("time_column") is not None and {"val", "test"} <= set(parts):
         warnings.warn(
             f"`time_column` {g['time_column']!r} has no effect: the data set has its own "
@@ -149,9 +155,14 @@ def hold_out(
     if whole.times is not None:
         return _hold_out_latest(whole, rest, share, twins)
     first = np.sort(rest[np.unique(twins[rest], return_index=True)[1]])
-    n, sizes = round(len(first) * (1 - share)), np.bincount(whole.labels[first])
-    sizes = sizes[sizes > 0]
-    if n < len(sizes):
+    units, n = whole.subset(first), round(len(first) * (1 - share))
+    if n < len(np.unique(units.strata)):
+        if whole.task == "regression":
+            raise DatasetError(
+                f"`dataset` has too few images for a search: {len(first)} different ones; numbers "
+                "need 20 or more, to train, to validate and to test. Add images, or only rank the "
+                "backbones (`sfda-tune rank`)."
+            )
         smallest = whole.classes[int(np.argmin(np.bincount(whole.labels, minlength=1)))]
         raise DatasetError(
             f"`dataset` has too few images for a search: {len(whole)} in {len(whole.classes)} "
@@ -159,7 +170,7 @@ def hold_out(
             "more different ones, to train, to validate and to test, better 20. Add images, leave "
             "small classes out, or only rank the backbones (`sfda-tune rank`)."
         )
-    stays = np.isin(twins[rest], twins[first[whole.subset(first).sample_rows(n, seed)]])
+    stays = np.isin(twins[rest], twins[first[units.sample_rows(n, seed)]])
     return rest[stays], rest[~stays]
 
 
@@ -169,14 +180,14 @@ def _hold_out_groups(
     """Hold out one of several folds of whole groups: the one most like all images.
 
     Best is a fold that takes no class as a whole, then one that lacks no class, then the one with
-    the smallest χ² of its classes.
+    the smallest χ² of its classes. Of numbers, their tenths are such classes, but may be taken.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
     # numbered by their first rows: another numbering would be another seed
     _, first, of = np.unique(units[rest], return_index=True, return_inverse=True)
-    y, of = whole.labels[rest], np.argsort(np.argsort(first))[of]
-    n_c = np.bincount(y, minlength=len(whole.classes))
+    y, of = whole.strata[rest], np.argsort(np.argsort(first))[of]
+    n_c = np.bincount(y, minlength=max(len(whole.classes), int(whole.strata.max()) + 1))
     k = min(max(2, round(1 / share)), len(np.unique(of)), int(n_c.max()))
     best: tuple[Any, ...] | None = None
     for i in range(10 if k > 1 else 0):
@@ -191,7 +202,7 @@ def _hold_out_groups(
             key = (int(lost.sum()), int(missing.sum()), square)
             if len(out) and (best is None or key < best[0]):
                 best = key, out, lost
-    if best is None or best[0][0]:
+    if best is None or (best[0][0] and whole.classes):
         alone = "all images" if best is None else some(np.array(whole.classes)[best[2]])
         raise DatasetError(
             f"`groups` are too few for a split: {len(np.unique(of))} groups hold {len(rest)} "
@@ -213,13 +224,16 @@ def _hold_out_latest(
     np.maximum.at(last, of, whole.times[rest])
     late = np.sort(last[of])[round(len(rest) * (1 - share)) :]
     goes = last[of] >= (late[0] if len(late) else np.inf)
-    new = np.setdiff1d(whole.labels[rest[goes]], whole.labels[rest[~goes]])
+    new: Any = []
+    if whole.classes:
+        new = np.setdiff1d(whole.labels[rest[goes]], whole.labels[rest[~goes]])
     if goes.all() or not goes.any() or len(new):
         what = some(whole.classes[c] for c in new) if len(new) else "the images"
+        of_every, or_class = (" of every class", ", or the class") if len(new) else ("", "")
         raise DatasetError(
-            f"`time_column` (--time-column) must leave earlier images of every class to train on, "
-            f"but of {what} there are none before the last {share:.0%}; leave the column out, or "
-            "the class."
+            f"`time_column` (--time-column) must leave earlier images{of_every} to train on, but "
+            f"of {what} there are none before the last {share:.0%}; leave the column out"
+            f"{or_class}."
         )
     return rest[~goes], rest[goes]
 
@@ -263,11 +277,25 @@ def tell_shared(
 
 
 def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
-    """Say where the validation or the test images are few, or lack a class."""
+    """Say where the validation or the test images are few, or lack a class.
+
+    Of numbers, how many are beyond all that are trained on.
+    """
     said = []
+    known = parts["train"].labels
     for name, images in (("validation", parts["val"]), ("test", parts["test"])):
         n, present = len(images), np.unique(images.labels)
-        missing = [images.classes[c] for c in np.setdiff1d(parts["train"].labels, present)]
+        beyond = int(((images.labels < known.min()) | (images.labels > known.max())).sum())
+        if not images.classes and beyond:
+            said.append(
+                f"of {n} {name} images, {beyond} with numbers beyond those that are trained on, "
+                f"{known.min():g} to {known.max():g}: nothing tells the network of such"
+            )
+        missing = (
+            []
+            if not images.classes
+            else [images.classes[c] for c in np.setdiff1d(parts["train"].labels, present)]
+        )
         if missing:
             names = some(missing)
             all_of = f"all {n} are of {images.classes[present[0]]}: " * (len(present) == 1)
@@ -294,6 +322,8 @@ def fingerprint(parts: Mapping[str, ImageDataset]) -> str:
 
 def _relabel(data: ImageDataset, like: ImageDataset) -> ImageDataset:
     """Give images of a part the codes that their classes have in another part."""
+    if not like.classes:
+        return data
     code = {name: c for c, name in enumerate(like.classes)}
     unknown = [name for name in data.classes if name not in code]
     if unknown:

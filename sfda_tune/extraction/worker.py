@@ -252,7 +252,7 @@ class Worker:
             module, preprocessing = loading.load(unit.backbone)
             weights = self._fingerprint(unit, module, fetched or came)
         n_params = sum(p.numel() for p in module.parameters())
-        with _MOVES:
+        with _MOVES, use_threads(1):
             module = module.to(device).to(memory_format=torch.channels_last)
         loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
         if self.resident is not None:

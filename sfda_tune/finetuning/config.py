@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sfda_tune.extraction.settings import PRECISIONS
+from sfda_tune.finetuning.tasks import LOSSES, MONITORS
 
 __all__ = ["MONITORS", "FinetuneConfig"]
 
-MONITORS = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
 OPTIONAL = ("warmup_epochs", "layer_decay", "ema_decay", "clip_grad", "patience")  # may be None
 SCHEDULES = ("cosine", "constant", "poly", "tanh", "wsd")
 LIGHT = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0, "color_jitter": None}
@@ -66,8 +66,12 @@ class FinetuneConfig:
         Largest norm of the gradient.
     patience : int, optional
         Stop after so many epochs without a better `monitor`.
-    monitor : {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
-        Decides which weights are best; ties are decided by the log-loss.
+    monitor : {"auto", "accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
+        Decides which weights are best; ties are decided by the log-loss. For numbers one of "r2",
+        "spearman", "rmse" and "mae", and ties are decided by the RMSE. "auto": the first.
+    loss : {"auto", "cross_entropy", "mse", "l1", "huber"}
+        What is minimised: the cross-entropy of classes; of standardised numbers the squared error
+        (the default), the absolute one, or Huber's with δ = 1.
     val_fraction : float, default 0.2
         Part of the images held out, stratified, where no validation images are given.
     seed : int, default 0
@@ -104,7 +108,8 @@ class FinetuneConfig:
     precision: str = "float32"
     clip_grad: float | None = 1.0
     patience: int | None = None
-    monitor: str = "accuracy"
+    monitor: str = "auto"
+    loss: str = "auto"
     val_fraction: float = 0.2
     seed: int = 0
 
@@ -116,7 +121,8 @@ class FinetuneConfig:
             ("batch_norm", ("frozen", "train")),
             ("class_weights", ("balanced", None)),
             ("precision", PRECISIONS),
-            ("monitor", MONITORS),
+            ("monitor", ("auto", *MONITORS)),
+            ("loss", ("auto", *LOSSES)),
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed} but is {value!r}.")

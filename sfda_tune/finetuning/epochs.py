@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ class OutOfTimeError(Exception):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch brought; number 0 is the linear probe before any training.
+    """What one epoch brought; number 0 is the linear head before any training.
 
     Parameters
     ----------
@@ -30,9 +30,10 @@ class Epoch:
         Highest learning rate of the last step.
     train_loss : float
         Mean over the epoch; NaN for epoch 0.
-    accuracy, balanced_accuracy, macro_f1, log_loss : float
-        On the validation images. A class without validation images does not count in the
-        balanced accuracy.
+    values : mapping of str to float
+        Metrics on the validation images, which are attributes, too: accuracy, balanced_accuracy,
+        macro_f1 and log_loss, or of numbers r2, spearman, rmse and mae. A class without validation
+        images does not count in the balanced accuracy.
     best : float
         The monitored metric of the best epoch so far.
     best_number : int
@@ -43,6 +44,14 @@ class Epoch:
         How far these weights are on the way from the start to the trained ones.
     temperature : float, default 1
         By which their logits are to be divided, fitted to the validation images.
+    error : float, default NaN
+        Standard error of the monitored metric, where that of a share of the images is not its.
+
+    Examples
+    --------
+    >>> epoch = Epoch(1, 4, 0.5, 1e-3, 0.3, {"accuracy": 0.9}, 0.9, 1, 100.0)
+    >>> epoch.accuracy, epoch.to_dict()["accuracy"]
+    (0.9, 0.9)
     """
 
     number: int
@@ -50,25 +59,36 @@ class Epoch:
     seconds: float
     lr: float
     train_loss: float
-    accuracy: float
-    balanced_accuracy: float
-    macro_f1: float
-    log_loss: float
+    values: Mapping[str, float]
     best: float
     best_number: int
     images_per_second: float
     interpolation: float = 1.0
     temperature: float = 1.0
+    error: float = math.nan
+
+    def __getattr__(self, name: str) -> float:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(f"an epoch has no {name!r}") from None
+
+    def flatten(self) -> dict[str, float]:
+        """Return all fields, with the metrics among them."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
+        return {**own, **self.values}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields; NaN becomes None, so that it is strict JSON."""
-        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+        """Return what `flatten` does; NaN becomes None, so that it is strict JSON."""
+        return {k: v if math.isfinite(v) else None for k, v in self.flatten().items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Epoch:
         """Build an epoch from `to_dict`'s result."""
         known: Any = {k: math.nan if v is None else v for k, v in values.items()}
-        return cls(**known)
+        names = {f.name for f in fields(cls)}
+        own = {k: known.pop(k) for k in list(known) if k in names}
+        return cls(**own, values=known)
 
 
 def measure(labels: np.ndarray, p: np.ndarray) -> dict[str, float]:

@@ -1,20 +1,23 @@
-"""A backbone with a classifier on top: made, started as logistic regression, evaluated."""
+"""How the linear head on a backbone starts: as logistic, or as ridge regression."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 
-__all__ = ["find_factor", "fit_head", "start_head"]
+__all__ = ["Fit", "find_factor", "fit_head", "fit_numbers", "start_head"]
+
+Fit = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, float]]
 PROBE_IMAGES = 2000  # the penalty of the logistic regression is chosen on at most so many
 LEAST_FACTOR = 0.25  # a head of zeros would pass no gradient on to the backbone
 
 
-def start_head(layers: list[Any], x: np.ndarray, y: np.ndarray) -> float | None:
-    """Make logistic regression on features the start of classifier layers, if they are linear.
+def start_head(layers: list[Any], x: np.ndarray, y: np.ndarray, fit: Fit) -> float | None:
+    """Make a regression on features, `fit`, the start of the last layers, if they are linear.
 
     Return the sharpness with which its training begins, see `fit_head`; None if they are not.
     """
@@ -28,7 +31,7 @@ def start_head(layers: list[Any], x: np.ndarray, y: np.ndarray) -> float | None:
     ]
     if not all(fits):
         return None
-    weight, bias, sharpness = fit_head(x, y, len(layers[0].weight))
+    weight, bias, sharpness = fit(x, y)
     with torch.no_grad():
         for layer in layers:
             layer.weight.copy_(torch.tensor(weight).view_as(layer.weight))
@@ -62,6 +65,18 @@ def fit_head(x: np.ndarray, y: np.ndarray, n_classes: int) -> tuple[np.ndarray, 
     f = find_factor(z @ theta[:-1] + theta[-1], y, -probe["log_likelihood"])
     weight = (theta[:-1] / scale[:, None]).T
     return weight, theta[-1] - weight @ mean, f**0.5
+
+
+def fit_numbers(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fit ridge regression to standardised numbers; return weight (1, n_dims), bias, sharpness.
+
+    Its penalty is chosen by the residuals left out one by one, in closed form.
+    """
+    from sfda_tune.metrics.regression import fit_ridge
+
+    constant = x.std(axis=0) <= 1e-6 * np.abs(x.mean(axis=0))  # but for float32's rounding
+    weight, bias, _ = fit_ridge(np.where(constant, 0.0, x), z)
+    return weight[None], np.array([bias]), 1.0
 
 
 def find_factor(logits: np.ndarray, y: np.ndarray, loss: float) -> float:

@@ -74,18 +74,20 @@ def split(
     dataset: ImageDataset, val: ImageDataset | None, config: FinetuneConfig
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return training and validation images, with the same codes for the classes."""
-    dataset.require_classes("to fine-tune on")
-    n, n_classes = len(dataset), len(np.unique(dataset.labels))
-    if n_classes < 2:
+    what = "numbers" if dataset.task == "regression" else "classes"
+    n, n_strata = len(dataset), len(np.unique(dataset.strata))
+    if len(np.unique(dataset.labels)) < 2:
         raise ValueError(
-            f"`dataset` must have images of at least two classes but has {n} of {n_classes}."
+            f"`dataset` must have images of at least two {what} but has {n} of "
+            f"{len(np.unique(dataset.labels))}."
         )
     if val is None:  # every class gets its first two images for training
-        n_train = max(n_classes, round(n * (1 - config.val_fraction)))
+        n_train = max(n_strata, round(n * (1 - config.val_fraction)))
         if n_train >= n:
+            each = "of each tenth of the numbers" if what == "numbers" else "of each class"
             raise ValueError(
                 f"`dataset` has {n} images, too few to hold out val_fraction="
-                f"{config.val_fraction:g} of them beside one of each class; pass `val`."
+                f"{config.val_fraction:g} of them beside one {each}; pass `val`."
             )
         if dataset.group_codes is not None or dataset.times is not None:
             all_rows = np.arange(n)
@@ -93,6 +95,18 @@ def split(
             return dataset.subset(kept), dataset.subset(out)
         rows = dataset.sample_rows(n_train, config.seed)
         return dataset.subset(rows), dataset.subset(np.setdiff1d(np.arange(n), rows))
+    if val.task != dataset.task:
+        raise ValueError(
+            f"`val` must hold {what}, as `dataset`, but is {val!r}; open it with "
+            f"task={dataset.task!r}."
+        )
+    if dataset.task == "regression":
+        if len(np.unique(val.labels)) < 2:
+            raise ValueError(
+                f"`val` must hold at least two different numbers but has {len(val)} images of "
+                f"{len(np.unique(val.labels))}; pass more images."
+            )
+        return dataset, val
     unknown = sorted({val.classes[c] for c in np.unique(val.labels)} - set(dataset.classes))
     if unknown or not len(val):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Fine-tuned models: open the folder that fine-tuning wrote, ask for class probabilities."""
+"""Fine-tuned models: open the folder that fine-tuning wrote, ask for its predictions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from sfda_tune.data.folders import image_files
 from sfda_tune.data.formats import parse_reading
 from sfda_tune.data.loader import Loader, cut, is_in_memory
 from sfda_tune.finetuning.checkpoints import read_tensors, write_tensors
+from sfda_tune.finetuning.tasks import Task, read_task
 from sfda_tune.values import formats
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import digest_file, read_json, replacing, unfinished, write_text
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROVENANCE", "WEIGHTS", "Model", "forward", "load_model", "predict", "predict_batches",
-    "probabilities", "with_head", "write_model",
+    "with_head", "write_model",
 ]  # fmt: skip
 
 PROVENANCE = "provenance.json"
@@ -55,18 +56,23 @@ class Model:
     Parameters
     ----------
     module : torch.nn.Module
-        Maps a batch (n, channels, height, width) to logits (n, n_classes); in eval mode.
+        Maps a batch (n, channels, height, width) to outputs (n, n_outputs); in eval mode.
     preprocessing : Preprocessing
-    classes : tuple of str
-        The class behind each column of the logits.
+    task : Task
+        What the outputs mean: logits of classes, or numbers.
     provenance : mapping
         Data set, configuration, versions and metrics of the training.
     """
 
     module: nn.Module
     preprocessing: Preprocessing
-    classes: tuple[str, ...]
+    task: Task
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class behind each column of the predictions; none for numbers."""
+        return self.task.classes
 
 
 def load_model(
@@ -99,8 +105,8 @@ def load_model(
             f"`folder` must be a model saved by fine-tuning but {str(folder)!r} has no "
             f"{PROVENANCE}; open other timm checkpoints with timm.create_model('local-dir:…')."
         ) from None
-    classes = tuple(provenance["classes"])
-    written, found = provenance.get("digests"), _digests(folder, classes)
+    task = read_task(provenance)
+    written, found = provenance.get("digests"), _digests(folder, task)
     if written not in (None, found):  # None: an earlier version wrote it
         odd = {*dict(written.items() ^ found.items())}
         raise BackboneError(
@@ -115,7 +121,7 @@ def load_model(
             f"`backbone` must be given for {str(folder)!r}: its {provenance['backbone']!r} is no "
             "network of timm's; pass the Backbone with `load=`."
         )
-    module, preprocessing, _ = with_head(backbone, len(classes))
+    module, preprocessing, _ = with_head(backbone, task.n_outputs)
     try:
         module.load_state_dict(read_tensors(folder / WEIGHTS))
     except (OSError, ValueError, RuntimeError) as error:
@@ -123,7 +129,7 @@ def load_model(
             f"the weights in {str(folder / WEIGHTS)!r} are not those of {backbone.name}: "
             f"{one_line(' '.join(str(error).split()))}"
         ) from error
-    return Model(module.eval(), preprocessing, classes, provenance)
+    return Model(module.eval(), preprocessing, task, provenance)
 
 
 def predict(
@@ -135,7 +141,7 @@ def predict(
     precision: str = "float32",
     threads: int | None = None,
 ) -> np.ndarray:
-    """Return the class probabilities of images.
+    """Return the class probabilities of images, or the numbers that are predicted of them.
 
     Parameters
     ----------
@@ -153,13 +159,13 @@ def predict(
 
     Returns
     -------
-    array of float64, shape (n_images, n_classes)
+    array of float64, shape (n_images, n_classes), or (n_images,) for numbers
         Columns in the order of ``model.classes``; NaN where an image cannot be read, with a
         warning that names the first.
     """
     model = model if isinstance(model, Model) else load_model(model)
     dataset = _images(images, model)
-    p = np.full((len(dataset), len(model.classes)), np.nan)
+    p = np.full((len(dataset), *model.task.shape), np.nan)
     unreadable: dict[int, str] = {}
     for rows, found, bad in predict_batches(
         model, dataset, batch_size, device, precision, threads
@@ -184,7 +190,7 @@ def predict_batches(
     precision: str = "float32",
     threads: int | None = None,
 ) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
-    """Yield rows, their probabilities and what cannot be read, batch by batch; see `predict`."""
+    """Yield rows, their predictions and what cannot be read, batch by batch; see `predict`."""
     dataset, device = _images(images, model), resolve_device(device)
     check_precision(precision, device)
     threads = None if threads is None else integer("threads", threads, 1)
@@ -195,13 +201,12 @@ def predict_batches(
         rows = list(batch)
         bad = {row: why for row, why in zip(rows, made, strict=True) if isinstance(why, str)}
         pixels = [x for x in made if not isinstance(x, str)]
-        p = np.full((len(rows), len(model.classes)), np.nan)
+        p = np.full((len(rows), *model.task.shape), np.nan)
         if pixels:
             with use_threads(threads), few_threads(module, model.preprocessing):
                 good = [row not in bad for row in rows]
-                p[good] = probabilities(
-                    forward(module, model.preprocessing, pixels, device, precision)
-                )
+                outputs = forward(module, model.preprocessing, pixels, device, precision)
+                p[good] = model.task.predict(outputs)
         yield rows, p, bad
 
 
@@ -245,9 +250,9 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def with_head(
-    backbone: Backbone, n_classes: int
+    backbone: Backbone, n_outputs: int
 ) -> tuple[nn.Module, Preprocessing, list[nn.Module]]:
-    """Open a backbone with a new classifier; return module, preprocessing, classifier layers.
+    """Open a backbone with a new head; return module, preprocessing, layers of the head.
 
     Timm networks get timm's own head, networks of the user's own a linear layer on top.
     """
@@ -256,7 +261,7 @@ def with_head(
     module, preprocessing = loading.load(backbone)
     if preprocessing.geometry is not None:  # a timm network: `load` took its head off
         network: Any = module
-        network.reset_classifier(n_classes)
+        network.reset_classifier(n_outputs)
         head = network.get_classifier()
         return module, preprocessing, list(head) if isinstance(head, tuple | list) else [head]
     from PIL import Image
@@ -264,11 +269,11 @@ def with_head(
     example = preprocessing.build()(Image.new("RGB", (256, 256)))
     with torch.inference_mode(), few_threads(module, preprocessing):
         width = _pool(module(example[None].float())).shape[1]
-    headed = _headed(module, width, n_classes)
+    headed = _headed(module, width, n_outputs)
     return headed.eval(), preprocessing, [headed.head]
 
 
-def _headed(body: nn.Module, width: int, n_classes: int) -> Any:
+def _headed(body: nn.Module, width: int, n_outputs: int) -> Any:
     from torch import nn
 
     class Headed(nn.Module):
@@ -276,13 +281,13 @@ def _headed(body: nn.Module, width: int, n_classes: int) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
-            self.body, self.head = body, nn.Linear(width, n_classes)
+            self.body, self.head = body, nn.Linear(width, n_outputs)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(_pool(self.body(x)))
 
         def __reduce__(self) -> Any:  # pickle finds no class of a function
-            return _headed, (self.body, width, n_classes), self.__dict__
+            return _headed, (self.body, width, n_outputs), self.__dict__
 
     return Headed()
 
@@ -299,7 +304,7 @@ def forward(
     device: str,
     precision: str = "float32",
 ) -> torch.Tensor:
-    """Return the logits of decoded images, on the CPU."""
+    """Return the outputs of the head for decoded images, on the CPU."""
     import torch
 
     with torch.inference_mode(), compute(device, precision, exact=False):
@@ -307,26 +312,21 @@ def forward(
         return module(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
 
 
-def probabilities(logits: torch.Tensor) -> np.ndarray:
-    """Return softmax probabilities in float64, whose rows add up to one."""
-    return logits.double().softmax(1).numpy()
-
-
 def write_model(backbone: Backbone, model: Model, folder: Path) -> None:
     """Write weights, for a network of timm's its ``config.json``, and the provenance."""
     _write_network(backbone, model, folder)
     if model.provenance:
-        provenance = {**model.provenance, "digests": _digests(folder, model.classes)}
+        provenance = {**model.provenance, "digests": _digests(folder, model.task)}
         write_text(folder / PROVENANCE, json.dumps(provenance, indent=1) + "\n")
 
 
-def _digests(folder: Path, classes: tuple[str, ...]) -> dict[str, str]:
-    text = json.dumps(classes).encode()
+def _digests(folder: Path, task: Task) -> dict[str, str]:
+    values = {"classes": task.classes} | ({"task": about} if (about := task.describe()) else {})
     files = [folder / name for name in (WEIGHTS, CONFIG) if (folder / name).is_file()]
     return {
-        "classes": hashlib.blake2b(text, digest_size=20).hexdigest(),
-        **{file.name: digest_file(file) for file in files},
-    }
+        name: hashlib.blake2b(json.dumps(value).encode(), digest_size=20).hexdigest()
+        for name, value in values.items()
+    } | {file.name: digest_file(file) for file in files}
 
 
 def _write_network(backbone: Backbone, model: Model, folder: Path) -> None:

@@ -3,8 +3,8 @@
 Built from timm's parts: optimizers, parameter groups, schedules, transforms, mixup, EMA; torch's
 AMP; scikit-learn's metrics. What is added here:
 
-- The head starts as logistic regression on the frozen features (linear probe, then fine-tuning:
-  Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054); that start is epoch 0.
+- The head starts as logistic (of numbers: ridge) regression on the frozen features (linear probe,
+  then fine-tuning: Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054); that is epoch 0.
 - Images are decoded once, shrunk to what random crops need, and kept in memory where they fit.
 - Everything random comes from streams named by (seed, epoch, row) or (seed, epoch, step), so a
   run depends neither on the number of workers nor on where it was interrupted.
@@ -46,10 +46,9 @@ from sfda_tune.backbones.devices import check_precision, compute
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing
-from sfda_tune.finetuning.calibration import fit_temperature
 from sfda_tune.finetuning.checkpoints import DamagedError, read_state, write_state
-from sfda_tune.finetuning.config import MONITORS, FinetuneConfig
-from sfda_tune.finetuning.epochs import Epoch, OutOfTimeError, measure
+from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.epochs import Epoch, OutOfTimeError
 from sfda_tune.finetuning.heads import start_head
 from sfda_tune.finetuning.images import (
     Images,
@@ -65,21 +64,21 @@ from sfda_tune.finetuning.images import (
 from sfda_tune.finetuning.models import (
     Model,
     forward,
-    probabilities,
     with_head,
     write_model,
 )
 from sfda_tune.finetuning.optimizers import make_optimizer
 from sfda_tune.finetuning.shared import SharedWork
+from sfda_tune.finetuning.tasks import make_task
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import AtLeast, check
 from sfda_tune.values.formats import NUMBERS
+from sfda_tune.values.metrics import signed
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "MONITORS",
     "DivergedError",
     "Epoch",
     "FineTuning",
@@ -87,7 +86,6 @@ __all__ = [
     "OutOfTimeError",
     "SharedWork",
     "finetune",
-    "measure",
 ]
 
 T = TypeVar("T")
@@ -100,6 +98,7 @@ WINDOW, TOLERANCE = 8, 1.25  # steps between looks at the loss; what may be nois
 INTERPOLATIONS = (1.0, 0.75, 0.5)
 BACKOFF, MAX_BACKOFFS = 0.25, 3
 BEFORE = {"warmup_epochs": 0.5, "batch_norm": "frozen", "lr": 5e-4}  # defaults of earlier versions
+LATER = {"loss": "auto"}  # fields that configurations of earlier versions lack
 NOTES = {
     "history": [NUMBERS],
     "unreadable": {str: str},
@@ -142,6 +141,7 @@ def finetune(
     config : FinetuneConfig, optional
     val : ImageDataset, optional
         Validation images, classes matched by name; default: ``config.val_fraction`` of `dataset`.
+        Where the labels are numbers, predictions are numbers, see `sfda_tune.finetuning.tasks`.
     checkpoint_dir : str or path, optional
         Where state and best weights are kept after every epoch.
     resume : bool, default True
@@ -167,8 +167,9 @@ def finetune(
     Raises
     ------
     ValueError, DatasetError, BackboneError
-        Fewer than two classes or images; classes in `val` that `dataset` lacks; too many images
-        unreadable; a checkpoint of another run. `DivergedError` and `OutOfTimeError` while
+        Fewer than two classes, numbers or images; classes in `val` that `dataset` lacks; a field
+        of `config` without a meaning for numbers; too many images unreadable; a checkpoint of
+        another run. `DivergedError` and `OutOfTimeError` while
         iterating.
 
     Notes
@@ -200,7 +201,7 @@ class FineTuning(Iterator[Epoch]):
     """A fine-tuning run: an iterator of `Epoch`. Made by `finetune`.
 
     ``history`` holds all epochs so far, ``best`` the best of them, ``unreadable`` the name of each
-    unreadable image → reason, ``config`` the configuration with the number of epochs filled in,
+    unreadable image → reason, ``config`` the configuration with epochs and monitor filled in,
     ``backoffs`` why training went back to the best weights so far, each time with a quarter of the
     learning rate.
     """
@@ -222,6 +223,10 @@ class FineTuning(Iterator[Epoch]):
         self.backbone, self.folder, self.device, self.workers = backbone, folder, device, workers
         self.train, self.val = parts
         self._shared, self._should_stop = shared, should_stop
+        self.task = make_task(self.train)
+        self.task.check(config)
+        if config.monitor == "auto":
+            config = replace(config, monitor=self.task.monitors[0])
         if config.epochs == "auto":
             epochs = round(30 * min(1, 200 / len(self.train)) ** (1 / 3))
             config = replace(config, epochs=max(5, epochs))
@@ -261,9 +266,9 @@ class FineTuning(Iterator[Epoch]):
         if self.best is None:
             raise ValueError("there is no model before the first epoch; iterate over the run.")
         with own_randomness(self.device):
-            module, preprocessing, _ = with_head(self.backbone, len(self.train.classes))
+            module, preprocessing, _ = with_head(self.backbone, self.task.n_outputs)
         module.load_state_dict(self._weights)
-        return Model(module.eval(), preprocessing, self.train.classes, self._provenance())
+        return Model(module.eval(), preprocessing, self.task, self._provenance())
 
     def save_model(self, folder: str | os.PathLike[str]) -> Path:
         """Write the best weights so far as a timm checkpoint folder, and return it.
@@ -288,7 +293,8 @@ class FineTuning(Iterator[Epoch]):
             "format": FORMAT,
             "backbone": self.backbone.name,
             "spec": self.backbone.spec,
-            "classes": list(self.train.classes),
+            "classes": list(self.task.classes),
+            "task": {"name": self.task.name, **self.task.describe()},
             "dataset": self.train.name,
             "reading": None if self.train.reading is None else vars(self.train.reading),
             "train": {"images": len(self.train), "fingerprint": train},
@@ -360,9 +366,8 @@ class FineTuning(Iterator[Epoch]):
                 ):
                     epoch = self._epoch(started)
                 logger.info(
-                    "%s, epoch %d: %s %.4f, log-loss %.4f, %.1f s", self.backbone.name,
-                    epoch.number, self.config.monitor, getattr(epoch, self.config.monitor),
-                    epoch.log_loss, epoch.seconds,
+                    "%s, epoch %d: %s, %.1f s", self.backbone.name, epoch.number,
+                    ", ".join(f"{k} {epoch.values[k]:.4f}" for k in self._judges), epoch.seconds,
                 )  # fmt: skip
                 yield epoch
         finally:
@@ -387,9 +392,7 @@ class FineTuning(Iterator[Epoch]):
 
         self._check_time()
         seed_streams(2, self.config.seed)
-        self.module, self.preprocessing, self.head = with_head(
-            self.backbone, len(self.train.classes)
-        )
+        self.module, self.preprocessing, self.head = with_head(self.backbone, self.task.n_outputs)
         self.module.to(self.device).to(memory_format=cast(Any, torch.channels_last))
 
     def _begin(self, started: float) -> Epoch | None:
@@ -448,7 +451,7 @@ class FineTuning(Iterator[Epoch]):
         from timm.data.random_erasing import RandomErasing
         from timm.utils.model_ema import ModelEmaV3
 
-        config, n_classes = self.config, len(self.train.classes)
+        config = self.config
         self._order = Order(len(self.train), config.batch_size, config.seed)
         self._optimizer, self._schedule = make_optimizer(
             self.module, self.head, replace(config, lr=config.lr * self._rate), len(self._order)
@@ -461,7 +464,7 @@ class FineTuning(Iterator[Epoch]):
         self._mixup: Any = None
         if config.mixup or config.cutmix:
             self._mixup = Mixup(
-                config.mixup, config.cutmix, label_smoothing=0.0, num_classes=n_classes
+                config.mixup, config.cutmix, label_smoothing=0.0, num_classes=self.task.n_outputs
             )
         given = config.augmentation
         self._erase = RandomErasing(
@@ -470,17 +473,18 @@ class FineTuning(Iterator[Epoch]):
             max_count=given.get("re_count", 1),
             device=self.device,
         )
-        self._class_weights = None
-        if config.class_weights == "balanced":
-            counts = np.bincount(self.train.labels, minlength=n_classes)
-            weights = len(self.train) / np.maximum(counts, 1) / np.count_nonzero(counts)
-            self._class_weights = torch.tensor(weights, device=self.device).float()
+        weights = self.task.weigh(self.train.labels, config)
+        self._class_weights = (
+            None if weights is None else torch.tensor(weights, device=self.device).float()
+        )
+        self._targets = self.task.encode(self.train.labels)
+        self._ignorance = self.task.ignorance(self.train.labels, config)
         self._loader: Any = train_loader(
             self._images, self.preprocessing, self._order, config, self.workers, self.device
         )
 
     def _make_head(self) -> tuple[dict[str, Any], float]:
-        """Return the head as logistic regression on the frozen features, and its sharpness."""
+        """Return the head as regression on the frozen features, and its sharpness."""
         inside = {id(p) for layer in self.head for p in layer.parameters()}
         names = [name for name, p in self.module.named_parameters() if id(p) in inside]
         self.module.eval()
@@ -543,7 +547,7 @@ class FineTuning(Iterator[Epoch]):
                 layer.train()
 
     def _fit_head(self, order: Order | None = None) -> float:
-        """Make the head logistic regression on the features; return its sharpness in training."""
+        """Make the head regression on the features; return its sharpness in training."""
         import torch
 
         layers: list[Any] = self.head
@@ -568,7 +572,7 @@ class FineTuning(Iterator[Epoch]):
         # Of a distilled network's two heads timm averages the results.
         alike = len(features) == len(layers) and len({f.shape for f in features}) == 1
         x = torch.stack(features).mean(0).numpy() if alike else np.empty((len(rows), 0))
-        sharpness = start_head(layers, x, self.train.labels[rows])
+        sharpness = start_head(layers, x, self.train.labels[rows], self.task.fit_head)
         if sharpness is None and order is None:
             kinds = ", ".join(type(layer).__name__ for layer in layers)
             logger.warning("%s: its head (%s) starts at random", self.backbone.name, kinds)
@@ -583,11 +587,11 @@ class FineTuning(Iterator[Epoch]):
                 self._back_off(lost)
 
     def _watch(self, loss: float, number: int) -> None:
-        """Notice a loss above that of a network that knows nothing, log n_classes.
+        """Notice a loss above that of a network that knows nothing.
 
         Some begin higher, as features may differ much between an image and its augmented views.
         """
-        limit = max(math.log(len(self.train.classes)), TOLERANCE * self._first_loss)
+        limit = max(self._ignorance, TOLERANCE * self._first_loss)
         if loss <= limit or (math.isfinite(loss) and not self._may_back_off()):
             return
         if self._may_back_off():
@@ -697,10 +701,9 @@ class FineTuning(Iterator[Epoch]):
     def _backward(self, rows: list[int], pixels: list[Any]) -> torch.Tensor:
         """Accumulate the gradient of the mean loss of a batch; return that loss."""
         import torch
-        from torch.nn.functional import cross_entropy
 
         x = self.preprocessing.normalize(torch.stack(pixels).to(self.device, non_blocking=True))
-        y = torch.tensor(self.train.labels[rows], device=self.device)
+        y = torch.tensor(self._targets[rows], device=self.device)
         x = self._erase(x)
         if self._mixup is not None:
             x, y = self._mixup(x, y)
@@ -710,12 +713,8 @@ class FineTuning(Iterator[Epoch]):
             part = slice(start, start + self._micro)
             some = x[part].contiguous(memory_format=torch.channels_last)
             with compute(self.device, self.config.precision, exact=False), self._lone(len(some)):
-                logits = self.module(some)
-            smoothing = self.config.label_smoothing
-            losses = cross_entropy(
-                logits.float(), y[part], self._class_weights, reduction="sum",
-                label_smoothing=smoothing,
-            )  # fmt: skip
+                outputs = self.module(some).float()
+            losses = self.task.loss(outputs, y[part], self.config, self._class_weights)
             self._scaler.scale(losses / len(x)).backward()
             total += losses.detach() / len(x)
         return total
@@ -727,12 +726,12 @@ class FineTuning(Iterator[Epoch]):
         passed: Callable[[], None] | None = None,
         order: Order | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the readable rows and their class probabilities."""
+        """Return the readable rows and their predictions."""
         import torch
 
         module = self.module if self._ema is None else self._ema.module
         rows: list[int] = []
-        logits: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
         for some, pixels, unreadable in images.batches(self.config.batch_size, view, order):
             rows += some
             if unreadable:
@@ -743,7 +742,7 @@ class FineTuning(Iterator[Epoch]):
                 part = pixels[start : start + self._micro]
                 try:
                     with self._lone(len(part)):
-                        logits.append(forward(module, self.preprocessing, part, self.device))
+                        outputs.append(forward(module, self.preprocessing, part, self.device))
                     start += len(part)
                     if passed is not None:
                         passed()
@@ -751,7 +750,7 @@ class FineTuning(Iterator[Epoch]):
                     self._halve(error, len(part))
         if not rows:
             raise DatasetError("no validation image can be read; pass other `val` images.")
-        return np.array(rows), probabilities(torch.cat(logits))
+        return np.array(rows), self.task.predict(torch.cat(outputs))
 
     # After an epoch -----------------------------------------------------------------------------
     def _finish(self, number: int, started: float, loss: float, rate: float) -> Epoch:
@@ -760,14 +759,15 @@ class FineTuning(Iterator[Epoch]):
         module.eval()
         ends = number == self.config.epochs and number > 0 and bool(self._start)
         trained = _copy(module) if ends else {}
-        tries, guesses = [], []
+        tries: list[Epoch] = []
+        guesses: list[tuple[np.ndarray, np.ndarray]] = []
         for part in self._parts if ends else (1.0,):
             if part < 1:
                 module.load_state_dict(self._between(trained, part))
             predict = partial(self._predict, self._unseen)
             rows, p = predict() if number else self._start_once("epoch 0", predict)
             self._require_finite(p.sum(), number)
-            values = measure(self.val.labels[rows], p)
+            values = self.task.measure(self.val.labels[rows], p)
             guesses.append((self.val.labels[rows], p))
             tries.append(Epoch(
                 number=number,
@@ -775,16 +775,21 @@ class FineTuning(Iterator[Epoch]):
                 seconds=time.perf_counter() - started,
                 lr=max(group["lr"] for group in self._optimizer.param_groups) if number else 0.0,
                 train_loss=loss,
-                **values,
+                values=values,
                 best=values[self.config.monitor],
                 best_number=number,
                 images_per_second=rate,
                 interpolation=part,
             ))  # fmt: skip
         # By the log-loss: on few images, the accuracies of such neighbours differ by chance.
-        at = min(range(len(tries)), key=lambda k: tries[k].log_loss)
-        temperature = fit_temperature(*guesses[at])
-        epoch = replace(tries[at], seconds=tries[-1].seconds, temperature=temperature)
+        tie = self.task.tie
+        at = max(range(len(tries)), key=lambda k: signed(tries[k].values[tie], tie))
+        epoch = replace(
+            tries[at],
+            seconds=tries[-1].seconds,
+            temperature=self.task.fit_temperature(*guesses[at]),
+            error=self.task.find_error(*guesses[at], self.config.monitor),
+        )
         if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
             epoch = replace(epoch, best=self.best.best, best_number=self.best.number)
         else:
@@ -822,8 +827,13 @@ class FineTuning(Iterator[Epoch]):
         }
 
     def _sort_key(self, epoch: Epoch) -> tuple[float, float]:
-        value = getattr(epoch, self.config.monitor)
-        return (-value if self.config.monitor == "log_loss" else value), -epoch.log_loss
+        first, second = (signed(epoch.values[name], name) for name in self._judges)
+        return first, second
+
+    @property
+    def _judges(self) -> tuple[str, str]:
+        """The metrics that say which epoch is best."""
+        return self.config.monitor, self.task.tie
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -850,7 +860,7 @@ class FineTuning(Iterator[Epoch]):
                 )  # fmt: skip
             self.config = replace(self.config, **was)
         for name, value in self._identity().items():
-            if notes.get(name) != value:
+            if notes.get(name, LATER.get(name)) != value:
                 raise ValueError(
                     f"`checkpoint_dir` {str(folder)!r} belongs to another run, with {name} "
                     f"{notes.get(name)!r} instead of {value!r}; pass resume=False to start over, "

@@ -124,20 +124,22 @@ class ModelInit:
         from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
         from sfda_tune.finetuning.models import Model, with_head, write_model
+        from sfda_tune.finetuning.tasks import Classification
 
         name = self.space.choose(trial)
         backbone = Backbone(name, self.space.specs[name], plugins=self.plugins)
         module, preprocessing, _ = with_head(backbone, len(self.classes))
         with tempfile.TemporaryDirectory() as folder:  # what the Trainer is going to save
-            write_model(backbone, Model(module, preprocessing, self.classes), Path(folder))
+            model = Model(module, preprocessing, Classification(self.classes))
+            write_model(backbone, model, Path(folder))
             config = TimmWrapperConfig.from_pretrained(folder)
             # The wrapper sets it itself, and Python takes no argument twice.
             config.model_args = dict(config.model_args or {})
             config.model_args.pop("num_classes", None)
-            model: Any = TimmWrapperForImageClassification.from_pretrained(folder, config=config)
+            wrapped: Any = TimmWrapperForImageClassification.from_pretrained(folder, config=config)
         if self.rescale and preprocessing.input_size is not None:
-            model.timm_model.register_forward_pre_hook(_Rescale(preprocessing))
-        return model
+            wrapped.timm_model.register_forward_pre_hook(_Rescale(preprocessing))
+        return wrapped
 
 
 @dataclass(frozen=True)

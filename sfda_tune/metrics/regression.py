@@ -32,7 +32,9 @@ from sfda_tune.metrics.logme import find_spectrum, maximise_evidence
 from sfda_tune.values.features import MetricResult
 from sfda_tune.values.text import integer
 
-__all__ = ["REGRESSION", "knn_regression", "logme_regression", "ridge", "ridge_probe"]
+__all__ = [
+    "REGRESSION", "fit_ridge", "knn_regression", "logme_regression", "ridge", "ridge_probe",
+]  # fmt: skip
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # t
 N_FOLDS = 5
@@ -103,6 +105,27 @@ def ridge(
     by_t = dict(zip((f"{t:g}" for t in ts), fit.r2.tolist(), strict=True))
     details = {"penalty": ts[fit.best], "r2": by_t}
     return _result(y, y - fit.errors, {"n_dims": X.shape[1], "dtype": dtype} | details)
+
+
+def fit_ridge(features: Any, targets: Any) -> tuple[np.ndarray, float, float]:
+    """Fit the ridge regression that `ridge` scores, to all samples.
+
+    Returns
+    -------
+    tuple of ndarray of shape (n_dims,), float and float
+        Weight and bias of the features as they are, and the R² of `ridge`.
+
+    Examples
+    --------
+    >>> x = np.random.default_rng(0).normal(size=(50, 2))
+    >>> weight, bias, r2 = fit_ridge(x, 3 * x[:, 0] - x[:, 1] + 5)
+    >>> weight.round(3), round(bias, 3), round(r2, 3)
+    (array([ 3., -1.]), 5.0, 1.0)
+    """
+    X, y, _ = _load(features, targets)
+    fit = _Ridge(X, y, None, PENALTIES)
+    weight = fit.beta / fit.scale
+    return weight, float(fit.middle - weight @ fit.mean), float(fit.r2[fit.best])
 
 
 def _sort_grid(grid: Sequence[float]) -> list[float]:

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_options
 from sfda_tune.data.opening import TASKS
-from sfda_tune.finetuning.config import MONITORS
+from sfda_tune.finetuning.tasks import Task, find_kind
 from sfda_tune.pipelines.budget import parse_budget, parse_weights_disk
 from sfda_tune.pipelines.spaces import open_space
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check_folder
+from sfda_tune.values.metrics import LOWER
 from sfda_tune.values.redaction import redact
 from sfda_tune.values.text import integer, require
 
@@ -42,8 +43,8 @@ class SearchConfig:
     storage: str | None = field(repr=False)  # may hold a password
     workers: int
     keep: Any
-    objective: Any  # a tuple of str
-    metric: str
+    objective: Any  # a tuple of str; None, with `metric`, is what the kind of labels is judged by
+    metric: Any
     max_params: float | None
     max_latency: float | None
     space: Any
@@ -73,7 +74,8 @@ class SearchConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        objective = self.objective
+        self._set("metric", self.metric or self.kind.monitors[0])
+        objective = self.objective or self.kind.monitors[0]
         self._set("out", Path(self.out).absolute())
         self._set("objective", (objective,) if isinstance(objective, str) else tuple(objective))
         self._set("plugins", tuple(self.plugins))
@@ -97,6 +99,11 @@ class SearchConfig:
         return parse_budget(self.budget)
 
     @property
+    def kind(self) -> type[Task]:
+        """Whether labels are classes or numbers."""
+        return find_kind(self.dataset, self.task)
+
+    @property
     def weights_limit(self) -> int | None:
         """Bytes that weights may take of the disk which come from the hub."""
         return parse_weights_disk(self.weights_disk)
@@ -105,7 +112,7 @@ class SearchConfig:
     def directions(self) -> tuple[Literal["maximize", "minimize"], ...]:
         """Of the objectives."""
         first: Literal["maximize", "minimize"]
-        first = "minimize" if self.metric == "log_loss" else "maximize"
+        first = "minimize" if self.metric in LOWER else "maximize"
         return (first, "minimize")[: len(self.objective)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,20 +148,20 @@ def _check_numbers(c: SearchConfig) -> None:
             c._set(name, integer(name, g[name], least))
     for name in ("max_params", "max_latency"):
         require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
-    allowed = ("accuracy", "accuracy,latency", "accuracy,params")
+    first, monitors = c.kind.monitors[0], c.kind.monitors
+    allowed = (first, f"{first},latency", f"{first},params")
     require("objective", c.objective, f"one of {allowed}", ",".join(c.objective) in allowed)
     is_free = not c.previous or len(c.objective) == 1
     require("previous", c.previous, "left out where there are several objectives", is_free)
-    require("metric", c.metric, f"one of {MONITORS}", c.metric in MONITORS)
+    require("metric", c.metric, f"one of {monitors} for {c.kind.name}", c.metric in monitors)
     if isinstance(c.test, float):
         require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)
     require("task", c.task, f"one of {', '.join(TASKS)}", c.task in (None, *TASKS))
-    if c.task == "regression":
+    if c.task == "multilabel":
         raise ValueError(
-            "`task` must be 'classification' for a search but is 'regression': fine-tuning on "
-            "numbers is not there yet. rank(task='regression') (sfda-tune rank --task regression) "
-            "orders the backbones, to be trained with tools of your own; if each number is a "
-            "class, pass task='classification' (--task classification)."
+            "`task` must be 'classification' for a search but is 'multilabel': fine-tuning on "
+            "several labels per image is not there yet. rank(task='multilabel') (sfda-tune rank "
+            "--task multilabel) orders the backbones, to be trained with tools of your own."
         )
     limit = c.max_unreadable
     is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1

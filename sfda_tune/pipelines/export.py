@@ -22,13 +22,14 @@ from sfda_tune.pipelines.inputs import read_usable
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values.files import check_folder, read_json, replacing, write_json, write_text
 from sfda_tune.values.formats import SPLITS
+from sfda_tune.values.metrics import call
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Export", "export_onnx"]
 
-LIMIT = 1e-4  # of a difference in probability that rounding explains
+LIMIT = 1e-4  # of a difference in probability, or in standardised numbers, of rounding
 N_NOISE = 16
 
 
@@ -44,9 +45,11 @@ class Export:
         What both were shown.
     n_images : int
     max_difference : float
-        The largest difference of a class probability.
+        The largest difference of a class probability, or of a number.
     accuracy, accuracy_torch : float or None
-        On these images; None where they have no labels.
+        On these images, or R² of numbers; None where they have no labels.
+    metric : str, default "accuracy"
+        Which of the two that is.
     """
 
     folder: Path
@@ -55,16 +58,16 @@ class Export:
     max_difference: float
     accuracy: float | None
     accuracy_torch: float | None
+    metric: str = "accuracy"
 
     def __str__(self) -> str:
-        same = (
-            ""
-            if self.accuracy is None
-            else f", accuracy {self.accuracy:.4f} (torch {self.accuracy_torch:.4f})"
-        )
+        what = "probabilities" if self.metric == "accuracy" else "numbers"
+        name, same = call(self.metric), ""
+        if self.accuracy is not None:
+            same = f", {name} {self.accuracy:.4f} (torch {self.accuracy_torch:.4f})"
         return (
-            f"{self.folder / 'model.onnx'}: on {self.n_images} {self.images} its probabilities "
-            f"differ by at most {self.max_difference:.1e} from those of torch{same}"
+            f"{self.folder / 'model.onnx'}: on {self.n_images} {self.images} its {what} differ by "
+            f"at most {self.max_difference:.1e} from those of torch{same}"
         )
 
 
@@ -79,7 +82,8 @@ def export_onnx(
 
     The graph takes ``pixels``, uint8 of the shape (n, channels, height, width), as resized and
     cropped by ``preprocessing.json``; normalisation and softmax are in it. It gives ``logits`` and
-    ``probabilities`` (n, n_classes), for any n. Needs the extra ``[onnx]``.
+    ``probabilities`` (n, n_classes), for any n; or ``standardised`` (n, 1) and ``numbers`` (n,),
+    in the unit of the labels. Needs the extra ``[onnx]``.
 
     Parameters
     ----------
@@ -97,7 +101,8 @@ def export_onnx(
     ------
     ValueError
         If there is no finished search, its network or its transform is no network of timm's, or
-        the probabilities differ by more than 1e-4; nothing is written then.
+        the probabilities differ by more than 1e-4 (numbers: 1e-4 of their standard deviation), or
+        `images` have labels of another kind; nothing is written then.
     ImportError
         If ONNX is not installed.
 
@@ -124,31 +129,42 @@ those of torch, accuracy 0.9500 (torch 0.9500)
             "torch.onnx.export with `load_model(...).module`."
         )
     images, what = _test_images(found) if images is None else (images, "images that were given")
+    if what != "images of noise" and images.task != model.task.name:
+        raise ValueError(
+            f"`images` must have labels for {model.task.name} but are {images!r}; open them with "
+            f"task={model.task.name!r}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.onnx") as file:
         _write_graph(model, file)
         ours, theirs = predict(model, images, device="cpu"), _run(file, model, images)
-        seen = np.isfinite(ours).all(axis=1) & np.isfinite(theirs).all(axis=1)
+        seen = np.isfinite((ours + theirs).reshape(len(images), -1)).all(axis=1)
         difference = float(np.abs(ours - theirs)[seen].max(initial=0.0))
-        if not difference <= LIMIT:
+        limit = LIMIT * model.task.unit
+        if not difference <= limit:
+            of = "the probability of a class" if model.classes else "a number"
             raise ValueError(
-                f"the exported {found.best['backbone']} differs by {difference:.2g} in the "
-                f"probability of a class on {what}, more than {LIMIT:g}: it is not written. "
-                "Please report it with the output of `sfda-tune doctor`."
+                f"the exported {found.best['backbone']} differs by {difference:.2g} in {of} on "
+                f"{what}, more than {limit:g}: it is not written. Please report it with the "
+                "output of `sfda-tune doctor`."
             )
-    pair: list[float | None] = [None, None]
+    pair: tuple[float | None, float | None] = (None, None)
     if what != "images of noise":
-        labels = np.array([_code(model, images.classes[c]) for c in images.labels])[seen]
-        pair = [float(np.mean(p[seen].argmax(1) == labels)) for p in (theirs, ours)]
-    export = Export(folder, what, int(seen.sum()), difference, *pair)
+        pair = _score(model, images, theirs, seen), _score(model, images, ours, seen)
+    export = Export(folder, what, int(seen.sum()), difference, *pair, model.task.monitors[0])
     about = _describe(model)
     write_json(folder / "preprocessing.json", about)
     write_text(folder / "README.md", _write_card(found, model, export, about))
     return export
 
 
-def _code(model: Model, name: str) -> int:
-    return model.classes.index(name) if name in model.classes else -1
+def _score(model: Model, images: ImageDataset, p: np.ndarray, seen: Any) -> float:
+    """Return the accuracy or R² on images, some of which may be of classes that are not known."""
+    if not model.classes:
+        return model.task.measure(images.labels[seen], p[seen])["r2"]
+    code = {name: c for c, name in enumerate(model.classes)}
+    labels = np.array([code.get(images.classes[c], -1) for c in images.labels])
+    return float(np.mean(p[seen].argmax(1) == labels[seen]))
 
 
 def _test_images(found: SearchResult) -> tuple[ImageDataset, str]:
@@ -174,15 +190,15 @@ def _write_graph(model: Model, file: Path) -> None:
     from torch import nn
 
     class Whole(nn.Module):
-        """From pixels to probabilities."""
+        """From pixels to predictions."""
 
         def __init__(self) -> None:
             super().__init__()
             self.network: nn.Module = model.module
 
         def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self.network(model.preprocessing.normalize(pixels))
-            return logits, logits.softmax(1)
+            outputs = self.network(model.preprocessing.normalize(pixels))
+            return outputs, model.task.finish(outputs)
 
     size = model.preprocessing.output_size
     pixels = torch.zeros((2, *size), dtype=torch.uint8)
@@ -194,7 +210,7 @@ def _write_graph(model: Model, file: Path) -> None:
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("n")},),
             input_names=["pixels"],
-            output_names=["logits", "probabilities"],
+            output_names=list(model.task.exported),
             verbose=False,
         )
         program.save(str(file), external_data=False)
@@ -206,13 +222,13 @@ def _run(file: Path, model: Model, images: ImageDataset) -> np.ndarray:
 
     session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
     transform = model.preprocessing.build()
-    p = np.full((len(images), len(model.classes)), np.nan)
+    p = np.full((len(images), *model.task.shape), np.nan)
     for row in range(len(images)):
         try:
             pixels = transform(images.load(row)).numpy()[None]
         except Exception:  # `predict` has warned of it
             continue
-        p[row] = np.asarray(session.run(["probabilities"], {"pixels": pixels})[0])[0]
+        p[row] = np.asarray(session.run([model.task.exported[1]], {"pixels": pixels})[0])[0]
     return p
 
 
@@ -226,6 +242,7 @@ def _describe(model: Model) -> dict[str, Any]:
         "squash": "both sides (the proportions are lost)",
         "border": "the longer side (the other in proportion)",
     }[g.crop_mode]
+    shapes = [["n", "classes"]] * 2 if model.classes else [["n", 1], ["n"]]
     crop = {"do": "cut out the middle", "size": [h, w]}
     if g.crop_mode == "border":
         fill = [round(255 * value) for value in g.fill]
@@ -243,26 +260,32 @@ def _describe(model: Model) -> dict[str, Any]:
             "mean": list(model.preprocessing.mean),
             "std": list(model.preprocessing.std),
         },
-        "outputs": {"logits": ["n", "classes"], "probabilities": ["n", "classes"]},
+        "outputs": dict(zip(model.task.exported, shapes, strict=True)),
         "classes": list(model.classes),
     }
 
 
+_HUB = {"r2": "r_squared"}  # what the hub calls metrics
 _CARD = """\
 ---
 {{ front }}
 ---
 # {{ backbone }}, fine-tuned on {{ dataset }}
 
+{% if classes %}
 {{ classes | length }} classes: {{ classes[:20] | join(", ") }}
 {{- ", …" if classes | length > 20 }}.
+{% else %}
+Predicts a number.
+{% endif %}
 Chosen by sfda_tune {{ version }} among {{ candidates }} backbones. {{ images }}.
 
 | on {{ n_test }} test images | |
 |---|---|
 {% for name, value in test.items() -%}
-| {{ name.replace("_", " ") }} | {{ "%.4f" | format(value) }}
-{%- if name == "accuracy" and interval %} ({{ interval }}){% endif %} |
+| {{ name | call }} | {{ "%.4f" | format(value) }}
+{%- if intervals[name] %} (95 % interval {{ "%.3f to %.3f" | format(*intervals[name]) }})
+{%- endif %} |
 {% endfor -%}
 | latency of one image{{ where }} | {{ latency }} |
 | parameters | {{ "{:,}".format(n_params) }} |
@@ -273,12 +296,12 @@ these, too.
 ## Use
 
 `preprocessing.json` says how an image becomes `pixels` (uint8, {{ shape }}); normalisation and
-softmax are in the graph.
+{{ "softmax are" if classes else "the unit of the numbers are" }} in the graph.
 
 ```python
 import onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
-(probabilities,) = session.run(["probabilities"], {"pixels": pixels})
+({{ exported }},) = session.run(["{{ exported }}"], {"pixels": pixels})
 ```
 
 {{ parity }}
@@ -293,43 +316,43 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
     best, config = found.best, getattr(model.module, "pretrained_cfg", None) or {}
     spec, ranked = str(model.provenance.get("spec", "")), found.ranking.score(best["backbone"])
     licence = config.get("license") or ranked.details.get("license") or "unknown"
-    accuracy = {"type": "accuracy", "value": round(best["test"]["accuracy"], 4)}
-    task = {"type": "image-classification"}
+    first = model.task.monitors[0]
+    value = {"type": _HUB.get(first, first), "value": round(best["test"][first], 4)}
+    task = {"type": f"image-{model.task.name}"}
     data = {"name": str(found.summary["dataset"]), "type": "private"}
     front: dict[str, Any] = {
         "license": licence,
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", "onnx", "sfda_tune"],
+        **({"pipeline_tag": task["type"]} if model.classes else {}),  # the hub knows no other
+        "tags": [task["type"], "timm", "onnx", "sfda_tune"],
         "model-index": [
             {
                 "name": best["backbone"],
-                "results": [{"task": task, "dataset": data, "metrics": [accuracy]}],
+                "results": [{"task": task, "dataset": data, "metrics": [value]}],
             }
         ],
     }
     if config.get("hf_hub_id"):
         front["base_model"] = config["hf_hub_id"]
-    interval, latency = best.get("test_interval"), best.get("latency_ms")
-    return (
-        Environment(autoescape=False, keep_trailing_newline=True)  # of Markdown
-        .from_string(_CARD)
-        .render(
-            front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-            backbone=best["backbone"],
-            dataset=found.summary["dataset"],
-            classes=model.classes,
-            version=model.provenance["versions"]["sfda_tune"],
-            candidates=len(found.summary["candidates"]),
-            images=found.images,
-            n_test=found.summary["n_images"]["test"],
-            test=best["test"],
-            interval=interval and "95 % interval {:.3f} to {:.3f}".format(*interval),
-            where=" (torch, where it was trained)",
-            latency="not measured" if latency is None else f"{latency:.1f} ms",
-            n_params=best["n_params"],
-            spec=spec,
-            licence=licence,
-            shape=" × ".join(map(str, about["input"]["shape"])),
-            parity=f"{export}.".replace(f"{export.folder}{os.sep}", ""),
-        )
+    latency = best.get("latency_ms")
+    env = Environment(autoescape=False, keep_trailing_newline=True, trim_blocks=True)  # Markdown
+    env.filters["call"] = call
+    return env.from_string(_CARD).render(
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        backbone=best["backbone"],
+        dataset=found.summary["dataset"],
+        classes=model.classes,
+        version=model.provenance["versions"]["sfda_tune"],
+        candidates=len(found.summary["candidates"]),
+        images=found.images,
+        n_test=found.summary["n_images"]["test"],
+        test=best["test"],
+        intervals=found.intervals,
+        exported=model.task.exported[1],
+        where=" (torch, where it was trained)",
+        latency="not measured" if latency is None else f"{latency:.1f} ms",
+        n_params=best["n_params"],
+        spec=spec,
+        licence=licence,
+        shape=" × ".join(map(str, about["input"]["shape"])),
+        parity=f"{export}.".replace(f"{export.folder}{os.sep}", ""),
     )

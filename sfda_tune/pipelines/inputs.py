@@ -18,6 +18,7 @@ from sfda_tune.data.near import find_near, near_codes
 from sfda_tune.data.splits import fingerprint, split_images
 from sfda_tune.finetuning.images import look_at
 from sfda_tune.finetuning.shared import SharedWork
+from sfda_tune.finetuning.tasks import make_task
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Engine, load_engine
 from sfda_tune.pipelines.spaces import Space, default_space, open_space
@@ -75,10 +76,12 @@ def open_inputs(
 
     parts, rows, sources = split_images(vars(config), find_usable)
     n = len(parts["train"])
+    space = space or default_space(n, parts["train"].task)
+    space.check(make_task(parts["train"]))
     auto = max(5, round(30 * min(1, 200 / n) ** (1 / 3)))
     return Inputs(
         config, parts, rows, sources, fingerprint(parts), surveys[0] if surveys else None,
-        backbones={b.name: b for b in found}, space=space or default_space(n), engine=engine,
+        backbones={b.name: b for b in found}, space=space, engine=engine,
         n_epochs=config.epochs or max(3, round(auto / 2)), device=resolve_device(config.device),
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from sfda_tune.finetuning.models import predict
 from sfda_tune.selection.calibration import Observation
 from sfda_tune.values.files import check, read_json, say_kind, write_csv, write_json
 from sfda_tune.values.formats import FOUND, SEARCH
+from sfda_tune.values.metrics import call, signed, tell
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import (
     describe_images,
@@ -28,32 +29,49 @@ __all__ = ["SearchResult", "write_predictions"]
 
 
 def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: Any) -> None:
-    """Write test_predictions.csv and the 12 images with the lowest probability of their label."""
-    classes = images.classes
-    table = [["item", "label", "predicted", "confidence", *(f"p_{c}" for c in classes)]]
-    for row in rows:
-        label, guess = classes[images.labels[row]], classes[p[row].argmax()]
-        numbers = [f"{x:.6g}" for x in (p[row].max(), *p[row])]
-        table.append([images.item_name(row), label, guess, *numbers])
-    write_csv(folder / "test_predictions.csv", table)
+    """Write test_predictions.csv and the 12 hardest images.
+
+    Those have the lowest probability of their label or, of numbers, the largest error.
+    """
+    tell = _tell_classes if images.classes else _tell_numbers
+    heads, table, about, ease = tell(images, p[rows], rows)
+    names = [images.item_name(row) for row in rows]
+    lines = [[name, *cells] for name, cells in zip(names, table, strict=True)]
+    write_csv(folder / "test_predictions.csv", [["item", *heads], *lines])
     (folder / "hardest").mkdir(exist_ok=True)
-    right = p[rows, images.labels[rows]]
     entries = []
-    for k, i in enumerate(np.argsort(right, kind="stable")[:12]):
+    for k, i in enumerate(np.argsort(ease, kind="stable")[:12]):
         row, file = rows[i], f"{k:02d}.png"
         image = images.load(row)
         image.thumbnail((160, 160))
         image.save(folder / "hardest" / file)
-        entries.append(
-            {
-                "file": file,
-                "item": images.item_name(row),
-                "label": classes[images.labels[row]],
-                "predicted": classes[p[row].argmax()],
-                "p_label": float(right[i]),
-            }
-        )
+        told = {"label": table[i][0], "predicted": table[i][1], about[0]: float(about[1][i])}
+        entries.append({"file": file, "item": names[i], **told})
     write_json(folder / "hardest" / "hardest.json", entries)
+
+
+# Heads and cells of the table, what is told of the hardest images, how easy each one is
+Told = tuple[list[str], list[list[str]], tuple[str, np.ndarray], np.ndarray]
+
+
+def _tell_classes(images: ImageDataset, p: np.ndarray, rows: Any) -> Told:
+    """Return what test_predictions.csv says of probabilities (n, C)."""
+    classes, labels = images.classes, images.labels[rows]
+    table = [
+        [classes[y], classes[q.argmax()], *(f"{x:.6g}" for x in (q.max(), *q))]
+        for y, q in zip(labels, p, strict=True)
+    ]
+    heads = ["label", "predicted", "confidence", *(f"p_{c}" for c in classes)]
+    right = p[np.arange(len(p)), labels]
+    return heads, table, ("p_label", right), right
+
+
+def _tell_numbers(images: ImageDataset, p: np.ndarray, rows: Any) -> Told:
+    """Return what test_predictions.csv says of numbers (n,)."""
+    labels = images.labels[rows]
+    error = p - labels
+    table = [[f"{v:.9g}" for v in row] for row in zip(labels, p, error, strict=True)]
+    return ["label", "predicted", "error"], table, ("error", error), -np.abs(error)
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,9 +117,9 @@ class SearchResult:
     @property
     def history(self) -> tuple[Observation, ...]:
         """The trials as evidence for searches on other data: complete ones, higher is better."""
-        sign = -1.0 if self.summary["metric"] == "log_loss" else 1.0
+        metric = self.summary["metric"]
         return tuple(
-            Observation(t["backbone"], "complete", sign * t["value"], params=t["params"])
+            Observation(t["backbone"], "complete", signed(t["value"], metric), params=t["params"])
             for t in self.summary["trials"]
             if t["state"] == "complete" and t["value"] is not None
         )
@@ -118,12 +136,20 @@ class SearchResult:
 
     @property
     def test(self) -> dict[str, float]:
-        """Accuracy, balanced accuracy, macro-F1 and log-loss on the test images."""
+        """What the test images say: accuracy, …; or R², Spearman's ρ, RMSE and MAE of numbers."""
         return self.best["test"]
 
     @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % intervals of some of these."""
+        best = self.best
+        if "test_intervals" in best:
+            return {name: tuple(ends) for name, ends in best["test_intervals"].items()}
+        return {"accuracy": best["test_interval"]} if "test_interval" in best else {}
+
+    @property
     def classes(self) -> list[str]:
-        """The classes behind the columns of `predict`."""
+        """The classes behind the columns of `predict`; none for numbers."""
         return self.summary["classes"]
 
     @property
@@ -132,17 +158,14 @@ class SearchResult:
         return describe_images(self.summary)
 
     def predict(self, images: Any, **options: Any) -> np.ndarray:
-        """Return class probabilities (n_images, n_classes); see `predictions.predict`."""
+        """Return class probabilities (n_images, n_classes), or numbers; see `models.predict`."""
         return predict(self.folder / "model", images, **options)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what there is to say of the winner, in figures: pairs of name and value."""
         best, found = self.best, []
         for name, value in self.test.items():
-            shown = f"{value:.4f}"
-            if name == "accuracy" and "test_interval" in best:
-                shown += " (95 %: {:.4f} to {:.4f})".format(*best["test_interval"])
-            found.append((name.replace("_", " "), shown))
+            found.append((call(name), tell(value, self.intervals.get(name))))
         if calibration := best.get("calibration"):
             shown = "{ece_before:.4f}, {ece_after:.4f} at temperature {temperature:.2f}"
             found.append(("calibration error", shown.format(**calibration)))
@@ -176,7 +199,7 @@ class SearchResult:
 
     def __str__(self) -> str:
         b, s = self.best, self.summary
-        numbers = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in b["test"].items())
+        numbers = ", ".join(f"{call(k)} {tell(v)}" for k, v in b["test"].items())
         n = s["n_images"]["test"]
         return (
             f"{b['backbone']} (trial {b['trial']}, {len(s['trials'])} in all): {numbers} on "
@@ -188,7 +211,7 @@ class SearchResult:
 
     @property
     def _interval(self) -> str:
-        if "test_interval" not in self.best:  # of an older version
+        if not self.intervals:  # of an older version
             return ""
-        low, high = self.best["test_interval"]
-        return f" (95 % interval of the accuracy: {low:.4f} to {high:.4f})"
+        name, (low, high) = next(iter(self.intervals.items()))
+        return f" (95 % interval of the {call(name)}: {low:.4f} to {high:.4f})"

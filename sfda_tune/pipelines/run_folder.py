@@ -261,7 +261,7 @@ def _create(folder: RunFolder, inputs: Inputs, arguments: Mapping[str, Any], fou
     }
     state = {
         "format": 1, "status": "ranking", "dataset": parts["train"].name,
-        "classes": list(parts["train"].classes),
+        "classes": list(parts["train"].classes), "task": parts["train"].task,
         "n_images": {name: len(part) for name, part in parts.items()},
         "sources": inputs.sources, "unreadable": survey.names,
         "notes": [*shared, *tell_gaps(parts)], "stages": [],

@@ -39,8 +39,8 @@ def search(
     workers: int = 1,
     decoders: int | None = None,
     keep: int | None = None,
-    objective: str | Sequence[str] = "accuracy",
-    metric: str = "accuracy",
+    objective: str | Sequence[str] | None = None,
+    metric: str | None = None,
     max_params: float | None = None,
     max_latency: float | None = None,
     space: Any = None,
@@ -96,10 +96,11 @@ def search(
         one per core, at most 8. Has no influence on the result.
     keep : int, default 3
         How many backbones are tuned.
-    objective : "accuracy", or ("accuracy", "latency") or ("accuracy", "params")
-        With two, the front between them is searched; the winner is the best by the first.
-    metric : {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
-        What "accuracy" means.
+    objective : "accuracy", or ("accuracy", "latency") or ("accuracy", "params"); optional
+        With two, the front between them is searched; the winner is the best by the first. For
+        numbers "r2" in the place of "accuracy".
+    metric : {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}, optional
+        What "accuracy" means. For numbers one of "r2", "spearman", "rmse" and "mae".
     max_params : float, optional
     max_latency : float, optional
         Milliseconds for one image on this device. Backbones above a maximum are left out.
@@ -119,8 +120,9 @@ def search(
         together by the scores, and counts once in the interval of the test; with times the latest
         images are held out. `groups` as a sequence is that of the images to train on (of all,
         where there are no own parts).
-    task : {"auto", "classification"}, optional
-        See `open_dataset`; numbers to predict can only be ranked on so far.
+    task : {"auto", "classification", "regression"}, optional
+        See `open_dataset`. For "regression" the network learns to predict the numbers
+        (`sfda_tune.finetuning.tasks`), and the test says R², Spearman's ρ, RMSE and MAE.
     bit_depth, bands : optional
         See `open_dataset`. The winner is shown new images in the same way.
     max_unreadable : float, default 0.1

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.finetuning.tasks import Task
 from sfda_tune.values.files import parse_json, read_text
 
 __all__ = ["Dimension", "Space", "default_space", "open_space"]
@@ -85,6 +86,13 @@ class Space:
         values = {f.name: getattr(FinetuneConfig(), f.name) for f in fields(FinetuneConfig)}
         return {d.name: d.nearest(values[d.name]) for d in self.dimensions}
 
+    def check(self, task: Task) -> None:
+        """Raise a ValueError if a value has no meaning for the kind of labels."""
+        for d in self.dimensions:
+            for value in d.choices or (d.low,):
+                task.check(self.config({**self.default(), d.name: value}))
+        task.check(self.config({}))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the space as `open_space` reads it."""
         found: dict[str, Any] = dict(self.fixed)
@@ -94,13 +102,13 @@ class Space:
         return found
 
 
-def default_space(n_images: int) -> Space:
+def default_space(n_images: int, task: str = "classification") -> Space:
     """Return what is varied by default.
 
     Learning rate, a decade either side of the default one, and layer decay; with fewer than 1,000
     training images also which statistics normalise (a good network on photos may do better with
     those of its pretraining) and whether the backbone is frozen; with more weight decay, which
-    needs many steps to have an influence, and how much is mixed up.
+    needs many steps to have an influence, and (of classes) how much is mixed up.
 
     >>> [d.name for d in default_space(500).dimensions]
     ['lr', 'layer_decay', 'batch_norm', 'freeze']
@@ -110,10 +118,8 @@ def default_space(n_images: int) -> Space:
         "layer_decay": [None, 0.9, 0.75],
     }
     few = {"batch_norm": ["train", "frozen"], "freeze": ["none", "backbone"]}
-    many = {
-        "weight_decay": {"low": 1e-3, "high": 0.1, "log": True},
-        "mixup": [0.0, 0.2],
-    }
+    many: dict[str, Any] = {"weight_decay": {"low": 1e-3, "high": 0.1, "log": True}}
+    many |= {"mixup": [0.0, 0.2]} if task == "classification" else {}
     return open_space(space | (few if n_images < 1000 else many))
 
 

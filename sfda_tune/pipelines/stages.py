@@ -55,6 +55,7 @@ from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.forecast import find_evidence, forecast, is_forecast
 from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.uncertainty import shortlist
+from sfda_tune.values.metrics import call, tell
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import format_bytes, some
 
@@ -330,11 +331,11 @@ def finish(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) ->
             folder.delete_weights(trial.folder)
     folder.enter("test", "testing")
     found = evaluate_winner(folder, inputs, best)
-    low, high = found["test_interval"]
     state = folder.state
     winner = summarise(best, todo.metric, state["costs"]) | found
     spent = any("budget" in s["note"] for s in state["stages"])
-    note = f"accuracy {found['test']['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})"
+    first = inputs.config.kind.monitors[0]
+    note = f"{call(first)} {tell(found['test'][first], found['test_interval'])}"
     forget_weights(folder)
     # at once: a search whose last stage is done, but which has no winner, would never end
     folder.leave("test", note, best=winner, status="budget spent" if spent else "done")

@@ -12,7 +12,7 @@ import numpy as np
 from sfda_tune.data.splits import join
 from sfda_tune.finetuning.calibration import calibrate_on_test
 from sfda_tune.finetuning.config import FinetuneConfig
-from sfda_tune.finetuning.epochs import OutOfTimeError, measure
+from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.finetuning.models import load_model, predict
 from sfda_tune.finetuning.run import FineTuning, finetune
 from sfda_tune.pipelines.budget import Budget, Workload
@@ -22,7 +22,6 @@ from sfda_tune.pipelines.latency import time_forward
 from sfda_tune.pipelines.result import write_predictions
 from sfda_tune.pipelines.run_folder import RunFolder
 from sfda_tune.pipelines.trials import best_epoch
-from sfda_tune.selection.evaluation import accuracy_interval, design_effect
 from sfda_tune.values.files import read_json, write_json
 from sfda_tune.values.formats import PROVENANCE
 
@@ -70,12 +69,13 @@ def _describe(
     epochs = tuple(
         {
             "number": e.number,
-            "value": getattr(e, metric),
-            "log_loss": e.log_loss,
+            "value": e.values[metric],
+            run.task.tie: e.values[run.task.tie],
             "train_loss": e.train_loss if math.isfinite(e.train_loss) else None,
             "seconds": e.seconds,
             "temperature": e.temperature,
         }
+        | ({"error": e.error} if math.isfinite(e.error) else {})
         for e in run.history
     )
     seconds = max(seconds, sum(e["seconds"] for e in epochs))
@@ -152,27 +152,28 @@ def _save(
 def evaluate_winner(folder: RunFolder, inputs: Inputs, best: Trial) -> dict[str, Any]:
     """Test RUN/model, write predictions and the hardest images; return what the test adds.
 
-    The temperature is that of the trial, whose validation images it had not seen; the model may
-    have been trained on them since.
+    Of classes that is also what a temperature is worth: that of the trial, whose validation images
+    it had not seen; the model may have been trained on them since.
     """
     c, images, own = inputs.config, inputs.parts["test"], inputs.backbones[best.backbone]
     known = folder.state["costs"][best.backbone]["latency_ms"]  # what the trials were compared by
     path = folder.path / "model"
     model = load_model(path, backbone=own if own.load else None, plugins=c.plugins)
     p = predict(model, images, device=inputs.device, precision=c.precision)
-    rows = np.flatnonzero(np.isfinite(p).all(1))
+    rows = np.flatnonzero(np.isfinite(p.reshape(len(p), -1)).all(1))
     write_predictions(folder.path, images, p, rows)
-    right = p[rows].argmax(axis=1) == images.labels[rows]
-    codes = images.group_codes
-    effect = design_effect(right, None if codes is None else codes[rows])
+    labels, codes = images.labels[rows], images.group_codes
     temperature = best_epoch(best, c.metric).get("temperature")  # none in an older search
-    n_val = len(inputs.parts["val"])
-    calibration = temperature and calibrate_on_test(
-        images.labels[rows], p[rows].astype(np.float64), temperature, n_val
-    )
+    calibration = None
+    if temperature and images.classes:
+        n_val = len(inputs.parts["val"])
+        calibration = calibrate_on_test(labels, p[rows], temperature, n_val)
+    groups = None if codes is None else codes[rows]
+    intervals = model.task.find_intervals(labels, p[rows], groups)
     return {
         **({"calibration": calibration} if calibration else {}),
-        "test": measure(images.labels[rows], p[rows]),
-        "test_interval": accuracy_interval(int(right.sum()), len(rows), effect),
+        "test": model.task.measure(labels, p[rows]),
+        "test_interval": intervals[model.task.monitors[0]],
+        "test_intervals": intervals,
         "latency_ms": known or time_forward(model.module, model.preprocessing, inputs.device),
     }

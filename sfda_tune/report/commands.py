@@ -25,7 +25,8 @@ SETTLES = {  # kind of a `Diagnostic`: what to rank by instead; None: as before
 # What `rank` and `search` mean alike: where the images are, how they are read and computed
 _SHARED = (
     "dataset", "image_column", "label_column", "groups", "group_column", "group_regex",
-    "split_column", "bit_depth", "bands", "max_unreadable", "device", "precision", "import",
+    "split_column", "task", "bit_depth", "bands", "max_unreadable", "device", "precision",
+    "import",
 )  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def settle(run: Run, kind: str) -> str:
     """Return the command that settles a doubt about a ranking; empty if there is none."""
     if kind not in SETTLES or run.search is not None:
         return ""
-    if run.ranking.info.get("task") == "regression" and "variant" in (SETTLES[kind] or {}):
+    if "task" in run.ranking.info and "variant" in (SETTLES[kind] or {}):
         return ""
     options, _ = _rank_options(run.ranking)
     changes = SETTLES[kind]
@@ -71,14 +72,15 @@ def settle(run: Run, kind: str) -> str:
 def find_next(run: Run, folder: str = "RUN") -> list[tuple[str, str]]:
     """Return what to do next: pairs of a sentence and a command."""
     if run.search is None:
-        if run.ranking.info.get("task") == "regression":
+        if run.ranking.info.get("task") == "multilabel":
             return []
         line, lacking = propose_search(run.ranking)
         words = f"Fine-tune the first three, and keep the best{lacking}:"
         return [(words, line)] if line else []
     if (run.search.get("best") or {}).get("test"):
         words = ["sfda-tune", "predict", folder, "IMAGES"]
-        return [("Name the classes of new images:", shlex.join(words))]
+        what = "Predict the numbers" if run.of_numbers else "Name the classes"
+        return [(f"{what} of new images:", shlex.join(words))]
     return []
 
 

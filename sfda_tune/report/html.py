@@ -23,17 +23,19 @@ import numpy as np
 from sfda_tune.report.axes import Axis, make_lines, place_labels, shorten
 from sfda_tune.report.commands import find_next, repeat, settle
 from sfda_tune.report.plots import count_confusions, find_front
-from sfda_tune.report.run import N_PICTURES, Run, read_run
+from sfda_tune.report.run import N_PICTURES, Run, read_numbers, read_run
 from sfda_tune.selection.advice import recommend
 from sfda_tune.selection.calibration import Calibration, Observation, calibrate
 from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.selection.forecast import is_forecast
 from sfda_tune.selection.images import ImageEvidence, judge_classes, judge_images
+from sfda_tune.selection.labels import judge_labels
 from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.tables import listed
 from sfda_tune.selection.uncertainty import Confidence
 from sfda_tune.values.files import write_text
+from sfda_tune.values.metrics import call
 from sfda_tune.values.text import describe_images, format_duration, printable
 
 __all__ = ["render", "save_plots", "write_report"]
@@ -46,6 +48,7 @@ THEMES = {  # the first five for text, the others for marks
     "light": "#ffffff #f3f5f7 #1b1e22 #555c64 #005a8c #0072B2 #CC79A7 #D55E00 #6b737c #009E73",
     "dark": "#15181c #20252b #e8eaed #a8b0b8 #7cc4f0 #56B4E9 #CC79A7 #E69F00 #8d969e #2ec79b",
 }
+MOST_MARKS = 500  # of test images
 MANY = 60  # marks, of which only those on the front have room for a number
 COSTS = (  # name, words, whether more is better
     ("images_per_second", "images per second", True),
@@ -132,10 +135,12 @@ def render(run: Run) -> str:
         tradeoffs=_tradeoffs(run),
         evidence=evidence,
         classes=judge_classes(evidence) if evidence else [],
+        labels=judge_labels(ranking),
         dataset=_describe_dataset(run, evidence),
         course=_course(run),
         calibration=_calibration(run),
-        test=_test(run),
+        test=None if run.of_numbers else _test(run),
+        numbers=_examine_numbers(run) if run.of_numbers else None,
         temperature=_temperature(run),
         command=command,
         lacking=lacking,
@@ -168,7 +173,9 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
         draw["calibration"] = partial(plots.plot_calibration, _calibrate(run))
     if calibration := _winner_calibration(run):
         draw["reliability"] = partial(plots.plot_reliability, calibration)
-    if run.predictions:
+    if run.predictions and run.of_numbers:
+        draw["predictions"] = partial(plots.plot_predictions, *read_numbers(run))
+    elif run.predictions:
         *pairs, classes = _classes(run)
         draw["confusion"] = partial(plots.plot_confusion, *pairs, classes=classes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +241,7 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str, str]
         if t["state"] == "failed":
             why = t["error"] or "no reason is known"
             found.append(("warning", f"Trial {t['number']}, {t['backbone']}, failed: {why}", ""))
-    if run.predictions:
+    if run.predictions and not run.of_numbers:
         labels, _, classes = _classes(run)
         if empty := [c for c in classes if c not in set(labels)]:
             found.append(("note", f"Classes without a test image: {listed(empty, 8)}", ""))
@@ -249,7 +256,7 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
     info, labels = run.ranking.info, run.ranking.labels
     entries = list(info.get("hard_images") or ())
     about: dict[str, Any] = {"sizes": [], "hard": [], "n_doubtful": 0}
-    if labels is None or not len(labels) or info.get("task") == "regression":
+    if labels is None or not len(labels) or "task" in info:
         return about
     sizes = np.bincount(labels)
     names = [str(c) for c in info.get("classes") or ()]
@@ -269,7 +276,7 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
 def _data(run: Run) -> str:
     """Return what the page lets people take away, as JSON in ASCII."""
     ranking = run.ranking
-    keys = ("dataset", "n_samples", "n_classes", "task", "target", "seed")
+    keys = ("dataset", "n_samples", "n_classes", "task", "target", "label_counts", "seed")
     info = {k: ranking.info[k] for k in keys if k in ranking.info}
     about = {"metric": ranking.metric, "info": info, "records": ranking.records()}
     data = {"csv": ranking.to_csv(), "json": about}
@@ -405,6 +412,57 @@ def _test(run: Run) -> dict[str, Any] | None:
     }
 
 
+def _examine_numbers(run: Run) -> dict[str, Any] | None:
+    """Set what the winner predicted of the test images against what is true, and its errors."""
+    if not run.predictions:
+        return None
+    labels, predicted = read_numbers(run)
+    error, y, p = predicted - labels, labels.tolist(), predicted.tolist()
+    shown = np.unique(np.linspace(0, len(y) - 1, MOST_MARKS).astype(int))
+    both = Axis.over([*y, *p])
+    texts = [
+        f"{run.predictions[i]['item']}: label {y[i]:.4g}, predicted {p[i]:.4g}" for i in shown
+    ]
+    ends = [(both.at(v), both.at(v)) for v in (min(*y, *p), max(*y, *p))]
+    x, z = Axis.over(p), Axis.over([*error, 0.0])
+    best = (run.search or {}).get("best") or {}
+    return {
+        "n": len(y),
+        "n_shown": len(shown),
+        "values": best.get("test") or {},
+        "intervals": best.get("test_intervals") or {},
+        "half": float(np.quantile(np.abs(error), 0.5)),
+        "most": float(np.quantile(np.abs(error), 0.9)),
+        "bias": float(error.mean()),
+        "predicted": {
+            "x": both,
+            "y": both,
+            "marks": [
+                (both.at(y[i]), both.at(p[i]), "complete", "", text)
+                for i, text in zip(shown, texts, strict=True)
+            ],
+            "lines": make_lines(ends, "fit"),
+            "many": len(shown) > MANY,
+        },
+        "residuals": {
+            "x": x,
+            "y": z,
+            "marks": [
+                (
+                    x.at(p[i]),
+                    z.at(float(error[i])),
+                    "complete",
+                    "",
+                    f"{text}, error {error[i]:+.3g}",
+                )
+                for i, text in zip(shown, texts, strict=True)
+            ],
+            "lines": make_lines([(0.0, z.at(0.0)), (100.0, z.at(0.0))], "fit"),
+            "many": len(shown) > MANY,
+        },
+    }
+
+
 def _calibrate(run: Run) -> Calibration:
     scores = {name: value for name, value in run.ranking.items() if math.isfinite(value)}
     history = []
@@ -461,7 +519,7 @@ def _soften(name: Any) -> Any:
 
 
 def _words(key: Any) -> str:
-    text = str(key).replace("_", " ")
+    text = call(str(key))
     return text.replace("macro f1", "macro-F1").replace("log loss", "log-loss")
 
 

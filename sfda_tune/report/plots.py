@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from sfda_tune.selection.calibration import Calibration
 
 __all__ = [
-    "find_front", "plot_calibration", "plot_confusion", "plot_pareto", "plot_ranking",
-    "plot_reliability", "plot_trials",
+    "find_front", "plot_calibration", "plot_confusion", "plot_pareto", "plot_predictions",
+    "plot_ranking", "plot_reliability", "plot_trials",
 ]  # fmt: skip
 
 LISTED = 12  # names in a legend
@@ -227,6 +227,26 @@ def plot_confusion(
             colour = "white" if share[i, j] > 0.5 else "black"
             ax.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, size="small")
     ax.set(xlabel="predicted class", ylabel="label", title="Confusion matrix: images")
+    return ax
+
+
+def plot_predictions(
+    labels: Sequence[float], predicted: Sequence[float], *, ax: Axes | None = None
+) -> Axes:
+    """Draw predicted numbers against true ones; on the dashed line they would be equal.
+
+    ValueError if `labels` and `predicted` differ in length.
+    """
+    if len(labels) != len(predicted):
+        raise ValueError(
+            f"`predicted` must be as long as `labels`, {len(labels)}, but has {len(predicted)}."
+        )
+    ax = _axes(ax, 5.0)
+    ax.plot(labels, predicted, "o", color=OKABE_ITO["blue"], alpha=0.6)
+    if len(labels):
+        ends = [f([*labels, *predicted]) for f in (min, max)]
+        ax.plot(ends, ends, "--", color=OKABE_ITO["vermillion"])
+    ax.set(xlabel="true number", ylabel="predicted number", title="Predictions: images")
     return ax
 
 

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sfda_tune.report.pictures import draw_hard_images, make_thumbnail
 from sfda_tune.report.plots import STATES
 from sfda_tune.values.files import check, open_regular, read_json, read_rows, say_kind
 from sfda_tune.values.formats import CONFIG, ENVIRONMENT, HARD_IMAGE, SEARCH
+from sfda_tune.values.metrics import LOWER
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import read_csv_cell
 
-__all__ = ["Run", "read_run"]
+__all__ = ["Run", "read_numbers", "read_run"]
 
 N_PICTURES = 12
 
@@ -38,7 +41,12 @@ class Run:
     @property
     def sign(self) -> int:
         """−1 where lower values are better."""
-        return -1 if (self.search or {}).get("metric") == "log_loss" else 1
+        return -1 if (self.search or {}).get("metric") in LOWER else 1
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether labels are numbers to predict."""
+        return "regression" in ((self.search or {}).get("task"), self.ranking.info.get("task"))
 
 
 def read_run(source: str | os.PathLike[str], images: Any = True) -> Run:
@@ -125,6 +133,24 @@ def _read_predictions(path: Path) -> list[dict[str, str]]:
     if not os.path.lexists(path):
         return []
     return [{c: read_csv_cell(row[c]) for c in columns} for row in read_rows(path, columns)]
+
+
+def read_numbers(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels and predictions of test images as numbers, (n,) each.
+
+    Raises
+    ------
+    ValueError
+        If one of them is none.
+    """
+    texts = [(row["label"], row["predicted"]) for row in run.predictions]
+    try:
+        found = np.array(texts, np.float64).reshape(-1, 2)
+    except ValueError as error:
+        raise ValueError(f"test_predictions.csv must hold numbers, but {error}.") from None
+    if not np.isfinite(found).all():
+        raise ValueError("test_predictions.csv must hold finite numbers but does not.")
+    return found[:, 0], found[:, 1]
 
 
 def _add_picture(folder: Path, entry: Any) -> dict[str, Any] | None:

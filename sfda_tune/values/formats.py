@@ -53,6 +53,7 @@ RANKING: dict[Any, Any] = {
         ),
         "task?": str,
         "target?": NUMBERS,
+        "label_counts?": [{"name": str, "positives": AtLeast(0, int), "missing": AtLeast(0, int)}],
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,
@@ -78,6 +79,8 @@ RANKING: dict[Any, Any] = {
                 "standard_error?": COUNT,
                 "license?": TEXT,
                 "evidence?": float,
+                "average_precisions?": [NUMBER],
+                "left_out?": [AtLeast(0, int)],
                 "confusions?": [[AtLeast(0, int)]],
                 "forecast?": {
                     "rank_low": AtLeast(1, int),
@@ -99,6 +102,8 @@ EPOCH = {
     "number": AtLeast(0, int),
     "value": float,
     "log_loss?": float,
+    "rmse?": AtLeast(0),
+    "error?": AtLeast(0),
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),
     "temperature?": AtLeast(0),
@@ -124,13 +129,14 @@ OUTLINE: dict[Any, Any] = {  # of a trial, as a report needs it
     "error?": TEXT,
     "epochs?": [EPOCH],
 }
-TRIAL: dict[Any, Any] = OUTLINE | {"epochs": [EPOCH | {"log_loss": float}], "started": AtLeast(0)}
+TRIAL: dict[Any, Any] = OUTLINE | {"epochs": [EPOCH], "started": AtLeast(0)}
 
 SEARCH: dict[Any, Any] = {
     "format?": int,
     "status?": str,
     "dataset?": str,
     "classes?": [str],
+    "task?": str,
     "n_images?": {str: AtLeast(0, int)},
     "sources?": {str: str},
     "unreadable?": {str: object},
@@ -163,6 +169,7 @@ SEARCH: dict[Any, Any] = {
             "test?": (NUMBERS, None),
             "calibration?": (CALIBRATION, None),
             "test_interval?": ([float], None),
+            "test_intervals?": ({str: [float]}, None),
             "latency_ms?": COUNT,
             "n_params?": COUNT,
         },
@@ -198,6 +205,7 @@ HARD_IMAGE: dict[Any, Any] = {
     "label": str,
     "predicted": str,
     "p_label": NUMBER,
+    "error?": float,
 }
 SPLITS: dict[Any, Any] = {"left_out?": {str: [AtLeast(0, int)]}, "copies?": [[AtLeast(0, int)]]}
 EXPERIMENTS = [{"trials": [str], "end": TEXT, "n_trials": (int, None)}]
@@ -205,6 +213,7 @@ PROVENANCE: dict[Any, Any] = {
     "classes": [str],
     "backbone": object,
     "digests?": {str: str},
+    "task?": {"name": str, "mean?": float, "scale?": float},
     "reading?": ({"bit_depth?": (int, None), "bands?": ([int], None)}, None),
 }
 CLASSIFIER: dict[Any, Any] = {

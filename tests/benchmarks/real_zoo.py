@@ -125,7 +125,7 @@ class Tuning:
         *_, last = run
         trained = {k: v.cpu() for k, v in run.module.state_dict().items()}
         run.module.load_state_dict(run._between(trained, last.interpolation))
-        model = Model(run.module.eval(), run.preprocessing, run.train.classes)
+        model = Model(run.module.eval(), run.preprocessing, run.task)
         guess = np.array(model.classes)[predict(model, self.test, device=self.device).argmax(1)]
         correct = float(np.mean(guess == np.array(self.test.classes)[self.test.labels]))
         return {"held_out": last.accuracy, "accuracy": correct}

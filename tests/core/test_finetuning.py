@@ -311,7 +311,7 @@ def test_after_the_last_epoch_weights_nearer_to_the_start_count_too():
     losses = []
     for part in (last.interpolation, 1.0):
         run.module.load_state_dict(between(start, end, part))
-        p = predict(Model(run.module.eval(), run.preprocessing, run.train.classes), run.val)
+        p = predict(Model(run.module.eval(), run.preprocessing, run.task), run.val)
         losses.append(measure(run.val.labels, p)["log_loss"])
     assert losses[0] < losses[1]
     assert losses[0] == pytest.approx(last.log_loss, rel=1e-5)

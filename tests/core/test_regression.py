@@ -8,9 +8,8 @@ import io
 import numpy as np
 import pytest
 
-from sfda_tune import ImageDataset, Ranking, open_dataset, rank, resolve_backbones, score, search
+from sfda_tune import ImageDataset, Ranking, open_dataset, rank, score
 from sfda_tune.data.checks import DatasetError
-from sfda_tune.finetuning.run import finetune
 from sfda_tune.metrics.regression import ridge
 from sfda_tune.report.html import write_report
 from sfda_tune.selection.diagnostics import diagnose
@@ -54,8 +53,8 @@ def test_digits_as_numbers(cache, tmp_path):
     assert len([*csv.reader(io.StringIO(ranking.to_csv()))]) == 4
     page = write_report(tmp_path / "r.json").read_text("utf-8").replace("<wbr>", "")
     assert 'id="classes"' not in page
-    assert "sfda-tune search" not in page
-    assert "--task regression" in page
+    assert "sfda-tune search digits --backbones demo:resnet_glyphs" in page
+    assert "--task regression --out run" in page
     assert "predicts numbers from 0 to 9" in page
 
 
@@ -121,16 +120,6 @@ def test_race_and_budget_of_numbers(cache):
 def test_what_has_no_meaning_for_numbers_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         rank("digits", THREE, **{"task": "regression", "cache": False, **options})
-
-
-def test_numbers_cannot_be_trained_on_yet(tmp_path):
-    digits = open_dataset("digits", task="regression", samples=60)
-    with pytest.raises(ValueError, match="fine-tuning on numbers is not there yet"):
-        search("digits", THREE, task="regression", out=tmp_path / "run")
-    with pytest.raises(DatasetError, match="must have classes to search on"):
-        search(digits, THREE, cache=False, out=tmp_path / "run")
-    with pytest.raises(DatasetError, match="must have classes to fine-tune on"):
-        finetune(resolve_backbones("demo:resnet_glyphs")[0], digits)
 
 
 def test_image_dataset_of_numbers_is_checked():

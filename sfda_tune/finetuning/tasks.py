@@ -1,0 +1,336 @@
+"""What labels are, to whoever trains on them: classes, or numbers to predict.
+
+=================  =============================  =============================================
+                   `Classification`               `Regression`
+=================  =============================  =============================================
+outputs            logits (n, C)                  standardised numbers (n, 1)
+targets            codes (n,)                     (y − mean)/scale (n,), of the training part
+predictions        probabilities (n, C)           numbers (n,), in the unit of the labels
+loss               cross-entropy                  squared, absolute or Huber
+start of the head  logistic regression            ridge regression, in closed form
+=================  =============================  =============================================
+
+A further kind of labels is a further class here, made by `make_task` and read by `read_task`; the
+training, models and searches ask the task and never what kind it is.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from sfda_tune.data.checks import DatasetError
+from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.finetuning.calibration import fit_temperature
+from sfda_tune.finetuning.epochs import measure
+from sfda_tune.finetuning.heads import fit_head, fit_numbers
+from sfda_tune.selection.evaluation import accuracy_interval, design_effect
+from sfda_tune.selection.numbers import measure_numbers, resample_numbers
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "KINDS", "LOSSES", "MONITORS", "Classification", "Regression", "Task", "find_kind",
+    "make_task", "read_task",
+]  # fmt: skip
+
+
+class Task(ABC):
+    """How a kind of labels is trained on, predicted and judged."""
+
+    name: ClassVar[str]  # that of `ImageDataset.task`
+    monitors: ClassVar[tuple[str, ...]]  # what `measure` finds; the first by default
+    losses: ClassVar[tuple[str, ...]]  # the first by default
+    tie: ClassVar[str]  # the metric that tells apart what the chosen one does not
+    exported: ClassVar[tuple[str, str]]  # names of outputs and predictions in ONNX
+    refused: ClassVar[Mapping[str, Any]] = {}  # fields of a configuration without a meaning here
+    classes: tuple[str, ...]  # names of the columns of predictions; none for numbers
+
+    @property
+    @abstractmethod
+    def n_outputs(self) -> int:
+        """Width of the head."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the prediction for one image."""
+        return (len(self.classes),)
+
+    @property
+    def unit(self) -> float:
+        """The size of differences between predictions."""
+        return 1.0
+
+    def describe(self) -> dict[str, Any]:
+        """Return what predictions need besides the classes, as JSON values."""
+        return {}
+
+    def check(self, config: Any) -> None:
+        """Raise a ValueError if a `FinetuneConfig` has what makes no sense for these labels."""
+        for name, allowed in (("monitor", self.monitors), ("loss", self.losses)):
+            if (value := getattr(config, name)) not in ("auto", *allowed):
+                raise ValueError(
+                    f"`{name}` must be one of {allowed} for {self.name} but is {value!r}."
+                )
+        for name, allowed in self.refused.items():
+            if (value := getattr(config, name)) != allowed:
+                raise ValueError(
+                    f"`{name}` must be {allowed!r} for {self.name} but is {value!r}: it is about "
+                    "classes."
+                )
+
+    def find_loss(self, config: Any) -> str:
+        """Return which loss a configuration means."""
+        return self.losses[0] if config.loss == "auto" else config.loss
+
+    @abstractmethod
+    def encode(self, labels: np.ndarray) -> np.ndarray:
+        """Return targets of labels, as `loss` takes them."""
+
+    def weigh(self, labels: np.ndarray, config: Any) -> np.ndarray | None:
+        """Return the weight of each class in the loss; None for equal ones."""
+        return None
+
+    @abstractmethod
+    def loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor, config: Any, weights: Any = None
+    ) -> torch.Tensor:
+        """Return the loss, summed over images."""
+
+    @abstractmethod
+    def ignorance(self, labels: np.ndarray, config: Any) -> float:
+        """Return the mean loss of a network that knows nothing."""
+
+    @abstractmethod
+    def fit_head(self, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Fit a linear head to features (n, d).
+
+        Return weight (n_outputs, d), bias, and the factor with which its training begins.
+        """
+
+    @abstractmethod
+    def finish(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return predictions as a tensor, one per row, by operations that ONNX knows."""
+
+    def predict(self, outputs: torch.Tensor) -> np.ndarray:
+        """Return predictions, float64, one per row."""
+        return self.finish(outputs.double()).numpy()
+
+    @abstractmethod
+    def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        """Return how good predictions are, by metric."""
+
+    def fit_temperature(self, labels: np.ndarray, predicted: np.ndarray) -> float:
+        """Return what outputs are to be divided by; 1 where predictions are no probabilities."""
+        return 1.0
+
+    def find_error(self, labels: np.ndarray, predicted: np.ndarray, metric: str) -> float:
+        """Return the standard error of a metric; NaN where it is that of a share of the images."""
+        return math.nan
+
+    @abstractmethod
+    def find_intervals(
+        self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
+    ) -> dict[str, tuple[float, float]]:
+        """Return 95 % intervals of metrics; images of a group count as one."""
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One of several classes."""
+
+    classes: tuple[str, ...]
+
+    name: ClassVar[str] = "classification"
+    monitors: ClassVar[tuple[str, ...]] = ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
+    losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
+    tie: ClassVar[str] = "log_loss"
+    exported: ClassVar[tuple[str, str]] = ("logits", "probabilities")
+
+    @property
+    def n_outputs(self) -> int:
+        """One logit per class."""
+        return len(self.classes)
+
+    def encode(self, labels: np.ndarray) -> np.ndarray:
+        """Return the codes."""
+        return labels
+
+    def weigh(self, labels: np.ndarray, config: Any) -> np.ndarray | None:
+        """Return weights ∝ 1 / images of the class, 1 on the average image, if asked for."""
+        if config.class_weights is None:
+            return None
+        counts = np.bincount(labels, minlength=len(self.classes))
+        return len(labels) / np.maximum(counts, 1) / np.count_nonzero(counts)
+
+    def loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor, config: Any, weights: Any = None
+    ) -> torch.Tensor:
+        """Return the cross-entropy."""
+        from torch.nn.functional import cross_entropy
+
+        smoothing = config.label_smoothing
+        return cross_entropy(outputs, targets, weights, reduction="sum", label_smoothing=smoothing)
+
+    def ignorance(self, labels: np.ndarray, config: Any) -> float:
+        """Return log C."""
+        return math.log(len(self.classes))
+
+    def fit_head(self, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Fit logistic regression, see `sfda_tune.finetuning.heads.fit_head`."""
+        return fit_head(x, labels, len(self.classes))
+
+    def finish(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return softmax probabilities, whose rows add up to one."""
+        return outputs.softmax(1)
+
+    def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        """See `sfda_tune.finetuning.epochs.measure`."""
+        return measure(labels, predicted)
+
+    def fit_temperature(self, labels: np.ndarray, predicted: np.ndarray) -> float:
+        """See `sfda_tune.finetuning.calibration.fit_temperature`."""
+        return fit_temperature(labels, predicted)
+
+    def find_intervals(
+        self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
+    ) -> dict[str, tuple[float, float]]:
+        """Return Wilson's interval of the accuracy."""
+        right = predicted.argmax(axis=1) == labels
+        effect = design_effect(right, groups)
+        return {"accuracy": accuracy_interval(int(right.sum()), len(right), effect)}
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """A number, standardised by the mean and the standard deviation of the training part."""
+
+    mean: float
+    scale: float
+    classes: tuple[str, ...] = field(default=(), init=False, repr=False)
+
+    name: ClassVar[str] = "regression"
+    monitors: ClassVar[tuple[str, ...]] = ("r2", "spearman", "rmse", "mae")
+    losses: ClassVar[tuple[str, ...]] = ("mse", "l1", "huber")
+    tie: ClassVar[str] = "rmse"
+    exported: ClassVar[tuple[str, str]] = ("standardised", "numbers")
+    refused: ClassVar[Mapping[str, Any]] = {
+        "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "class_weights": None,
+    }  # fmt: skip
+
+    @classmethod
+    def of(cls, labels: np.ndarray) -> Regression:
+        """Return the task of training labels; a DatasetError if they are all equal.
+
+        >>> Regression.of(np.array([1.0, 3.0]))
+        Regression(mean=2.0, scale=1.0)
+        """
+        mean, scale = float(labels.mean()), float(labels.std())
+        if not 0 < scale < math.inf:
+            raise DatasetError(
+                f"`dataset` must have different numbers to train on but all {len(labels)} are "
+                f"{mean:g}; add images with others."
+            )
+        return cls(mean, scale)
+
+    @property
+    def n_outputs(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A number per image."""
+        return ()
+
+    @property
+    def unit(self) -> float:
+        """The scale."""
+        return self.scale
+
+    def describe(self) -> dict[str, Any]:
+        """Return mean and scale."""
+        return {"mean": self.mean, "scale": self.scale}
+
+    def encode(self, labels: np.ndarray) -> np.ndarray:
+        """Return (y − mean)/scale, float32."""
+        return ((labels - self.mean) / self.scale).astype(np.float32)
+
+    def loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor, config: Any, weights: Any = None
+    ) -> torch.Tensor:
+        """Return the squared or absolute error, or Huber's with δ = 1, of standardised numbers."""
+        from torch.nn.functional import huber_loss, l1_loss, mse_loss
+
+        losses = {"mse": mse_loss, "l1": l1_loss, "huber": huber_loss}
+        return losses[self.find_loss(config)](outputs[:, 0], targets, reduction="sum")
+
+    def ignorance(self, labels: np.ndarray, config: Any) -> float:
+        """Return the mean loss of the mean."""
+        import torch
+
+        targets = torch.tensor(self.encode(labels))
+        nothing = torch.zeros((len(targets), 1))
+        return float(self.loss(nothing, targets, config)) / len(targets)
+
+    def fit_head(self, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Fit ridge regression, see `sfda_tune.finetuning.heads.fit_numbers`."""
+        return fit_numbers(x, (labels - self.mean) / self.scale)
+
+    def finish(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return numbers in the unit of the labels, float64: their mean may be far from 0."""
+        return self.mean + self.scale * outputs[:, 0].double()
+
+    def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        """See `sfda_tune.selection.numbers.measure_numbers`."""
+        return measure_numbers(labels, predicted)
+
+    def find_error(self, labels: np.ndarray, predicted: np.ndarray, metric: str) -> float:
+        """Return the standard deviation of a metric over bootstrap samples of the images."""
+        return float(resample_numbers(labels, predicted)[metric].std())
+
+    def find_intervals(
+        self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
+    ) -> dict[str, tuple[float, float]]:
+        """Return percentiles of bootstrap samples of the images, or of the groups."""
+        draws = resample_numbers(labels, predicted, groups)
+        ends = {name: np.quantile(found, (0.025, 0.975)) for name, found in draws.items()}
+        return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+KINDS: dict[str, type[Classification] | type[Regression]] = {
+    kind.name: kind for kind in (Classification, Regression)
+}
+MONITORS = tuple(metric for kind in KINDS.values() for metric in kind.monitors)
+LOSSES = tuple(loss for kind in KINDS.values() for loss in kind.losses)
+
+
+def find_kind(dataset: Any, task: str | None = None) -> type[Task]:
+    """Return the kind of task of a data set that may not be open yet.
+
+    What `task` says, or the labels of an `ImageDataset`; else classes, for others are asked for
+    by name (`sfda_tune.data.labels`).
+    """
+    known = dataset.task if isinstance(dataset, ImageDataset) else ""
+    return KINDS.get(task if task in KINDS else known, Classification)
+
+
+def make_task(train: ImageDataset) -> Task:
+    """Return the task of training images."""
+    if train.task == "regression":
+        return Regression.of(train.labels)
+    return Classification(train.classes)
+
+
+def read_task(provenance: Mapping[str, Any]) -> Task:
+    """Return the task of a model, from what `FineTuning.save_model` wrote."""
+    about = dict(provenance.get("task") or {})
+    if about.pop("name", Classification.name) == Regression.name:
+        return Regression(**about)
+    return Classification(tuple(provenance["classes"]))
