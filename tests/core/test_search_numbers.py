@@ -48,7 +48,8 @@ def table(tmp_path_factory):
 def run(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "run"
     command = ["search", table, "--task", "regression", "--label-column", "degrees", "-b", ONE]
-    command += ["--trials", 2, "--epochs", 2, "--group-column", "writer", "--out", folder, "-q"]
+    command += ["--trials", 2, "--epochs", 2, "--group-column", "writer"]
+    command += ["--loss", "huber", "--out", folder, "-q"]
     assert call(*command) == 0
     found = SearchResult.open(folder)
     assert call(*command[:-1], "--json") == 0  # it is done: nothing happens
@@ -78,6 +79,8 @@ def test_a_search_learns_numbers_and_tests_them(run):
     assert [t["value"] for t in run.trials if t["state"] == "complete"] == pytest.approx(
         [o.value for o in run.history]
     )
+    about = json.loads((run.folder / "model" / "provenance.json").read_text())
+    assert (about["config"]["loss"], about["config"]["monitor"]) == ("huber", "r2")
     parts = json.loads((run.folder / "splits.json").read_text())
     writers = [{row // 3 for row in parts[name]} for name in ("train", "val", "test")]
     assert sum(map(len, writers)) == len(set().union(*writers)) == 30
@@ -180,6 +183,8 @@ def test_splits_of_numbers():
     [
         ({"metric": "accuracy"}, "`metric` must be one of .*r2.* for regression"),
         ({"objective": "accuracy"}, "`objective` must be one of .*r2,latency"),
+        ({"loss": "cross_entropy"}, "`loss` must be one of .*huber.* for regression"),
+        ({"loss": "l1", "space": {"loss": ["l1", "mse"]}}, "'l1' stands in `space`, too"),
         ({"space": {"mixup": [0.0, 0.2]}}, "`mixup` must be 0.0 for regression"),
         ({"space": {"class_weights": "balanced"}}, "`class_weights` must be None for regression"),
         ({"test": open_dataset("digits", samples=20)}, "`task` must be 'classification'"),
