@@ -31,7 +31,8 @@ def finetune_trainable(
 
     It reports the values of `sfda_tune.finetuning.epochs.Epoch` after every epoch, among them
     ``accuracy`` and ``log_loss`` (of numbers ``r2`` and ``rmse``), with a checkpoint, from which a
-    trial that was killed goes on. Running out of memory fails the trial, which `SFDASearcher` learns from.
+    trial that was killed goes on. Running out of memory fails the trial, which `SFDASearcher`
+    learns from.
 
     Parameters
     ----------
