@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from sfda_tune.pipelines.export import export_onnx
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.spaces import default_space
 from sfda_tune.pipelines.trials import find_near
+from sfda_tune.report.commands import repeat
 from sfda_tune.report.html import save_plots
+from sfda_tune.report.run import read_run
 from sfda_tune.selection.numbers import measure_numbers
 
 ONE = "demo:resnet_glyphs"
@@ -52,7 +55,9 @@ def run(table, tmp_path_factory):
     command += ["--loss", "huber", "--out", folder, "-q"]
     assert call(*command) == 0
     found = SearchResult.open(folder)
-    assert call(*command[:-1], "--json") == 0  # it is done: nothing happens
+    again = shlex.split(repeat(read_run(folder))[0])  # as the page has it
+    assert {"--task", "--loss"} <= set(again)
+    assert call(*again[1:], "--out", folder, "--json") == 0  # it is done: nothing happens
     assert SearchResult.open(folder).summary == found.summary
     return found
 
@@ -129,7 +134,7 @@ def test_numbers_leave_as_onnx(run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     found = export_onnx(run, tmp_path / "export")
     assert found.images == "test images"
-    assert found.accuracy == pytest.approx(run.test["r2"], abs=1e-6)
+    assert found.value == pytest.approx(run.test["r2"], abs=1e-6)
     assert found.max_difference < 1e-3
     assert "R² 0." in str(found)
     session = onnxruntime.InferenceSession(found.folder / "model.onnx")
