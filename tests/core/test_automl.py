@@ -116,7 +116,7 @@ def test_space_reads_any_trial():
 
 
 def test_ludwig_predicts_numbers_where_the_ranking_is_of_numbers(ranking):
-    found = Ranking(ranking.scores[1:4], "ridge", {"task": "regression"})
+    found = Ranking(ranking.scores[1:4], "ridge", info={"task": "regression"})
     config = to_ludwig(found, 3, label="age")
     assert config["output_features"] == [{"name": "age", "type": "number"}]
     assert config["hyperopt"]["metric"] == "r2"
