@@ -51,5 +51,5 @@ class NoRandomWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def incomplete(self) -> bool:
-        """Whether a tensor is still as it was left here."""
-        return any(t.flatten()[0].isnan().item() for t in self._blank.values())
+        """Whether a tensor, or a part of one, is still as it was left here."""
+        return any(t.sum().isnan().item() for t in self._blank.values())

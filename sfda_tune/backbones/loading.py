@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfda_tune.backbones import demo
+from sfda_tune.backbones.devices import use_threads
 from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing, check_input_size
 from sfda_tune.backbones.weights import Remote, Tell, fetch_file, find_remote
@@ -217,7 +218,8 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
         if pretrained:
             file = fetch_weights(name)[0]
         pinned, overlay = _pin(name, remote, file)
-        with nullcontext() if local else cache_only_if_unreachable(), _bounded():
+        # With a second thread the many small steps wait for each other where others compute, too.
+        with nullcontext() if local else cache_only_if_unreachable(), _bounded(), use_threads(1):
             # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
             # error; with num_classes=0 it would silently leave what is missing at random.
             module: Any = _build(pinned, overlay) if pretrained else timm.create_model(pinned)
@@ -260,7 +262,8 @@ def _build(name: str, overlay: dict[str, str]) -> Any:
         module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None)
         if not blank.incomplete():
             return module
-    # an architecture that loads no weights
+    # an architecture that loads no weights, or computes with those that it is to load
+    logger.debug("%s leaves weights at random: it is built as usual", name)
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None)
 
 

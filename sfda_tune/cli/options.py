@@ -89,8 +89,24 @@ Threads = Annotated[
 Task = Annotated[
     str,
     typer.Option(
-        help="What labels are: classification, or regression, numbers to predict. With auto "
-        "numbers are classes, unless they look like a quantity: then you are asked."
+        help="What labels are: classification; regression, numbers to predict; or multilabel, "
+        "several per image. With auto numbers are classes, unless they look like a quantity, or "
+        "texts like lists: then you are asked."
+    ),
+]
+LabelColumns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Columns of 0 and 1, one for each of several labels: 'cat,dog' or 'has_*'. Default, "
+        "with --task multilabel: all that hold nothing else.",
+    ),
+]
+LabelDelimiter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What separates several labels in the one column that holds all, such as ';'.",
     ),
 ]
 BitDepth = Annotated[
@@ -188,6 +204,7 @@ PANELS = {
     "Images": (
         "samples", "split", "image_column", "label_column", "groups", "group_column",
         "group_regex", "split_column", "time_column", "test", "max_unreadable", "task",
+        "label_columns", "label_delimiter",
         "bit_depth", "bands",
     ),
     "Candidates": ("backbones", "imports", "weights_disk", "max_params", "max_latency"),

@@ -22,6 +22,8 @@ from sfda_tune.cli.options import (
     GroupRegex,
     Groups,
     Imports,
+    LabelColumns,
+    LabelDelimiter,
     Log,
     SplitColumn,
     Task,
@@ -134,6 +136,8 @@ def rank(
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
     task: Task = "auto",
+    label_columns: LabelColumns = None,
+    label_delimiter: LabelDelimiter = None,
     bit_depth: BitDepth = None,
     bands: Bands = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
@@ -185,6 +189,8 @@ def rank(
 
       sfda-tune rank
 
+      sfda-tune rank tags.csv --task multilabel --label-delimiter ';'
+
       sfda-tune rank photos/ -b resnet50 'convnext_*.fb_in22k*' -o r.json
     """
     if out is not None:
@@ -211,6 +217,7 @@ def rank(
             label_column=label_column, groups=read_groups(groups, group_column, group_regex),
             split_column=split_column, device=device, precision=precision, cache=kept,
             plugins=imports or (), weights_disk=weights_disk, task=told, bit_depth=bit_depth,
+            label_columns=label_columns, label_delimiter=label_delimiter,
             bands=bands,
         )  # fmt: skip
         if as_json:
@@ -240,13 +247,15 @@ def rank(
             cache=kept,
             plugins=imports or (),
             executor=executor,
-            progress=False if quiet else Bar(messages),
+            progress=False if quiet else Bar(messages, leaders=not as_json),
             race=race,
             top=top,
             budget=budget,
             ensemble=ensemble,
             weights_disk=weights_disk,
             task=told,
+            label_columns=label_columns,
+            label_delimiter=label_delimiter,
             bit_depth=bit_depth,
             bands=bands,
             threads=threads,
@@ -267,7 +276,7 @@ def rank(
     if interrupted:
         say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
-    if len(ranking) > len(ranking.failed) + 1:
+    if len(ranking) > len(ranking.failed) + 1 and ranking.info.get("task") != "multilabel":
         from sfda_tune.report.commands import propose_search
 
         line, _ = propose_search(ranking, **{"dataset": dataset, "import": imports})

@@ -210,7 +210,7 @@ def search(
             cache=cache or True,
             seed=seed,
             out=out,
-            progress=False if quiet else SearchProgress(messages),
+            progress=False if quiet else SearchProgress(messages, leaders=not as_json),
         )
         done = True
     except KeyboardInterrupt:

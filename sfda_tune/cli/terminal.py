@@ -44,6 +44,8 @@ def show_ranking(ranking: Ranking) -> None:
 
     info = ranking.info
     what = f"{info['n_classes']} classes"
+    if info.get("task") == "multilabel":
+        what = f"{info['n_classes']} labels"
     if target := info.get("target"):
         what = f"numbers from {target['min']:g} to {target['max']:g}"
     title = f"{info['dataset']}: {info['n_samples']} images, {what}"
@@ -176,16 +178,18 @@ def _with_odds(headings: list[str]) -> list[str]:
 
 def describe_ranking(ranking: Ranking) -> dict[str, Any]:
     """Return what `show_ranking` prints, for programs; `Ranking.to_json` keeps everything."""
+    from sfda_tune.selection.labels import judge_labels
     from sfda_tune.selection.odds import find_odds
     from sfda_tune.selection.uncertainty import shortlist
 
-    odds = find_odds(ranking)
+    odds, labels = find_odds(ranking), judge_labels(ranking)
     keep = (
         "dataset",
         "n_samples",
         "n_classes",
         "task",
         "target",
+        "label_counts",
         "device",
         "seconds",
         "not_looked_at",
@@ -194,6 +198,7 @@ def describe_ranking(ranking: Ranking) -> dict[str, Any]:
     return {
         "metric": ranking.metric,
         **{key: ranking.info[key] for key in keep if key in ranking.info},
+        **({"labels": labels} if labels else {}),
         "shortlist": [] if odds is None else [str(name) for name in shortlist(odds)],
         "backbones": ranking.records(),
         "failed": dict(ranking.failed),

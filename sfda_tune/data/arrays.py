@@ -13,6 +13,7 @@ from sfda_tune.data.checks import DatasetError, absolute, check_some_exist
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.formats import Reading, choose_bands, deep_to_uint8
 from sfda_tune.data.labels import encode
+from sfda_tune.data.several import check_labels, encode_rows
 from sfda_tune.values.text import some
 
 _CHANNELS = (1, 3, 4)
@@ -123,21 +124,33 @@ def open_arrays(
             for n, x in enumerate(images)
         ]
         check_some_exist(items, os.getcwd(), "`images`")
+    if task == "multilabel":
+        several = encode_rows(labels, "`labels`")
+        _check_lengths(items, several[0])
+        return ImageDataset(name, items, *check_labels(several, least, "`labels`"))
     tolist = getattr(labels, "tolist", None)  # arrays, tensors, pandas
     values: Any = tolist() if tolist else list(labels)
-    if len(items) != len(values):
-        raise DatasetError(
-            f"`labels` must have one label per image, but there are {len(items)} images and "
-            f"{len(values)} labels."
-        )
+    _check_lengths(items, values)
     return ImageDataset(name, items, *encode(values, "`labels`", least=least, task=task))
 
 
+def _check_lengths(items: Any, labels: Any) -> None:
+    if len(items) != len(labels):
+        raise DatasetError(
+            f"`labels` must have one label per image, but there are {len(items)} images and "
+            f"{len(labels)} labels."
+        )
+
+
 def open_digits(spec: str, task: str | None = None) -> ImageDataset:
-    """Open scikit-learn's handwritten digits."""
+    """Open scikit-learn's handwritten digits; as several labels, the four bits of each."""
     from sklearn.datasets import load_digits
 
     digits = cast("Any", load_digits())
     # 17 grey levels, 0 … 16, spread evenly over 0 … 255
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    if task == "multilabel":
+        bits = digits.target[:, None] >> np.arange(4) & 1
+        names = tuple(f"bit {1 << k}" for k in range(4))
+        return ImageDataset(spec, images, bits.astype(np.int8), names)
     return open_arrays(images, digits.target, name=spec, task=task)

@@ -99,7 +99,8 @@ def find_twins(
     eligible = np.ones(len(images), bool)
     if among is not None:
         eligible = np.isin(np.arange(len(images)), among)
-    different, y = np.unique(images.labels, return_inverse=True)
+    different, y = np.unique(images.labels, axis=0, return_inverse=True)
+    y = y.reshape(-1)
     sizes = np.bincount(y)
     members: dict[int, list[int]] = {}
     for row in np.flatnonzero(np.bincount(codes, minlength=len(codes))[codes] > 1).tolist():

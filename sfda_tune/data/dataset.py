@@ -24,11 +24,17 @@ from sfda_tune.data.decoding import (
     explain,
 )
 from sfda_tune.data.formats import Reading
+from sfda_tune.values.labels import as_indicators, find_rarest
 from sfda_tune.values.text import is_integer, one_line, printable
 
 __all__ = ["ImageDataset"]
 
 TENTHS = 10  # strata of numbers
+STRATA = {
+    "classification": "classes",
+    "regression": "strata of the numbers",
+    "multilabel": "rarest labels of an image",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,8 +51,10 @@ class ImageDataset:
         Per image a path, a file in a tar (`Member`), encoded bytes, a uint8 array
         ``(h, w[, c])``, a `PIL.Image.Image`, or a function without arguments that returns one of
         these.
-    labels : ndarray of int64 or float64, shape (n,)
-        Position of the class in `classes`; or, without classes, the number to predict. Read-only.
+    labels : ndarray of int64 or float64, shape (n,), or of int8, shape (n, n_labels)
+        Position of the class in `classes`; or, without classes, the number to predict; or, of
+        several labels per image, for each of `classes` 1, 0, or −1 where it is not known.
+        Read-only.
     classes : tuple of str
         Class names, none for numbers to predict; names that are numbers in numerical, others in
         natural order (``a2`` before ``a10``), so that they depend neither on the file system nor
@@ -78,6 +86,9 @@ class ImageDataset:
 
     def __post_init__(self) -> None:
         labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
+        if labels.ndim == 2 and labels.shape == (n, n_classes):
+            self._set(as_indicators(labels))
+            return
         integers = labels.shape == (n,) and labels.dtype.kind in "iu"
         numbers = labels.shape == (n,) and labels.dtype.kind == "f" and not n_classes
         if numbers and not np.isfinite(labels).all():
@@ -88,7 +99,10 @@ class ImageDataset:
                 f"one per image, but is {one_line(repr(self.labels), 80)}; `open_dataset` encodes "
                 "other labels."
             )
-        labels = labels.astype(np.float64 if numbers else np.int64)
+        self._set(labels.astype(np.float64 if numbers else np.int64))
+
+    def _set(self, labels: np.ndarray) -> None:
+        n = len(labels)
         labels.flags.writeable = False
         object.__setattr__(self, "labels", labels)
         if self.origin is None:
@@ -99,22 +113,33 @@ class ImageDataset:
 
     @property
     def task(self) -> str:
-        """Either "classification", or "regression": labels are numbers to predict."""
+        """What labels are: "classification", "regression" (numbers to predict), "multilabel"."""
+        if self.labels.ndim == 2:
+            return "multilabel"
         return "regression" if self.labels.dtype.kind == "f" else "classification"
 
     @cached_property
     def strata(self) -> np.ndarray:
         """What samples are stratified by: the classes; of numbers, tenths of the images by size.
 
-        Equal numbers are in the same tenth.
+        Equal numbers are in the same tenth. Of several labels, the rarest that an image has.
         """
         if self.task == "classification":
             return self.labels
+        if self.task == "multilabel":
+            return find_rarest(self.labels)
         rank = np.searchsorted(np.sort(self.labels), self.labels)
         return np.unique(rank * TENTHS // max(len(self), 1), return_inverse=True)[1]
 
     def require_classes(self, purpose: str) -> None:
-        """Raise a DatasetError if the labels are numbers to predict."""
+        """Raise a DatasetError if the labels are no classes, one per image."""
+        if self.task == "multilabel":
+            raise DatasetError(
+                f"`dataset` must have one class per image {purpose} but has several labels per "
+                "image (the task 'multilabel'), which can only be ranked on so far: "
+                "rank(task='multilabel') (sfda-tune rank --task multilabel) orders the backbones, "
+                "to be trained with tools of your own."
+            )
         if self.task == "regression":
             raise DatasetError(
                 f"`dataset` must have classes {purpose} but has numbers to predict (the task "
@@ -123,7 +148,10 @@ class ImageDataset:
             )
 
     def label_name(self, label: Any) -> str:
-        """Return what a label is called: its class, or the number."""
+        """Return what a label is called: its class, the number, or the labels that apply."""
+        if self.task == "multilabel":
+            names = [c for c, one in zip(self.classes, label, strict=True) if one == 1]
+            return " + ".join(names) or "no label"
         return f"{label:g}" if self.task == "regression" else self.classes[label]
 
     @cached_property
@@ -135,7 +163,7 @@ class ImageDataset:
         return None if len(names) == len(codes) else codes
 
     def __repr__(self) -> str:
-        what = f"{len(self.classes)} classes"
+        what = f"{len(self.classes)} {'labels' if self.task == 'multilabel' else 'classes'}"
         if self.task == "regression":
             ends = (f"{v:g}" for v in (self.labels.min(), self.labels.max())) if len(self) else ()
             what = f"numbers {' … '.join(ends)}"
@@ -223,8 +251,9 @@ class ImageDataset:
         )
 
     def sample(self, n: int, seed: int = 0) -> ImageDataset:
-        """Draw `n` images, stratified by class (numbers: by `strata`); they keep their order.
+        """Draw `n` images, stratified by class; they keep their order.
 
+        Numbers, and several labels per image, are stratified by `strata`.
         Classes share the places in proportion to their size, but each gets min(2, its size)
         places first (one, where `n` is too small for two). Groups are not drawn as a whole, but
         what is drawn of one stays together. A smaller sample is part of every
@@ -246,7 +275,7 @@ class ImageDataset:
         """Return the rows that `sample` draws, sorted."""
         classes, code, counts = np.unique(self.strata, return_inverse=True, return_counts=True)
         if n < len(classes):
-            kind = "classes" if self.task == "classification" else "strata of the numbers"
+            kind = STRATA[self.task]
             raise DatasetError(
                 f"`samples` must be at least the number of {kind}, {len(classes)}, but is {n}; "
                 "better 20 or more images of each."

@@ -160,7 +160,8 @@ def describe_groups(groups: np.ndarray | None, labels: np.ndarray) -> dict[str, 
     if groups is None:
         return {}
     codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
-    labels = np.zeros(len(codes), np.int64) if labels.dtype.kind == "f" else labels
+    # neither numbers nor several labels say that images of a group are of several classes
+    labels = labels if labels.dtype == np.int64 else np.zeros(len(codes), np.int64)
     pairs = np.unique(codes * (int(labels.max()) + 1) + labels) // (int(labels.max()) + 1)
     return {
         "groups": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.hub import cache_only_if_unreachable
 from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose, choose_rows, part_of, read_column, read_parts
+from sfda_tune.data.several import check_labels, read_columns
 from sfda_tune.data.tables import add_columns, as_cell, find_column
 from sfda_tune.values.text import one_line, printable, some
 
@@ -23,6 +24,7 @@ BUFFER = 10_000  # rows of a stream that are held to be shuffled
 
 
 STREAM = "hf-stream:"
+_LISTS = ("Sequence", "List", "LargeList")  # features that hold several values
 
 
 def open_hub(spec: str, split: str | None, **options: Any) -> ImageDataset:
@@ -70,6 +72,8 @@ def open_hf(
     split_column: str | None,
     time_column: str | None,
     least: int,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
     task: str | None = None,
     name: str = "",
     draw: tuple[int | None, int] = (None, 0),
@@ -110,20 +114,33 @@ def open_hf(
     images = [column for column in kind if kind[column] == "Image"]
     classes = [column for column in kind if kind[column] == "ClassLabel"]
     image = find_column("image_column", image_column, kind, where, images)
-    label = find_column("label_column", label_column, kind, where, classes)
     data = data.with_format(None)
-    names = getattr(features[label], "names", None)
-    labels = data.select_columns([label])[:][label]
-    wanted = np.arange(len(labels))
+    several = None
+    if task == "multilabel":
+        lists = [column for column in kind if kind[column] in _LISTS]
+        if label_column is None and label_columns is None and len(lists) == 1:
+            label_column = lists[0]
+        free = [c for c in kind if c not in (image, group_column, split_column, time_column)]
+        several = read_columns(
+            free, partial(_cells, data), where, label_column=label_column,
+            label_columns=label_columns, label_delimiter=label_delimiter,
+        )  # fmt: skip
+    label = "" if several else _find_label(label_column, kind, where, classes)
+    wanted = np.arange(len(data))
     if named is not None:
         rows, part = pick(choose_rows, named, split, where)
         name += "" if split is None or part == "train" else f"/{split}"
         wanted = np.array(rows)
-    labels = [labels[row] for row in wanted]
-    what = f"{where}, column {label!r},"
-    codes, class_names = encode(
-        labels, what, names=names, rows=wanted.tolist(), least=least, task=task
-    )
+    if several:
+        codes, class_names = check_labels((several[0][wanted], several[1]), least, where)
+    else:
+        names = getattr(features[label], "names", None)
+        labels = data.select_columns([label])[:][label]
+        labels = [labels[row] for row in wanted]
+        what = f"{where}, column {label!r},"
+        codes, class_names = encode(
+            labels, what, names=names, rows=wanted.tolist(), least=least, task=task
+        )
     rows = data.select_columns([image])
     if kind[image] == "Image":
         rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -138,6 +155,22 @@ def open_hf(
             find_column(argument, column, kind, where)
     dataset = ImageDataset(name, items, codes, class_names, wanted)
     return add_columns(dataset, partial(_cells, data), group_column, time_column, where)
+
+
+def _find_label(
+    given: str | None, kind: Mapping[str, str], where: str, classes: Sequence[str]
+) -> str:
+    """Find the column of labels; where there is none, say so if one holds several."""
+    try:
+        return find_column("label_column", given, kind, where, classes)
+    except DatasetError as error:
+        lists = [column for column in kind if kind[column] in _LISTS]
+        if given is not None or not lists:
+            raise
+        raise DatasetError(
+            f"{error} Its column {lists[0]!r} holds lists: if these are several labels per image, "
+            "pass task='multilabel' (--task multilabel)."
+        ) from None
 
 
 def is_stream(spec: Any) -> bool:
@@ -166,8 +199,12 @@ def _draw(stream: Any, n: int | None, seed: int, where: str) -> Any:
 
 def _cells(data: Any, column: str) -> list[Any]:
     """Return what a column holds, with the names of classes."""
-    names = getattr(data.features[column], "names", None)
+    feature = data.features[column]
+    names = getattr(feature, "names", None)
     values = data.with_format(None).select_columns([column])[:][column]
+    inner = getattr(getattr(feature, "feature", None), "names", None)
+    if inner:
+        return [None if v is None else [inner[k] for k in v] for v in values]
     return [names[v] if names and v is not None and v >= 0 else v for v in values]
 
 

@@ -32,6 +32,11 @@ def _class_key(name: str) -> tuple[Any, ...]:
     return number is None, float(name) if number else 0.0, natural_key(name)
 
 
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """Return names in the order people expect."""
+    return sorted(names, key=_class_key)
+
+
 def is_missing(label: Any) -> bool:
     """Tell what Python, NumPy and pandas write for nothing."""
     return label is None or str(label).strip() in ("", "nan", "NaN", "<NA>", "NaT")
@@ -63,12 +68,20 @@ def encode(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels of any hashable type → codes 0 … C−1 and class names; all checks are here.
 
-    For the `task` "regression" → the numbers, float64, and no classes.
+    For the `task` "regression" → the numbers, float64, and no classes. Labels of the task
+    "multilabel" are read by `sfda_tune.data.several`: whoever comes here has one per image.
 
     `names` are the declared names of integer labels (ClassLabel, torchvision's `classes`). With
     `places`, `given` are the different labels only, and `places` says where in them each image's
     stands.
     """
+    if task == "multilabel":
+        raise DatasetError(
+            f"{where} must hold several labels per image for the task 'multilabel' but hold one; "
+            "leave the task out. Several come from a table (a column of 0 and 1 for each label, "
+            "or one column with `label_delimiter`), JSON like COCO's, a column of lists, or a "
+            "matrix of 0 and 1."
+        )
     labels: list[Any] = [v.item() if getattr(v, "ndim", None) == 0 else v for v in given]
     n = len(labels) if places is None else len(places)
     if not n:
@@ -78,7 +91,8 @@ def encode(
     except TypeError:
         raise DatasetError(
             f"{where} must hold one label per image, a number or a name, but the first is "
-            f"{one_line(repr(labels[0]), 60)}; for one-hot labels pass labels.argmax(axis=1)."
+            f"{one_line(repr(labels[0]), 60)}; for one-hot labels pass labels.argmax(axis=1), for "
+            "several labels per image task='multilabel' (--task multilabel)."
         ) from None
     missing = {label for label in distinct if not folders and is_missing(label)}
     known = distinct - missing
@@ -91,7 +105,10 @@ def encode(
         classes: tuple[str, ...] = tuple(text.values())
     else:  # names already, or numbers that are not positions in `names`
         text = {label: class_name(label) for label in known}
-        classes = tuple(sorted(set(text.values()), key=_class_key))
+        classes = tuple(sort_classes(set(text.values())))
+    unsaid = task is None and not folders and names is None and least > 1
+    if unsaid:
+        _refuse_lists(known, n, where)
     if missing:
         bad = [n for n, label in enumerate(labels) if label in missing]
         bad = bad if places is None else np.flatnonzero(np.isin(places, bad)).tolist()
@@ -102,7 +119,7 @@ def encode(
         )
     if task == "regression":
         return _read_numbers(labels, text, where, places), ()
-    if task is None and not folders and names is None and least > 1:
+    if unsaid:
         _refuse_target(known, n, where)
     if len(classes) < least:
         raise DatasetError(
@@ -121,6 +138,7 @@ def encode(
 
 
 MANY = 20  # different integers, up to which they are taken for codes of classes
+DELIMITERS = (";", "|", ",")  # between several labels in one text
 RARE = 3  # images of each of many integers, on average, from which they are
 
 
@@ -158,6 +176,38 @@ def _refuse_target(labels: Iterable[Any], n: int, where: str) -> None:
         f"{values[0]:g} to {values[-1]:g} on {n} images look like a quantity to predict, not like "
         f"classes ({rule}); pass task='regression' (--task regression), or, if each number is a "
         "class, task='classification' (--task classification)."
+    )
+
+
+def find_delimiter(labels: Iterable[Any]) -> str | None:
+    """Return what separates labels within labels, if they look like lists.
+
+    They do if they have fewer different parts than there are different labels.
+
+    >>> find_delimiter(["cat;dog", "cat", "dog", ""]), find_delimiter(["Doe, Jo", "Poe, Al"])
+    (';', None)
+    """
+    names = {label for label in labels if isinstance(label, str) and label.strip()}
+    for delimiter in DELIMITERS:
+        parts = {part.strip() for name in names for part in name.split(delimiter)} - {""}
+        if any(delimiter in name for name in names) and len(parts) < len(names):
+            return delimiter
+    return None
+
+
+def _refuse_lists(labels: Iterable[Any], n: int, where: str) -> None:
+    """Raise a DatasetError if labels are several in one text rather than classes."""
+    names = [label for label in labels if isinstance(label, str)]
+    if (delimiter := find_delimiter(names)) is None:
+        return
+    parts = {part.strip() for name in names for part in name.split(delimiter)} - {""}
+    example = max(names, key=lambda name: (name.count(delimiter), name))
+    raise DatasetError(
+        f"{where} must say what its labels are: {len(names)} different ones on {n} images, such "
+        f"as {one_line(repr(example), 60)}, are made of {len(parts)} parts with {delimiter!r} "
+        "between them and look like several labels per image, not like classes; pass "
+        f"task='multilabel', label_delimiter={delimiter!r} (--task multilabel --label-delimiter "
+        f"{delimiter!r}), or, if each is a class, task='classification' (--task classification)."
     )
 
 

@@ -15,14 +15,16 @@ several lights. Crops and mirror images are not found; pictures of less than 32 
 from __future__ import annotations
 
 import hashlib
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 
 from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import UNREADABLE
+from sfda_tune.data.decoding import UNREADABLE, get_switches
 from sfda_tune.data.groups import merge_codes
 from sfda_tune.data.loader import Loader, cut
 
@@ -33,7 +35,9 @@ SAME = 0.995  # correlation
 ROUGHLY = 0.975  # of 64 random projections: worth a look
 FLAT = 2.0  # grey levels: what varies less shows nothing
 MOST = 50_000  # images: the pairs of more would take minutes
+NOTED = 20_000  # thumbnails of a data set that are noted, 4 kB each
 KIND = {"pairs": [[int]], "equal": [[int]]}
+THUMBNAILS = {"images": str, "pixels": str}
 Pairs = list[tuple[int, int]]
 
 
@@ -59,17 +63,50 @@ class _Thumbnails:
 
 def _standardise(images: ImageDataset, workers: int = 8) -> np.ndarray:
     """Return thumbnails as rows of length 1 and mean 0; zeros where there is nothing to see."""
-    batches = [list(part) for part in cut(len(images), 64)]
+    return _centre(_read(images, range(len(images)), workers))
+
+
+def _read(images: ImageDataset, rows: Sequence[int], workers: int = 8) -> np.ndarray:
+    """Return the thumbnails of some rows, (n, SIDE, SIDE, 3) of 8 bits."""
+    batches = [[rows[i] for i in part] for part in cut(len(rows), 64)]
     loader = Loader(_Thumbnails(images), batches, list, threads=min(workers, len(batches)))
-    out = np.zeros((len(images), SIDE * SIDE * 3), dtype=np.float32)
-    for rows, found in loader:
-        z = np.stack(found).astype(np.float32)
+    found = [np.stack(part) for _, part in loader]
+    return np.concatenate(found) if found else np.empty((0, SIDE, SIDE, 3), np.uint8)
+
+
+def _centre(thumbnails: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(thumbnails), SIDE * SIDE * 3), dtype=np.float32)
+    for start in range(0, len(out), 1024):
+        z = thumbnails[start : start + 1024].astype(np.float32)
         z -= z.mean(axis=(1, 2), keepdims=True)  # of each channel: a cast is no likeness
-        z = z.reshape(len(rows), -1)
+        z = z.reshape(len(z), -1)
         norm = np.linalg.norm(z, axis=1, keepdims=True)
         seen = norm > FLAT * z.shape[1] ** 0.5
-        out[list(rows)] = np.divide(z, norm, out=np.zeros_like(z), where=seen)
+        np.divide(z, norm, out=out[start : start + 1024], where=seen)
     return out
+
+
+def _recall(images: ImageDataset, store: Any, digests: Sequence[str]) -> np.ndarray:
+    """Return thumbnails; those of images that a ranking of the same data set saw are noted."""
+    about = [SIDE, PIL.__version__, get_switches(), images.name]
+    key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
+    noted, old = store.recall("thumbnails", key, THUMBNAILS), {}
+    if noted is not None:
+        pixels = np.frombuffer(b64decode(noted["pixels"]), np.uint8).reshape(-1, SIDE, SIDE, 3)
+        old = dict(zip(noted["images"].split(), pixels, strict=True))
+    new = [row for row, digest in enumerate(digests) if digest not in old]
+    found = np.zeros((len(digests), SIDE, SIDE, 3), np.uint8)
+    found[new] = _read(images, new)
+    # what shows nothing now may be readable another time
+    fresh = {digests[row]: found[row] for row in new if found[row].any()}
+    fresh.pop(UNREADABLE, None)
+    for row in np.setdiff1d(np.arange(len(digests)), new):
+        found[row] = old[digests[row]]
+    if fresh:
+        kept = dict(list((fresh | old).items())[:NOTED])
+        text = b64encode(np.stack(list(kept.values())).tobytes()).decode()
+        store.note("thumbnails", key, {"images": " ".join(kept), "pixels": text})
+    return found
 
 
 def _pairs(a: np.ndarray, b: np.ndarray | None = None) -> Pairs:
@@ -102,7 +139,7 @@ def find_near(
     """Return the pairs of rows that are near duplicates; None if there are too many images.
 
     Every image is decoded once (a JPEG at a fraction of its size), unless the `store` has a note
-    of the same `digests`.
+    of the same `digests`, or of its thumbnail from a ranking of other images of the data set.
     """
     if len(images) > MOST:
         return None
@@ -112,7 +149,8 @@ def find_near(
         noted = store.recall("near", key.hexdigest(), KIND)
         if noted is not None:
             return Near(*([(i, j) for i, j in noted[name]] for name in KIND))
-    pairs = _pairs(_standardise(images))
+    known = None if key is None else _recall(images, store, digests or ())
+    pairs = _pairs(_standardise(images) if known is None else _centre(known))
     rows = sorted({row for pair in pairs for row in pair})
     pixels = dict(zip(rows, images.digests(rows, pixels=True), strict=True))
     found = Near(pairs, [(i, j) for i, j in pairs if pixels[i] == pixels[j] != UNREADABLE])
@@ -165,7 +203,7 @@ def describe_near(images: ImageDataset, pairs: Pairs | None) -> dict[str, Any]:
     sizes = np.bincount(codes)
     several = sizes > 1
     classes = images.labels if images.classes else np.zeros(len(images))
-    torn = [len(set(classes[codes == c])) > 1 for c in np.flatnonzero(several)]
+    torn = [len(np.unique(classes[codes == c], axis=0)) > 1 for c in np.flatnonzero(several)]
     name = images.item_name
     return {
         "near_duplicates": {

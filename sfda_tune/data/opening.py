@@ -22,19 +22,20 @@ from sfda_tune.data.folders import open_folder
 from sfda_tune.data.formats import Reading, parse_reading
 from sfda_tune.data.groups import FOLDERS, check_groups, find_groups
 from sfda_tune.data.huggingface import STREAM, open_hf, open_hub
+from sfda_tune.data.several import open_coco
 from sfda_tune.data.shards import is_shards, open_shards
 from sfda_tune.data.tables import open_table
 from sfda_tune.data.torchvision import open_map
 from sfda_tune.values.text import require
 
-__all__ = ["TASKS", "open_dataset", "open_part"]
+__all__ = ["TASKS", "open_dataset", "open_part", "settle_task"]
 
-TASKS = ("auto", "classification", "regression")
+TASKS = ("auto", "classification", "regression", "multilabel")
 _FORMS = (
     "'digits'; a folder with one sub-folder per class (or train/ and val/ with such sub-folders); "
-    "a .csv, .tsv or .parquet table of paths and labels; .tar files (WebDataset); "
-    "'hf:NAME' or 'hf:NAME:CONFIG'; a Hugging Face Dataset; a torchvision-style data set; arrays "
-    "or lists (images, labels); an ImageDataset"
+    "a .csv, .tsv or .parquet table of paths and labels; a .json file like COCO's; .tar files "
+    "(WebDataset); 'hf:NAME' or 'hf:NAME:CONFIG'; a Hugging Face Dataset; a torchvision-style "
+    "data set; arrays or lists (images, labels); an ImageDataset"
 )
 
 
@@ -51,6 +52,8 @@ def open_dataset(
     split_column: str | None = None,
     time_column: str | None = None,
     task: str | None = None,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
 ) -> ImageDataset:
@@ -67,6 +70,7 @@ def open_dataset(
         - ``.csv``, ``.tsv`` (UTF-8, with a header, separated by comma, semicolon or tab) or
           ``.parquet`` with paths, relative to the table, or encoded images, and labels. A column
           such as ``split``, ``fold``, ``subset`` or ``is_valid`` says which part a row is of.
+        - ``.json`` with images, annotations and categories, like COCO's (for "multilabel").
         - ``.tar`` files (WebDataset): a file, a folder of them, ``"train-*.tar"`` or
           ``"train-{000..127}.tar"``, with a ``.cls`` or ``.json`` beside each image, or a folder
           for each class in the tar; see `sfda_tune.data.shards`. They are not unpacked.
@@ -104,11 +108,22 @@ def open_dataset(
     split_column, time_column : str, optional
         Column of a table or Hugging Face data set that says the part of each row, where it has
         an unusual name; that says when each image was made (number or ISO 8601).
-    task : {"auto", "classification", "regression"}, optional
-        Whether the labels are classes or numbers to predict. By default numbers are classes, too,
-        but are refused where they look like a quantity (`sfda_tune.data.labels`): three or more,
-        of which some have a fraction; or more than 20 whole ones with fewer than 3 images each.
-        Names of folders, and numbers that the data set has names for, are classes.
+    task : {"auto", "classification", "regression", "multilabel"}, optional
+        Whether the labels are classes, numbers to predict, or several per image. By default
+        numbers are classes, too, but are refused where they look like a quantity
+        (`sfda_tune.data.labels`): three or more, of which some have a fraction; or more than 20
+        whole ones with fewer than 3 images each. Names of folders, and numbers that the data set
+        has names for, are classes. So are texts, but those that look like lists (``"cat;dog"``
+        beside ``"cat"`` and ``"dog"``) are refused.
+        For "multilabel" labels are rows of 0 and 1 (NaN or -1: not known) or lists of names, in
+        arrays, in a table or Hugging Face data set as below. Of ``"digits"``, their four bits.
+    label_columns : str or sequence of str, optional
+        Columns of 0 and 1 (or true and false; empty or -1: not known), one for each label: names,
+        or patterns such as ``"has_*"``, in a list or separated by commas. Default, if there are
+        two or more: all that hold nothing else and do not name a part.
+    label_delimiter : str, optional
+        What separates the labels in the one column that holds all, such as ``";"``; an empty cell
+        has none. Not needed for a column of lists. Either of the two means "multilabel".
     bit_depth : int in 9 … 16, or "auto", optional
         Grey (and other integer) pixels of more than 8 bits are white at 2^bit_depth − 1; by
         default at 65535, with a warning where images of 12 bits would be nearly black. DICOM
@@ -131,8 +146,8 @@ def open_dataset(
     """
     columns = {"image_column": image_column, "label_column": label_column, "groups": groups}
     columns |= {"split_column": split_column, "time_column": time_column}
-    require("task", task, f"one of {', '.join(TASKS)}", task in (None, *TASKS))
-    told = None if task == "auto" else task
+    columns |= {"label_columns": label_columns, "label_delimiter": label_delimiter}
+    told = settle_task(task, label_columns, label_delimiter)
     reading = _parse_reading(bit_depth, bands)
     dataset = _open(
         spec, 2, split=split, **columns, labels=labels, task=told, reading=reading,
@@ -141,6 +156,20 @@ def open_dataset(
     if groups is not None and dataset.groups is not None:
         check_groups(dataset.groups)
     return dataset if samples is None else dataset.sample(samples, seed)
+
+
+def settle_task(task: str | None, label_columns: Any = None, label_delimiter: Any = None) -> Any:
+    """Return the task that is meant, None for "auto"; options of several labels say it."""
+    require("task", task, f"one of {', '.join(TASKS)}", task in (None, *TASKS))
+    several = {"label_columns": label_columns, "label_delimiter": label_delimiter}
+    given = [name for name, value in several.items() if value is not None]
+    if given and task not in (None, "auto", "multilabel"):
+        raise DatasetError(
+            f"`{given[0]}` is for several labels per image, but `task` is {task!r}; leave one out."
+        )
+    for name in given:
+        require(name, several[name], "a text that is not empty", len(several[name]))
+    return "multilabel" if given else None if task == "auto" else task
 
 
 def open_part(
@@ -228,6 +257,7 @@ def _open_opened(dataset: ImageDataset, task: str | None) -> ImageDataset:
 def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tuple[str, ...]]:
     """Name of the form of `spec`, the function that opens it, and the options that it takes."""
     columns = ("image_column", "label_column", "group_column", "split_column", "time_column")
+    columns += ("label_columns", "label_delimiter")
     if isinstance(spec, ImageDataset):
         return "an ImageDataset", _open_opened, ()
     if isinstance(spec, str) and spec == "digits":
@@ -250,6 +280,8 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
             fact = f"{str(spec)!r} is neither a file nor a folder"
         elif not os.path.isfile(path):
             fact = f"{str(spec)!r} does not exist{close_matches(path)}"
+        elif suffix == ".json":
+            return "annotations like COCO's", open_coco, ("least",)
         elif suffix in (".csv", ".tsv", ".parquet", ".pq"):
             return "a table", open_table, ("split", *columns, "least")
         else:

@@ -15,7 +15,10 @@ from typing import Any
 
 from sfda_tune.values.text import printable, some
 
-__all__ = ["choose", "choose_rows", "hint_at", "part_of", "read_column", "read_parts"]
+__all__ = [
+    "FALSE", "TRUE", "choose", "choose_rows", "hint_at", "is_about_parts", "part_of",
+    "read_column", "read_parts",
+]  # fmt: skip
 
 _WORDS = {
     "train": "train|training|trn",
@@ -32,10 +35,10 @@ _COLUMNS = ("split", "fold", "set", "subset", "partition")
 _MORE_COLUMNS = ("splits", "datasplit", "dataset", "phase", "usage", "part", "traintest")
 _VAGUE = ("group", "groups", "mode", "role", "stage", "purpose", "type", "kind")  # names only
 _DOUBTFUL = ("valid", "validity")  # of the validation, or good
-_TRUE, _FALSE = {"true", "1", "1.0", "yes", "y", "t"}, {"false", "0", "0.0", "no", "n", "f"}
+TRUE, FALSE = {"true", "1", "1.0", "yes", "y", "t"}, {"false", "0", "0.0", "no", "n", "f"}
 _NAMELESS = "name no training, validation or test part"
 _EMPTY = {"", "nan", "none"}
-_CODES = {*_TRUE, *_FALSE, *_SHORT, "2", "2.0", "3", "3.0"}  # what three parts may be numbered
+_CODES = {*TRUE, *FALSE, *_SHORT, "2", "2.0", "3", "3.0"}  # what three parts may be numbered
 
 
 def part_of(name: str) -> str | None:
@@ -102,20 +105,17 @@ def read_parts(
     found: dict[str, tuple[list[str], list[str]]] = {}
     flags: dict[str, tuple[str, list[bool]]] = {}
     for column in columns:
-        word = _letters(column)
-        flag = part_of(word.removeprefix("is")) if word.startswith("is") else None
-        bare = re.fullmatch("(?!invalid)(in)?([a-z]+?)(set|split)?", word)
-        flag = flag or (part_of(bare[2]) if bare else None)
+        word, flag = _letters(column), _flag_of(column)
         if flag is None and word not in (*_COLUMNS, *_MORE_COLUMNS, *_VAGUE):
             continue
         said = ["" if value is None else str(value).strip() for value in cells(column)]
         distinct = Counter(said)
         may_be_codes = len(distinct) > 1 and {v.casefold() for v in distinct} <= _CODES | _EMPTY
-        truths = {v.casefold() for v in distinct} & (_TRUE | _FALSE)
+        truths = {v.casefold() for v in distinct} & (TRUE | FALSE)
         if flag and truths and word not in _DOUBTFUL:
             _check_full(distinct, column, where)
-        if flag and {v.casefold() for v in distinct} <= _TRUE | _FALSE:
-            flags[column] = flag, [v.casefold() in _TRUE for v in said]
+        if flag and {v.casefold() for v in distinct} <= TRUE | FALSE:
+            flags[column] = flag, [v.casefold() in TRUE for v in said]
         elif word in _VAGUE:
             known = {v: _SHORT.get(v.casefold()) or part_of(v) for v in distinct}
             if all(known.values()) and "train" in known.values():
@@ -153,6 +153,23 @@ def read_parts(
                 "contradict each other; remove one, or pass split='all' to use all rows."
             )
     return column, said, parts
+
+
+def _flag_of(column: str) -> str | None:
+    """Return the part of which a column of truth values says whether a row is in it."""
+    word = _letters(column)
+    flag = part_of(word.removeprefix("is")) if word.startswith("is") else None
+    bare = re.fullmatch("(?!invalid)(in)?([a-z]+?)(set|split)?", word)
+    return flag or (part_of(bare[2]) if bare else None)
+
+
+def is_about_parts(column: str) -> bool:
+    """Whether a column is called like one that says which part a row is of.
+
+    >>> [c for c in ("is_valid", "fold", "cat", "test") if is_about_parts(c)]
+    ['is_valid', 'fold', 'test']
+    """
+    return _flag_of(column) is not None or _letters(column) in (*_COLUMNS, *_MORE_COLUMNS)
 
 
 def read_column(

@@ -25,6 +25,7 @@ from sfda_tune.data.decoding import Member
 from sfda_tune.data.folders import is_image
 from sfda_tune.data.labels import encode, natural_key
 from sfda_tune.data.parts import choose, part_of
+from sfda_tune.data.several import check_labels, encode_rows
 from sfda_tune.data.tables import LABEL_COLUMNS
 from sfda_tune.values.text import one_line, printable, some
 
@@ -125,7 +126,11 @@ def open_shards(
     samples = [sample for sample in samples if image(sample) is not None]
     labels = _read_labels(samples, label_column, endings, where)
     items = [image(sample) for sample in samples]
-    codes, classes = encode(labels, f"{where} the labels", least=least, unit="sample", task=task)
+    what = f"{where} the labels"
+    if task == "multilabel":
+        codes, classes = check_labels(encode_rows(labels, what), least, what)
+    else:
+        codes, classes = encode(labels, what, least=least, unit="sample", task=task)
     return ImageDataset(name, items, codes, classes, np.arange(len(items)))
 
 

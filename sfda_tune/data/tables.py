@@ -20,6 +20,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import name_groups, read_times
 from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose_rows, read_column, read_parts
+from sfda_tune.data.several import USUAL, check_labels, find_indicators, read_columns
 from sfda_tune.values.files import check, parse_csv, read_text
 from sfda_tune.values.text import one_line, printable, read_csv_cell, some
 
@@ -65,6 +66,8 @@ def open_table(
     split_column: str | None,
     time_column: str | None,
     least: int,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
     task: str | None = None,
 ) -> ImageDataset:
     """Open a CSV or Parquet file."""
@@ -74,13 +77,19 @@ def open_table(
     columns, cells, labels = read(path, where)
     note = where + " (its first line must name the columns)" * (read is _read_csv)
     image = find_column("image_column", image_column, columns, note)
-    label = find_column("label_column", label_column, columns, note)
     name = printable(os.path.splitext(os.path.basename(path))[0])
     more = {"group_column": group_column, "split_column": split_column, "time_column": time_column}
     named_columns = {n: find_column(n, c, columns, note) for n, c in more.items() if c is not None}
-    found, rows = labels(label), None
+    taken = (image, *named_columns.values())
+    several = partial(
+        read_columns, [c for c in columns if c not in taken], lambda c: _listed(cells(c)), where,
+        label_column=label_column, label_columns=label_columns, label_delimiter=label_delimiter,
+    )  # fmt: skip
+    rows, label = None, None
+    if task != "multilabel":
+        label = _find_label(label_column, columns, note, taken, lambda c: _listed(cells(c)))
     if split != "all":
-        free = [c for c in columns if c not in (image, label, *named_columns.values())]
+        free = [c for c in columns if c not in (label, *taken)]
         if split_column is not None:
             named = pick(read_column, split_column, _listed(cells(split_column)), where)
         else:
@@ -94,15 +103,44 @@ def open_table(
                 f"part of each row, but {where} has only {some(map(repr, columns), 20)}; leave "
                 "`split` out."
             )
-    if rows is not None:
-        found = _of_rows(found, rows)
-    what = f"{where}, column {label!r},"
-    codes, classes = encode(where=what, least=least, task=task, **found)
+    if label is None:
+        codes, classes = several()
+        codes, classes = check_labels(
+            (codes if rows is None else codes[rows], classes), least, where
+        )
+    else:
+        found = labels(label) if rows is None else _of_rows(labels(label), rows)
+        what = f"{where}, column {label!r},"
+        codes, classes = encode(where=what, least=least, task=task, **found)
     items = _Cells(cells(image, lazy=True), base, rows)
     check_some_exist(items, base, f"{where}, column {image!r},")
     origin = np.arange(len(codes)) if rows is None else np.array(rows)
     dataset = ImageDataset(name, items, codes, classes, origin)
     return add_columns(dataset, lambda c: _listed(cells(c)), group_column, time_column, where)
+
+
+def _find_label(
+    given: str | None,
+    columns: Sequence[str],
+    where: str,
+    taken: Iterable[str],
+    cells: Callable[[str], Sequence[Any]],
+) -> str:
+    """Find the column of labels; where there is none, say so if labels stand in several."""
+    try:
+        return find_column("label_column", given, columns, where)
+    except DatasetError as error:
+        found = find_indicators([c for c in columns if c not in taken], cells)
+        lists = [c for c in columns if c.lower() in USUAL]
+        if given is not None or (len(found) < 2 and not lists):
+            raise
+        held = f"Its columns {some(map(repr, found), 8)} hold nothing but 0 and 1"
+        if len(found) < 2:
+            held = f"It has a column {lists[0]!r}"
+        raise DatasetError(
+            f"{error} {held}: for several labels per image pass task='multilabel' (--task "
+            "multilabel)."
+        ) from None
 
 
 def add_columns(

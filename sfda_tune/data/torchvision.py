@@ -18,7 +18,8 @@ from sfda_tune.data.arrays import as_item
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.folders import is_image
-from sfda_tune.data.labels import encode
+from sfda_tune.data.labels import class_name, encode
+from sfda_tune.data.several import check_labels, encode_rows
 from sfda_tune.values.text import one_line
 
 logger = logging.getLogger(__name__)
@@ -100,5 +101,10 @@ def open_map(dataset: Any, least: int, task: str | None = None) -> ImageDataset:
         names, labels = None, [convert(label) for label in labels]
     names = names if isinstance(names, list | tuple) else None
     where = f"The labels of {name}"
+    if task == "multilabel":
+        y, found = check_labels(encode_rows(labels, where), least, where)
+        named = names is not None and len(names) == len(found) and found[0] == "label 0"
+        found = tuple(map(class_name, names)) if named and names else found
+        return ImageDataset(name, items, y, found, np.array(rows))
     codes, classes = encode(labels, where, names=names, rows=rows, least=least, task=task)
     return ImageDataset(name, items, codes, classes, np.array(rows))

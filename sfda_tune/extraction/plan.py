@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,8 @@ from sfda_tune.extraction.store import Entry
 from sfda_tune.values.features import Backbone
 
 __all__ = ["SHARD", "Outcome", "Plan", "Unit"]
+# Seconds: to open a network, to fetch one again that made room for others, to decode an image
+OPENING, FETCHING, DECODING = 0.2, 5.0, 5e-3
 SHARD = 512  # images that a backbone is shown before its features are kept
 
 
@@ -177,20 +181,71 @@ def largest_shard(n: int) -> int:
     return min(n, SHARD)
 
 
-def cut_units(plan: Plan) -> Iterator[Unit]:
-    """Yield the units, lazily, so that a failed backbone is not tried again."""
-    needed = sorted(frozenset().union(*plan.missing.values()))
+def cut_units(plan: Plan, *, are_fetched: bool = False) -> Iterator[Unit]:
+    """Yield the units, lazily, so that a failed backbone is not tried again.
+
+    If weights `are_fetched` to a disk that does not hold all, few are opened twice.
+    """
     users = [name for name, absent in plan.missing.items() if absent]
-    at_once = shards_at_once(map(plan.preprocessing, users))
-    for first in range(0, len(needed), at_once):
-        yield from plan.units(users, needed[first : first + at_once], first)
+    sizes = {}
+    for name in users:
+        p = plan.preprocessing(name)
+        sizes[name] = p.key, SHARD * pixels.bytes_per_image(p)
+    n_shards = len(frozenset().union(*plan.missing.values()))
+    numbers, opening = itertools.count(), FETCHING if are_fetched else OPENING
+    for names in group_geometries(sizes, n_shards, pixel_memory(), opening):
+        needed = sorted(frozenset().union(*(plan.missing[name] for name in names)))
+        at_once = shards_at_once(map(plan.preprocessing, names))
+        for first in range(0, len(needed), at_once):
+            yield from plan.units(names, needed[first : first + at_once], next(numbers))
+
+
+def group_geometries(
+    sizes: Mapping[str, tuple[Hashable, int]],
+    n_shards: int,
+    memory: int,
+    opening: float = OPENING,
+) -> list[list[str]]:
+    """Return which backbones run together; the groups follow each other over all images.
+
+    `sizes` are (key, bytes of a shard) by backbone: equal keys share pixels. Where not all pixels
+    fit into the `memory`, either networks are opened again for each part of the images, or images
+    decoded again for each group of geometries: what costs less is done. A shard of every geometry
+    of a group fits, unless there is but one. The order is that of the first of each group.
+
+    >>> def make(n):
+    ...     return {f"net{k}": (k % 2, 5) for k in range(n)}
+    >>> [[len(g) for g in group_geometries(make(n), 2, 10)] for n in (4, 400)]
+    [[4], [200, 200]]
+    >>> group_geometries(make(4), 1, 5)
+    [['net0', 'net2'], ['net1', 'net3']]
+    """
+    shards = dict(sizes.values())  # bytes by geometry, in the order of their first backbones
+    best, least = [list(sizes)], math.inf
+    for parts in range(1, n_shards + 1):  # of the images
+        room, groups, taken = memory / -(-n_shards // parts), [], math.inf
+        for key, size in shards.items():
+            if taken + size > room:
+                groups.append([])
+                taken = 0
+            groups[-1].append(key)
+            taken += size
+        cost = len(sizes) * parts * opening + len(groups) * n_shards * SHARD * DECODING
+        if cost < least:
+            members = [[name for name, (key, _) in sizes.items() if key in g] for g in groups]
+            best, least = members, cost
+    return best
 
 
 def shards_at_once(preprocessings: Iterable[Preprocessing], memory: int | None = None) -> int:
     """Return how many shards of pixels a quarter of the memory holds, in bytes; default: free."""
-    import psutil
-
     distinct = {p.key: p for p in preprocessings}
     per_image = sum(map(pixels.bytes_per_image, distinct.values()))
-    budget = min(pixels.PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)
-    return max(1, budget // max(SHARD * per_image, 1))
+    return max(1, pixel_memory(memory) // max(SHARD * per_image, 1))
+
+
+def pixel_memory(memory: int | None = None) -> int:
+    """Return the bytes that decoded pixels may take."""
+    import psutil
+
+    return min(pixels.PIXEL_BYTES, (memory or psutil.virtual_memory().available) // 4)

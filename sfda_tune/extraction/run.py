@@ -240,13 +240,14 @@ def extract_within(
     tell = progress.advance if progress and map_fn is None else None
     worker = Worker(settings, store, tell, fetcher=fetcher, weights_disk=weights_disk)
     outcomes: Any = ()
+    is_tight = weights_disk is not None
     keeper = _Keeper(store, begun)
     try:
         while True:
             outcomes = (
                 executor.run(worker, plan)
                 if executor
-                else (map_fn or _run_here)(worker, cut_units(plan))
+                else (map_fn or _run_here)(worker, cut_units(plan, are_fetched=is_tight))
             )
             came = set()
             for outcome in outcomes:
@@ -634,6 +635,7 @@ def _finish(
         rows=rows[order],
         unreadable=unreadable,
         images_per_second=len(rows) / spent if spent else None,
+        batch=max((info.get("batch") or 0 for info in infos), default=0) or None,
         peak_memory=hungriest.get("peak_memory"),
         peak_batch=hungriest.get("peak_batch"),
         cached=job.cached,

@@ -94,7 +94,9 @@ class Extraction:
     n_params : int or None
     input_size : (channels, height, width) or None
     images_per_second : float or None
-        Forward passes only, on the device, as measured when they were made.
+        Forward passes only, on the device, as measured when they were made, in batches of `batch`.
+    batch : int or None
+        Images in a batch, None where an earlier version made the features.
     peak_memory : int or None
         Bytes that the forward passes took at most beside the weights; on CUDA only.
     peak_batch : int or None
@@ -115,6 +117,7 @@ class Extraction:
     n_params: int | None = None
     input_size: tuple[int, int, int] | None = None
     images_per_second: float | None = None
+    batch: int | None = None
     peak_memory: int | None = None
     peak_batch: int | None = None
     cached: bool = False

@@ -69,7 +69,7 @@ PART = {
     "forward_seconds?": float,
     "images": int,
 }
-PART |= dict.fromkeys(("n_params?", "peak_memory?", "peak_batch?"), (int, None))
+PART |= dict.fromkeys(("n_params?", "batch?", "peak_memory?", "peak_batch?"), (int, None))
 TEXTS = ("format", "key", "images", "unreadable", "parts")
 HEADER = {"x": {"shape": [int]}, "__metadata__": dict.fromkeys((*TEXTS, "digest"), str)}
 # What reading a damaged segment raises

@@ -195,7 +195,8 @@ class Worker:
         rows = np.concatenate(good) if good else np.empty(0, np.int64)
         new = np.setdiff1d(np.arange(len(shard)), known.known)
         unreadable = {int(new[p]): why for p, why in shared.reasons(shard[new]).items()}
-        return _Shard(features, rows, unreadable, peak, forward.clock(spent, len(rows)), known)
+        clock = forward.clock(spent, len(rows))
+        return _Shard(features, rows, unreadable, peak, forward.batch_size, clock, known)
 
     def _keep(self, done: _Shard, outcome: Outcome, n_params: int, dataset: str) -> None:
         """Wait for the features of a shard and put them into the store."""
@@ -207,6 +208,7 @@ class Worker:
             "backbone": outcome.name,
             "n_params": n_params,
             "forward_seconds": forward_seconds,
+            "batch": done.batch,
             "device": self.settings.device,
             "dataset": dataset,
             **done.peak,
@@ -250,7 +252,7 @@ class Worker:
             module, preprocessing = loading.load(unit.backbone)
             weights = self._fingerprint(unit, module, fetched or came)
         n_params = sum(p.numel() for p in module.parameters())
-        with _MOVES:
+        with _MOVES, use_threads(1):
             module = module.to(device).to(memory_format=torch.channels_last)
         loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
         if self.resident is not None:
@@ -281,6 +283,7 @@ class _Shard:
     rows: np.ndarray
     unreadable: dict[int, str]
     peak: dict[str, int]
+    batch: int
     seconds: Callable[[], float]
     known: Entry  # what was in the store
     number: int = 0

@@ -1,18 +1,26 @@
-"""Linear classifiers on features: shrinkage LDA in closed form, softmax regression by L-BFGS."""
+"""Linear classifiers on features: LDA in closed form, softmax and logistic regression."""
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, eigh
-from scipy.special import log_softmax
+from scipy.special import expit, log_softmax
 from threadpoolctl import ThreadpoolController
 
 from sfda_tune.metrics._input import Data
 
-__all__ = ["fit_softmax", "lda_directions", "lda_log_posterior", "shrunk", "within"]
+__all__ = [
+    "fit_logistic",
+    "fit_softmax",
+    "lda_directions",
+    "lda_log_posterior",
+    "shrunk",
+    "within",
+]
 
 LARGE = 1e9  # multiplications of one product, from which more threads may help
 
@@ -81,33 +89,75 @@ def fit_softmax(
     converged : bool
         Whether the largest gradient entry fell below `tolerance`.
     """
-    from scipy.optimize import minimize
-
-    N, D = X.shape
+    N = len(X)
     rows = np.arange(N)
 
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        theta = flat.reshape(D + 1, n_classes)
-        delta = X @ theta[:D]
-        delta += theta[D]
+    def loss(delta: np.ndarray) -> float:
         delta -= delta.max(axis=1, keepdims=True)
         own = delta[rows, y]
         np.exp(delta, out=delta)
         total = delta.sum(axis=1)
-        loss = float(np.log(total).sum() - own.sum()) / N
+        value = float(np.log(total).sum() - own.sum()) / N
         delta /= total[:, None]
         delta[rows, y] -= 1
         delta /= N
+        return value
+
+    return _fit(X, n_classes, loss, penalty, start, tolerance, max_iter)
+
+
+def fit_logistic(
+    X: np.ndarray,
+    Y: np.ndarray,
+    penalty: float,
+    *,
+    start: np.ndarray | None = None,
+    tolerance: float = 1e-6,
+    max_iter: int = 500,
+) -> tuple[np.ndarray, bool]:
+    """Minimise Σ_l [(1/N) Σ_n log(1 + exp(∓(x_nW + b)_l)) + ½·penalty·‖W_l‖²], a sum over labels.
+
+    −log σ of the logit where Y is 1, of its negative where it is 0; nothing where it is −1.
+    Returns what `fit_softmax` returns.
+    """
+    N, known = len(X), Y >= 0
+
+    def loss(delta: np.ndarray) -> float:
+        value = float(np.where(known, np.logaddexp(0, delta) - (Y == 1) * delta, 0.0).sum()) / N
+        delta[:] = np.where(known, expit(delta) - Y, 0.0) / N
+        return value
+
+    return _fit(X, Y.shape[1], loss, penalty, start, tolerance, max_iter)
+
+
+def _fit(
+    X: np.ndarray,
+    n_columns: int,
+    loss: Callable[[np.ndarray], float],  # of XW + b, which it overwrites with its gradient
+    penalty: float,
+    start: np.ndarray | None,
+    tolerance: float,
+    max_iter: int,
+) -> tuple[np.ndarray, bool]:
+    from scipy.optimize import minimize
+
+    N, D = X.shape
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        theta = flat.reshape(D + 1, n_columns)
+        delta = X @ theta[:D]
+        delta += theta[D]
+        value = loss(delta)
         gradient = np.empty_like(theta)
         np.matmul(X.T, delta, out=gradient[:D])
         gradient[:D] += penalty * theta[:D]
         gradient[D] = delta.sum(axis=0)
-        return loss + 0.5 * penalty * float(np.vdot(theta[:D], theta[:D])), gradient.ravel()
+        return value + 0.5 * penalty * float(np.vdot(theta[:D], theta[:D])), gradient.ravel()
 
     if start is None:
-        start = np.zeros((D + 1, n_classes))
+        start = np.zeros((D + 1, n_columns))
     # On two idle cores a second thread made it slower at every size tried, up to 20 times.
-    with _blas().limit(limits=1 if N * D * n_classes < LARGE else None, user_api="blas"):
+    with _blas().limit(limits=1 if N * D * n_columns < LARGE else None, user_api="blas"):
         fit = minimize(
             objective,
             start.ravel(),
@@ -116,4 +166,4 @@ def fit_softmax(
             options={"maxiter": max_iter, "maxfun": 2 * max_iter, "gtol": tolerance, "ftol": 0.0},
         )
     converged = bool(np.abs(fit.jac).max() <= tolerance) and math.isfinite(fit.fun)
-    return fit.x.reshape(D + 1, n_classes), converged
+    return fit.x.reshape(D + 1, n_columns), converged

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.metrics.combine import combine, combine_hub
+from sfda_tune.metrics.multilabel import MULTILABEL
 from sfda_tune.metrics.priors import PRIORS
 from sfda_tune.metrics.registry import METRICS, describe_metrics, get_metric
 from sfda_tune.metrics.regression import REGRESSION
@@ -29,7 +30,9 @@ from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.values.features import Features, MetricResult, Score
 from sfda_tune.values.ranking import Ranking
 
-__all__ = ["Metric", "Scorer", "has_fast_float64", "score", "scores_faster"]
+__all__ = [
+    "Metric", "Scorer", "default_metric", "has_fast_float64", "score", "scores_faster",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,9 @@ class Scorer:
     metric : str or callable
     variant : str, optional
         Of the metric ``sfda``.
-    task : {"classification", "regression"}
-        For "regression" the names are those of `sfda_tune.metrics.regression`.
+    task : {"classification", "regression", "multilabel"}
+        For "regression" the names are those of `sfda_tune.metrics.regression`, for "multilabel"
+        those of `sfda_tune.metrics.multilabel`.
 
     Raises
     ------
@@ -82,16 +86,22 @@ class Scorer:
         texts = [metric]
         if isinstance(metric, str) and metric not in needs:
             texts = [text.strip() for text in metric.split("+")]
-        term = _term_of_numbers if task == "regression" else _term
-        self.terms = [term(text, variant, needs) for text in texts]
+        if variant is not None and task == "multilabel":
+            raise ValueError(
+                f"`variant` must be None for several labels per image, whose SFDA always leaves "
+                f"one out, but is {variant!r}; leave it out."
+            )
+        if task == "classification":
+            self.terms = [_term(text, variant, needs) for text in texts]
+        else:
+            self.terms = [_term_of_task(text, task, needs) for text in texts]
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"`metric` must name each metric once but is {metric!r}.")
         if not any(term.function for term in self.terms):
             raise ValueError(
                 f"`metric` must have a term that looks at the images but is {metric!r}; a prior "
-                f"is one of several terms: '{'ridge' if task == 'regression' else 'sfda'} + "
-                f"{names[0]}'."
+                f"is one of several terms: '{default_metric(task)} + {names[0]}'."
             )
         if variant is not None and all(_bare(term.function) is not sfda for term in self.terms):
             raise ValueError(
@@ -199,7 +209,8 @@ def score(
         With ``groups``, where some images belong together.
     metric : str or callable, optional
         Default: "sfda"; "ridge" for numbers to predict. A name in
-        `sfda_tune.metrics.METRICS` (`REGRESSION`, for numbers), or any ``f(x, y)`` that returns a
+        `sfda_tune.metrics.METRICS` (`REGRESSION`, for numbers, `MULTILABEL`, for several labels
+        per image), or any ``f(x, y)`` that returns a
         float or a `MetricResult`, higher being better; with a parameter ``groups`` it is given
         these, too.
         Combinations need all backbones: see `rank`.
@@ -222,7 +233,7 @@ def score(
     True
     """
     if metric is None:
-        metric = "ridge" if features.task == "regression" else "sfda"
+        metric = default_metric(features.task)
     scorer = Scorer(metric, variant, features.task)
     if len(scorer.terms) > 1:
         raise ValueError(
@@ -241,23 +252,36 @@ def _parse(text: Metric) -> tuple[str, Metric, float]:
     return name, text, weight
 
 
-def _term_of_numbers(
-    text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]]
-) -> Term:
-    """Return a term for numbers to predict: few metrics have a meaning for them."""
+def default_metric(task: str) -> str:
+    """Return the score of frozen features that a task is ranked by."""
+    return "ridge" if task == "regression" else "sfda"
+
+
+_OF_TASKS = {
+    "regression": (
+        REGRESSION, "f(features, targets)", "is about classes",
+        ", or task='classification' (--task classification), if each number is a class",
+    ),
+    "multilabel": (MULTILABEL, "f(features, labels)", "takes one class per image", ""),
+}  # fmt: skip
+
+
+def _term_of_task(text: Metric, task: str, needs: Mapping[str, tuple[str, ...]]) -> Term:
+    """Return a term for numbers or several labels: few metrics have a meaning for them."""
+    known, call, problem, advice = _OF_TASKS[task]
     name, text, weight = _parse(text)
     if callable(text):
         return Term(name, name, weight, text)
     if name in PRIORS:
         return Term(name, name, weight, None)
-    if name not in REGRESSION:
-        why = "is about classes" if name in needs else "is unknown"
+    if name not in known:
+        why = problem if name in needs else "is unknown"
         raise ValueError(
-            f"`metric` must be a sum of some of {', '.join([*REGRESSION, *PRIORS])}, or a "
-            f"function f(features, targets), for the task 'regression', but {text!r} {why}; take "
-            "'ridge', or task='classification' (--task classification), if each number is a class."
+            f"`metric` must be a sum of some of {', '.join([*known, *PRIORS])}, or a "
+            f"function {call}, for the task {task!r}, but {text!r} {why}; take "
+            f"{default_metric(task)!r}{advice}."
         )
-    return Term(name, name, weight, REGRESSION[name])
+    return Term(name, name, weight, known[name])
 
 
 def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]]) -> Term:

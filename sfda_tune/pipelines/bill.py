@@ -121,6 +121,8 @@ def draw_up_bill(
     plugins: Iterable[str] = (),
     weights_disk: str | int | None = None,
     task: str | None = None,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
 ) -> Bill:
@@ -139,6 +141,7 @@ def draw_up_bill(
         dataset, samples=samples, seed=seed, split=split, image_column=image_column,
         label_column=label_column,
         groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
+        label_columns=label_columns, label_delimiter=label_delimiter,
     )  # fmt: skip
     pending, failed = find_pending(images, candidates, store, precision)
     missing = {name: p for name, p in pending.items() if p.n_images}

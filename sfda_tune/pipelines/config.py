@@ -160,6 +160,12 @@ def _check_numbers(c: SearchConfig) -> None:
     if isinstance(c.test, float):
         require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)
     require("task", c.task, f"one of {', '.join(TASKS)}", c.task in (None, *TASKS))
+    if c.task == "multilabel":
+        raise ValueError(
+            "`task` must be 'classification' for a search but is 'multilabel': fine-tuning on "
+            "several labels per image is not there yet. rank(task='multilabel') (sfda-tune rank "
+            "--task multilabel) orders the backbones, to be trained with tools of your own."
+        )
     limit = c.max_unreadable
     is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1
     require("max_unreadable", limit, "in 0 … 1", is_share)

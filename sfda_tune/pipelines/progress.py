@@ -13,6 +13,7 @@ from sfda_tune.values.features import Score
 from sfda_tune.values.text import format_bytes, printable
 
 REDRAW = 0.2  # seconds between two pictures of a bar in a notebook
+LEADERS = 5  # backbones below a bar
 
 __all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress", "is_notebook"]
 
@@ -88,6 +89,26 @@ class _Work:
         return (time.monotonic() - self.started) * (self.total - self.done) / self.done
 
 
+class _Leaders:
+    """The best few scores so far; in a race of those that have seen as many images as any."""
+
+    def __init__(self) -> None:
+        self.scores: dict[str, Score] = {}
+
+    def add(self, score: Score) -> None:
+        self.scores[score.backbone] = score
+
+    def lines(self) -> list[str]:
+        """Return nothing while there is nobody to be better than."""
+        known = [s for s in list(self.scores.values()) if math.isfinite(s.value)]
+        most = max((s.n_samples for s in known), default=0)
+        known = sorted((s for s in known if s.n_samples == most), key=lambda s: -s.value)
+        if len(known) < 2:
+            return []
+        best = [f"{s.value:10.4f}  {printable(s.backbone)}" for s in known[:LEADERS]]
+        return ["  best scores so far", *best]
+
+
 def is_notebook() -> bool:
     """Whether a notebook shows what is printed: Jupyter, Colab, Databricks."""
     from rich.console import Console
@@ -95,15 +116,22 @@ def is_notebook() -> bool:
     return Console().is_jupyter
 
 
-def _progress_of(console: Any) -> Any:
-    """Return the class of `rich` that draws bars on a console.
+def _progress_of(console: Any, leaders: _Leaders) -> Any:
+    """Return the class of `rich` that draws bars on a console, on terminals with the leaders.
 
     In notebooks `rich` itself needs ipywidgets to redraw; IPython redraws without.
     """
     from rich.progress import Progress
+    from rich.text import Text
+
+    class Board(Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            yield from super().get_renderables()
+            for line in leaders.lines():
+                yield Text(line, "dim", no_wrap=True, overflow="ellipsis")
 
     if not console.is_jupyter:
-        return Progress
+        return Board if console.is_terminal else Progress
     from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 
     class NotebookProgress(Progress):
@@ -129,15 +157,19 @@ def _progress_of(console: Any) -> Any:
 
 
 class Bar(NullProgress):
-    """A `rich` progress bar on standard error, or in a notebook."""
+    """A `rich` progress bar on standard error, or in a notebook.
 
-    def __init__(self, console: Any = None) -> None:
+    On a terminal the best scores so far stand below it, but for ``leaders=False``.
+    """
+
+    def __init__(self, console: Any = None, *, leaders: bool = True) -> None:
         from rich import progress
 
         from sfda_tune.pipelines.terminal import Terminal
 
         console = console or Terminal(stderr=True)
-        self.rich = _progress_of(console)(
+        self._leaders, self._is_led = _Leaders(), leaders
+        self.rich = _progress_of(console, self._leaders)(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.TextColumn("{task.fields[through]}"),
@@ -174,21 +206,30 @@ class Bar(NullProgress):
             left="" if work.left is None else _left(work.left), description=printable(backbone),
         )  # fmt: skip
 
+    def finish(self, score: Score) -> None:
+        """Compare a score with the others."""
+        if self._is_led:
+            self._leaders.add(score)
+
     def fetch(self, backbone: str, done: int, total: int | None) -> None:
         """Tell which weights come, and how much of them is here."""
         self.rich.update(self._task, coming=_say_coming(backbone, done, total))
 
 
 class SearchProgress(NullProgress):
-    """One line per finished stage and a moving one below, on standard error."""
+    """One line per finished stage and a moving one below, on standard error.
 
-    def __init__(self, console: Any = None) -> None:
+    On a terminal the best scores of the ranking stand below that, but for ``leaders=False``.
+    """
+
+    def __init__(self, console: Any = None, *, leaders: bool = True) -> None:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
         from sfda_tune.pipelines.terminal import Terminal
 
         console = console or Terminal(stderr=True)
-        self.rich = _progress_of(console)(
+        self._leaders, self._is_led = _Leaders(), leaders
+        self.rich = _progress_of(console, self._leaders)(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[left]}"),
@@ -209,6 +250,7 @@ class SearchProgress(NullProgress):
         """Print what the stage has found."""
         from sfda_tune.pipelines.terminal import say
 
+        self._leaders.scores.clear()
         seconds = time.monotonic() - self._started
         say(self.rich.console, f"{stage:<9} {seconds:6.1f} s  {note}")
 
@@ -229,6 +271,11 @@ class SearchProgress(NullProgress):
         work = self._work
         work.advance(backbone, n_images)
         self.say(f"{backbone}, {work.backbones}", work.done, work.total)
+
+    def finish(self, score: Score) -> None:
+        """Compare a score with the others."""
+        if self._is_led:
+            self._leaders.add(score)
 
     def fetch(self, backbone: str, done: int, total: int | None) -> None:
         """Tell which weights come, and how much of them is here."""

@@ -27,14 +27,14 @@ from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
-from sfda_tune.data.opening import TASKS, open_dataset
+from sfda_tune.data.opening import open_dataset, settle_task
 from sfda_tune.extraction.fetching import Fetcher
 from sfda_tune.extraction.run import extract_within
 from sfda_tune.extraction.settings import Extraction, Map, Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import Facts, look_up_facts
-from sfda_tune.metrics.scoring import Metric, Scorer
+from sfda_tune.metrics.scoring import Metric, Scorer, default_metric
 from sfda_tune.pipelines.budget import RankingWatch, parse_budget, parse_weights_disk
 from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
@@ -103,6 +103,8 @@ def rank(
     ensemble: int | None = None,
     weights_disk: str | int | None = None,
     task: str | None = None,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
     threads: int | None = None,
@@ -170,7 +172,8 @@ def rank(
         A time such as "10m", or seconds, from the first image on: the most promising candidates
         for their price come first (by what is known of them before), and where the time is over
         the others are ranked by that alone; ``info["not_looked_at"]`` names them. A later call
-        goes on from there. What is done in time depends on the machine.
+        goes on from there. What is done in time depends on the machine. A `map_fn` is stopped
+        only when a unit is done, which is one backbone.
     ensemble : int, optional
         Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
         ``info["ensemble"]`` has them. All features are then held in memory.
@@ -179,12 +182,19 @@ def rank(
         "50GB" (or bytes): what was used makes room for the next, and at the end all of it is
         removed. What was here before stays. With an `executor` so much of each machine, in equal
         parts for its actors. Not for a `map_fn`.
-    task : {"auto", "classification", "regression"}, optional
-        Whether labels are classes or numbers to predict, see `open_dataset`. For "regression" the
-        score is ``ridge``, the R² of leave-one-out ridge regression; ``knn``, ``linear_probe`` and
-        ``logme`` have a form for numbers, too (`sfda_tune.metrics.regression`). The forecast
+    task : {"auto", "classification", "regression", "multilabel"}, optional
+        What labels are: classes, numbers to predict, or several per image; see `open_dataset`.
+        For "regression" the score is ``ridge``, the R² of leave-one-out ridge regression; ``knn``,
+        ``linear_probe`` and ``logme`` have a form for numbers, too
+        (`sfda_tune.metrics.regression`). The forecast
         takes the score for evidence, as it does for classes: it was fitted to classification
-        only. ``info["target"]`` describes the numbers. No `ensemble`.
+        only. ``info["target"]`` describes the numbers. For "multilabel" the score is leave-one-out
+        SFDA of each label, averaged (`sfda_tune.metrics.multilabel`, which has forms of ``knn``,
+        ``linear_probe`` and ``logme``, too), and the forecast takes it for evidence in the same
+        way; ``info["label_counts"]`` counts the labels, and `sfda_tune.selection.labels` says
+        which of them separate badly. No `ensemble` for either.
+    label_columns, label_delimiter : optional
+        Where a table has several labels per image, see `open_dataset`.
     bit_depth, bands : optional
         How deep pixels and images of other than three bands become RGB, see `open_dataset`.
 
@@ -218,6 +228,8 @@ def rank(
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
         ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
+        label_delimiter=label_delimiter,
+        label_columns=label_columns if isinstance(label_columns, str | None) else [*label_columns],
         bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
     settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
@@ -235,8 +247,9 @@ def rank(
         )
     store = open_store(None if cache is True else cache) if cache else None  # type: ignore
     candidates = resolve_backbones(backbones, plugins=plugins)
-    require("task", task, f"one of {', '.join(TASKS)}", task in (None, *TASKS))
-    is_regression = "regression" in (task, isinstance(dataset, ImageDataset) and dataset.task)
+    told = settle_task(task, label_columns, label_delimiter)
+    if told is None:
+        told = dataset.task if isinstance(dataset, ImageDataset) else "classification"
     if metric is None:
         metric = "forecast" if variant is None else "sfda"
     forecasts = isinstance(metric, str) and metric == "forecast"
@@ -251,12 +264,7 @@ def rank(
             f"{variant!r}; pass metric='sfda', or leave it out."
         )
     # after the plug-ins, which may have registered it
-    score = "ridge" if is_regression else "sfda"
-    scorer = Scorer(
-        score if forecasts else metric,
-        variant,
-        "regression" if is_regression else "classification",
-    )
+    scorer = Scorer(default_metric(told) if forecasts else metric, variant, told)
     if race and scorer.combined:
         raise ValueError(
             f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
@@ -285,6 +293,7 @@ def rank(
         dataset, samples=samples, seed=seed, split=split, image_column=image_column,
         label_column=label_column,
         groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
+        label_columns=label_columns, label_delimiter=label_delimiter,
     )  # fmt: skip
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
@@ -425,7 +434,7 @@ def name_hard_images(
 
     Their names only: the pixels stay where they are.
     """
-    evidence = judge_images(ranking) if images.classes else None
+    evidence = judge_images(ranking) if images.task == "classification" else None
     if evidence is None:
         return []
     return [
@@ -441,8 +450,9 @@ def name_hard_images(
 
 
 def find_strata(images: ImageDataset) -> np.ndarray:
-    """Return within what images are resampled: the classes; all of them, for numbers."""
-    return images.labels if images.classes else np.zeros(len(images), np.int64)
+    """Return within what images are resampled: the classes; all of them, for other tasks."""
+    is_single = images.task == "classification"
+    return images.labels if is_single else np.zeros(len(images), np.int64)
 
 
 def _leave_out_equal(
@@ -751,10 +761,16 @@ class _RankingRun:
         }
 
     def describe_target(self) -> dict[str, Any]:
-        """Return that labels are numbers to predict, and which; nothing of classes."""
-        if self.images.classes:
+        """Return that labels are numbers to predict, or several, and which; nothing of classes."""
+        if self.images.task == "classification":
             return {}
         y = self.images.labels if self.rows is None else self.images.labels[self.rows]
+        if self.images.task == "multilabel":
+            counts = [
+                {"name": name, "positives": int((c == 1).sum()), "missing": int((c < 0).sum())}
+                for name, c in zip(self.images.classes, y.T, strict=True)
+            ]
+            return {"task": "multilabel", "label_counts": counts}
         of = {"min": y.min(), "median": np.median(y), "max": y.max(), "mean": y.mean()}
         of |= {"sd": y.std()}
         target = {name: float(value) for name, value in of.items()}
@@ -808,6 +824,7 @@ def _score(
         "n_params": extraction.n_params,
         "input_size": extraction.input_size,
         "images_per_second": extraction.images_per_second,
+        "batch": extraction.batch,
         "peak_memory": extraction.peak_memory,
         "peak_batch": extraction.peak_batch,
         "cached": extraction.cached,

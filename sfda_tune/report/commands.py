@@ -59,7 +59,7 @@ def settle(run: Run, kind: str) -> str:
     """Return the command that settles a doubt about a ranking; empty if there is none."""
     if kind not in SETTLES or run.search is not None:
         return ""
-    if run.ranking.info.get("task") == "regression" and "variant" in (SETTLES[kind] or {}):
+    if "task" in run.ranking.info and "variant" in (SETTLES[kind] or {}):
         return ""
     options, _ = _rank_options(run.ranking)
     changes = SETTLES[kind]
@@ -72,6 +72,8 @@ def settle(run: Run, kind: str) -> str:
 def find_next(run: Run, folder: str = "RUN") -> list[tuple[str, str]]:
     """Return what to do next: pairs of a sentence and a command."""
     if run.search is None:
+        if run.ranking.info.get("task") == "multilabel":
+            return []
         line, lacking = propose_search(run.ranking)
         words = f"Fine-tune the first three, and keep the best{lacking}:"
         return [(words, line)] if line else []

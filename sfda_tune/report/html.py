@@ -30,6 +30,7 @@ from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.selection.forecast import is_forecast
 from sfda_tune.selection.images import ImageEvidence, judge_classes, judge_images
+from sfda_tune.selection.labels import judge_labels
 from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.tables import listed
 from sfda_tune.selection.uncertainty import Confidence
@@ -134,6 +135,7 @@ def render(run: Run) -> str:
         tradeoffs=_tradeoffs(run),
         evidence=evidence,
         classes=judge_classes(evidence) if evidence else [],
+        labels=judge_labels(ranking),
         dataset=_describe_dataset(run, evidence),
         course=_course(run),
         calibration=_calibration(run),
@@ -169,6 +171,8 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
     if run.trials:
         draw["trials"] = partial(plots.plot_trials, run.trials)
         draw["calibration"] = partial(plots.plot_calibration, _calibrate(run))
+    if calibration := _winner_calibration(run):
+        draw["reliability"] = partial(plots.plot_reliability, calibration)
     if run.predictions and run.of_numbers:
         draw["predictions"] = partial(plots.plot_predictions, *read_numbers(run))
     elif run.predictions:
@@ -191,7 +195,8 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
 
 def _rows(run: Run) -> list[dict[str, Any]]:
     """Return one row per scored backbone: `Ranking.records`, and what the page says of it."""
-    ranking, rows, latency = run.ranking, [], _costs(run, "latency_ms")
+    ranking, rows = run.ranking, []
+    latency, speed = _costs(run, "latency_ms"), _costs(run, "images_per_second")
     trained = is_forecast(ranking)
     for r in ranking.records()[: len(ranking) - len(ranking.failed)]:
         name = r["backbone"]
@@ -199,9 +204,10 @@ def _rows(run: Run) -> list[dict[str, Any]]:
         low, high = (r["interval_low"], r["interval_high"]) if sure else (value, value)
         shown = [_in_figures(v, trained) for v in (value, low, high)]
         rows.append(r | {"value": value, "low": low, "high": high, "shown": shown, "sure": sure})
-        n, license_ = r["n_params"], ranking.score(name).details.get("license")
-        rows[-1] |= {"mb": 4e-6 * n if n else None, "license": license_}
-        rows[-1] |= {"latency_ms": latency.get(name)}
+        n, details = r["n_params"], ranking.score(name).details
+        rows[-1] |= {"mb": 4e-6 * n if n else None, "license": details.get("license")}
+        rows[-1] |= {"latency_ms": latency.get(name), "images_per_second": speed.get(name)}
+        rows[-1] |= {"batch": details.get("batch")}
     return rows
 
 
@@ -250,7 +256,7 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
     info, labels = run.ranking.info, run.ranking.labels
     entries = list(info.get("hard_images") or ())
     about: dict[str, Any] = {"sizes": [], "hard": [], "n_doubtful": 0}
-    if labels is None or not len(labels) or info.get("task") == "regression":
+    if labels is None or not len(labels) or "task" in info:
         return about
     sizes = np.bincount(labels)
     names = [str(c) for c in info.get("classes") or ()]
@@ -270,7 +276,7 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
 def _data(run: Run) -> str:
     """Return what the page lets people take away, as JSON in ASCII."""
     ranking = run.ranking
-    keys = ("dataset", "n_samples", "n_classes", "task", "target", "seed")
+    keys = ("dataset", "n_samples", "n_classes", "task", "target", "label_counts", "seed")
     info = {k: ranking.info[k] for k in keys if k in ranking.info}
     about = {"metric": ranking.metric, "info": info, "records": ranking.records()}
     data = {"csv": ranking.to_csv(), "json": about}
@@ -278,12 +284,21 @@ def _data(run: Run) -> str:
 
 
 def _costs(run: Run, key: str) -> dict[str, float]:
-    """Return what each scored backbone costs: as the search measured it, or the ranking."""
-    found, measured = {}, (run.search or {}).get("costs") or {}
+    """Return what each scored backbone costs: as the search measured it, or the ranking.
+
+    Images per second are those of batches, or of one image after the other where that was faster:
+    the machine was busier then, and no page shows a network slower in batches than by the image.
+    """
+    search = run.search or {}
+    found, measured, best = {}, search.get("costs") or {}, search.get("best") or {}
     for s in run.ranking.scores:
-        cost = (measured.get(s.backbone) or {}).get(key) or s.details.get(key)
+        known = measured.get(s.backbone) or {}
+        cost = known.get(key) or s.details.get(key)
         if cost and s.error is None:
             found[s.backbone] = float(cost)
+            ms = (best if best.get("backbone") == s.backbone else known).get("latency_ms")
+            if key == "images_per_second" and ms:
+                found[s.backbone] = max(found[s.backbone], 1000 / ms)
     return found
 
 
@@ -464,9 +479,14 @@ def _classes(run: Run) -> tuple[list[str], list[str], list[str]]:
     return labels, predicted, list(dict.fromkeys([*known, *sorted({*labels, *predicted})]))
 
 
+def _winner_calibration(run: Run) -> dict[str, Any] | None:
+    """Return what the temperature of the winner was worth; None in an older search."""
+    return ((run.search or {}).get("best") or {}).get("calibration")
+
+
 def _temperature(run: Run) -> dict[str, Any] | None:
     """Set how sure the winner is of its test images against how often it is right."""
-    c = ((run.search or {}).get("best") or {}).get("calibration")
+    c = _winner_calibration(run)
     if not c:
         return None
     x, y, marks = Axis(0.0, 1.0), Axis(0.0, 1.0), []

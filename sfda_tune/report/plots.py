@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "find_front", "plot_calibration", "plot_confusion", "plot_pareto", "plot_predictions",
-    "plot_ranking", "plot_trials",
+    "plot_ranking", "plot_reliability", "plot_trials",
 ]  # fmt: skip
 
 LISTED = 12  # names in a legend
@@ -144,6 +144,31 @@ def plot_calibration(calibration: Calibration, *, ax: Axes | None = None) -> Axe
     ax.set_title(calibration.describe_slope(), wrap=True, size="medium")
     columns = [[r[key] for r in rows] for key in ("backbone", "z", "best")]
     label_points(ax, *columns)
+    return ax
+
+
+def plot_reliability(calibration: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+    """Draw how often a model is right against how sure it is, before and after its temperature.
+
+    `calibration` is ``best["calibration"]`` of a search, see
+    `sfda_tune.finetuning.calibration.calibrate_on_test`. A mark stands for the test images of a
+    bin, its area for their number; on the line a model is as often right as it is sure.
+    """
+    ax = _axes(ax, 5.0)
+    ax.plot((0, 1), (0, 1), "--", color=OKABE_ITO["black"], linewidth=1)
+    labels = {"before": "as it is", "after": f"temperature {calibration['temperature']:.2f}"}
+    for when, state in (("before", "pruned"), ("after", "complete")):
+        colour, _, marker = STATES[state]
+        bins = np.array([b for b in calibration[f"bins_{when}"] if len(b) == 3]).reshape(-1, 3)
+        sure, right, n = bins.T
+        area = 20 + 180 * n / max(n.sum(), 1)
+        label = f"{labels[when]}: calibration error {calibration[f'ece_{when}']:.4f}"
+        how = {"s": area, "c": OKABE_ITO[colour], "marker": marker, "alpha": 0.8, "linewidths": 0}
+        ax.scatter(sure, right, label=label, **how)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    ax.set(xlabel="probability of the predicted class", ylabel="share that is right")
+    ax.set_title("Reliability on the test images")
+    ax.figure.legend(loc="outside lower center", frameon=False)
     return ax
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sfda_tune.selection.evaluation import accuracy_interval
 from sfda_tune.selection.forecast import is_forecast
+from sfda_tune.selection.labels import judge_labels
 from sfda_tune.selection.uncertainty import Confidence, shortlist
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import format_duration, is_number, printable, some
@@ -42,6 +43,7 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
             + (f", and one of the first three with {sum(best[:3]):.2f}." if best[3:] else ".")
         )
         lines += _expect(ranking, first) + _say_what_helps(ranking, first)
+    lines += _name_bad_labels(ranking)
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]
         by = TRAINED[ranking.info["train"]] if trained else "by this score"
@@ -79,6 +81,8 @@ def _expect(ranking: Ranking, first: str) -> list[str]:
     accuracy, n = _number(details.get("accuracy")), _number(details.get("n_samples"))
     if ranking.info.get("task") == "regression":
         return _expect_numbers(ranking, first)
+    if ranking.info.get("task") == "multilabel":
+        return _expect_labels(ranking, first)
     if accuracy is None or not n:
         return []
     low, high = accuracy_interval(round(accuracy * n), int(n))
@@ -106,6 +110,30 @@ def _expect_numbers(ranking: Ranking, first: str) -> list[str]:
         f"As it is, a linear model on its features predicts numbers from {low:g} to {high:g} with "
         f"an error of {rmse:.3g} (root mean square; R² {value:.2f})."
     ]
+
+
+def _expect_labels(ranking: Ranking, first: str) -> list[str]:
+    """Say how well the first tells several labels as it is."""
+    details, counts = ranking.score(first).details, ranking.info.get("label_counts") or ()
+    value = _number(details.get("mean_average_precision"))
+    if value is None:
+        return []
+    return [
+        f"As it is, a linear model on its features finds the images of {len(counts)} labels with "
+        f"a mean average precision of {value:.2f}."
+    ]
+
+
+def _name_bad_labels(ranking: Ranking) -> list[str]:
+    """Name the labels that separate worst by the first."""
+    rows = [r for r in judge_labels(ranking) if r["average_precision"] is not None]
+    if len(rows) < 2:
+        return []
+    told = [
+        f"{printable(r['name'])} {r['average_precision']:.2f} ({r['share']:.2f} by chance)"
+        for r in rows[:3]
+    ]
+    return [f"Labels that separate worst, by average precision: {', '.join(told)}."]
 
 
 def _say_what_helps(ranking: Ranking, first: str) -> list[str]:

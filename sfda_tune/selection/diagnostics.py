@@ -86,6 +86,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
         "near": _near(ranking),
         "groups": _groups(ranking, scores),
         "lone_classes": _lone_classes(ranking),
+        "unjudged": _unjudged(ranking, scores),
     }
     diagnostics = (Diagnostic(kind, *found) for kind, found in checks.items() if found)
     return sorted(diagnostics, key=lambda d: d.severity != "warning")
@@ -95,18 +96,37 @@ def _count(n: int, singular: str, plural: str) -> str:
     return f"{n} {singular if n == 1 else plural}"
 
 
-def _is_regression(ranking: Ranking) -> bool:
-    return ranking.info.get("task") == "regression"
+_KINDS = {"regression": ("numbers", "ridge"), "multilabel": ("several labels", "sfda")}
+
+
+def _has_classes(ranking: Ranking) -> bool:
+    """Whether the labels are classes, one per image."""
+    return ranking.info.get("task") not in _KINDS
 
 
 def _task(ranking: Ranking) -> _Found:
-    if not (_is_regression(ranking) and is_forecast(ranking)):
+    if _has_classes(ranking) or not is_forecast(ranking):
         return None
+    what, metric = _KINDS[ranking.info["task"]]
     return (
         "note",
-        "the forecast was fitted to classification only; for numbers it weighs score, ImageNet "
-        "accuracy and size as it does for classes: metric='ridge' (--metric ridge) ranks by these "
-        "images alone.",
+        f"the forecast was fitted to classification only; for {what} it weighs score, ImageNet "
+        f"accuracy and size as it does for classes: metric={metric!r} (--metric {metric}) ranks "
+        "by these images alone.",
+    )
+
+
+def _unjudged(ranking: Ranking, scores: Sequence[Score]) -> _Found:
+    counts: list[dict[str, Any]] = [*(ranking.info.get("label_counts") or ())]
+    left_out = next((s.details["left_out"] for s in scores if "left_out" in s.details), ())
+    few = [f"{counts[c]['name']} ({counts[c]['positives']})" for c in left_out if c < len(counts)]
+    if not few:
+        return None
+    units = "groups" if "groups" in ranking.info else "images"
+    return (
+        "warning",
+        f"{_count(len(few), 'label was', 'labels were')} left out of the score, for it takes two "
+        f"{units} with a label and two without (images with it: {some(few)}); add images.",
     )
 
 
@@ -176,7 +196,7 @@ def _width(scores: Sequence[Score]) -> _Found:
 
 
 def _small_classes(ranking: Ranking) -> _Found:
-    if ranking.labels is None or not len(ranking.labels) or _is_regression(ranking):
+    if ranking.labels is None or not len(ranking.labels) or not _has_classes(ranking):
         return None
     classes = list(ranking.info.get("classes") or ())
     sizes = np.bincount(ranking.labels, minlength=len(classes))
@@ -261,7 +281,7 @@ def _groups(ranking: Ranking, scores: Sequence[Score]) -> _Found:
 
 
 def _lone_classes(ranking: Ranking) -> _Found:
-    if ranking.groups is None or ranking.labels is None or _is_regression(ranking):
+    if ranking.groups is None or ranking.labels is None or not _has_classes(ranking):
         return None
     pairs = np.unique(np.stack([ranking.labels, ranking.groups]), axis=1)[0]
     alone = np.flatnonzero(np.bincount(pairs) == 1)

@@ -77,7 +77,7 @@ def judge_images(ranking: Ranking) -> ImageEvidence | None:
     ([2], [False, False, True, False])
     """
     labels = ranking.labels
-    if labels is None or not len(labels) or ranking.info.get("task") == "regression":
+    if labels is None or not len(labels) or "task" in ranking.info:
         return None
     good = []
     for s in find_evidence(ranking).scores:

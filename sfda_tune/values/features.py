@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.values.labels import encode_labels
+from sfda_tune.values.labels import as_indicators, encode_labels
 from sfda_tune.values.text import format_count, one_line, printable
 
 __all__ = ["Backbone", "Features", "MetricResult", "Score"]
@@ -98,13 +98,15 @@ class Features(Value):
     y : array of int64, shape (n_samples,)
         Codes into `classes`. Labels of any other kind are encoded if `classes` is not given.
     classes : sequence of hashable, optional
-        The label behind each code.
+        The label behind each code (for "multilabel" of each column).
     backbone : str, default ""
         Whose features these are; used in messages.
     groups : sequence of hashable, shape (n_samples,), optional
         Images that belong together, which metrics leave out together.
-    task : {"classification", "regression"}
-        For "regression" `y` are the numbers to predict, float64, and there are no classes.
+    task : {"classification", "regression", "multilabel"}
+        For "regression" `y` are the numbers to predict, float64, and there are no classes. For
+        "multilabel" `y` is int8, (n_samples, n_labels): 1 where a label applies, 0 where not, −1
+        where it is not known.
 
     Raises
     ------
@@ -146,6 +148,14 @@ class Features(Value):
             y, classes = np.asarray(self.y, np.float64), ()
             if y.ndim != 1 or not np.isfinite(y).all():
                 raise ValueError(f"`y`{who} must be finite numbers, one per row, for regression.")
+        elif self.task == "multilabel":
+            y = as_indicators(self.y)
+            classes = tuple(self.classes) or tuple(range(y.shape[1]))
+            if len(classes) != y.shape[1]:
+                raise ValueError(
+                    f"`classes`{who} must name the {y.shape[1]} columns of `y` but are "
+                    f"{len(classes)}."
+                )
         elif self.classes:
             y, classes = np.asarray(self.y), tuple(self.classes)
             if y.dtype.kind not in "iu" or y.ndim != 1:
@@ -195,7 +205,8 @@ class Features(Value):
             + (
                 "task='regression')"
                 if self.task == "regression"
-                else f"n_classes={len(self.classes)})"
+                else f"n_{'labels' if self.task == 'multilabel' else 'classes'}="
+                f"{len(self.classes)})"
             )
         )
 
@@ -241,7 +252,8 @@ class Score(Value):
         Images scored and feature width; 0 if it failed before.
     details : mapping of str to JSON value
         The metric's details (λ, …) and the measurements of the extraction: ``spec``, ``n_params``,
-        ``images_per_second``, ``input_size``, ``peak_memory``, ``peak_batch``, ``cached``.
+        ``images_per_second``, ``batch``, ``input_size``, ``peak_memory``, ``peak_batch``,
+        ``cached``.
     seconds : float
         Wall time spent on this backbone: loading, forward passes and scoring.
     error : str or None

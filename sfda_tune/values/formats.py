@@ -53,6 +53,7 @@ RANKING: dict[Any, Any] = {
         ),
         "task?": str,
         "target?": NUMBERS,
+        "label_counts?": [{"name": str, "positives": AtLeast(0, int), "missing": AtLeast(0, int)}],
         "seconds?": (NUMBERS, None),
         "versions?": ({str: object}, None),
         "evidence?": str,
@@ -71,12 +72,15 @@ RANKING: dict[Any, Any] = {
             "details": {
                 "n_params?": COUNT,
                 "images_per_second?": COUNT,
+                "batch?": COUNT,
                 "peak_memory?": COUNT,
                 "peak_batch?": COUNT,
                 "input_size?": ([AtLeast(1, int)], None),
                 "standard_error?": COUNT,
                 "license?": TEXT,
                 "evidence?": float,
+                "average_precisions?": [NUMBER],
+                "left_out?": [AtLeast(0, int)],
                 "confusions?": [[AtLeast(0, int)]],
                 "forecast?": {
                     "rank_low": AtLeast(1, int),

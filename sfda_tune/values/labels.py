@@ -1,4 +1,4 @@
-"""Labels of any hashable type as integers."""
+"""Labels of any hashable type as integers; several labels per image as a matrix of indicators."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["encode_labels"]
+__all__ = ["as_indicators", "encode_labels", "find_rarest"]
 
 
 def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
@@ -66,6 +66,61 @@ def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
     index = {label: code for code, label in enumerate(classes)}
     codes = np.fromiter((index[label] for label in labels), dtype=np.int64, count=len(labels))
     return codes, tuple(classes)
+
+
+def as_indicators(labels: Any) -> np.ndarray:
+    """Return a matrix of indicators as int8: 1 the label applies, 0 it does not, −1 not known.
+
+    Parameters
+    ----------
+    labels : array-like, tensor or data frame, shape (n_samples, n_labels)
+        0, 1, False, True; NaN, None or −1 for what is not known.
+
+    Raises
+    ------
+    ValueError
+        If it has another shape or holds anything else.
+
+    Examples
+    --------
+    >>> as_indicators([[1, 0], [float("nan"), 1]]).tolist()
+    [[1, 0], [-1, 1]]
+    """
+    if hasattr(labels, "detach"):  # a torch tensor, wherever it is
+        labels = labels.detach().cpu().numpy()
+    try:
+        found = np.asarray(labels)
+        found = found.astype(np.float64) if found.dtype.kind in "biufO" else found
+    except (TypeError, ValueError):
+        found = np.empty(0, dtype=object)
+    if found.ndim != 2 or 0 in found.shape or found.dtype.kind != "f":
+        raise ValueError(
+            "`labels` must be a matrix of 0 and 1 (NaN or -1: not known) with a row per image and "
+            f"a column per label but has shape {np.shape(found)} and dtype {found.dtype}; for "
+            "lists of names, sklearn.preprocessing.MultiLabelBinarizer makes one."
+        )
+    found = np.where(np.isnan(found), -1, found)
+    bad = np.argwhere(~np.isin(found, (-1, 0, 1)))
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(
+            "`labels` must hold 0, 1 and NaN or -1 (not known) only, but row "
+            f"{row}, column {column} is {found[row, column]:g}; pass probabilities as "
+            "labels >= 0.5."
+        )
+    return found.astype(np.int8)
+
+
+def find_rarest(indicators: np.ndarray) -> np.ndarray:
+    """Return the rarest label that each row has, by position; n_labels for rows that have none.
+
+    >>> find_rarest(np.array([[1, 1], [1, 0], [0, 0], [-1, 1], [1, 0]])).tolist()
+    [1, 0, 2, 1, 0]
+    """
+    has = indicators == 1
+    n, L = has.sum(axis=0), has.shape[1]
+    order = np.argsort(n, kind="stable")
+    return np.where(has.any(axis=1), order[has[:, order].argmax(axis=1)], L)
 
 
 def _is_missing(label: Any) -> bool:

@@ -1,12 +1,13 @@
 """Does a ranking of all pretrained networks of timm come to its end, in how much memory and disk?
 
-    python tests/benchmarks/all_timm.py [--every 1] [--first 0] [--images 64] [--size 64]
+    python tests/benchmarks/all_timm.py [--every 1] [--first 0] [--images 64] [--size 64] [--ray 2]
 
 All of ``timm.list_models(pretrained=True)`` of at most --params million parameters, with random
 weights from a hub on this machine (`random_zoo`), over images of noise; inputs are --size pixels
 where the architecture takes any size, else timm's own. ``--every 15`` takes each fifteenth name.
 Weights may take --disk on the disk at a time. Printed are seconds, the peak of the memory of the
-process that ranks, the most disk that weights took, and the failures by kind.
+process that ranks, the most disk that weights took, and the failures by kind. With --ray actors
+compute; the memory is then that of the process that waits for them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images; fewer are filled up to that")
     parser.add_argument("--disk", default="5GB")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ray", type=int, metavar="ACTORS")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, serve(size=args.size) as url:
         os.environ |= {"HF_ENDPOINT": url, "HF_HOME": temporary, "HF_HUB_OFFLINE": "0"}
@@ -89,9 +91,14 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
 
     n = 0
     threading.Thread(target=watch, daemon=True).start()
+    executor = None
+    if args.ray:
+        from sfda_tune_ray import RayExecutor
+
+        executor = RayExecutor("local", actors=args.ray, num_gpus=0)
     ranking = rank((images, labels), small, metric="sfda",
                    device="cpu", cache=folder / "cache", workers=0, weights_disk=args.disk,
-                   batch_size=args.batch,
+                   batch_size=args.batch, executor=executor,
                    progress=Told())  # fmt: skip
     spent = time.perf_counter() - began
     stop.set()
@@ -106,6 +113,10 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
           f"{kept / 1e6:.1f} MB of features")  # fmt: skip
     parts = {name: round(spent) for name, spent in ranking.info["seconds"].items()}
     print(f"seconds: {parts}")
+    if args.ray:
+        told = ranking.info["executor"]
+        print(f"{len(told['actors'])} actors, {told['units']} units, utilisation "
+              f"{told['utilisation']:.2f}, {told['restarts']} restarts")  # fmt: skip
     print(f"{len(ranking.failed)} failed")
     for kind, count in kinds.most_common():
         print(f"{count:5} {kind}")

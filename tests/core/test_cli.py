@@ -706,3 +706,29 @@ def test_the_command_asks_what_numbers_are(cli_here, tmp_path):
     search = ["search", tmp_path / "t.csv", "-o", tmp_path / "run", "--task", "regression"]
     told = cli_here(*search, "--monitor", "accuracy", code=1)
     assert "must be one of ('r2', 'spearman', 'rmse', 'mae') for regression" in told
+
+
+def test_the_command_ranks_on_several_labels(cli_here, tmp_path):
+    rng = np.random.default_rng(0)
+    lines = ["path,label"]
+    for n in range(40):
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{n}.png")
+        lines.append(f"{n}.png,{rng.choice(['cat', 'dog', 'cat;dog', ''])}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    words = ["rank", tmp_path / "t.csv", "-b", "demo:resnet_*", "--cache", tmp_path / "c", "-q"]
+    assert "--task multilabel --label-delimiter ';'" in cli_here(*words, code=1)
+    words += ["--label-delimiter", ";"]
+    out, err = cli_here(*words, "-o", tmp_path / "r.json", both=True)
+    assert "40 images, 2 labels" in out
+    assert "Labels that separate worst" in out
+    assert "fitted to classification only" in err
+    assert "Next:" not in err
+    told = json.loads(cli_here(*words, "--json"))
+    assert {row["name"] for row in told["labels"]} == {"cat", "dog"}
+    assert "40 images: 0 forward" in cli_here(*words, "--dry-run")
+    assert "40 images, 2 labels" in cli_here("rank", "--config", tmp_path / "r.config.yaml")
+    cli_here("report", tmp_path / "r.json")
+    page = (tmp_path / "r.html").read_text("utf-8").replace("<wbr>", "")
+    assert "--label-delimiter &#39;;&#39;" in page
+    search = ["search", "digits", "-o", tmp_path / "run", "--task", "multilabel"]
+    assert "sfda-tune rank --task multilabel" in cli_here(*search, code=1)

@@ -1,5 +1,9 @@
 import importlib
+import json
+import os
+import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -38,7 +42,44 @@ def test_what_nobody_loads_is_noticed(name):
     assert not any(p.isnan().any() for p in module.parameters())
 
 
-def test_an_architecture_that_loads_no_weights_is_still_random():
+def test_a_part_that_nobody_loads_is_noticed():
+    with NoRandomWeights() as blank, torch.no_grad():
+        weight = torch.nn.Linear(4, 4).weight
+        weight[:2] = 1.0
+    assert blank.incomplete()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what networks of timm warn of
+def test_networks_are_those_of_a_usual_build_to_the_last_bit(make_checkpoint, tmp_path):
+    """Any architectures of timm, and all that they compute; no buffer is in a checkpoint alone."""
+    n = int(os.environ.get("SFDA_TUNE_ARCHITECTURES", "8"))
+    names = np.random.default_rng(n).permutation(timm.list_models()).tolist()
+    done = []
+    while names and len(done) < n:
+        name = names.pop()
+        with torch.device("meta"):
+            module = timm.create_model(name)
+        if sum(p.numel() for p in module.parameters()) > 3e7 or not module.num_classes:
+            continue
+        config = {k: module.pretrained_cfg[k] for k in ("input_size", "first_conv", "classifier")}
+        folder = make_checkpoint(tmp_path / "x", name, num_classes=module.num_classes)
+        told = json.loads((folder / "config.json").read_text())
+        told["pretrained_cfg"] |= config
+        (folder / "config.json").write_text(json.dumps(told))
+        module, _ = load(*resolve_backbones(folder))
+        usual = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        usual.reset_classifier(0)
+        x = torch.rand(1, *config["input_size"])
+        with torch.inference_mode():
+            assert torch.equal(module(x), usual.eval()(x)), name
+        shutil.rmtree(folder)
+        done.append(name)
+
+
+def test_an_architecture_that_loads_no_weights_is_still_random(caplog):
+    caplog.set_level("DEBUG", "sfda_tune")
+
     @register_model
     def devices_untrained(pretrained=False, **kwargs):
         return timm.create_model("test_resnet", **kwargs)
@@ -46,6 +87,7 @@ def test_an_architecture_that_loads_no_weights_is_still_random():
     module, _ = load(Backbone("devices_untrained"))
     assert all(p.isfinite().all() for p in module.parameters())
     assert next(module.parameters()).std() > 0
+    assert "devices_untrained leaves weights at random: it is built as usual" in caplog.text
 
 
 # Which device, and how ---------------------------------------------------------------------------

@@ -174,6 +174,38 @@ def test_neither_shards_nor_how_many_at_once_nor_workers_change_anything(
         np.testing.assert_array_equal(workers[name], small[name])
 
 
+def test_geometries_follow_each_other_where_not_all_pixels_fit(dataset, zoo, monkeypatch):
+    monkeypatch.setattr(plan, "SHARD", 8)
+    settings, opened, most = replace(CPU, batch_size=4), [], []
+    whole = features(run(dataset, zoo, settings))
+    load, pixels_of = workers.loading.load, pixels.SharedPixels.pixels
+
+    def note(backbone):
+        opened.append(backbone.name)
+        return load(backbone)
+
+    def measure(shared, key, rows):
+        most.append(sum(s.nbytes for _, s in pixels.SHARED.values()))
+        return pixels_of(shared, key, rows)
+
+    monkeypatch.setattr(workers.loading, "load", note)
+    monkeypatch.setattr(pixels.SharedPixels, "pixels", measure)
+    memory = 5 * 8 * 3 * 48 * 48  # of all shards, at the largest geometry
+    monkeypatch.setattr(pixels, "PIXEL_BYTES", memory)
+    monkeypatch.setattr(plan, "OPENING", 0.0)  # images cost more: they are decoded once
+    parts = features(run(dataset, zoo, settings))
+    assert len(opened) > len(zoo)
+    opened.clear()
+    monkeypatch.setattr(plan, "OPENING", 100.0)
+    alone = features(run(dataset, zoo, settings))
+    assert sorted(opened) == sorted(backbone.name for backbone in zoo)  # once each
+    assert abs(opened.index("resnet") - opened.index("convnext")) == 1  # share a geometry
+    assert max(most) <= memory
+    for name, x in whole.items():
+        np.testing.assert_array_equal(parts[name], x)
+        np.testing.assert_array_equal(alone[name], x)
+
+
 def test_a_failed_allocation_shifts_no_pixels(dataset, zoo, tmp_path, monkeypatch):
     whole, store, empty = features(run(dataset, zoo[:3])), FeatureStore(tmp_path), torch.empty
 

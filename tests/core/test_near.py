@@ -111,9 +111,23 @@ def test_what_was_compared_is_noted(tmp_path, monkeypatch):
     store = FeatureStore(tmp_path)
     images = dataset(8)
     digests = images.digests()
+    shown: list[int] = []
+    read = near._Thumbnails.__getitem__
+    monkeypatch.setattr(
+        near._Thumbnails, "__getitem__", lambda self, row: shown.append(row) or read(self, row)
+    )
+    some = images.subset(range(5))
+    assert find_near(some, store, digests[:5]) == find_near(some)
+    shown.clear()
     first = find_near(images, store, digests)
-    monkeypatch.setattr(near, "_standardise", None)
+    assert sorted(shown) == [*range(5, len(images))]  # of the others it is known what they show
+    assert first == find_near(images)
+    shown.clear()
     assert find_near(images, store, digests) == first
+    assert find_near(images.subset([6, 1]), store, [digests[6], digests[1]]) is not None
+    assert not shown
+    unclear = ["unreadable"] * len(images)  # these are not all alike
+    assert find_near(images, store, unclear) == first
     monkeypatch.setattr(near, "MOST", 5)
     assert find_near(images, store, digests) is None
 

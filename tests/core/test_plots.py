@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import sfda_tune
+from sfda_tune.finetuning.calibration import calibrate_on_test
 from sfda_tune.report import plots
 from sfda_tune.selection.calibration import Observation, calibrate
 from sfda_tune.selection.odds import judge
@@ -44,6 +45,23 @@ def test_the_ranking_has_its_intervals(ranking, ax, tmp_path):
     plots.plot_ranking({ODD: 0.5, "a": np.nan}, ax=(other := Figure().subplots()))
     assert labels(other.yaxis) == [ODD]
     other.figure.savefig(tmp_path / "a.svg")
+
+
+def test_reliability_before_and_after_the_temperature(ax):
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 3, 200), rng.dirichlet([0.2] * 3, 200)
+    found = calibrate_on_test(y, p, 2.5, 40)
+    assert plots.plot_reliability(found, ax=ax) is ax
+    before, after = ax.collections
+    for marks, when in ((before, "before"), (after, "after")):
+        np.testing.assert_allclose(marks.get_offsets(), [b[:2] for b in found[f"bins_{when}"]])
+        n = np.array([b[2] for b in found[f"bins_{when}"]])
+        assert np.argmax(marks.get_sizes()) == np.argmax(n)
+    told = [text.get_text() for text in ax.figure.legends[0].get_texts()]
+    assert told == [
+        f"as it is: calibration error {found['ece_before']:.4f}",
+        f"temperature 2.50: calibration error {found['ece_after']:.4f}",
+    ]
 
 
 def test_new_axes_where_none_are_given(ranking):

@@ -24,6 +24,7 @@ from sfda_tune.pipelines.progress import NullProgress
 from sfda_tune.pipelines.ranking import find_prices, order_by_promise
 from sfda_tune.selection.forecast import find_evidence, order_by_forecast
 from sfda_tune.selection.odds import judge
+from sfda_tune.values.features import Score
 
 CPU = {"device": "cpu", "workers": 0, "cache": False}
 
@@ -329,3 +330,43 @@ def test_the_bar_counts_backbones(photos, toy_zoo):
     (task,) = bar.rich.tasks
     assert task.fields["through"] == "4 of 4 backbones"
     assert task.completed == task.total > 0
+
+
+@pytest.mark.parametrize("command", ["rank", "search"])
+def test_the_best_so_far_stand_below_the_bar_on_a_terminal(command, tmp_path, monkeypatch, capsys):
+    """Not in a log, nor with --json."""
+    import io
+
+    from rich.console import Console
+
+    from sfda_tune.cli import main as commands
+    from sfda_tune.cli import rank as cli_rank
+    from sfda_tune.cli import search as cli_search
+    from sfda_tune.cli import terminal
+
+    words = [command, "digits", "-b", "demo:*glyphs", "--samples", "60", "--device", "cpu"]
+    if command == "search":
+        words += ["--trials", "1", "--epochs", "1"]
+    for k, (is_terminal, more) in enumerate([(True, []), (False, []), (True, ["--json"])]):
+        drawn = Console(file=io.StringIO(), force_terminal=is_terminal, width=100)
+        for module in (terminal, cli_rank, cli_search):
+            monkeypatch.setattr(module, "messages", drawn)
+        place = ["--cache", str(tmp_path / str(k)), "-o", str(tmp_path / f"{k}.json")]
+        with pytest.raises(SystemExit, match="0"):
+            commands.main([*words, *place, *more])
+        shown = drawn.file.getvalue()
+        assert ("best scores so far" in shown) is (is_terminal and not more)
+        capsys.readouterr()
+
+
+def test_leaders_are_those_that_have_seen_most_and_have_a_score():
+    from sfda_tune.pipelines.progress import LEADERS, _Leaders
+
+    leaders = _Leaders()
+    leaders.add(Score("early", 0.99, n_samples=50))
+    assert leaders.lines() == []
+    for k in range(8):
+        leaders.add(Score(f"[/b]{k}", k / 10, n_samples=100))
+    leaders.add(Score("failed", error="no weights"))
+    assert leaders.lines()[1:] == [f"    {k / 10:.4f}  [/b]{k}" for k in (7, 6, 5, 4, 3)]
+    assert len(leaders.lines()) == 1 + LEADERS

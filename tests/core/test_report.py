@@ -32,6 +32,7 @@ import sfda_tune
 from sfda_tune.cli import main as cli
 from sfda_tune.cli.options import spread_lists
 from sfda_tune.data.opening import open_dataset
+from sfda_tune.finetuning.calibration import calibrate_on_test
 from sfda_tune.report import html as report
 from sfda_tune.report.axes import Axis
 from sfda_tune.report.commands import find_next, repeat
@@ -128,6 +129,7 @@ def searched(tmp_path_factory):
         "trials": trials, "front": [], "costs": {},
         "best": {"trial": best["number"], "backbone": best["backbone"], "params": best["params"],
                  "val": {"accuracy": best["value"]}, "latency_ms": 0.8, "n_params": 164160,
+                 "calibration": calibrate_on_test(y[test], p, 0.8, len(val)),
                  "test": {"accuracy": float((predicted == y[test]).mean())}},
         "seconds": {"total": time.time() - started, "train_everything_estimate": 400.0},
     })  # fmt: skip
@@ -428,6 +430,29 @@ def test_a_broken_file_is_named(folder, name, content):
     (folder / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=re.escape(str(folder / name))):
         write_report(folder)
+
+
+def test_no_network_is_slower_in_batches_than_by_the_image(folder):
+    ranking = Ranking.from_json(folder / "ranking.json")
+    search = json.loads((folder / "search.json").read_text(encoding="utf-8"))
+    best, other, *_ = sorted(ranking, key=lambda name: name != search["best"]["backbone"])
+    scores = [
+        replace(s, details={**s.details, "images_per_second": 100.0, "batch": 16})
+        for s in ranking.scores
+    ]
+    Ranking(scores, ranking.metric, ranking.labels, ranking.info).to_json(folder / "ranking.json")
+    search["costs"] = {other: {"latency_ms": 20.0}}
+    (folder / "search.json").write_text(json.dumps(search), encoding="utf-8")
+    page = write_report(folder).read_text(encoding="utf-8")
+    found = re.findall(r'data-speed="([\d.]+)"[^>]*><td[^>]*>\d+</td>(.*?)</td>', page)
+    shown = {_plain(cell): float(speed) for speed, cell in found}
+    assert (shown[best], shown[other]) == (1250, 100)
+    assert "in batches of 16 images" in _plain(page)
+    assert "one image at a time, the fastest of several" in _plain(page)
+
+
+def _plain(markup):
+    return re.sub(r"<[^>]*>", "", markup)
 
 
 def test_what_is_no_run_is_refused(folder, tmp_path):
@@ -822,7 +847,8 @@ def test_command_line(folder, capsys):
     assert stop.value.code == 0
     lines = capsys.readouterr().out.split()
     assert lines[0] == str(folder / "report.html")
-    names = ("ranking", "images_per_second", "n_params", "trials", "calibration", "confusion")
+    names = ("ranking", "images_per_second", "n_params", "trials", "calibration")
+    names += ("reliability", "confusion")
     assert lines[1:] == [
         str(folder / "figures" / f"{n}.{s}") for n in names for s in ("png", "svg")
     ]

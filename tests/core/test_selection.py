@@ -747,7 +747,7 @@ def test_it_says_how_likely_the_best_is_tuned(tmp_path):
 def test_two_objectives_give_a_front(tmp_path):
     result = search(
         "digits", PAIR, trials=4, epochs=1, samples=120, objective=("accuracy", "params"),
-        out=tmp_path,
+        max_latency=1e6, out=tmp_path,
     )  # fmt: skip
     trials = {t["number"]: t for t in result.trials}
     front = [trials[n]["values"] for n in result.summary["front"]]
@@ -756,7 +756,10 @@ def test_two_objectives_give_a_front(tmp_path):
         better = [t["values"] for t in trials.values() if t["values"][0] > value]
         assert all(p > params for _, p in better)
     assert result.best["val"]["accuracy"] == max(t["value"] for t in trials.values())
-    assert trials[0]["values"][1] == result.summary["costs"][trials[0]["backbone"]]["n_params"]
+    costs = result.summary["costs"]
+    assert trials[0]["values"][1] == costs[trials[0]["backbone"]]["n_params"]
+    # measured once
+    assert result.best["latency_ms"] == costs[result.best["backbone"]]["latency_ms"] > 0
 
 
 def test_a_network_of_ones_own_and_a_test_part_of_its_own(tmp_path):
