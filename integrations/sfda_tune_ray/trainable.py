@@ -25,12 +25,14 @@ def finetune_trainable(
     param_name: str = "backbone",
     device: str = "auto",
     workers: int = 0,
+    task: str | None = None,
 ) -> Callable[[dict[str, Any]], None]:
     """Return a function for ``tune.Tuner`` that fine-tunes the backbone of its configuration.
 
     It reports the values of `sfda_tune.finetuning.epochs.Epoch` after every epoch, among them
-    ``accuracy`` and ``log_loss``, with a checkpoint, from which a trial that was killed goes on.
-    Running out of memory fails the trial, which `SFDASearcher` learns from.
+    ``accuracy`` and ``log_loss`` (of numbers ``r2`` and ``rmse``), with a checkpoint, from which a
+    trial that was killed goes on. Running out of memory fails the trial, which `SFDASearcher`
+    learns from.
 
     Parameters
     ----------
@@ -47,6 +49,8 @@ def finetune_trainable(
     param_name : str, default "backbone"
     device, workers
         See `sfda_tune.finetuning.run.finetune`.
+    task : {"auto", "classification", "regression"}, optional
+        See `sfda_tune.open_dataset`.
 
     Returns
     -------
@@ -66,6 +70,7 @@ def finetune_trainable(
     >>> space = {"backbone": tune.choice(["demo:resnet_glyphs"]), "lr": tune.uniform(0, 0.1)}
     >>> tuner = tune.Tuner(trainable, param_space=space)
     """
+    told = None if task == "auto" else task
     fixed, shared = dict(config or {}), SharedWork()  # one in each actor: it travels empty
     FinetuneConfig.from_dict(fixed)  # what is wrong is said here, not by every trial
     switches = get_switches()
@@ -98,9 +103,11 @@ def finetune_trainable(
                 saved.to_directory(folder)
             for epoch in finetune(
                 backbone,
-                shared.get_or_compute((), "dataset", lambda: open_dataset(data)),
+                shared.get_or_compute((), "dataset", lambda: open_dataset(data, task=told)),
                 FinetuneConfig.from_dict({**fixed, **chosen}),
-                val=shared.get_or_compute((), "val", lambda: open_own_part(data, "val")),
+                val=shared.get_or_compute(
+                    (), "val", lambda: open_own_part(data, "val", task=told)
+                ),
                 checkpoint_dir=folder,
                 device=device,
                 workers=workers,

@@ -28,7 +28,7 @@ def export(
 ) -> None:
     """Write the winner of the search in RUN as ONNX, with its preprocessing and a model card.
 
-    Both networks classify the test images, and how they differ is shown.
+    Both networks are shown the test images, and how they differ is told.
 
     For example:
 

@@ -208,7 +208,7 @@ PANELS = {
         "bit_depth", "bands",
     ),
     "Candidates": ("backbones", "imports", "weights_disk", "max_params", "max_latency"),
-    "What counts": ("metric", "train", "variant", "objective", "ensemble", "seed"),
+    "What counts": ("metric", "loss", "train", "variant", "objective", "ensemble", "seed"),
     "How much": (
         "budget", "trials", "race", "top", "dry_run", "keep", "space", "epochs", "previous",
     ),

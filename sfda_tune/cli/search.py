@@ -116,6 +116,10 @@ def search(
     task: Task = "auto",
     bit_depth: BitDepth = None,
     bands: Bands = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="What training minimises for numbers: mse, l1 or huber. Default: mse."),
+    ] = None,
     time_column: Annotated[
         str | None,
         typer.Option(
@@ -194,6 +198,7 @@ def search(
             groups=read_groups(groups, group_column, group_regex),
             split_column=split_column,
             task=None if task == "auto" else task,
+            loss=loss,
             bit_depth=bit_depth,
             bands=bands,
             time_column=time_column,

@@ -74,6 +74,8 @@ def split(
     dataset: ImageDataset, val: ImageDataset | None, config: FinetuneConfig
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return training and validation images, with the same codes for the classes."""
+    if dataset.task == "multilabel":
+        dataset.require_classes("to fine-tune on")
     what = "numbers" if dataset.task == "regression" else "classes"
     n, n_strata = len(dataset), len(np.unique(dataset.strata))
     if len(np.unique(dataset.labels)) < 2:

@@ -761,6 +761,7 @@ class FineTuning(Iterator[Epoch]):
         trained = _copy(module) if ends else {}
         tries: list[Epoch] = []
         guesses: list[tuple[np.ndarray, np.ndarray]] = []
+        codes = self.val.group_codes
         for part in self._parts if ends else (1.0,):
             if part < 1:
                 module.load_state_dict(self._between(trained, part))
@@ -768,7 +769,7 @@ class FineTuning(Iterator[Epoch]):
             rows, p = predict() if number else self._start_once("epoch 0", predict)
             self._require_finite(p.sum(), number)
             values = self.task.measure(self.val.labels[rows], p)
-            guesses.append((self.val.labels[rows], p))
+            guesses.append((rows, p))
             tries.append(Epoch(
                 number=number,
                 steps=number * len(self._order),
@@ -784,11 +785,13 @@ class FineTuning(Iterator[Epoch]):
         # By the log-loss: on few images, the accuracies of such neighbours differ by chance.
         tie = self.task.tie
         at = max(range(len(tries)), key=lambda k: signed(tries[k].values[tie], tie))
+        rows, p = guesses[at]
+        labels, groups = self.val.labels[rows], None if codes is None else codes[rows]
         epoch = replace(
             tries[at],
             seconds=tries[-1].seconds,
-            temperature=self.task.fit_temperature(*guesses[at]),
-            error=self.task.find_error(*guesses[at], self.config.monitor),
+            temperature=self.task.fit_temperature(labels, p),
+            error=self.task.find_error(labels, p, self.config.monitor, groups),
         )
         if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
             epoch = replace(epoch, best=self.best.best, best_number=self.best.number)

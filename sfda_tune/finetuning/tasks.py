@@ -130,7 +130,13 @@ class Task(ABC):
         """Return what outputs are to be divided by; 1 where predictions are no probabilities."""
         return 1.0
 
-    def find_error(self, labels: np.ndarray, predicted: np.ndarray, metric: str) -> float:
+    def find_error(
+        self,
+        labels: np.ndarray,
+        predicted: np.ndarray,
+        metric: str,
+        groups: np.ndarray | None = None,
+    ) -> float:
         """Return the standard error of a metric; NaN where it is that of a share of the images."""
         return math.nan
 
@@ -291,9 +297,15 @@ class Regression(Task):
         """See `sfda_tune.selection.numbers.measure_numbers`."""
         return measure_numbers(labels, predicted)
 
-    def find_error(self, labels: np.ndarray, predicted: np.ndarray, metric: str) -> float:
-        """Return the standard deviation of a metric over bootstrap samples of the images."""
-        return float(resample_numbers(labels, predicted)[metric].std())
+    def find_error(
+        self,
+        labels: np.ndarray,
+        predicted: np.ndarray,
+        metric: str,
+        groups: np.ndarray | None = None,
+    ) -> float:
+        """Return the standard deviation of a metric over bootstrap samples, as the intervals."""
+        return float(resample_numbers(labels, predicted, groups)[metric].std())
 
     def find_intervals(
         self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None

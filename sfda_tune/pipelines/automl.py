@@ -124,7 +124,8 @@ def to_ludwig(
     Returns
     -------
     dict
-        JSON values; for ``LudwigModel(config)``, or `ludwig.hyperopt.run.hyperopt` if `k` > 1.
+        JSON values; for ``LudwigModel(config)``, or `ludwig.hyperopt.run.hyperopt` if `k` > 1. The
+        output is a category, or a number where the ranking is of numbers.
         It needs a Ludwig that has the encoder ``timm`` (not 0.11 or older).
 
     Raises
@@ -142,10 +143,11 @@ def to_ludwig(
 'values': ['vit_small_patch16_224', 'resnet50.a1_in1k']}}
     """
     names = list(find_specs(ranking, k, timm_name).values())
+    numbers = getattr(ranking, "info", {}).get("task") == "regression"
     encoder = {"type": "timm", "model_name": names[0], "use_pretrained": True, "trainable": True}
     config: dict[str, Any] = {
         "input_features": [{"name": image, "type": "image", "encoder": encoder}],
-        "output_features": [{"name": label, "type": "category"}],
+        "output_features": [{"name": label, "type": "number" if numbers else "category"}],
     }
     if len(names) > 1:
         space, n = {"space": "grid_search", "values": names}, 1
@@ -153,7 +155,7 @@ def to_ludwig(
             space, n = {"space": "choice", "categories": names}, integer("n_trials", n_trials, 1)
         config["hyperopt"] = {
             "goal": "maximize",
-            "metric": "accuracy",
+            "metric": "r2" if numbers else "accuracy",
             "output_feature": label,
             "parameters": {f"{image}.encoder.model_name": space},
             "search_alg": {"type": "variant_generator"},

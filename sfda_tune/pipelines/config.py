@@ -68,6 +68,7 @@ class SearchConfig:
     split_column: str | None = None
     time_column: str | None = None
     task: str | None = None
+    loss: str | None = None
     bit_depth: str | int | None = None
     bands: Any = None  # as text, "4,3,2"
     weights_disk: str | int | None = None
@@ -154,6 +155,8 @@ def _check_numbers(c: SearchConfig) -> None:
     is_free = not c.previous or len(c.objective) == 1
     require("previous", c.previous, "left out where there are several objectives", is_free)
     require("metric", c.metric, f"one of {monitors} for {c.kind.name}", c.metric in monitors)
+    losses = c.kind.losses
+    require("loss", c.loss, f"one of {losses} for {c.kind.name}", c.loss in (None, *losses))
     if isinstance(c.test, float):
         require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)
     require("task", c.task, f"one of {', '.join(TASKS)}", c.task in (None, *TASKS))

@@ -46,25 +46,25 @@ class Export:
     n_images : int
     max_difference : float
         The largest difference of a class probability, or of a number.
-    accuracy, accuracy_torch : float or None
-        On these images, or R² of numbers; None where they have no labels.
+    value, value_torch : float or None
+        Of the metric, on these images; None where they have no labels.
     metric : str, default "accuracy"
-        Which of the two that is.
+        Of numbers "r2".
     """
 
     folder: Path
     images: str
     n_images: int
     max_difference: float
-    accuracy: float | None
-    accuracy_torch: float | None
+    value: float | None
+    value_torch: float | None
     metric: str = "accuracy"
 
     def __str__(self) -> str:
         what = "probabilities" if self.metric == "accuracy" else "numbers"
         name, same = call(self.metric), ""
-        if self.accuracy is not None:
-            same = f", {name} {self.accuracy:.4f} (torch {self.accuracy_torch:.4f})"
+        if self.value is not None:
+            same = f", {name} {self.value:.4f} (torch {self.value_torch:.4f})"
         return (
             f"{self.folder / 'model.onnx'}: on {self.n_images} {self.images} its {what} differ by "
             f"at most {self.max_difference:.1e} from those of torch{same}"

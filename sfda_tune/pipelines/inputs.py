@@ -78,6 +78,8 @@ def open_inputs(
     n = len(parts["train"])
     space = space or default_space(n, parts["train"].task)
     space.check(make_task(parts["train"]))
+    if config.loss is not None and "loss" in space.to_dict():
+        raise ValueError(f"`loss` {config.loss!r} stands in `space`, too; leave one of them out.")
     auto = max(5, round(30 * min(1, 200 / n) ** (1 / 3)))
     return Inputs(
         config, parts, rows, sources, fingerprint(parts), surveys[0] if surveys else None,

@@ -54,6 +54,7 @@ def search(
     split_column: str | None = None,
     time_column: str | None = None,
     task: str | None = None,
+    loss: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
     max_unreadable: float = 0.1,
@@ -123,6 +124,8 @@ def search(
     task : {"auto", "classification", "regression"}, optional
         See `open_dataset`. For "regression" the network learns to predict the numbers
         (`sfda_tune.finetuning.tasks`), and the test says R², Spearman's ρ, RMSE and MAE.
+    loss : {"mse", "l1", "huber"}, optional
+        What training minimises for numbers; default: "mse". A `space` may vary it instead.
     bit_depth, bands : optional
         See `open_dataset`. The winner is shown new images in the same way.
     max_unreadable : float, default 0.1
@@ -178,7 +181,7 @@ def search(
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
-        time_column=time_column, task=task, bit_depth=bit_depth, bands=bands,
+        time_column=time_column, task=task, loss=loss, bit_depth=bit_depth, bands=bands,
         weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work

@@ -34,6 +34,7 @@ IsOver = Callable[[], bool]  # whether the time is over
 def _finetune_config(inputs: Inputs, params: Mapping[str, Any]) -> FinetuneConfig:
     c = inputs.config
     more = {"monitor": c.metric, "seed": c.seed, "precision": c.precision}
+    more |= {} if c.loss is None else {"loss": c.loss}
     return inputs.space.config(params, epochs=inputs.n_epochs, **more)
 
 

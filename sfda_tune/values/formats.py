@@ -11,7 +11,7 @@ from sfda_tune.values.files import AtLeast
 
 __all__ = [
     "CLASSIFIER", "CONFIG", "ENVIRONMENT", "EXPERIMENTS", "FOUND", "HARD_IMAGE", "PROVENANCE",
-    "RANKING", "RECORD", "SEARCH", "STATE", "TRIAL",
+    "RANKING", "RECORD", "REGRESSOR", "SEARCH", "STATE", "TRIAL",
 ]  # fmt: skip
 
 COUNT = (AtLeast(0), None)
@@ -216,10 +216,8 @@ PROVENANCE: dict[Any, Any] = {
     "task?": {"name": str, "mean?": float, "scale?": float},
     "reading?": ({"bit_depth?": (int, None), "bands?": ([int], None)}, None),
 }
-CLASSIFIER: dict[Any, Any] = {
+REGRESSOR: dict[Any, Any] = {
     "params": {str: object},
-    "classes": [(str, int, float, bool)],
-    "dtype": str,
     "backbone": str,
     "fitted": {
         "image_shape_?": ([int], None),
@@ -227,6 +225,7 @@ CLASSIFIER: dict[Any, Any] = {
         "n_features_in_?": (int, None),
     },
 }
+CLASSIFIER: dict[Any, Any] = REGRESSOR | {"classes": [(str, int, float, bool)], "dtype": str}
 RECORD: dict[Any, Any] = {
     "version": int,
     "digest": str,

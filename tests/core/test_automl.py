@@ -113,3 +113,10 @@ def test_space_reads_any_trial():
     assert space.choose({"net": "a", "lr": 1}) == "a"
     with pytest.raises(NotImplementedError, match="made by hp_space"):
         space()
+
+
+def test_ludwig_predicts_numbers_where_the_ranking_is_of_numbers(ranking):
+    found = Ranking(ranking.scores[1:4], "ridge", info={"task": "regression"})
+    config = to_ludwig(found, 3, label="age")
+    assert config["output_features"] == [{"name": "age", "type": "number"}]
+    assert config["hyperopt"]["metric"] == "r2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from sfda_tune.pipelines.export import export_onnx
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.spaces import default_space
 from sfda_tune.pipelines.trials import find_near
+from sfda_tune.report.commands import repeat
 from sfda_tune.report.html import save_plots
+from sfda_tune.report.run import read_run
 from sfda_tune.selection.numbers import measure_numbers
 
 ONE = "demo:resnet_glyphs"
@@ -48,10 +51,13 @@ def table(tmp_path_factory):
 def run(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "run"
     command = ["search", table, "--task", "regression", "--label-column", "degrees", "-b", ONE]
-    command += ["--trials", 2, "--epochs", 2, "--group-column", "writer", "--out", folder, "-q"]
+    command += ["--trials", 2, "--epochs", 2, "--group-column", "writer"]
+    command += ["--loss", "huber", "--out", folder, "-q"]
     assert call(*command) == 0
     found = SearchResult.open(folder)
-    assert call(*command[:-1], "--json") == 0  # it is done: nothing happens
+    again = shlex.split(repeat(read_run(folder))[0])  # as the page has it
+    assert {"--task", "--loss"} <= set(again)
+    assert call(*again[1:], "--out", folder, "--json") == 0  # it is done: nothing happens
     assert SearchResult.open(folder).summary == found.summary
     return found
 
@@ -78,6 +84,8 @@ def test_a_search_learns_numbers_and_tests_them(run):
     assert [t["value"] for t in run.trials if t["state"] == "complete"] == pytest.approx(
         [o.value for o in run.history]
     )
+    about = json.loads((run.folder / "model" / "provenance.json").read_text())
+    assert (about["config"]["loss"], about["config"]["monitor"]) == ("huber", "r2")
     parts = json.loads((run.folder / "splits.json").read_text())
     writers = [{row // 3 for row in parts[name]} for name in ("train", "val", "test")]
     assert sum(map(len, writers)) == len(set().union(*writers)) == 30
@@ -126,7 +134,7 @@ def test_numbers_leave_as_onnx(run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     found = export_onnx(run, tmp_path / "export")
     assert found.images == "test images"
-    assert found.accuracy == pytest.approx(run.test["r2"], abs=1e-6)
+    assert found.value == pytest.approx(run.test["r2"], abs=1e-6)
     assert found.max_difference < 1e-3
     assert "R² 0." in str(found)
     session = onnxruntime.InferenceSession(found.folder / "model.onnx")
@@ -180,6 +188,8 @@ def test_splits_of_numbers():
     [
         ({"metric": "accuracy"}, "`metric` must be one of .*r2.* for regression"),
         ({"objective": "accuracy"}, "`objective` must be one of .*r2,latency"),
+        ({"loss": "cross_entropy"}, "`loss` must be one of .*huber.* for regression"),
+        ({"loss": "l1", "space": {"loss": ["l1", "mse"]}}, "'l1' stands in `space`, too"),
         ({"space": {"mixup": [0.0, 0.2]}}, "`mixup` must be 0.0 for regression"),
         ({"space": {"class_weights": "balanced"}}, "`class_weights` must be None for regression"),
         ({"test": open_dataset("digits", samples=20)}, "`task` must be 'classification'"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from sfda_tune_sklearn import BackboneClassifier, BackboneFeatures
+from sfda_tune_sklearn import BackboneClassifier, BackboneFeatures, BackboneRegressor
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from sfda_tune import Backbone
@@ -41,6 +41,7 @@ TINY = Backbone("tiny", load=Load())
 ESTIMATORS = [
     BackboneFeatures(TINY, workers=0, **COMMON),
     BackboneClassifier(TINY, finetune=False, **COMMON),
+    BackboneRegressor(TINY, finetune=False, **COMMON),
 ]
 EXPECTED_TO_FAIL = {
     "check_methods_subset_invariance": "one image alone and among others differ in the last bits "
