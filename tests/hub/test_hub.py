@@ -19,6 +19,7 @@ from sfda_tune.backbones.loading import BackboneError, load
 from sfda_tune.backbones.weights import find_cached, look_up_sizes
 from sfda_tune.cli.main import main
 from sfda_tune.data.hub import forget_reachable
+from sfda_tune.extraction import fetching
 from sfda_tune.extraction.fetching import Fetcher, sweep
 from sfda_tune.pipelines.bill import draw_up_bill
 from sfda_tune.pipelines.progress import NullProgress
@@ -332,6 +333,24 @@ def test_actors_fetch_within_the_disk_and_leave_nothing(hub, photos, tmp_path, c
     assert sum(hub.sent.values()) > 0
     assert not [p for p in cache.rglob("*") if p.is_file() and p.stat().st_size > 5000]
     assert not list(cache.glob(".sfda-tune-*"))
+
+
+@pytest.mark.parametrize("limit", [None, 10**6])
+def test_what_is_needed_now_comes_before_what_is_ahead(hub, limit, monkeypatch):
+    """Else what was fetched too early would take its place, and all would wait for ever."""
+    if limit is None:
+        monkeypatch.setattr(fetching, "AHEAD", 1)
+    else:
+        limit = max(look_up_sizes(specs(hub)).values())  # each alone
+    with Fetcher(limit) as fetcher:
+        fetcher.expect([one("resnet")])
+        while not fetcher.is_ready("hf-hub:toy/resnet"):
+            time.sleep(0.01)
+        fetcher.expect([one("vit"), one("resnet")])  # the second one is ahead of its time
+        with fetcher.opening(one("vit")) as came:
+            assert came
+        with fetcher.opening(one("resnet")):
+            assert find_cached("hf-hub:toy/resnet") is not None
 
 
 def test_another_image_needs_the_same_weights_again(hub, photos, tmp_path):
