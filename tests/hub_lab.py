@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 LARGE = 10_000  # bytes from which a file is kept by its checksum, on another host
 PIECE = 1 << 16
 
@@ -165,6 +167,9 @@ class Handler(BaseHTTPRequestHandler):
         told = {"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [],
                 "downloads": 0, "likes": 0, "gated": repo in self.hub.gated,
                 "siblings": siblings}  # fmt: skip
+        if "README.md" in files:
+            card = files["README.md"]
+            told["cardData"] = yaml.safe_load(card.read(0, card.size).decode().split("---")[1])
         self.reply(200, json.dumps(told).encode(), {"Content-Type": "application/json"})
 
     def look_up(self, repo: str, revision: str, filename: str) -> None:

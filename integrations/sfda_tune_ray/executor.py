@@ -192,15 +192,17 @@ class _Extractor:
     def _expect(self, backbones: list[Backbone], disk: _Disk | None) -> None:
         """Have the weights of these fetched, but for networks that are open."""
         assert self._worker is not None
+        fetcher = self._fetcher
+        fetcher.limit = fetcher.ledger = None
         if disk is not None:
             from huggingface_hub import constants
 
             folder = Path(constants.HF_HUB_CACHE)
             folder.mkdir(parents=True, exist_ok=True)
-            self._fetcher.limit, self._fetcher.share = disk.limit // disk.share, disk.share
-            self._fetcher.ledger = folder / f"{disk.ledger}-{os.getpid()}"
+            fetcher.limit, fetcher.share = disk.limit // disk.share, disk.share
+            fetcher.ledger = folder / f"{disk.ledger}-{os.getpid()}"
         resident = self._worker.resident or {}
-        self._fetcher.expect(b for b in backbones if b.name not in resident)
+        fetcher.expect(b for b in backbones if b.name not in resident)
 
 
 def _sweep(ledger: str) -> list[str]:

@@ -17,7 +17,7 @@ from sfda_tune.backbones import demo
 from sfda_tune.backbones.devices import use_threads
 from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing, check_input_size
-from sfda_tune.backbones.weights import Remote, Tell, fetch_file, find_remote
+from sfda_tune.backbones.weights import Remote, Tell, fetch_file, find_remote, read_license
 from sfda_tune.backbones.weights import fetch as fetch_weights
 from sfda_tune.data.hub import cache_only_if_unreachable
 from sfda_tune.values.features import Backbone
@@ -313,8 +313,8 @@ def timm_name(spec: str) -> str:
 def find_license(backbone: Backbone) -> str | None:
     """Return the licence of the weights, as timm's registry or the checkpoint's folder tells it.
 
-    None where neither does: networks of your own, checkpoints of others on the hub. Nothing is
-    fetched.
+    Of others' checkpoints on the hub, as the card says that came with the weights. None where
+    nobody says it: networks of your own, for one. Nothing is fetched.
 
     >>> find_license(Backbone("resnet50.a1_in1k")), find_license(Backbone("mine", load=print))
     ('apache-2.0', None)
@@ -333,9 +333,9 @@ def find_license(backbone: Backbone) -> str | None:
         about = config.get("pretrained_cfg")
         found = (about if isinstance(about, dict) else config).get("license")
     else:
-        name = rest.removeprefix("timm/") if source == "hf-hub" else name
-        about = None if "/" in name else get_pretrained_cfg(name, allow_unregistered=True)
-        found = about and about.license
+        known = rest.removeprefix("timm/") if source == "hf-hub" else name
+        about = None if "/" in known else get_pretrained_cfg(known, allow_unregistered=True)
+        found = (about and about.license) or read_license(name)
     return found if isinstance(found, str) and found else None
 
 

@@ -22,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from sfda_tune.data.hub import forget_reachable, reachable
+from sfda_tune.values.text import one_line
 
 __all__ = [
-    "Remote", "fetch", "find_cached", "find_remote", "free_space", "hold", "is_here",
-    "look_up_sizes", "remove", "remove_unused", "version",
+    "Remote", "Told", "fetch", "find_cached", "find_remote", "free_space", "hold", "is_here",
+    "look_up", "look_up_sizes", "read_license", "remove", "remove_unused", "version",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 TRIES, WAIT = 4, 1.0  # downloads of a file that may fail; seconds before the second, then doubled
 ASKING = 8  # requests at a time
+CARD = "README.md"  # of a repository, with its licence at the head
 Tell = Callable[[int, "int | None"], None]  # bytes that are here, of how many
 
 
@@ -41,6 +43,14 @@ class Remote:
     repo: str
     revision: str | None
     names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the hub tells of weights before they are fetched; None where it does not."""
+
+    size: int | None = None
+    license: str | None = None
 
 
 class DamagedError(OSError):
@@ -140,8 +150,43 @@ def fetch(name: str, tell: Tell | None = None) -> tuple[str | None, bool]:
         return file, False
     for one in remote.names:
         if (file := fetch_file(remote, one, tell)) is not None:
+            _fetch_card(name, remote)
             return file, True
     return None, False
+
+
+def _fetch_card(name: str, remote: Remote) -> None:
+    """Have the card of a repository beside its weights; timm knows those of its registry."""
+    if not name.startswith("hf-hub:"):
+        return
+    try:
+        _download(remote.repo, CARD, version(remote) or remote.revision, None)
+    except Exception as error:  # the weights are here, and that is what was asked for
+        logger.debug("the card of %s is not known: %s", remote.repo, error)
+
+
+def read_license(name: str) -> str | None:
+    """Return the licence on the card that came with the weights of a repository; None without."""
+    from huggingface_hub import metadata_load
+
+    remote = find_remote(name)
+    file = None if remote is None else find_file(remote, [CARD])
+    if file is None:
+        return None
+    try:
+        return _license_of(metadata_load(file) or {})
+    except Exception as error:  # anybody may have written it
+        logger.debug("the card of %s cannot be read: %s", name, error)
+        return None
+
+
+def _license_of(about: Any) -> str | None:
+    """Return the licence in the metadata of a card: text, or a list of texts."""
+    found = about.get("license")
+    if found == "other":
+        found = about.get("license_name") or found
+    found = ", ".join(map(str, found)) if isinstance(found, list) else found
+    return one_line(found, 100) or None if isinstance(found, str) else None
 
 
 def fetch_file(remote: Remote, filename: str, tell: Tell | None = None) -> str | None:
@@ -289,29 +334,35 @@ def free_space() -> int:
 
 
 def look_up_sizes(names: Iterable[str]) -> dict[str, int | None]:
-    """Ask the hub for the bytes of the weights of what timm opens; None where it does not say.
+    """Return `Told.size` of each, see `look_up`."""
+    return {name: told.size for name, told in look_up(names).items()}
+
+
+def look_up(names: Iterable[str]) -> dict[str, Told]:
+    """Ask the hub for the bytes of the weights of what timm opens, and for their licence.
 
     One request per repository, some at a time; nothing is fetched.
     """
     names = list(names)
     if not names or not reachable():
-        return dict.fromkeys(names)
+        return dict.fromkeys(names, Told())
     with ThreadPoolExecutor(ASKING) as pool:
-        return dict(zip(names, pool.map(_look_up_size, names), strict=True))
+        return dict(zip(names, pool.map(_look_up, names), strict=True))
 
 
-def _look_up_size(name: str) -> int | None:
+def _look_up(name: str) -> Told:
     from huggingface_hub import HfApi, constants
 
     remote = find_remote(name)
     if remote is None:
-        return None
+        return Told()
     try:
         info = HfApi(constants.ENDPOINT).model_info(
             remote.repo, revision=remote.revision, files_metadata=True, timeout=10
         )
     except Exception as error:  # gated, absent, out of reach: what fetches it will say so
         logger.debug("the size of %s is not known: %s", name, error)
-        return None
+        return Told()
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
-    return next((sizes[one] for one in remote.names if sizes.get(one) is not None), None)
+    size = next((sizes[one] for one in remote.names if sizes.get(one) is not None), None)
+    return Told(size, _license_of(info.card_data or {}))

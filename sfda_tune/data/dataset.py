@@ -131,15 +131,19 @@ class ImageDataset:
         rank = np.searchsorted(np.sort(self.labels), self.labels)
         return np.unique(rank * TENTHS // max(len(self), 1), return_inverse=True)[1]
 
-    def require_classes(self, purpose: str) -> None:
-        """Raise a DatasetError if the labels are no classes, one per image."""
+    def require_one_label(self, purpose: str) -> None:
+        """Raise a DatasetError if there are several labels per image."""
         if self.task == "multilabel":
             raise DatasetError(
-                f"`dataset` must have one class per image {purpose} but has several labels per "
-                "image (the task 'multilabel'), which can only be ranked on so far: "
-                "rank(task='multilabel') (sfda-tune rank --task multilabel) orders the backbones, "
-                "to be trained with tools of your own."
+                f"`dataset` must have one label per image {purpose} but has several (the task "
+                "'multilabel'), which can only be ranked on so far: rank(task='multilabel') "
+                "(sfda-tune rank --task multilabel) orders the backbones, to be trained with "
+                "tools of your own."
             )
+
+    def require_classes(self, purpose: str) -> None:
+        """Raise a DatasetError if the labels are no classes, one per image."""
+        self.require_one_label(purpose)
         if self.task == "regression":
             raise DatasetError(
                 f"`dataset` must have classes {purpose} but has numbers to predict (the task "

@@ -120,7 +120,9 @@ def open_hf(
         lists = [column for column in kind if kind[column] in _LISTS]
         if label_column is None and label_columns is None and len(lists) == 1:
             label_column = lists[0]
-        free = [c for c in kind if c not in (image, group_column, split_column, time_column)]
+        taken = (image, group_column, split_column, time_column)
+        plain = ("Value", "ClassLabel", *_LISTS)  # an Image would be decoded to be looked at
+        free = [c for c in kind if c not in taken and kind[c] in plain]
         several = read_columns(
             free, partial(_cells, data), where, label_column=label_column,
             label_columns=label_columns, label_delimiter=label_delimiter,

@@ -62,25 +62,19 @@ def encode_rows(given: Any, where: str) -> Labels:
     return matrix, tuple(f"label {n}" if columns is None else class_name(n) for n in names)
 
 
-def encode_sets(
-    rows: Sequence[Iterable[Any] | None], where: str, names: Sequence[str] | None = None
-) -> Labels:
-    """Return the labels of lists of names, or of positions in `names`; None: nothing is known."""
-    if names is None:
-        known = [None if row is None else {class_name(v) for v in row} for row in rows]
-        classes = tuple(sort_classes({name for row in known if row for name in row} - {""}))
-        code: dict[Any, int] = {name: c for c, name in enumerate(classes)}
-    else:
-        known, classes = rows, tuple(map(class_name, names))
-        code = {c: c for c in range(len(classes))}
+def encode_sets(rows: Sequence[Iterable[Any] | None], where: str) -> Labels:
+    """Return the labels of lists of names; None: nothing is known of the image."""
+    known = [None if row is None else {class_name(v) for v in row} - {""} for row in rows]
+    classes = tuple(sort_classes({name for row in known if row for name in row}))
     if not classes:
         raise DatasetError(f"{where} must hold labels, but no image has any.")
+    code = {name: c for c, name in enumerate(classes)}
     matrix = np.zeros((len(rows), len(classes)), np.int8)
     for n, row in enumerate(known):
         if row is None:
             matrix[n] = -1
         else:
-            matrix[n, [code[name] for name in row if name != ""]] = 1
+            matrix[n, [code[name] for name in row]] = 1
     return matrix, classes
 
 
@@ -120,7 +114,6 @@ def read_columns(
     label_delimiter: str | None = None,
 ) -> Labels:
     """Return the labels that a table holds, in several `columns` or in one."""
-    given = {"label_columns": label_columns, "label_column": label_column}
     if label_columns is not None and (label_column is not None or label_delimiter is not None):
         raise DatasetError(
             "`label_columns` (--label-columns) names one column per label, `label_column` and "
@@ -132,6 +125,7 @@ def read_columns(
         found = find_indicators(columns, cells)
         if len(found) > 1:
             return _read_indicators(found, cells, where)
+    given = label_column
     if label_column is None:
         usual = (*USUAL, "label", "class", "target", "category", "y")
         label_column = next((c for c in columns if c.lower() in usual), None)
@@ -141,7 +135,7 @@ def read_columns(
             "--label-columns 'a,b,c'; by default all that hold nothing else) or one column of all "
             "labels (`label_column`, with `label_delimiter`, --label-delimiter ';'), but among "
             f"{some(map(repr, columns), 20)} there is none"
-            + (f" called {given['label_column']!r}." if given["label_column"] else ".")
+            + ("." if given is None else f" called {given!r}.")
         )
     what, values = f"{where}, column {label_column!r},", cells(label_column)
     if label_delimiter is not None:

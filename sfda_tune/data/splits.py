@@ -97,8 +97,7 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
         )
     columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
     whole = open_dataset(g["dataset"], split=g["split"], **columns, task=g.get("task"))
-    if whole.task == "multilabel":
-        whole.require_classes("to search on")
+    whole.require_one_label("to search on")
     task = whole.task if g.get("task") or whole.task != "classification" else None
     share = 1.0 if g["samples"] is None else min(1.0, g["samples"] / len(whole))
     whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])

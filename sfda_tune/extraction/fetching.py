@@ -77,6 +77,7 @@ class Fetcher:
         self.share = 1  # processes that the disk was divided among
         self._items: dict[str, _Item] = {}
         self._used: list[str] = []  # in the order of their use
+        self._awaited: set[str] = set()  # somebody waits for these
         self._change = threading.Condition()
         self._stop = False
         self._n_threads = 0  # at work
@@ -149,8 +150,7 @@ class Fetcher:
             with self._change:
                 ready = next((u for u in waiting if self._is_ready(u.backbone.name)), None)
                 if ready is None:
-                    self._check_stalls()
-                    self._change.wait(0.2)
+                    self._await(waiting[0].backbone.name)
             if ready is not None:
                 waiting.remove(ready)
                 yield ready
@@ -186,11 +186,18 @@ class Fetcher:
     def _wait_for(self, backbone: Backbone) -> None:
         with self._change:
             while not self._is_ready(backbone.name) and not self._stop:
-                self._check_stalls()
-                self._change.wait(0.2)
+                self._await(backbone.name)
             item = self._items.get(backbone.name)
         if item is not None and item.error is not None:
             raise item.error
+
+    def _await(self, name: str) -> None:
+        """Wait a moment for weights, which come before all others."""
+        self._check_stalls()
+        self._awaited.add(name)
+        self._change.notify_all()
+        self._change.wait(0.2)
+        self._awaited.discard(name)
 
     def release(self, name: str) -> None:
         """Receive that a backbone will be no more for now."""
@@ -238,7 +245,9 @@ class Fetcher:
             while not self._stop:
                 states = [item.state for item in self._items.values()]
                 wanted = [item for item in self._items.values() if item.state == "wanted"]
-                if wanted and states.count("coming") + states.count("here") < AHEAD:
+                wanted.sort(key=lambda item: item.backbone.name not in self._awaited)
+                is_urgent = wanted and wanted[0].backbone.name in self._awaited
+                if is_urgent or (wanted and states.count("coming") + states.count("here") < AHEAD):
                     wanted[0].state, wanted[0].moved = "coming", time.monotonic()
                     return wanted[0]
                 self._change.wait()
@@ -286,7 +295,10 @@ class Fetcher:
                 if taken + (size or 0) <= (self.limit or 0) or not taken:
                     item.size, item.moved = size or 0, time.monotonic()
                     return
-                owned = [self._items[n] for n in self._used if self._items[n].file is not None]
+                owned = [self._items[n] for n in self._used]
+                if item.backbone.name in self._awaited:  # then for what is ahead of its time, too
+                    owned = [i for i in self._items.values() if i.state == "here"] + owned
+                owned = [one for one in owned if one.file is not None]
                 if not any(self._remove(one) for one in reversed(owned)):
                     item.moved = time.monotonic()
                     self._change.wait(0.2)

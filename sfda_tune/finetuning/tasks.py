@@ -334,7 +334,8 @@ def find_kind(dataset: Any, task: str | None = None) -> type[Task]:
 
 
 def make_task(train: ImageDataset) -> Task:
-    """Return the task of training images."""
+    """Return the task of training images; a DatasetError for several labels per image."""
+    train.require_one_label("to fine-tune on")
     if train.task == "regression":
         return Regression.of(train.labels)
     return Classification(train.classes)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sfda_tune.backbones.devices import compute, resolve_device
-from sfda_tune.backbones.loading import Description, create, load
+from sfda_tune.backbones.loading import Description, create, find_license, load
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.backbones.weights import free_space, look_up_sizes
+from sfda_tune.backbones.weights import Told, free_space, look_up
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import find_pending
 from sfda_tune.extraction.settings import Settings
@@ -23,6 +23,7 @@ from sfda_tune.values.text import format_bytes, format_duration, some
 
 __all__ = ["Bill", "draw_up_bill"]
 
+UNKNOWN = "unknown"  # licence
 BATCH, PATIENCE = 8, 5.0  # images of a trial run; the seconds that decoding may take
 
 
@@ -51,6 +52,9 @@ class Bill:
         passes, by a trial run of one network and the multiplications of all.
     failed : mapping of str to str
         Backbones that cannot be opened, and why.
+    licenses : mapping of str to str
+        Under which licence the weights of each other one come, as timm, the checkpoint's folder or
+        its card on the hub tells; "unknown" where nobody does.
     """
 
     n_backbones: int
@@ -67,6 +71,7 @@ class Bill:
     free: int
     weights_disk: int | None
     failed: Mapping[str, str]
+    licenses: Mapping[str, str]
 
     def __str__(self) -> str:
         lines = [
@@ -80,8 +85,17 @@ class Bill:
         ]
         if self.to_download:
             lines += self._say_download()
+        if self.licenses:
+            lines.append(f"licences of the weights: {self._say_licenses()}")
         lines += [f"{name} cannot be opened: {why}" for name, why in self.failed.items()]
         return "\n".join(lines)
+
+    def _say_licenses(self) -> str:
+        of: dict[str, list[str]] = {}
+        for name, license_ in self.licenses.items():
+            of.setdefault(license_, []).append(name)
+        order = sorted(of, key=lambda license_: (license_ == UNKNOWN, -len(of[license_])))
+        return "; ".join(f"{license_} ({some(of[license_])})" for license_ in order)
 
     def _say_download(self) -> Iterator[str]:
         n, limit, about = len(self.to_download), self.weights_disk, "about " * bool(self.estimated)
@@ -151,15 +165,20 @@ def draw_up_bill(
     n_computed = sum(p.n_images for p in missing.values())
     sizes = {name: 4 * p.description.n_params for name, p in pending.items()}
     absent = {name: p.description.backbone.spec for name, p in missing.items() if not p.is_local}
-    told = look_up_sizes(absent.values())
-    download = {name: told[spec] or sizes[name] for name, spec in absent.items()}
+    told = look_up(absent.values())
+    download = {name: told[spec].size or sizes[name] for name, spec in absent.items()}
+    licenses = {
+        b.name: find_license(b) or told.get(b.spec, Told()).license or UNKNOWN
+        for b in candidates
+        if b.name not in failed
+    }
     return Bill(
         len(candidates),
         len(images),
         n_computed,
         len(images) * len(pending) - n_computed,
         download,
-        tuple(name for name, spec in absent.items() if told[spec] is None),
+        tuple(name for name, spec in absent.items() if told[spec].size is None),
         sum(download.values()),
         sum(4 * (p.description.n_dims or 0) * p.n_images for p in missing.values()),
         max(sizes.values(), default=0),
@@ -169,6 +188,7 @@ def draw_up_bill(
         free_space(),
         parse_weights_disk(weights_disk),
         failed,
+        licenses,
     )
 
 

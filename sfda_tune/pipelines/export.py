@@ -314,7 +314,8 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
     from jinja2 import Environment
 
     best, config = found.best, getattr(model.module, "pretrained_cfg", None) or {}
-    spec, licence = str(model.provenance.get("spec", "")), config.get("license") or "unknown"
+    spec, ranked = str(model.provenance.get("spec", "")), found.ranking.score(best["backbone"])
+    licence = config.get("license") or ranked.details.get("license") or "unknown"
     first = model.task.monitors[0]
     value = {"type": _HUB.get(first, first), "value": round(best["test"][first], 4)}
     task = {"type": f"image-{model.task.name}"}

@@ -181,7 +181,7 @@ def rank(
         How much of the disk may be taken at a time by weights that this call downloads, such as
         "50GB" (or bytes): what was used makes room for the next, and at the end all of it is
         removed. What was here before stays. With an `executor` so much of each machine, in equal
-        parts for its actors. Not for a `map_fn`.
+        parts for its actors; the end is that of the executor. Not for a `map_fn`.
     task : {"auto", "classification", "regression", "multilabel"}, optional
         What labels are: classes, numbers to predict, or several per image; see `open_dataset`.
         For "regression" the score is ``ridge``, the R² of leave-one-out ridge regression; ``knn``,

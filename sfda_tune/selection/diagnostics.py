@@ -39,7 +39,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     =================  ======================================================================
     kind               when
     =================  ======================================================================
-    ``task``           a forecast for numbers to predict, for it was fitted to classification
+    ``task``           a forecast for numbers, or several labels: it was fitted to classification
     ``failed``         a backbone could not be scored
     ``ties``           two scores are equal, or exceed 1 − 1e-6 where all lie in [0, 1]
     ``few_samples``    N < 5 D for a metric that scores the images it was fitted on
@@ -51,6 +51,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     ``near``           images nearly equal others, or were too many to compare
     ``groups``         how much scores drop where whole groups are left out
     ``lone_classes``   a class lies within one group, so that its images cannot be judged
+    ``unjudged``       of several labels, one was left out: too few images have it, or lack it
     =================  ======================================================================
 
     A metric is taken to score the images it was fitted on if its details say

@@ -41,7 +41,8 @@ def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
         if labels.ndim != 1:
             raise ValueError(
                 f"`labels` must be one-dimensional (n_samples,) but has shape {labels.shape}; "
-                "pass one label per row, for one-hot rows `labels.argmax(axis=1)`."
+                "pass one label per row, for one-hot rows `labels.argmax(axis=1)`; several labels "
+                "per image are for Features(task='multilabel') and sfda_tune.metrics.multilabel."
             )
         labels = labels.tolist()
     try:

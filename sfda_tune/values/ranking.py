@@ -66,7 +66,8 @@ class Ranking(Value, Mapping[str, float]):
     metric : str, default ""
         What was scored, for instance ``"sfda (official)"``.
     labels : array of int64, shape (n_samples,), optional
-        Class codes of the rows behind `Score.per_sample`; all 0 for numbers to predict.
+        Class codes of the rows behind `Score.per_sample`; all 0 for numbers to predict
+        and several labels.
     info : mapping of str to JSON value
         Data set, classes, skipped images, seed, device, precision, seconds, versions.
     groups : array of int64, shape (n_samples,), optional

@@ -58,7 +58,7 @@ def look(store, path, photos):
     return store.get(path.parent.name, sfda_tune.open_dataset(photos).digests())
 
 
-@trials(6)
+@trials(4)
 def test_flipped_bits(seed, kept, photos, tmp_path, record_property):
     rng, cache = random.Random(seed), tmp_path / "cache"
     shutil.copytree(kept[0], cache)
@@ -108,7 +108,7 @@ def make_strange(rng, path):
     save_file(arrays, path, header)
 
 
-@trials(5)
+@trials(4)
 def test_headers_of_entries(seed, kept, photos, tmp_path, record_property, cli):
     rng, cache = random.Random(seed), tmp_path / "cache"
     shutil.copytree(kept[0], cache)
@@ -176,7 +176,7 @@ def spoil(rng, path):
     return f"{where} = {new!r}"[:200]
 
 
-@trials(6)
+@trials(5)
 def test_run_files(seed, found, photos, tmp_path, record_property, cli):
     rng, n = random.Random(seed), 4
     for k in range(n):
@@ -258,7 +258,7 @@ def rank_here(cli, folder, data, *backbones):
     return sfda_tune.Ranking.from_json(folder / "r.json"), out + err
 
 
-@trials(5)
+@trials(4)
 def test_images(seed, photos, tmp_path, record_property, cli):
     rng, data = random.Random(seed), tmp_path / "data"
     for name in ("ant", "bee"):
@@ -290,7 +290,7 @@ def test_images(seed, photos, tmp_path, record_property, cli):
     record_property("inputs", len(READABLE) + len(UNREADABLE) + 20)
 
 
-@trials(5)
+@trials(4)
 def test_names(seed, photos, toy_zoo, tmp_path, record_property, cli):
     rng = random.Random(seed)
     root, *classes = rng.sample(NAMES, 4)

@@ -245,7 +245,7 @@ def test_a_ranking_that_cannot_be_written_is_still_shown(
     assert "x.json' could not be written (No space left on device)" in err
 
 
-@pytest.mark.parametrize("encoding", ["ascii", None])
+@pytest.mark.parametrize("encoding", [pytest.param("ascii", marks=pytest.mark.slow), None])
 def test_the_ranking_is_written_whoever_reads_the_table(
     toy_zoo, photos, tmp_path, clean_environment, encoding
 ):
@@ -454,6 +454,7 @@ def test_without_a_standard_output_it_ends_as_with_one(clean_environment):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
 def test_messages_that_cannot_be_written_lose_no_result(photos, toy_zoo, tmp_path):
     out, backbone = tmp_path / "r.json", toy_zoo / "resnet"

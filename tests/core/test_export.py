@@ -1,6 +1,7 @@
 """The winner of a search as ONNX: the same answers without torch, and what a user needs for it."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import yaml
 from PIL import Image
 
 import sfda_tune
+from sfda_tune import Ranking
 from sfda_tune.cli.main import main
+from sfda_tune.finetuning.models import load_model
 from sfda_tune.pipelines import export as module
 from sfda_tune.pipelines.export import export_onnx
 
@@ -68,6 +71,19 @@ def test_the_card_holds_figures_and_licence(run, exported):
     low, high = run.best["test_interval"]
     assert f"{run.test['accuracy']:.4f} (95 % interval {low:.3f} to {high:.3f})" in text
     assert "licence mit" in text
+
+
+def test_the_licence_may_be_that_of_the_ranking(run, exported, tmp_path):
+    """Of a checkpoint on the hub, whose card names it and whose configuration does not."""
+    model = load_model(run.folder / "model")
+    model.module.pretrained_cfg.pop("license")
+    about = json.loads((exported.folder / "preprocessing.json").read_text())
+    for told, card in (("cc-by-nc-4.0", "cc-by-nc-4.0"), (None, "unknown")):
+        scores = [replace(s, details={**s.details, "license": told}) for s in run.ranking.scores]
+        found = replace(run, ranking=Ranking(scores, run.ranking.metric))
+        text = module._write_card(found, model, exported, about)
+        assert f"licence {card}. What" in text
+        assert yaml.safe_load(text.split("---")[1])["license"] == card
 
 
 @pytest.mark.slow

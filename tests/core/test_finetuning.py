@@ -8,8 +8,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import threading
 from contextlib import suppress
 from functools import partial
@@ -340,18 +338,19 @@ def test_a_final_training_goes_as_far_as_its_trial(tmp_path):
     assert equal(run("b")._weights, whole._weights)
 
 
-def test_a_killed_process_is_resumed(tmp_path):
-    script = (
+def test_a_killed_process_is_resumed(tmp_path, forked):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_finetuning import *\n"
-        "torch.set_num_threads(1)\n"
         f"run = finetune(demo(), digits(), FinetuneConfig(epochs=4), device='cpu',\n"
         f"    checkpoint_dir={str(tmp_path / 'b')!r})\n"
         "for epoch in run:\n"
         "    if epoch.number == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
+    child = forked([script], tmp_path / "log")
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     again, whole = train(folder=tmp_path / "b", epochs=4), train(epochs=4)
     assert metrics(again) == metrics(whole)
     assert equal(weights(again), weights(whole))

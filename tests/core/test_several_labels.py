@@ -11,9 +11,18 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sfda_tune import ImageDataset, Ranking, open_dataset, rank, score, search
+from sfda_tune import (
+    ImageDataset,
+    Ranking,
+    open_dataset,
+    rank,
+    resolve_backbones,
+    score,
+    search,
+)
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.copies import find_twins
+from sfda_tune.finetuning.run import finetune
 from sfda_tune.metrics.multilabel import logme_multilabel, sfda_multilabel
 from sfda_tune.report.html import write_report
 from sfda_tune.selection.diagnostics import diagnose
@@ -183,7 +192,7 @@ def test_digits_as_bits_and_their_samples():
     rows = data.sample_rows(100)
     share = np.bincount(data.strata, minlength=5) / len(data)
     np.testing.assert_allclose(np.bincount(data.strata[rows]) / 100, share, atol=0.015)
-    with pytest.raises(DatasetError, match="one class per image to train on but has several"):
+    with pytest.raises(DatasetError, match="one label per image to train on but has several"):
         data.require_classes("to train on")
 
 
@@ -384,7 +393,7 @@ def test_race_and_budget(cache):
             {"metric": "knn + sfda", "race": True},
             "`race` needs a metric that is a mean over images",
         ),
-        ({"ensemble": 2}, "must have one class per image for an `ensemble`"),
+        ({"ensemble": 2}, "must have one label per image for an `ensemble`"),
         ({"label_delimiter": ";"}, "`label_delimiter` cannot be used with 'digits'"),
     ],
 )
@@ -397,5 +406,18 @@ def test_several_labels_cannot_be_trained_on_yet(tmp_path):
     data = open_dataset("digits", task="multilabel", samples=60)
     with pytest.raises(ValueError, match="on several labels per image is not there yet"):
         search("digits", THREE, task="multilabel", out=tmp_path / "run")
-    with pytest.raises(DatasetError, match="one class per image to search on but has several"):
+    with pytest.raises(DatasetError, match="one label per image to search on but has several"):
         search(data, THREE, cache=False, out=tmp_path / "run")
+    with pytest.raises(DatasetError, match="one label per image to fine-tune on but has several"):
+        finetune(resolve_backbones(THREE[0])[0], data)
+
+
+def test_a_matrix_of_labels_is_no_column_of_classes():
+    x, y = np.random.default_rng(0).normal(size=(6, 4)), np.maximum(MATRIX, 0)
+    with pytest.raises(ValueError, match=r"Features\(task='multilabel'\)"):
+        Features(x, y)
+    with pytest.raises(ValueError, match="must name the 3 columns"):
+        Features(x, y, ("cat", "dog"), task="multilabel")
+    with pytest.raises(ValueError, match="must hold 0, 1 and NaN or -1"):
+        ImageDataset("x", x, y + 1, NAMES)
+    assert Features(x, y, task="multilabel").classes == (0, 1, 2)

@@ -252,11 +252,11 @@ def test_features_of_an_earlier_version_are_not_used_and_that_is_said(
 
 
 def test_small_segments_are_joined_as_they_pile_up(net, counted, tmp_path):
-    dataset, store = open_dataset(made(40)), FeatureStore(tmp_path)
-    for k in range(40):
+    dataset, store = open_dataset(made(24)), FeatureStore(tmp_path)
+    for k in range(24):
         run(dataset.subset([k]), [counted], store=store)
         assert sum(1 for _ in store.entries()) < 17
-    assert net.count() == 40
+    assert net.count() == 24
     assert run(dataset, [counted], store=store)["counted"].cached
 
 

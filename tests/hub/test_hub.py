@@ -19,9 +19,11 @@ from sfda_tune.backbones.loading import BackboneError, load
 from sfda_tune.backbones.weights import find_cached, look_up_sizes
 from sfda_tune.cli.main import main
 from sfda_tune.data.hub import forget_reachable
+from sfda_tune.extraction import fetching
 from sfda_tune.extraction.fetching import Fetcher, sweep
 from sfda_tune.pipelines.bill import draw_up_bill
 from sfda_tune.pipelines.progress import NullProgress
+from sfda_tune.report.html import write_report
 
 CPU = {"device": "cpu", "workers": 0}
 FILE = "model.safetensors"
@@ -96,6 +98,49 @@ def test_a_ranking_over_a_hub_is_that_of_the_folders(hub, toy_zoo, photos, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     offline = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
     assert scores(offline) == scores(local)
+
+
+CARDS = {
+    "vit": ("cc-by-nc-4.0", b"---\nlicense: cc-by-nc-4.0\n---\n# A card\n"),
+    "resnet": ("mine-1.0", b"---\nlicense: other\nlicense_name: mine-1.0\n---\n"),
+    "convnext": (None, b"---\nlicense: [unclosed\n---\n"),
+    "efficientnet": (None, None),
+}
+
+
+def test_licences_come_from_the_cards_with_the_weights(
+    hub, toy_zoo, photos, tmp_path, monkeypatch
+):
+    for name, (_, card) in CARDS.items():
+        files = {f.name: f for f in (toy_zoo / name).iterdir()}
+        hub.publish(f"toy/{name}", files if card is None else {**files, "README.md": card})
+    expected = {name: license_ for name, (license_, _) in CARDS.items()}
+
+    def licenses():
+        ranking = rank(photos, specs(hub), metric="sfda", cache=tmp_path / "features", **CPU)
+        ranking.to_json(tmp_path / "r.json")
+        return {s.backbone.rpartition("/")[2]: s.details.get("license") for s in ranking.scores}
+
+    assert licenses() == expected
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.down, n = True, len(hub.requests)
+    assert licenses() == expected  # of the cards that are here
+    bill = draw_up_bill(photos, specs(hub), cache=tmp_path / "features")
+    assert bill.licenses == {f"hf-hub:toy/{k}": v or "unknown" for k, v in expected.items()}
+    assert "licences of the weights: " in str(bill)
+    assert len(hub.requests) == n
+    page = write_report(tmp_path / "r.json").read_text()
+    for name in ("mine-1.0", "cc-by-nc-4.0", "unknown"):
+        assert f"<option>{name}</option>" in page
+
+
+def test_a_bill_asks_the_hub_for_licences(hub, toy_zoo, photos):
+    files = {f.name: f for f in (toy_zoo / "vit").iterdir()}
+    hub.publish("toy/vit", {**files, "README.md": CARDS["vit"][1]})
+    bill = draw_up_bill(photos, specs(hub), cache=False)
+    assert bill.licenses["hf-hub:toy/vit"] == "cc-by-nc-4.0"
+    assert bill.licenses["hf-hub:toy/resnet"] == "unknown"
+    assert not any("README" in path for _, path in hub.requests)  # nothing was fetched
 
 
 @pytest.mark.parametrize(
@@ -288,6 +333,24 @@ def test_actors_fetch_within_the_disk_and_leave_nothing(hub, photos, tmp_path, c
     assert sum(hub.sent.values()) > 0
     assert not [p for p in cache.rglob("*") if p.is_file() and p.stat().st_size > 5000]
     assert not list(cache.glob(".sfda-tune-*"))
+
+
+@pytest.mark.parametrize("limit", [None, 10**6])
+def test_what_is_needed_now_comes_before_what_is_ahead(hub, limit, monkeypatch):
+    """Else what was fetched too early would take its place, and all would wait for ever."""
+    if limit is None:
+        monkeypatch.setattr(fetching, "AHEAD", 1)
+    else:
+        limit = max(look_up_sizes(specs(hub)).values())  # each alone
+    with Fetcher(limit) as fetcher:
+        fetcher.expect([one("resnet")])
+        while not fetcher.is_ready("hf-hub:toy/resnet"):
+            time.sleep(0.01)
+        fetcher.expect([one("vit"), one("resnet")])  # the second one is ahead of its time
+        with fetcher.opening(one("vit")) as came:
+            assert came
+        with fetcher.opening(one("resnet")):
+            assert find_cached("hf-hub:toy/resnet") is not None
 
 
 def test_another_image_needs_the_same_weights_again(hub, photos, tmp_path):

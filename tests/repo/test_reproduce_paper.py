@@ -114,6 +114,7 @@ def test_what_is_missing_is_named(paper, capsys, tmp_path):
     assert "--truth: a CSV with columns dataset, model, accuracy" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_real_path_offline(paper, capsys, tmp_path, make_checkpoint):
     write_datasets(tmp_path)
     hub = tmp_path / "torch/hub/checkpoints"
@@ -139,6 +140,7 @@ def test_the_real_path_offline(paper, capsys, tmp_path, make_checkpoint):
     assert [paper.voc_label(file) for file in files] == ["dog", "cat"]
 
 
+@pytest.mark.slow
 def test_a_self_supervised_checkpoint_is_unwrapped(paper, tmp_path):
     file = tmp_path / "torch/hub/checkpoints/moco.pth.tar"
     whole, x = resnet50().eval(), torch.rand(1, 3, 64, 64)
