@@ -885,11 +885,11 @@ def test_an_image_that_could_not_be_read_in_passing_is_read_by_the_next_run(monk
     data, shared, to_rgb = open_dataset(photos), SharedWork(), images.to_rgb
     left = [1]
 
-    def fails_once(image):
+    def fails_once(image, *reading):
         if left[0]:
             left[0] -= 1
             raise MemoryError
-        return to_rgb(image)
+        return to_rgb(image, *reading)
 
     whole = train(demo(), data, epochs=0, workers=0)
     monkeypatch.setattr(images, "to_rgb", fails_once)
