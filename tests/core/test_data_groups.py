@@ -407,6 +407,7 @@ def test_flags_of_a_pattern_are_described(flags):
     assert found.findall(text) == given.findall(text)
 
 
+@pytest.mark.slow
 def test_a_search_by_the_command_line_keeps_videos_whole(tmp_path, monkeypatch, capsys):
     from sfda_tune.cli.main import main
     from sfda_tune.values.files import read_json

@@ -199,6 +199,7 @@ def _decode_with_little_shared_memory():
     os._exit(sum(len(value) for _, value in loader))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a file system")
 def test_a_small_dev_shm_does_not_matter():
     """Docker gives 64 MB; here it is 1 MB, and many times as much is on its way."""

@@ -807,6 +807,7 @@ def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
     assert [step for step in log if step[1]] == [(zoo[0].name, 4)]  # nor the other one at all
 
 
+@pytest.mark.slow
 def test_who_breaks_the_device_fails_and_the_others_go_on_in_a_fresh_process(
     dataset, zoo, toy_zoo, monkeypatch, tmp_path, caplog
 ):

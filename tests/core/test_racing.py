@@ -117,8 +117,8 @@ def test_wrong_parameters_are_named(arguments):
 
 # Through the public door -------------------------------------------------------------------------
 def test_rank_races_and_survivors_have_the_scores_of_the_full_run(tmp_path):
-    options = {**CPU, "samples": 900, "variant": "loo"}
-    kept = {**CPU, "samples": 900, "cache": tmp_path}
+    options = {**CPU, "samples": 600, "variant": "loo"}
+    kept = {**CPU, "samples": 600, "cache": tmp_path}
     full = rank("digits", "demo:*", variant="loo", **kept)
     raced = rank("digits", "demo:*", race=True, top=2, **options)
     forecasts = rank("digits", "demo:*", race=True, top=2, **kept)
@@ -133,9 +133,9 @@ def test_rank_races_and_survivors_have_the_scores_of_the_full_run(tmp_path):
     for s in raced.scores:
         if s.backbone in left:
             assert s.details["note"].startswith("left the race after")
-            assert s.n_samples < 900
+            assert s.n_samples < 600
         else:
-            assert s.n_samples == 900
+            assert s.n_samples == 600
             assert s.value == pytest.approx(full[s.backbone], abs=1e-6)
     assert len(raced.shortlist(probability=0.95)) >= 1
     assert type(raced).from_json(raced.to_json()).to_json() == raced.to_json()

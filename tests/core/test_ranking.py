@@ -332,7 +332,7 @@ def test_the_bar_counts_backbones(photos, toy_zoo):
     assert task.completed == task.total > 0
 
 
-@pytest.mark.parametrize("command", ["rank", "search"])
+@pytest.mark.parametrize("command", ["rank", pytest.param("search", marks=pytest.mark.slow)])
 def test_the_best_so_far_stand_below_the_bar_on_a_terminal(command, tmp_path, monkeypatch, capsys):
     """Not in a log, nor with --json."""
     import io

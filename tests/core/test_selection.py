@@ -395,6 +395,7 @@ def test_workers_have_pillow_s_switches(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "1.json").read_text()) == get_switches() != {}
 
 
+@pytest.mark.slow
 def test_workers_are_processes_of_the_same_search(tmp_path):
     result = search("digits", ONE, trials=3, epochs=3, samples=60, workers=2, out=tmp_path)
     assert result.summary["status"] == "done"
