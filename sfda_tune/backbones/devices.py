@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["check_precision", "compute", "is_working", "pin"]
+__all__ = ["check_precision", "compute", "is_working", "pin", "use_channels_last"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,20 @@ def is_working(device: Any) -> bool:
 
 
 SMALL = 5e5  # parameters × (pixels / 224²): below, one thread computes
+
+
+def use_channels_last(module: Any) -> Any:
+    """Lay out the weights of 2-D convolutions as channels_last, in place; return the module.
+
+    As ``module.to(memory_format=torch.channels_last)``, which refuses networks that hold a 3-D
+    convolution, too (timm's lambda networks).
+    """
+    import torch
+
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return module
 
 
 @contextlib.contextmanager

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sfda_tune.backbones import fingerprints, loading
-from sfda_tune.backbones.devices import compute, few_threads, is_out_of_memory, use_threads
+from sfda_tune.backbones.devices import (
+    compute,
+    few_threads,
+    is_out_of_memory,
+    use_channels_last,
+    use_threads,
+)
 from sfda_tune.backbones.preprocessing import Preprocessing
 from sfda_tune.backbones.weights import is_here
 from sfda_tune.data.checks import DatasetError
@@ -253,7 +259,7 @@ class Worker:
             weights = self._fingerprint(unit, module, fetched or came)
         n_params = sum(p.numel() for p in module.parameters())
         with _MOVES, use_threads(1):
-            module = module.to(device).to(memory_format=torch.channels_last)
+            module = use_channels_last(module.to(device))
         loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
         if self.resident is not None:
             self.resident[name] = loaded

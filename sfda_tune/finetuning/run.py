@@ -42,7 +42,7 @@ import numpy as np
 
 import sfda_tune
 from sfda_tune.backbones import devices
-from sfda_tune.backbones.devices import check_precision, compute
+from sfda_tune.backbones.devices import check_precision, compute, use_channels_last
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing
@@ -388,12 +388,10 @@ class FineTuning(Iterator[Epoch]):
 
     def _open(self) -> None:
         """Open the network."""
-        import torch
-
         self._check_time()
         seed_streams(2, self.config.seed)
         self.module, self.preprocessing, self.head = with_head(self.backbone, self.task.n_outputs)
-        self.module.to(self.device).to(memory_format=cast(Any, torch.channels_last))
+        use_channels_last(self.module.to(self.device))
 
     def _begin(self, started: float) -> Epoch | None:
         """Open the images, go back to the checkpoint or start the head; return epoch 0."""

@@ -9,12 +9,15 @@ import pytest
 import timm
 import torch
 from timm.models import register_model
+from torchvision.transforms.functional import pil_to_tensor
 
+from sfda_tune import open_dataset, rank
 from sfda_tune.backbones import devices
 from sfda_tune.backbones.initialization import NoRandomWeights
 from sfda_tune.backbones.loading import load
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.extraction.settings import Settings
+from sfda_tune.finetuning.run import FinetuneConfig, finetune
 from sfda_tune.metrics import scoring
 from sfda_tune.values.features import Backbone
 
@@ -144,3 +147,32 @@ def test_what_mps_needs_is_there():
         pass
     with pytest.raises(ValueError, match="needs a CUDA device"):
         Settings(device="mps", precision="tf32")
+
+
+def test_a_network_with_a_3d_convolution_is_ranked_and_trained():
+    """As timm's lambda networks have them; `Module.to` refuses those as channels_last."""
+
+    class Lambda(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv3d(1, 4, (1, 3, 3))
+
+        def forward(self, x):
+            return self.second(self.first(x)[:, None]).mean((3, 4)).flatten(1)
+
+    def open_lambda():
+        torch.manual_seed(0)
+        return Lambda(), lambda image: pil_to_tensor(image.resize((16, 16))).float() / 255
+
+    backbone = Backbone("lambda", load=open_lambda)
+    images = open_dataset("digits", samples=60)
+    ranking = rank(images, backbone, cache=False, device="cpu", workers=0)
+    assert not ranking.failed
+    images = images.subset(range(50)), images.subset(range(50, 60))
+    run = finetune(
+        backbone, images[0], FinetuneConfig(epochs=1), val=images[1], device="cpu", workers=0
+    )
+    assert [epoch.number for epoch in run] == [0, 1]
+    plain, laid_out = open_lambda()[0].second, devices.use_channels_last(open_lambda()[0])
+    assert laid_out.first.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(laid_out.second.weight, plain.weight)
