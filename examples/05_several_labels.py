@@ -1,6 +1,8 @@
-"""Rank backbones for several labels per image: the four bits of each of `digits`."""
+"""Rank and fine-tune for several labels per image: the four bits of each of `digits`."""
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import sfda_tune
 from sfda_tune.selection.labels import judge_labels
@@ -22,6 +24,19 @@ def main() -> None:
             f"{row['average_precision']:17.3f}  "
             f"{row['best_average_precision']:.3f} ({row['best']})"
         )
+
+    # Two quick trials; each label is named from the threshold on that has the best F1 there.
+    with tempfile.TemporaryDirectory() as folder:
+        found = sfda_tune.search(
+            "digits", ranking.shortlist(1), task="multilabel", samples=200, trials=2, epochs=2,
+            cache=False, out=Path(folder) / "run",
+        )  # fmt: skip
+        print(f"\n{found!r}\n\nlabel   images  average precision     F1  threshold")
+        for row in found.best["labels"]:
+            print(
+                f"{row['label']:<7} {row['images']:6}  {row['average_precision']:17.3f}  "
+                f"{row['f1']:5.3f}  {row['threshold']:9.3f}"
+            )
 
 
 if __name__ == "__main__":

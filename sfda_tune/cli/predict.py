@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from sfda_tune.cli.options import AsJson, Threads
@@ -60,6 +61,8 @@ def predict(
 ) -> None:
     """Classify IMAGES with the winner of the search in RUN, or predict their numbers.
 
+    Of several labels per image, those are named whose probability reaches their threshold.
+
     For example:
 
       sfda-tune predict run/ new_photos/ --csv predictions.csv
@@ -67,6 +70,7 @@ def predict(
     from rich.progress import Progress
 
     from sfda_tune.finetuning.models import load_model, predict_batches
+    from sfda_tune.finetuning.tasks import Multilabel
     from sfda_tune.pipelines.result import SearchResult
     from sfda_tune.pipelines.terminal import say
 
@@ -75,7 +79,11 @@ def predict(
             check_out(path, option, replaces=False)
     model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
     files = _find_files(images, image_column)
-    tables = [_Table(csv, _csv, model.classes), _Table(jsonl, _jsonl, model.classes)]
+    several = isinstance(model.task, Multilabel)
+    tables = [
+        _Table(csv, _csv_labels if several else _csv, model.classes),
+        _Table(jsonl, _jsonl, model.classes),
+    ]
     unreadable: dict[int, str] = {}
     known, told = 0, []
     bar = Progress(console=messages, transient=True, disable=quiet or not messages.is_terminal)
@@ -87,6 +95,12 @@ def predict(
                 record: dict[str, Any] = {"item": files[row]}
                 if not model.classes and math.isfinite(numbers):
                     record["predicted"] = numbers
+                    known += 1
+                elif isinstance(model.task, Multilabel) and all(map(math.isfinite, numbers)):
+                    named = model.task.decide(np.array(numbers))
+                    odds = dict(zip(model.classes, numbers, strict=True))
+                    record["predicted"] = [c for c, n in zip(odds, named, strict=True) if n]
+                    record["probabilities"] = odds
                     known += 1
                 elif model.classes and all(map(math.isfinite, numbers)):
                     best = max(range(len(numbers)), key=numbers.__getitem__)
@@ -142,9 +156,12 @@ def _find_files(images: list[str], image_column: str | None) -> list[str]:
 
 
 def _tell(record: dict[str, Any]) -> str:
-    """Return the class and how sure it is, or the number."""
+    """Return the class and how sure it is, the labels and how likely each is, or the number."""
     if "error" in record:
         return record["error"]
+    if isinstance(record["predicted"], list):
+        odds = record["probabilities"]
+        return ", ".join(f"{c} {odds[c]:.3f}" for c in record["predicted"]) or "no label"
     if "confidence" in record:
         return f"{record['predicted']}  {record['confidence']:.3f}"
     return f"{record['predicted']:.6g}"
@@ -166,6 +183,22 @@ def _csv(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool
         numbers = [record.get("confidence"), *(odds.get(name) for name in classes)]
         cells = ["" if x is None else f"{x:.6g}" for x in numbers]
         rows.append([record["item"], record.get("predicted", ""), *cells])
+    return "".join(map(csv_line, rows))
+
+
+def _csv_labels(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool) -> str:
+    """Return 0 or 1 for each label, then its probability; nothing of an unreadable image."""
+    from sfda_tune.values.text import csv_line
+
+    head = ["item", *classes, *(f"p_{c}" for c in classes)]
+    rows = [head] if is_first else []
+    for record in records:
+        odds, named = record.get("probabilities"), record.get("predicted", ())
+        cells = [""] * (2 * len(classes))
+        if odds is not None:
+            cells = [str(int(c in named)) for c in classes]
+            cells += [f"{odds[c]:.6g}" for c in classes]
+        rows.append([record["item"], *cells])
     return "".join(map(csv_line, rows))
 
 

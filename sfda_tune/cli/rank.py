@@ -276,7 +276,7 @@ def rank(
     if interrupted:
         say(messages, "Interrupted: the same command goes on from here.")
         raise typer.Exit(130)
-    if len(ranking) > len(ranking.failed) + 1 and ranking.info.get("task") != "multilabel":
+    if len(ranking) > len(ranking.failed) + 1:
         from sfda_tune.report.commands import propose_search
 
         line, _ = propose_search(ranking, **{"dataset": dataset, "import": imports})

@@ -16,6 +16,8 @@ from sfda_tune.cli.options import (
     GroupColumn,
     GroupRegex,
     Groups,
+    LabelColumns,
+    LabelDelimiter,
     Log,
     SplitColumn,
     Task,
@@ -70,8 +72,8 @@ def search(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="accuracy; accuracy,latency; or accuracy,params (r2 for numbers). Default: the "
-            "first."
+            help="accuracy; accuracy,latency; or accuracy,params (for numbers r2, for several "
+            "labels map in its place). Default: the first."
         ),
     ] = None,
     metric: Annotated[
@@ -79,7 +81,8 @@ def search(
         typer.Option(
             "--monitor",
             help="accuracy, balanced_accuracy, macro_f1 or log_loss; for numbers r2, spearman, "
-            "rmse or mae. Default: the first.",
+            "rmse or mae; for several labels map (mean average precision), macro_f1 or log_loss. "
+            "Default: the first.",
         ),
     ] = None,
     max_params: Annotated[
@@ -114,6 +117,8 @@ def search(
     group_regex: GroupRegex = None,
     split_column: SplitColumn = None,
     task: Task = "auto",
+    label_columns: LabelColumns = None,
+    label_delimiter: LabelDelimiter = None,
     bit_depth: BitDepth = None,
     bands: Bands = None,
     loss: Annotated[
@@ -160,7 +165,7 @@ def search(
     """Rank BACKBONES on DATASET, tune the best, fine-tune the winner and test it.
 
     The same command goes on where it was interrupted, and helps where it is running already.
-    Labels that are numbers to predict: --task regression.
+    Labels that are numbers to predict: --task regression; several per image: --task multilabel.
 
     For example:
 
@@ -198,6 +203,8 @@ def search(
             groups=read_groups(groups, group_column, group_regex),
             split_column=split_column,
             task=None if task == "auto" else task,
+            label_columns=label_columns,
+            label_delimiter=label_delimiter,
             loss=loss,
             bit_depth=bit_depth,
             bands=bands,

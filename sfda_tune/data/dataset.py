@@ -136,9 +136,7 @@ class ImageDataset:
         if self.task == "multilabel":
             raise DatasetError(
                 f"`dataset` must have one label per image {purpose} but has several (the task "
-                "'multilabel'), which can only be ranked on so far: rank(task='multilabel') "
-                "(sfda-tune rank --task multilabel) orders the backbones, to be trained with "
-                "tools of your own."
+                "'multilabel'); rank and search take these (--task multilabel)."
             )
 
     def require_classes(self, purpose: str) -> None:

@@ -18,7 +18,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.labels import class_name, is_missing, sort_classes
 from sfda_tune.data.parts import FALSE, TRUE, is_about_parts
 from sfda_tune.values.files import parse_json, read_text
-from sfda_tune.values.labels import as_indicators
+from sfda_tune.values.labels import as_indicators, find_varied
 from sfda_tune.values.text import one_line, printable, some
 
 __all__ = [
@@ -193,7 +193,7 @@ def _read_indicators(names: Sequence[str], cells: Cells, where: str) -> Labels:
 def check_labels(labels: Labels, least: int, where: str) -> Labels:
     """Raise a DatasetError if no label tells images apart, where some are to be ranked on."""
     matrix, classes = labels
-    if least > 1 and not ((matrix == 1).any(axis=0) & (matrix == 0).any(axis=0)).any():
+    if least > 1 and not find_varied(matrix).any():
         raise DatasetError(
             f"{where} must have a label that some images have and others do not, but none of the "
             f"{len(classes)} is such ({some(classes)})."

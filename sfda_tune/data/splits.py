@@ -19,14 +19,17 @@ from sfda_tune.data.groups import merge_codes
 from sfda_tune.data.huggingface import is_stream
 from sfda_tune.data.near import MOST, shared_near
 from sfda_tune.data.opening import open_dataset, open_part
+from sfda_tune.values.labels import find_varied
 from sfda_tune.values.text import some
 
 __all__ = [
-    "fingerprint", "hold_out", "join", "open_own_part", "split_images", "tell_gaps", "tell_shared",
+    "fingerprint", "hold_out", "join", "match_labels", "open_own_part", "relabel", "split_images",
+    "tell_gaps", "tell_shared",
 ]  # fmt: skip
 
 COLUMNS = (
-    "image_column", "label_column", "groups", "split_column", "time_column", "bit_depth", "bands",
+    "image_column", "label_column", "label_columns", "label_delimiter", "groups", "split_column",
+    "time_column", "bit_depth", "bands",
 )  # fmt: skip
 
 FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
@@ -56,7 +59,7 @@ def split_images(
     twins = group_twins(whole) if twins is None else twins
     for name, share in (("test", fraction), ("val", HELD_OUT)):
         if name in opened:
-            parts[name] = _relabel(opened[name].subset(kept[name]), whole)
+            parts[name] = relabel(opened[name].subset(kept[name]), whole)
             rows[name] = kept[name].tolist()
             continue
         rest, out = hold_out(whole, rest, share, g["seed"], twins)
@@ -71,6 +74,13 @@ def split_images(
             raise DatasetError(
                 f"`dataset` must have different numbers in each part, but the images for {name}, "
                 f"{len(part)}, all have {part.labels[0]:g}; give it more images."
+            )
+        least = 2 if name == "train" else 1  # to choose the penalty of the head by
+        if whole.task == "multilabel" and not find_varied(part.labels, least).any():
+            raise DatasetError(
+                f"`dataset` must have a label in each part that {least} or more images have and "
+                f"others do not, but among the {len(part)} images for {name} there is none; give "
+                "it more images."
             )
     return parts, rows, sources
 
@@ -97,7 +107,6 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
         )
     columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
     whole = open_dataset(g["dataset"], split=g["split"], **columns, task=g.get("task"))
-    whole.require_one_label("to search on")
     task = whole.task if g.get("task") or whole.task != "classification" else None
     share = 1.0 if g["samples"] is None else min(1.0, g["samples"] / len(whole))
     whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
@@ -164,6 +173,13 @@ def hold_out(
                 "need 20 or more, to train, to validate and to test. Add images, or only rank the "
                 "backbones (`sfda-tune rank`)."
             )
+        if whole.task == "multilabel":
+            raise DatasetError(
+                f"`dataset` has too few images for a search: {len(first)} different ones for "
+                f"{len(whole.classes)} labels; each label needs 3 or more, to train, to validate "
+                "and to test, better 20. Add images, leave rare labels out, or only rank the "
+                "backbones (`sfda-tune rank`)."
+            )
         smallest = whole.classes[int(np.argmin(np.bincount(whole.labels, minlength=1)))]
         raise DatasetError(
             f"`dataset` has too few images for a search: {len(whole)} in {len(whole.classes)} "
@@ -181,7 +197,8 @@ def _hold_out_groups(
     """Hold out one of several folds of whole groups: the one most like all images.
 
     Best is a fold that takes no class as a whole, then one that lacks no class, then the one with
-    the smallest χ² of its classes. Of numbers, their tenths are such classes, but may be taken.
+    the smallest χ² of its classes. Of numbers, their tenths are such classes, but may be taken;
+    so may the rarest labels of images that have several.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -203,7 +220,7 @@ def _hold_out_groups(
             key = (int(lost.sum()), int(missing.sum()), square)
             if len(out) and (best is None or key < best[0]):
                 best = key, out, lost
-    if best is None or (best[0][0] and whole.classes):
+    if best is None or (best[0][0] and whole.task == "classification"):
         alone = "all images" if best is None else some(np.array(whole.classes)[best[2]])
         raise DatasetError(
             f"`groups` are too few for a split: {len(np.unique(of))} groups hold {len(rest)} "
@@ -226,7 +243,7 @@ def _hold_out_latest(
     late = np.sort(last[of])[round(len(rest) * (1 - share)) :]
     goes = last[of] >= (late[0] if len(late) else np.inf)
     new: Any = []
-    if whole.classes:
+    if whole.task == "classification":
         new = np.setdiff1d(whole.labels[rest[goes]], whole.labels[rest[~goes]])
     if goes.all() or not goes.any() or len(new):
         what = some(whole.classes[c] for c in new) if len(new) else "the images"
@@ -280,9 +297,12 @@ def tell_shared(
 def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
     """Say where the validation or the test images are few, or lack a class.
 
-    Of numbers, how many are beyond all that are trained on.
+    Of numbers, how many are beyond all that are trained on. Of several labels, which cannot be
+    judged there, or have no image to be learned from.
     """
     said = []
+    if parts["train"].task == "multilabel":
+        return _tell_label_gaps(parts)
     known = parts["train"].labels
     for name, images in (("validation", parts["val"]), ("test", parts["test"])):
         n, present = len(images), np.unique(images.labels)
@@ -304,10 +324,33 @@ def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
                 f"there is no {name} image of {names}: {all_of}{name} numbers say nothing of "
                 f"{'it' if len(missing) == 1 else 'them'}"
             )
-        if n < FEW:
-            few = "is only one" if n == 1 else f"are only {n}"
-            said.append(f"there {few} {name} image{'s' * (n > 1)}: numbers on so few are rough")
+        said += _tell_few(name, n)
     return said
+
+
+def _tell_label_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:
+    train, said = parts["train"], []
+    learned = (train.labels == 1).any(axis=0)
+    if not learned.all():
+        names = some(np.array(train.classes)[~learned])
+        said.append(f"no training image is known to have {names}: it cannot be learned")
+    for name, images in (("validation", parts["val"]), ("test", parts["test"])):
+        lost = learned & ~find_varied(images.labels)
+        if lost.any():
+            names = some(np.array(train.classes)[lost])
+            said.append(
+                f"no two {name} images are known of which one has and one lacks {names}: {name} "
+                f"numbers say nothing of {'it' if lost.sum() == 1 else 'them'}"
+            )
+        said += _tell_few(name, len(images))
+    return said
+
+
+def _tell_few(name: str, n: int) -> list[str]:
+    if n >= FEW:
+        return []
+    few = "is only one" if n == 1 else f"are only {n}"
+    return [f"there {few} {name} image{'s' * (n > 1)}: numbers on so few are rough"]
 
 
 def fingerprint(parts: Mapping[str, ImageDataset]) -> str:
@@ -321,19 +364,41 @@ def fingerprint(parts: Mapping[str, ImageDataset]) -> str:
     return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
 
 
-def _relabel(data: ImageDataset, like: ImageDataset) -> ImageDataset:
-    """Give images of a part the codes that their classes have in another part."""
-    if not like.classes:
+def relabel(data: ImageDataset, like: ImageDataset) -> ImageDataset:
+    """Give images of a part the codes, or the columns, that their classes have in another part.
+
+    Of several labels, those that the part lacks are not known there; those that none of its
+    images has are left out.
+    """
+    if data.task != like.task:
+        raise DatasetError(
+            f"{data.name!r} must have labels for {like.task}, as the training images, but is "
+            f"{data!r}; open it with task={like.task!r}."
+        )
+    if not like.classes or data.classes == like.classes:
         return data
     code = {name: c for c, name in enumerate(like.classes)}
     unknown = [name for name in data.classes if name not in code]
+    if data.task == "multilabel":
+        has = dict(zip(data.classes, (data.labels == 1).any(axis=0), strict=True))
+        unknown = [name for name in unknown if has[name]]
     if unknown:
         raise DatasetError(
             f"{data.name!r} has classes that the training images lack: {some(unknown)}; "
             "remove them, or add training images."
         )
-    labels = np.array([code[data.classes[c]] for c in data.labels])
+    if data.task == "multilabel":
+        labels = match_labels(data, like.classes)
+    else:
+        labels = np.array([code[data.classes[c]] for c in data.labels])
     return replace(data, labels=labels, classes=like.classes)
+
+
+def match_labels(data: ImageDataset, classes: Sequence[str]) -> np.ndarray:
+    """Return the columns of several labels under other names; −1 for those that are lacking."""
+    columns = dict(zip(data.classes, data.labels.T, strict=True))
+    unknown = np.full(len(data), -1, np.int8)
+    return np.stack([columns.get(name, unknown) for name in classes], axis=1)
 
 
 def join(a: ImageDataset, b: ImageDataset) -> ImageDataset:

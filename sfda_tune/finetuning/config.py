@@ -68,10 +68,12 @@ class FinetuneConfig:
         Stop after so many epochs without a better `monitor`.
     monitor : {"auto", "accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
         Decides which weights are best; ties are decided by the log-loss. For numbers one of "r2",
-        "spearman", "rmse" and "mae", and ties are decided by the RMSE. "auto": the first.
-    loss : {"auto", "cross_entropy", "mse", "l1", "huber"}
+        "spearman", "rmse" and "mae", and ties are decided by the RMSE. For several labels one of
+        "map" (mean average precision), "macro_f1" and "log_loss". "auto": the first.
+    loss : {"auto", "cross_entropy", "mse", "l1", "huber", "binary_cross_entropy"}
         What is minimised: the cross-entropy of classes; of standardised numbers the squared error
-        (the default), the absolute one, or Huber's with δ = 1.
+        (the default), the absolute one, or Huber's with δ = 1; of several labels the binary
+        cross-entropy, averaged over those that are known of an image.
     val_fraction : float, default 0.2
         Part of the images held out, stratified, where no validation images are given.
     seed : int, default 0

@@ -32,8 +32,9 @@ class Epoch:
         Mean over the epoch; NaN for epoch 0.
     values : mapping of str to float
         Metrics on the validation images, which are attributes, too: accuracy, balanced_accuracy,
-        macro_f1 and log_loss, or of numbers r2, spearman, rmse and mae. A class without validation
-        images does not count in the balanced accuracy.
+        macro_f1 and log_loss, of numbers r2, spearman, rmse and mae, or of several labels map,
+        macro_f1 and log_loss. A class without validation images does not count in the balanced
+        accuracy.
     best : float
         The monitored metric of the best epoch so far.
     best_number : int
@@ -46,6 +47,8 @@ class Epoch:
         By which their logits are to be divided, fitted to the validation images.
     error : float, default NaN
         Standard error of the monitored metric, where that of a share of the images is not its.
+    thresholds : tuple of float, default ()
+        Of several labels, from which probability on each is named, chosen on these images.
 
     Examples
     --------
@@ -66,6 +69,7 @@ class Epoch:
     interpolation: float = 1.0
     temperature: float = 1.0
     error: float = math.nan
+    thresholds: tuple[float, ...] = ()
 
     def __getattr__(self, name: str) -> float:
         try:
@@ -74,18 +78,23 @@ class Epoch:
             raise AttributeError(f"an epoch has no {name!r}") from None
 
     def flatten(self) -> dict[str, float]:
-        """Return all fields, with the metrics among them."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
+        """Return all fields that are numbers, with the metrics among them."""
+        others = ("values", "thresholds")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
         return {**own, **self.values}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `flatten` does; NaN becomes None, so that it is strict JSON."""
-        return {k: v if math.isfinite(v) else None for k, v in self.flatten().items()}
+        """Return all fields as `flatten` does; NaN becomes None, so that it is strict JSON."""
+        found: dict[str, Any] = {
+            k: v if math.isfinite(v) else None for k, v in self.flatten().items()
+        }
+        return found | ({"thresholds": list(self.thresholds)} if self.thresholds else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Epoch:
         """Build an epoch from `to_dict`'s result."""
         known: Any = {k: math.nan if v is None else v for k, v in values.items()}
+        known["thresholds"] = tuple(known.get("thresholds", ()))
         names = {f.name for f in fields(cls)}
         own = {k: known.pop(k) for k in list(known) if k in names}
         return cls(**own, values=known)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import log_softmax
 
-__all__ = ["Fit", "find_factor", "fit_head", "fit_numbers", "start_head"]
+__all__ = ["Fit", "find_factor", "fit_head", "fit_labels", "fit_numbers", "start_head"]
 
 Fit = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, float]]
 PROBE_IMAGES = 2000  # the penalty of the logistic regression is chosen on at most so many
@@ -58,13 +58,47 @@ def fit_head(x: np.ndarray, y: np.ndarray, n_classes: int) -> tuple[np.ndarray, 
     some = np.random.default_rng(0).permutation(len(x))[:PROBE_IMAGES]
     probe = linear_probe(x[some], y[some]).details
     C = probe["C"]
-    mean, scale = x.mean(axis=0), x.std(axis=0)
-    scale[scale <= 1e-6 * np.abs(mean)] = np.inf  # constant, but for float32's rounding
+    mean, scale = _find_scale(x)
     z = (x - mean) / scale
     theta, _ = fit_softmax(z, y, n_classes, 1 / (C * len(x)), tolerance=1e-4, max_iter=200)
     f = find_factor(z @ theta[:-1] + theta[-1], y, -probe["log_likelihood"])
+    return *_unscale(theta, mean, scale), f**0.5
+
+
+def fit_labels(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Fit logistic regression to each of several labels, each against the rest, as `fit_head`.
+
+    One penalty for all, that of `linear_probe_multilabel`; what is not known does not count.
+    """
+    from sfda_tune.metrics._linear import fit_logistic
+    from sfda_tune.metrics.multilabel import linear_probe_multilabel
+
+    some = np.random.default_rng(0).permutation(len(x))[:PROBE_IMAGES]
+    probe = linear_probe_multilabel(x[some], labels[some]).details
+    mean, scale = _find_scale(x)
+    z = (x - mean) / scale
+    theta, _ = fit_logistic(z, labels, 1 / (probe["C"] * len(x)), tolerance=1e-4, max_iter=200)
+    logits, judged = z @ theta[:-1] + theta[-1], labels >= 0
+    judged[:, probe["left_out"]] = False  # as in the loss that was held out
+    # −log σ(±logit) is −log softmax of (0, logit)
+    pairs = np.stack([np.zeros(int(judged.sum())), logits[judged]], axis=1)
+    f = find_factor(pairs, labels[judged], -probe["log_likelihood"])
+    return *_unscale(theta, mean, scale), f**0.5
+
+
+def _find_scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation of features; ∞ of those that are constant."""
+    mean, scale = x.mean(axis=0), x.std(axis=0)
+    scale[scale <= 1e-6 * np.abs(mean)] = np.inf  # but for float32's rounding
+    return mean, scale
+
+
+def _unscale(
+    theta: np.ndarray, mean: np.ndarray, scale: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight and bias for features that are not standardised."""
     weight = (theta[:-1] / scale[:, None]).T
-    return weight, theta[-1] - weight @ mean, f**0.5
+    return weight, theta[-1] - weight @ mean
 
 
 def fit_numbers(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

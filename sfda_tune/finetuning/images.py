@@ -16,9 +16,10 @@ from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage, digest_pixels, is_passing
 from sfda_tune.data.loader import Loader, count_workers, cut, is_in_memory
-from sfda_tune.data.splits import hold_out
+from sfda_tune.data.splits import hold_out, relabel
 from sfda_tune.extraction import pixels
 from sfda_tune.finetuning.config import FinetuneConfig
+from sfda_tune.values.labels import find_varied
 from sfda_tune.values.text import one_line
 
 __all__ = [
@@ -74,11 +75,11 @@ def split(
     dataset: ImageDataset, val: ImageDataset | None, config: FinetuneConfig
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return training and validation images, with the same codes for the classes."""
-    if dataset.task == "multilabel":
-        dataset.require_classes("to fine-tune on")
-    what = "numbers" if dataset.task == "regression" else "classes"
+    what = {"regression": "numbers", "multilabel": "several labels"}.get(dataset.task, "classes")
     n, n_strata = len(dataset), len(np.unique(dataset.strata))
-    if len(np.unique(dataset.labels)) < 2:
+    if dataset.task == "multilabel":
+        _require_varied(dataset, "dataset", 2)
+    elif len(np.unique(dataset.labels)) < 2:
         raise ValueError(
             f"`dataset` must have images of at least two {what} but has {n} of "
             f"{len(np.unique(dataset.labels))}."
@@ -86,17 +87,25 @@ def split(
     if val is None:  # every class gets its first two images for training
         n_train = max(n_strata, round(n * (1 - config.val_fraction)))
         if n_train >= n:
-            each = "of each tenth of the numbers" if what == "numbers" else "of each class"
+            each = {
+                "regression": "of each tenth of the numbers",
+                "multilabel": "for each label",
+            }.get(dataset.task, "of each class")
             raise ValueError(
                 f"`dataset` has {n} images, too few to hold out val_fraction="
                 f"{config.val_fraction:g} of them beside one {each}; pass `val`."
             )
         if dataset.group_codes is not None or dataset.times is not None:
             all_rows = np.arange(n)
-            kept, out = hold_out(dataset, all_rows, config.val_fraction, config.seed, all_rows)
-            return dataset.subset(kept), dataset.subset(out)
-        rows = dataset.sample_rows(n_train, config.seed)
-        return dataset.subset(rows), dataset.subset(np.setdiff1d(np.arange(n), rows))
+            rows, out = hold_out(dataset, all_rows, config.val_fraction, config.seed, all_rows)
+        else:
+            rows = dataset.sample_rows(n_train, config.seed)
+            out = np.setdiff1d(np.arange(n), rows)
+        kept, val = dataset.subset(rows), dataset.subset(out)
+        if dataset.task == "multilabel":
+            _require_varied(kept, "dataset", 2)
+            _require_varied(val, "val")
+        return kept, val
     if val.task != dataset.task:
         raise ValueError(
             f"`val` must hold {what}, as `dataset`, but is {val!r}; open it with "
@@ -109,6 +118,10 @@ def split(
                 f"{len(np.unique(val.labels))}; pass more images."
             )
         return dataset, val
+    if dataset.task == "multilabel":
+        val = relabel(val, dataset)
+        _require_varied(val, "val")
+        return dataset, val
     unknown = sorted({val.classes[c] for c in np.unique(val.labels)} - set(dataset.classes))
     if unknown or not len(val):
         raise ValueError(
@@ -118,6 +131,16 @@ def split(
     code = {name: c for c, name in enumerate(dataset.classes)}
     labels = np.array([code.get(val.classes[c], -1) for c in val.labels])
     return dataset, replace(val, labels=labels, classes=dataset.classes)
+
+
+def _require_varied(images: ImageDataset, name: str, least: int = 1) -> None:
+    """Raise a ValueError if no label is known to be had and lacked by so many images each."""
+    if not find_varied(images.labels, least).any():
+        some = "some images" if least == 1 else f"{least} images"
+        raise ValueError(
+            f"`{name}` must have a label that {some} have and {some} do not, but among "
+            f"{len(images)} none of the {len(images.classes)} is such; pass more images."
+        )
 
 
 class Images:

@@ -69,10 +69,10 @@ from sfda_tune.finetuning.models import (
 )
 from sfda_tune.finetuning.optimizers import make_optimizer
 from sfda_tune.finetuning.shared import SharedWork
-from sfda_tune.finetuning.tasks import make_task
+from sfda_tune.finetuning.tasks import Task, make_task
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import AtLeast, check
-from sfda_tune.values.formats import NUMBERS
+from sfda_tune.values.formats import NOTED_EPOCH
 from sfda_tune.values.metrics import signed
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ BACKOFF, MAX_BACKOFFS = 0.25, 3
 BEFORE = {"warmup_epochs": 0.5, "batch_norm": "frozen", "lr": 5e-4}  # defaults of earlier versions
 LATER = {"loss": "auto"}  # fields that configurations of earlier versions lack
 NOTES = {
-    "history": [NUMBERS],
+    "history": [NOTED_EPOCH],
     "unreadable": {str: str},
     "micro": AtLeast(1, int),
     "first_loss?": AtLeast(0),
@@ -141,7 +141,7 @@ def finetune(
     config : FinetuneConfig, optional
     val : ImageDataset, optional
         Validation images, classes matched by name; default: ``config.val_fraction`` of `dataset`.
-        Where the labels are numbers, predictions are numbers, see `sfda_tune.finetuning.tasks`.
+        Labels may be classes, numbers or several per image, see `sfda_tune.finetuning.tasks`.
     checkpoint_dir : str or path, optional
         Where state and best weights are kept after every epoch.
     resume : bool, default True
@@ -167,8 +167,9 @@ def finetune(
     Raises
     ------
     ValueError, DatasetError, BackboneError
-        Fewer than two classes, numbers or images; classes in `val` that `dataset` lacks; a field
-        of `config` without a meaning for numbers; too many images unreadable; a checkpoint of
+        Fewer than two classes, numbers or images; no label that some images have and others do
+        not; classes in `val` that `dataset` lacks; a field of `config` without a meaning for
+        these labels; too many images unreadable; a checkpoint of
         another run. `DivergedError` and `OutOfTimeError` while
         iterating.
 
@@ -268,7 +269,11 @@ class FineTuning(Iterator[Epoch]):
         with own_randomness(self.device):
             module, preprocessing, _ = with_head(self.backbone, self.task.n_outputs)
         module.load_state_dict(self._weights)
-        return Model(module.eval(), preprocessing, self.task, self._provenance())
+        return Model(module.eval(), preprocessing, self._decided(), self._provenance())
+
+    def _decided(self) -> Task:
+        """Return the task with the thresholds of the best epoch."""
+        return self.task.decide_by(cast(Epoch, self.best).thresholds)
 
     def save_model(self, folder: str | os.PathLike[str]) -> Path:
         """Write the best weights so far as a timm checkpoint folder, and return it.
@@ -294,7 +299,7 @@ class FineTuning(Iterator[Epoch]):
             "backbone": self.backbone.name,
             "spec": self.backbone.spec,
             "classes": list(self.task.classes),
-            "task": {"name": self.task.name, **self.task.describe()},
+            "task": {"name": self.task.name, **self._decided().describe()},
             "dataset": self.train.name,
             "reading": None if self.train.reading is None else vars(self.train.reading),
             "train": {"images": len(self.train), "fingerprint": train},
@@ -789,6 +794,7 @@ class FineTuning(Iterator[Epoch]):
             tries[at],
             seconds=tries[-1].seconds,
             temperature=self.task.fit_temperature(labels, p),
+            thresholds=self.task.choose_thresholds(labels, p),
             error=self.task.find_error(labels, p, self.config.monitor, groups),
         )
         if self.best is not None and self._sort_key(epoch) <= self._sort_key(self.best):
@@ -869,7 +875,7 @@ class FineTuning(Iterator[Epoch]):
                 )
         try:
             check(notes, NOTES)
-            check(best, NUMBERS)
+            check(best, NOTED_EPOCH)
             self.best = Epoch.from_dict(best)
             self.history = [Epoch.from_dict(values) for values in notes["history"]]
         except (ValueError, TypeError) as error:

@@ -1,14 +1,18 @@
-"""What labels are, to whoever trains on them: classes, or numbers to predict.
+"""What labels are, to whoever trains on them: classes, numbers to predict, or several per image.
 
-=================  =============================  =============================================
-                   `Classification`               `Regression`
-=================  =============================  =============================================
-outputs            logits (n, C)                  standardised numbers (n, 1)
-targets            codes (n,)                     (y − mean)/scale (n,), of the training part
-predictions        probabilities (n, C)           numbers (n,), in the unit of the labels
-loss               cross-entropy                  squared, absolute or Huber
-start of the head  logistic regression            ridge regression, in closed form
-=================  =============================  =============================================
+=================  ======================  ==========================  ==========================
+                   `Classification`        `Regression`                `Multilabel`
+=================  ======================  ==========================  ==========================
+outputs            logits (n, C)           standardised numbers        logits (n, L)
+                                           (n, 1)
+targets            codes (n,)              (y − mean)/scale (n,), of   1, 0, −1 not known (n, L)
+                                           the training part
+predictions        probabilities (n, C)    numbers (n,), in the unit   probabilities (n, L)
+                                           of the labels
+loss               cross-entropy           squared, absolute, Huber    binary cross-entropy
+start of the head  logistic regression     ridge regression, in        logistic regressions, each
+                                           closed form                 label against the rest
+=================  ======================  ==========================  ==========================
 
 A further kind of labels is a further class here, made by `make_task` and read by `read_task`; the
 training, models and searches ask the task and never what kind it is.
@@ -18,8 +22,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -28,17 +32,26 @@ from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.finetuning.calibration import fit_temperature
 from sfda_tune.finetuning.epochs import measure
-from sfda_tune.finetuning.heads import fit_head, fit_numbers
+from sfda_tune.finetuning.heads import fit_head, fit_labels, fit_numbers
 from sfda_tune.selection.evaluation import accuracy_interval, design_effect
 from sfda_tune.selection.numbers import measure_numbers, resample_numbers
+from sfda_tune.selection.several import (
+    UNDECIDED,
+    choose_thresholds,
+    describe_labels,
+    measure_labels,
+    resample_labels,
+)
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "KINDS", "LOSSES", "MONITORS", "Classification", "Regression", "Task", "find_kind",
-    "make_task", "read_task",
+    "KINDS", "LOSSES", "MONITORS", "Classification", "Multilabel", "Regression", "Task",
+    "find_kind", "make_task", "read_task",
 ]  # fmt: skip
+
+FEW_DRAWS = 200  # bootstrap samples for the error of a trial, which is made after every epoch
 
 
 class Task(ABC):
@@ -82,7 +95,7 @@ class Task(ABC):
             if (value := getattr(config, name)) != allowed:
                 raise ValueError(
                     f"`{name}` must be {allowed!r} for {self.name} but is {value!r}: it is about "
-                    "classes."
+                    "classes, one per image."
                 )
 
     def find_loss(self, config: Any) -> str:
@@ -130,6 +143,18 @@ class Task(ABC):
         """Return what outputs are to be divided by; 1 where predictions are no probabilities."""
         return 1.0
 
+    def choose_thresholds(self, labels: np.ndarray, predicted: np.ndarray) -> tuple[float, ...]:
+        """Return from which probability on each label is named; none where one always is."""
+        return ()
+
+    def decide_by(self, thresholds: Sequence[float]) -> Task:
+        """Return the task with what `choose_thresholds` found."""
+        return self
+
+    def examine(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+        """Return what else a test tells, as JSON values."""
+        return {}
+
     def find_error(
         self,
         labels: np.ndarray,
@@ -145,6 +170,12 @@ class Task(ABC):
         self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
     ) -> dict[str, tuple[float, float]]:
         """Return 95 % intervals of metrics; images of a group count as one."""
+
+
+def _find_percentiles(draws: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """Return the interval in which 95 % of bootstrap samples are, for each metric."""
+    ends = {name: np.quantile(found, (0.025, 0.975)) for name, found in draws.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 @dataclass(frozen=True)
@@ -311,15 +342,126 @@ class Regression(Task):
         self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
     ) -> dict[str, tuple[float, float]]:
         """Return percentiles of bootstrap samples of the images, or of the groups."""
-        draws = resample_numbers(labels, predicted, groups)
-        ends = {name: np.quantile(found, (0.025, 0.975)) for name, found in draws.items()}
-        return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+        return _find_percentiles(resample_numbers(labels, predicted, groups))
 
 
-KINDS: dict[str, type[Classification] | type[Regression]] = {
-    kind.name: kind for kind in (Classification, Regression)
+@dataclass(frozen=True)
+class Multilabel(Task):
+    """Several of the labels, none or all; each is named from a threshold of its own on.
+
+    Without `thresholds`, during training, what is measured by them is measured at the best ones
+    for the images at hand: of the same kind for all epochs, but too good. A winner is tested with
+    those of its trial.
+    """
+
+    classes: tuple[str, ...]
+    thresholds: tuple[float, ...] = ()
+
+    name: ClassVar[str] = "multilabel"
+    monitors: ClassVar[tuple[str, ...]] = ("map", "macro_f1", "log_loss")
+    losses: ClassVar[tuple[str, ...]] = ("binary_cross_entropy",)
+    tie: ClassVar[str] = "log_loss"
+    exported: ClassVar[tuple[str, str]] = ("logits", "probabilities")
+    refused: ClassVar[Mapping[str, Any]] = {"mixup": 0.0, "cutmix": 0.0, "class_weights": None}
+
+    def __post_init__(self) -> None:
+        if len(self.thresholds) not in (0, len(self.classes)):
+            raise ValueError(
+                f"`thresholds` must be {len(self.classes)}, one per label, or none, but are "
+                f"{len(self.thresholds)}."
+            )
+
+    @property
+    def n_outputs(self) -> int:
+        """One logit per label."""
+        return len(self.classes)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the thresholds."""
+        return {"thresholds": list(self.thresholds)} if self.thresholds else {}
+
+    def encode(self, labels: np.ndarray) -> np.ndarray:
+        """Return 1, 0 and −1, float32."""
+        return labels.astype(np.float32)
+
+    def loss(
+        self, outputs: torch.Tensor, targets: torch.Tensor, config: Any, weights: Any = None
+    ) -> torch.Tensor:
+        """Return the binary cross-entropy, averaged over what is known of each image."""
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        known = (targets >= 0).to(outputs.dtype)
+        smooth = targets.clamp(min=0) * (1 - config.label_smoothing) + config.label_smoothing / 2
+        each = binary_cross_entropy_with_logits(outputs, smooth, reduction="none")
+        return ((each * known).sum(1) / known.sum(1).clamp(min=1)).sum()
+
+    def ignorance(self, labels: np.ndarray, config: Any) -> float:
+        """Return the mean loss of the base rates."""
+        import torch
+
+        known = np.maximum((labels >= 0).sum(axis=0), 1)
+        rates = np.clip((labels == 1).sum(axis=0) / known, 1e-6, 1 - 1e-6)
+        s = config.label_smoothing
+        logits = torch.tensor(rates * (1 - s) + s / 2).logit().expand(len(labels), -1)
+        targets = torch.tensor(self.encode(labels)).double()
+        return float(self.loss(logits, targets, config)) / len(labels)
+
+    def fit_head(self, x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Fit logistic regressions, see `sfda_tune.finetuning.heads.fit_labels`."""
+        return fit_labels(x, labels)
+
+    def finish(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return probabilities, each label by itself."""
+        return outputs.sigmoid()
+
+    def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        """See `sfda_tune.selection.several.measure_labels`."""
+        return measure_labels(labels, predicted, self._thresholds(labels, predicted))
+
+    def choose_thresholds(self, labels: np.ndarray, predicted: np.ndarray) -> tuple[float, ...]:
+        """See `sfda_tune.selection.several.choose_thresholds`."""
+        return tuple(choose_thresholds(labels, predicted).tolist())
+
+    def decide_by(self, thresholds: Sequence[float]) -> Multilabel:
+        """Return the task with these thresholds."""
+        return replace(self, thresholds=tuple(thresholds))
+
+    def decide(self, p: np.ndarray) -> np.ndarray:
+        """Return which labels are named, (n, L); from .5 on where no thresholds are known."""
+        return p >= np.array(self.thresholds or [UNDECIDED] * len(self.classes))
+
+    def _thresholds(self, labels: np.ndarray, predicted: np.ndarray) -> tuple[float, ...]:
+        return self.thresholds or self.choose_thresholds(labels, predicted)
+
+    def examine(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+        """Return a record for each label."""
+        thresholds = self._thresholds(labels, predicted)
+        return {"labels": describe_labels(labels, predicted, thresholds, self.classes)}
+
+    def find_error(
+        self,
+        labels: np.ndarray,
+        predicted: np.ndarray,
+        metric: str,
+        groups: np.ndarray | None = None,
+    ) -> float:
+        """Return the standard deviation of a metric over bootstrap samples, as the intervals."""
+        thresholds = self._thresholds(labels, predicted)
+        draws = resample_labels(labels, predicted, thresholds, groups, n_draws=FEW_DRAWS)
+        return float(draws[metric].std())
+
+    def find_intervals(
+        self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
+    ) -> dict[str, tuple[float, float]]:
+        """Return percentiles of bootstrap samples of the images, or of the groups."""
+        thresholds = self._thresholds(labels, predicted)
+        return _find_percentiles(resample_labels(labels, predicted, thresholds, groups))
+
+
+KINDS: dict[str, type[Classification] | type[Regression] | type[Multilabel]] = {
+    kind.name: kind for kind in (Classification, Regression, Multilabel)
 }
-MONITORS = tuple(metric for kind in KINDS.values() for metric in kind.monitors)
+MONITORS = tuple(dict.fromkeys(metric for kind in KINDS.values() for metric in kind.monitors))
 LOSSES = tuple(loss for kind in KINDS.values() for loss in kind.losses)
 
 
@@ -334,16 +476,20 @@ def find_kind(dataset: Any, task: str | None = None) -> type[Task]:
 
 
 def make_task(train: ImageDataset) -> Task:
-    """Return the task of training images; a DatasetError for several labels per image."""
-    train.require_one_label("to fine-tune on")
+    """Return the task of training images."""
     if train.task == "regression":
         return Regression.of(train.labels)
+    if train.task == "multilabel":
+        return Multilabel(train.classes)
     return Classification(train.classes)
 
 
 def read_task(provenance: Mapping[str, Any]) -> Task:
     """Return the task of a model, from what `FineTuning.save_model` wrote."""
-    about = dict(provenance.get("task") or {})
-    if about.pop("name", Classification.name) == Regression.name:
+    about, classes = dict(provenance.get("task") or {}), tuple(provenance["classes"])
+    name = about.pop("name", Classification.name)
+    if name == Regression.name:
         return Regression(**about)
-    return Classification(tuple(provenance["classes"]))
+    if name == Multilabel.name:
+        return Multilabel(classes, tuple(about.get("thresholds", ())))
+    return Classification(classes)

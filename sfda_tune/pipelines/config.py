@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_options
-from sfda_tune.data.opening import TASKS
+from sfda_tune.data.opening import settle_task
 from sfda_tune.finetuning.tasks import Task, find_kind
 from sfda_tune.pipelines.budget import parse_budget, parse_weights_disk
 from sfda_tune.pipelines.spaces import open_space
@@ -73,8 +73,15 @@ class SearchConfig:
     bands: Any = None  # as text, "4,3,2"
     weights_disk: str | int | None = None
     threads: int | None = None
+    label_columns: Any = None  # a text or a list of texts
+    label_delimiter: str | None = None
 
     def __post_init__(self) -> None:
+        columns = self.label_columns
+        if columns is not None and not isinstance(columns, str):
+            self._set("label_columns", [*columns])
+        told = settle_task(self.task, self.label_columns, self.label_delimiter)
+        self._set("task", told)
         self._set("metric", self.metric or self.kind.monitors[0])
         objective = self.objective or self.kind.monitors[0]
         self._set("out", Path(self.out).absolute())
@@ -101,7 +108,7 @@ class SearchConfig:
 
     @property
     def kind(self) -> type[Task]:
-        """Whether labels are classes or numbers."""
+        """Whether labels are classes, numbers, or several per image."""
         return find_kind(self.dataset, self.task)
 
     @property
@@ -159,13 +166,6 @@ def _check_numbers(c: SearchConfig) -> None:
     require("loss", c.loss, f"one of {losses} for {c.kind.name}", c.loss in (None, *losses))
     if isinstance(c.test, float):
         require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)
-    require("task", c.task, f"one of {', '.join(TASKS)}", c.task in (None, *TASKS))
-    if c.task == "multilabel":
-        raise ValueError(
-            "`task` must be 'classification' for a search but is 'multilabel': fine-tuning on "
-            "several labels per image is not there yet. rank(task='multilabel') (sfda-tune rank "
-            "--task multilabel) orders the backbones, to be trained with tools of your own."
-        )
     limit = c.max_unreadable
     is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1
     require("max_unreadable", limit, "in 0 … 1", is_share)

@@ -16,8 +16,9 @@ import numpy as np
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import read_options
-from sfda_tune.data.splits import fingerprint, split_images
+from sfda_tune.data.splits import fingerprint, match_labels, split_images
 from sfda_tune.finetuning.models import Model, load_model, predict
+from sfda_tune.finetuning.tasks import Multilabel
 from sfda_tune.pipelines.inputs import read_usable
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values.files import check_folder, read_json, replacing, write_json, write_text
@@ -49,7 +50,7 @@ class Export:
     value, value_torch : float or None
         Of the metric, on these images; None where they have no labels.
     metric : str, default "accuracy"
-        Of numbers "r2".
+        Of numbers "r2", of several labels "map".
     """
 
     folder: Path
@@ -61,7 +62,7 @@ class Export:
     metric: str = "accuracy"
 
     def __str__(self) -> str:
-        what = "probabilities" if self.metric == "accuracy" else "numbers"
+        what = "numbers" if self.metric == "r2" else "probabilities"
         name, same = call(self.metric), ""
         if self.value is not None:
             same = f", {name} {self.value:.4f} (torch {self.value_torch:.4f})"
@@ -83,7 +84,8 @@ def export_onnx(
     The graph takes ``pixels``, uint8 of the shape (n, channels, height, width), as resized and
     cropped by ``preprocessing.json``; normalisation and softmax are in it. It gives ``logits`` and
     ``probabilities`` (n, n_classes), for any n; or ``standardised`` (n, 1) and ``numbers`` (n,),
-    in the unit of the labels. Needs the extra ``[onnx]``.
+    in the unit of the labels. Of several labels per image (sigmoid in the place of softmax)
+    ``preprocessing.json`` has the thresholds, too. Needs the extra ``[onnx]``.
 
     Parameters
     ----------
@@ -159,7 +161,10 @@ those of torch, accuracy 0.9500 (torch 0.9500)
 
 
 def _score(model: Model, images: ImageDataset, p: np.ndarray, seen: Any) -> float:
-    """Return the accuracy or R² on images, some of which may be of classes that are not known."""
+    """Return the accuracy, mAP or R² on images; some may be of classes that are not known."""
+    if isinstance(model.task, Multilabel):
+        labels = match_labels(images, model.classes)
+        return model.task.measure(labels[seen], p[seen])["map"]
     if not model.classes:
         return model.task.measure(images.labels[seen], p[seen])["r2"]
     code = {name: c for c, name in enumerate(model.classes)}
@@ -242,6 +247,7 @@ def _describe(model: Model) -> dict[str, Any]:
         "squash": "both sides (the proportions are lost)",
         "border": "the longer side (the other in proportion)",
     }[g.crop_mode]
+    thresholds = getattr(model.task, "thresholds", ())
     shapes = [["n", "classes"]] * 2 if model.classes else [["n", 1], ["n"]]
     crop = {"do": "cut out the middle", "size": [h, w]}
     if g.crop_mode == "border":
@@ -262,6 +268,7 @@ def _describe(model: Model) -> dict[str, Any]:
         },
         "outputs": dict(zip(model.task.exported, shapes, strict=True)),
         "classes": list(model.classes),
+        **({"thresholds": list(thresholds)} if thresholds else {}),
     }
 
 
@@ -273,7 +280,7 @@ _CARD = """\
 # {{ backbone }}, fine-tuned on {{ dataset }}
 
 {% if classes %}
-{{ classes | length }} classes: {{ classes[:20] | join(", ") }}
+{{ classes | length }} {{ kind }}: {{ classes[:20] | join(", ") }}
 {{- ", …" if classes | length > 20 }}.
 {% else %}
 Predicts a number.
@@ -296,7 +303,17 @@ these, too.
 ## Use
 
 `preprocessing.json` says how an image becomes `pixels` (uint8, {{ shape }}); normalisation and
-{{ "softmax are" if classes else "the unit of the numbers are" }} in the graph.
+{{ inside }} are in the graph.
+{%- if labels %} A label applies where its probability reaches its threshold, which stands there,
+too.
+
+| label | test images with it | average precision | F1 | threshold |
+|---|---|---|---|---|
+{% for cells in labels -%}
+| {{ cells | join(" | ") }} |
+{% endfor -%}
+{% endif %}
+
 
 ```python
 import onnxruntime
@@ -306,6 +323,13 @@ session = onnxruntime.InferenceSession("model.onnx")
 
 {{ parity }}
 """
+
+
+def _tell_label(record: dict[str, Any]) -> list[str]:
+    """Return the cells of a label in the table of the model card."""
+    figures = (record[key] for key in ("average_precision", "f1", "threshold"))
+    told = ["–" if value is None else f"{value:.4f}" for value in figures]
+    return [record["label"].replace("|", "\\|"), str(record["images"]), *told]
 
 
 def _write_card(found: SearchResult, model: Model, export: Export, about: dict[str, Any]) -> str:
@@ -318,12 +342,13 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
     licence = config.get("license") or ranked.details.get("license") or "unknown"
     first = model.task.monitors[0]
     value = {"type": _HUB.get(first, first), "value": round(best["test"][first], 4)}
-    task = {"type": f"image-{model.task.name}"}
+    several = isinstance(model.task, Multilabel)  # to the hub that is classification, too
+    task = {"type": f"image-{'classification' if several else model.task.name}"}
     data = {"name": str(found.summary["dataset"]), "type": "private"}
     front: dict[str, Any] = {
         "license": licence,
         **({"pipeline_tag": task["type"]} if model.classes else {}),  # the hub knows no other
-        "tags": [task["type"], "timm", "onnx", "sfda_tune"],
+        "tags": [task["type"], *["multi-label"] * several, "timm", "onnx", "sfda_tune"],
         "model-index": [
             {
                 "name": best["backbone"],
@@ -341,6 +366,9 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
         backbone=best["backbone"],
         dataset=found.summary["dataset"],
         classes=model.classes,
+        kind="labels, of which an image may have several" if several else "classes",
+        inside="sigmoid" if several else "softmax" if model.classes else "the unit of the numbers",
+        labels=[_tell_label(r) for r in best.get("labels") or ()],
         version=model.provenance["versions"]["sfda_tune"],
         candidates=len(found.summary["candidates"]),
         images=found.images,

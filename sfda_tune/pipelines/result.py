@@ -13,7 +13,9 @@ import numpy as np
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.finetuning.models import predict
+from sfda_tune.finetuning.tasks import Multilabel, Task
 from sfda_tune.selection.calibration import Observation
+from sfda_tune.selection.several import label_losses
 from sfda_tune.values.files import check, read_json, say_kind, write_csv, write_json
 from sfda_tune.values.formats import FOUND, SEARCH
 from sfda_tune.values.metrics import call, signed, tell
@@ -28,19 +30,26 @@ from sfda_tune.values.text import (
 __all__ = ["SearchResult", "write_predictions"]
 
 
-def write_predictions(folder: Path, images: ImageDataset, p: np.ndarray, rows: Any) -> None:
+def write_predictions(
+    folder: Path, images: ImageDataset, p: np.ndarray, rows: Any, task: Task
+) -> None:
     """Write test_predictions.csv and the 12 hardest images.
 
-    Those have the lowest probability of their label or, of numbers, the largest error.
+    Those have the lowest probability of their label; of numbers, the largest error; of several
+    labels, the largest mean −log p of what is known.
     """
-    tell = _tell_classes if images.classes else _tell_numbers
-    heads, table, about, ease = tell(images, p[rows], rows)
+    if isinstance(task, Multilabel):
+        told = _tell_labels(images, p[rows], rows, task)
+    else:
+        told = (_tell_classes if images.classes else _tell_numbers)(images, p[rows], rows)
+    heads, table, about, ease = told
     names = [images.item_name(row) for row in rows]
     lines = [[name, *cells] for name, cells in zip(names, table, strict=True)]
     write_csv(folder / "test_predictions.csv", [["item", *heads], *lines])
     (folder / "hardest").mkdir(exist_ok=True)
     entries = []
-    for k, i in enumerate(np.argsort(ease, kind="stable")[:12]):
+    hardest = [i for i in np.argsort(ease, kind="stable")[:12] if np.isfinite(ease[i])]
+    for k, i in enumerate(hardest):
         row, file = rows[i], f"{k:02d}.png"
         image = images.load(row)
         image.thumbnail((160, 160))
@@ -72,6 +81,24 @@ def _tell_numbers(images: ImageDataset, p: np.ndarray, rows: Any) -> Told:
     error = p - labels
     table = [[f"{v:.9g}" for v in row] for row in zip(labels, p, error, strict=True)]
     return ["label", "predicted", "error"], table, ("error", error), -np.abs(error)
+
+
+def _tell_labels(images: ImageDataset, p: np.ndarray, rows: Any, task: Multilabel) -> Told:
+    """Return what test_predictions.csv says of probabilities (n, L) of several labels."""
+    labels = images.labels[rows]
+    table = [
+        [images.label_name(y), images.label_name(named), *(f"{x:.6g}" for x in q)]
+        for y, named, q in zip(labels, task.decide(p), p, strict=True)
+    ]
+    known = (labels >= 0).any(axis=1)
+    loss = np.full(len(p), -np.inf)  # nothing is known, nothing is wrong
+    loss[known] = np.nanmean(label_losses(labels[known], p[known]), axis=1)
+    return (
+        ["label", "predicted", *(f"p_{c}" for c in images.classes)],
+        table,
+        ("loss", loss),
+        -loss,
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,7 +163,7 @@ class SearchResult:
 
     @property
     def test(self) -> dict[str, float]:
-        """What the test images say: accuracy, …; or R², Spearman's ρ, RMSE and MAE of numbers."""
+        """What the test images say: accuracy, …; of numbers R², …; of several labels map, …."""
         return self.best["test"]
 
     @property

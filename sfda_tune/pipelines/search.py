@@ -54,6 +54,8 @@ def search(
     split_column: str | None = None,
     time_column: str | None = None,
     task: str | None = None,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
     loss: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
@@ -99,9 +101,10 @@ def search(
         How many backbones are tuned.
     objective : "accuracy", or ("accuracy", "latency") or ("accuracy", "params"); optional
         With two, the front between them is searched; the winner is the best by the first. For
-        numbers "r2" in the place of "accuracy".
+        numbers "r2" in the place of "accuracy", for several labels "map".
     metric : {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}, optional
-        What "accuracy" means. For numbers one of "r2", "spearman", "rmse" and "mae".
+        What "accuracy" means. For numbers one of "r2", "spearman", "rmse" and "mae"; for several
+        labels one of "map" (mean average precision), "macro_f1" and "log_loss".
     max_params : float, optional
     max_latency : float, optional
         Milliseconds for one image on this device. Backbones above a maximum are left out.
@@ -121,9 +124,15 @@ def search(
         together by the scores, and counts once in the interval of the test; with times the latest
         images are held out. `groups` as a sequence is that of the images to train on (of all,
         where there are no own parts).
-    task : {"auto", "classification", "regression"}, optional
+    task : {"auto", "classification", "regression", "multilabel"}, optional
         See `open_dataset`. For "regression" the network learns to predict the numbers
-        (`sfda_tune.finetuning.tasks`), and the test says R², Spearman's ρ, RMSE and MAE.
+        (`sfda_tune.finetuning.tasks`), and the test says R², Spearman's ρ, RMSE and MAE. For
+        "multilabel" each label has a threshold, chosen on the validation images of the winning
+        trial: the one with the highest F1 (`sfda_tune.selection.several.choose_thresholds`). The
+        test says mean average precision, macro-F1 at these and log-loss, and
+        ``result.best["labels"]`` each label by itself.
+    label_columns, label_delimiter : optional
+        See `open_dataset`.
     loss : {"mse", "l1", "huber"}, optional
         What training minimises for numbers; default: "mse". A `space` may vary it instead.
     bit_depth, bands : optional
@@ -181,7 +190,8 @@ def search(
         label_column=label_column, max_unreadable=max_unreadable, device=device,
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
-        time_column=time_column, task=task, loss=loss, bit_depth=bit_depth, bands=bands,
+        time_column=time_column, task=task, label_columns=label_columns,
+        label_delimiter=label_delimiter, loss=loss, bit_depth=bit_depth, bands=bands,
         weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.finetuning.models import load_model, predict
 from sfda_tune.finetuning.run import FineTuning, finetune
+from sfda_tune.finetuning.tasks import Task
 from sfda_tune.pipelines.budget import Budget, Workload
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.pipelines.inputs import Inputs
@@ -77,20 +78,35 @@ def _describe(
             "temperature": e.temperature,
         }
         | ({"error": e.error} if math.isfinite(e.error) else {})
+        | (
+            {"thresholds": list(e.thresholds)}
+            if run.best and e.number == run.best.number and e.thresholds
+            else {}
+        )
         for e in run.history
     )
-    seconds = max(seconds, sum(e["seconds"] for e in epochs))
+    seconds = max(seconds, sum(e.seconds for e in run.history))
     return replace(trial, value=best, values=(best, *costs), seconds=seconds, epochs=epochs)
 
 
 # The winner -------------------------------------------------------------------------------------
 class FixedLengthFineTuning(FineTuning):
-    """Keeps the last weights: it has no unseen images to choose the epoch by."""
+    """Keeps the last weights: it has no unseen images to choose the epoch by, or thresholds."""
+
+    _thresholds: Sequence[float] = ()
 
     def interpolate(self, part: float) -> FixedLengthFineTuning:
         """Go as far from the start as was best in the trial."""
         self._parts = (part,)
         return self
+
+    def decide_by(self, thresholds: Sequence[float]) -> FixedLengthFineTuning:
+        """Take the thresholds of the trial."""
+        self._thresholds = thresholds
+        return self
+
+    def _decided(self) -> Task:
+        return self.task.decide_by(self._thresholds)
 
     def _sort_key(self, epoch: Any) -> tuple[float, float]:
         return float(epoch.number), 0.0
@@ -115,6 +131,7 @@ def train_winner(
                 inputs.config.decoders,
                 should_stop=(lambda: budget.now() >= end) if has_checkpoint else None,
             ).interpolate(at.get("interpolation", 1.0))  # fmt: skip
+            run.decide_by(at.get("thresholds", ()))
             _train_until(run, last)
             _save(run, folder, best, at, "train and val")
             what = f"{last} epoch{'s' * (last > 1)}" if last else "a linear probe, no epoch,"
@@ -154,7 +171,7 @@ def evaluate_winner(folder: RunFolder, inputs: Inputs, best: Trial) -> dict[str,
     """Test RUN/model, write predictions and the hardest images; return what the test adds.
 
     Of classes that is also what a temperature is worth: that of the trial, whose validation images
-    it had not seen; the model may have been trained on them since.
+    it had not seen; the model may have been trained on them since. Of several labels, each one.
     """
     c, images, own = inputs.config, inputs.parts["test"], inputs.backbones[best.backbone]
     known = folder.state["costs"][best.backbone]["latency_ms"]  # what the trials were compared by
@@ -162,17 +179,18 @@ def evaluate_winner(folder: RunFolder, inputs: Inputs, best: Trial) -> dict[str,
     model = load_model(path, backbone=own if own.load else None, plugins=c.plugins)
     p = predict(model, images, device=inputs.device, precision=c.precision)
     rows = np.flatnonzero(np.isfinite(p.reshape(len(p), -1)).all(1))
-    write_predictions(folder.path, images, p, rows)
+    write_predictions(folder.path, images, p, rows, model.task)
     labels, codes = images.labels[rows], images.group_codes
     temperature = best_epoch(best, c.metric).get("temperature")  # none in an older search
     calibration = None
-    if temperature and images.classes:
+    if temperature and images.task == "classification":
         n_val = len(inputs.parts["val"])
         calibration = calibrate_on_test(labels, p[rows], temperature, n_val)
     groups = None if codes is None else codes[rows]
     intervals = model.task.find_intervals(labels, p[rows], groups)
     return {
         **({"calibration": calibration} if calibration else {}),
+        **model.task.examine(labels, p[rows]),
         "test": model.task.measure(labels, p[rows]),
         "test_interval": intervals[model.task.monitors[0]],
         "test_intervals": intervals,

@@ -25,8 +25,8 @@ SETTLES = {  # kind of a `Diagnostic`: what to rank by instead; None: as before
 # What `rank` and `search` mean alike: where the images are, how they are read and computed
 _SHARED = (
     "dataset", "image_column", "label_column", "groups", "group_column", "group_regex",
-    "split_column", "task", "bit_depth", "bands", "max_unreadable", "device", "precision",
-    "import",
+    "split_column", "task", "label_columns", "label_delimiter", "bit_depth", "bands",
+    "max_unreadable", "device", "precision", "import",
 )  # fmt: skip
 
 
@@ -72,14 +72,13 @@ def settle(run: Run, kind: str) -> str:
 def find_next(run: Run, folder: str = "RUN") -> list[tuple[str, str]]:
     """Return what to do next: pairs of a sentence and a command."""
     if run.search is None:
-        if run.ranking.info.get("task") == "multilabel":
-            return []
         line, lacking = propose_search(run.ranking)
         words = f"Fine-tune the first three, and keep the best{lacking}:"
         return [(words, line)] if line else []
     if (run.search.get("best") or {}).get("test"):
         words = ["sfda-tune", "predict", folder, "IMAGES"]
-        what = "Predict the numbers" if run.of_numbers else "Name the classes"
+        kinds = {"regression": "Predict the numbers", "multilabel": "Name the labels"}
+        what = kinds.get(run.search.get("task") or "", "Name the classes")
         return [(f"{what} of new images:", shlex.join(words))]
     return []
 

@@ -139,7 +139,8 @@ def render(run: Run) -> str:
         dataset=_describe_dataset(run, evidence),
         course=_course(run),
         calibration=_calibration(run),
-        test=None if run.of_numbers else _test(run),
+        test=None if run.of_numbers or run.of_labels else _test(run),
+        tested=_examine_labels(run) if run.of_labels else None,
         numbers=_examine_numbers(run) if run.of_numbers else None,
         temperature=_temperature(run),
         command=command,
@@ -175,7 +176,7 @@ def save_plots(source: str | os.PathLike[str], folder: str | os.PathLike[str]) -
         draw["reliability"] = partial(plots.plot_reliability, calibration)
     if run.predictions and run.of_numbers:
         draw["predictions"] = partial(plots.plot_predictions, *read_numbers(run))
-    elif run.predictions:
+    elif run.predictions and not run.of_labels:
         *pairs, classes = _classes(run)
         draw["confusion"] = partial(plots.plot_confusion, *pairs, classes=classes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +242,7 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str, str]
         if t["state"] == "failed":
             why = t["error"] or "no reason is known"
             found.append(("warning", f"Trial {t['number']}, {t['backbone']}, failed: {why}", ""))
-    if run.predictions and not run.of_numbers:
+    if run.predictions and not run.of_numbers and not run.of_labels:
         labels, _, classes = _classes(run)
         if empty := [c for c in classes if c not in set(labels)]:
             found.append(("note", f"Classes without a test image: {listed(empty, 8)}", ""))
@@ -409,6 +410,25 @@ def _test(run: Run) -> dict[str, Any] | None:
         "n": int(n.sum()),
         "right": int(right.sum()),
         "interval": known if len(known) == 2 else accuracy_interval(right.sum(), n.sum()),
+    }
+
+
+def _examine_labels(run: Run) -> dict[str, Any] | None:
+    """Return what the test said of each of several labels, the worst first."""
+    best = (run.search or {}).get("best") or {}
+    rows = best.get("labels")
+    if not rows:
+        return None
+    share = {r["label"]: r["images"] / max(r["known"], 1) for r in rows}
+    judged = [r | {"share": share[r["label"]]} for r in rows if r["average_precision"] is not None]
+    return {
+        "n": len(run.predictions),
+        "values": best.get("test") or {},
+        "intervals": best.get("test_intervals") or {},
+        "rows": sorted(
+            rows, key=lambda r: (r["average_precision"] is None, r["average_precision"])
+        ),
+        "judged": sorted(judged, key=lambda r: r["average_precision"]),
     }
 
 

@@ -46,7 +46,16 @@ class Run:
     @property
     def of_numbers(self) -> bool:
         """Whether labels are numbers to predict."""
-        return "regression" in ((self.search or {}).get("task"), self.ranking.info.get("task"))
+        return _is(self, "regression")
+
+    @property
+    def of_labels(self) -> bool:
+        """Whether an image may have several labels."""
+        return _is(self, "multilabel")
+
+
+def _is(run: Run, task: str) -> bool:
+    return task in ((run.search or {}).get("task"), run.ranking.info.get("task"))
 
 
 def read_run(source: str | os.PathLike[str], images: Any = True) -> Run:

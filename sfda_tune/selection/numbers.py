@@ -12,10 +12,12 @@ w           how often each image is in a bootstrap sample, or 1                 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy.stats import rankdata
 
-__all__ = ["measure_numbers", "resample_numbers"]
+__all__ = ["draw_weights", "measure_numbers", "resample_numbers"]
 
 DRAWS = 1000
 
@@ -70,16 +72,23 @@ def resample_numbers(
     True
     """
     y, p = np.asarray(labels, np.float64), np.asarray(predicted, np.float64)
-    units = np.arange(len(y)) if groups is None else np.unique(groups, return_inverse=True)[1]
-    G = int(units.max()) + 1
-    step = max(1, 10_000_000 // len(y))  # of (n_draws, n) numbers at a time: 80 MB
-    rng, parts = np.random.default_rng(seed), []
-    for start in range(0, n_draws, step):
-        w = rng.multinomial(G, np.full(G, 1 / G), min(step, n_draws - start))[:, units]
-        parts.append(_measure(y, p, w.astype(np.float64)))
+    parts = [_measure(y, p, w) for w in draw_weights(len(y), groups, n_draws, seed)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     counts = np.isfinite(found["r2"])
     return {name: values[counts] for name, values in found.items()}
+
+
+def draw_weights(
+    n: int, groups: np.ndarray | None, n_draws: int, seed: int
+) -> Iterator[np.ndarray]:
+    """Yield how often each image is in bootstrap samples, (·, n); groups are drawn as a whole."""
+    units = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
+    G = int(units.max()) + 1
+    step = max(1, 10_000_000 // n)  # of (n_draws, n) numbers at a time: 80 MB
+    rng = np.random.default_rng(seed)
+    for start in range(0, n_draws, step):
+        w = rng.multinomial(G, np.full(G, 1 / G), min(step, n_draws - start))[:, units]
+        yield w.astype(np.float64)
 
 
 def _measure(y: np.ndarray, p: np.ndarray, w: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ COUNT = (AtLeast(0), None)
 NUMBER = (float, None)
 TEXT = (str, None)
 NUMBERS = {str: NUMBER}
+NOTED_EPOCH = {str: (float, None, [float])}
 GROUPS: dict[Any, Any] = {
     "n": AtLeast(1, int),
     "largest": AtLeast(1, int),
@@ -107,6 +108,7 @@ EPOCH = {
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),
     "temperature?": AtLeast(0),
+    "thresholds?": [AtLeast(0)],
 }
 CALIBRATION: dict[Any, Any] = {
     **dict.fromkeys(("temperature", "ece_before", "ece_after"), AtLeast(0)),
@@ -130,6 +132,15 @@ OUTLINE: dict[Any, Any] = {  # of a trial, as a report needs it
     "epochs?": [EPOCH],
 }
 TRIAL: dict[Any, Any] = OUTLINE | {"epochs": [EPOCH], "started": AtLeast(0)}
+
+TESTED_LABEL: dict[Any, Any] = {
+    "label": str,
+    "images": AtLeast(0, int),
+    "known": AtLeast(0, int),
+    "average_precision": COUNT,
+    "f1": COUNT,
+    "threshold": AtLeast(0),
+}
 
 SEARCH: dict[Any, Any] = {
     "format?": int,
@@ -170,6 +181,7 @@ SEARCH: dict[Any, Any] = {
             "calibration?": (CALIBRATION, None),
             "test_interval?": ([float], None),
             "test_intervals?": ({str: [float]}, None),
+            "labels?": [TESTED_LABEL],
             "latency_ms?": COUNT,
             "n_params?": COUNT,
         },
@@ -213,7 +225,7 @@ PROVENANCE: dict[Any, Any] = {
     "classes": [str],
     "backbone": object,
     "digests?": {str: str},
-    "task?": {"name": str, "mean?": float, "scale?": float},
+    "task?": {"name": str, "mean?": float, "scale?": float, "thresholds?": [float]},
     "reading?": ({"bit_depth?": (int, None), "bands?": ([int], None)}, None),
 }
 REGRESSOR: dict[Any, Any] = {

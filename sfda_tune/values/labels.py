@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_indicators", "encode_labels", "find_rarest"]
+__all__ = ["as_indicators", "encode_labels", "find_rarest", "find_varied"]
 
 
 def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
@@ -122,6 +122,15 @@ def find_rarest(indicators: np.ndarray) -> np.ndarray:
     n, L = has.sum(axis=0), has.shape[1]
     order = np.argsort(n, kind="stable")
     return np.where(has.any(axis=1), order[has[:, order].argmax(axis=1)], L)
+
+
+def find_varied(indicators: np.ndarray, least: int = 1) -> np.ndarray:
+    """Return which labels are known to be had, and to be lacked, by so many rows, (n_labels,).
+
+    >>> find_varied(np.array([[1, 1, -1], [0, 1, 1], [-1, 1, -1]])).tolist()
+    [True, False, False]
+    """
+    return np.all([(indicators == k).sum(axis=0) >= least for k in (0, 1)], axis=0)
 
 
 def _is_missing(label: Any) -> bool:

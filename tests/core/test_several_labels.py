@@ -16,13 +16,10 @@ from sfda_tune import (
     Ranking,
     open_dataset,
     rank,
-    resolve_backbones,
     score,
-    search,
 )
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.copies import find_twins
-from sfda_tune.finetuning.run import finetune
 from sfda_tune.metrics.multilabel import logme_multilabel, sfda_multilabel
 from sfda_tune.report.html import write_report
 from sfda_tune.selection.diagnostics import diagnose
@@ -322,7 +319,7 @@ def test_digits_as_bits_are_ranked_through_files_and_page(cache, tmp_path):
     page = write_report(tmp_path / "r.json").read_text("utf-8").replace("<wbr>", "")
     assert 'id="labels"' in page
     assert 'id="classes"' not in page
-    assert "sfda-tune search" not in page
+    assert "sfda-tune search digits" in page
     assert "--task multilabel" in page
     mean = first["mean_average_precision"]
     assert f"finds the images of 4 labels with a mean average precision of {mean:.2f}" in page
@@ -400,16 +397,6 @@ def test_race_and_budget(cache):
 def test_what_has_no_meaning_for_several_labels_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         rank("digits", THREE, **{"task": "multilabel", "cache": False, **options})
-
-
-def test_several_labels_cannot_be_trained_on_yet(tmp_path):
-    data = open_dataset("digits", task="multilabel", samples=60)
-    with pytest.raises(ValueError, match="on several labels per image is not there yet"):
-        search("digits", THREE, task="multilabel", out=tmp_path / "run")
-    with pytest.raises(DatasetError, match="one label per image to search on but has several"):
-        search(data, THREE, cache=False, out=tmp_path / "run")
-    with pytest.raises(DatasetError, match="one label per image to fine-tune on but has several"):
-        finetune(resolve_backbones(THREE[0])[0], data)
 
 
 def test_a_matrix_of_labels_is_no_column_of_classes():
