@@ -76,6 +76,7 @@ def _describe(
             "train_loss": e.train_loss if math.isfinite(e.train_loss) else None,
             "seconds": e.seconds,
             "temperature": e.temperature,
+            "interpolation": e.interpolation,
         }
         | ({"error": e.error} if math.isfinite(e.error) else {})
         | (

@@ -108,6 +108,7 @@ EPOCH = {
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),
     "temperature?": AtLeast(0),
+    "interpolation?": AtLeast(0),
     "thresholds?": [AtLeast(0)],
 }
 CALIBRATION: dict[Any, Any] = {

@@ -43,7 +43,12 @@ from sfda_tune.pipelines.run_folder import RunFolder
 from sfda_tune.pipelines.search import search
 from sfda_tune.pipelines.spaces import default_space, open_space
 from sfda_tune.pipelines.stages import choose_survivors, work
-from sfda_tune.pipelines.training import evaluate_winner, train, train_winner
+from sfda_tune.pipelines.training import (
+    FixedLengthFineTuning,
+    evaluate_winner,
+    train,
+    train_winner,
+)
 from sfda_tune.pipelines.trials import (
     best_epoch,
     estimate_everything,
@@ -1135,3 +1140,23 @@ def test_a_full_disk_loses_no_prediction_that_is_shown(found, new_images, capsys
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == len(NAMES)
     assert "'/dev/full' could not be written to the end (No space left on device)" in shown.err
+
+
+def test_the_winner_is_as_far_from_its_start_as_its_trial_was(tmp_path, monkeypatch):
+    """Its weights are those between start and end that the validation images preferred."""
+    monkeypatch.setattr(finetuning, "INTERPOLATIONS", (0.5,))
+    taken = []
+    true = FixedLengthFineTuning.interpolate
+    monkeypatch.setattr(
+        FixedLengthFineTuning,
+        "interpolate",
+        lambda run, part: taken.append(part) or true(run, part),
+    )
+    found = search(
+        "digits", "demo:vit_untrained", trials=1, epochs=2, samples=200, cache=False, device="cpu",
+        out=tmp_path / "run",
+    )  # fmt: skip
+    epochs = found.trials[0]["epochs"]
+    assert [e["interpolation"] for e in epochs] == [1.0, 1.0, 0.5]
+    assert found.best["epochs"] == 2
+    assert taken == [0.5]
