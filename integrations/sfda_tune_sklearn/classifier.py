@@ -111,6 +111,11 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
         items = read_images(self, X, fit=True)
         any_type: Any = None
         y = check_array(y, ensure_2d=False, dtype=any_type, input_name="y")
+        if np.ndim(y) == 2 and np.shape(y)[1] > 1:
+            raise ValueError(
+                f"`y` should be a 1d array, one class per image, but has the shape {np.shape(y)}; "
+                "with several labels per image: sfda_tune.search((images, y), task='multilabel')."
+            )
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         check_consistent_length(items, y)

@@ -171,3 +171,9 @@ def test_groups_reach_the_ranking_and_the_search():
     assert tuned.ranking_.groups is not None
     with pytest.raises(ValueError, match="200 images and 3 groups"):
         model.fit(X[TRAIN], Y[TRAIN], groups=[1, 2, 3])
+
+
+def test_indicator_matrices_are_refused_with_the_way_to_go():
+    images, y = np.zeros((6, 8, 8), np.uint8), np.eye(6)[:, :3].astype(int)
+    with pytest.raises(ValueError, match=r"has the shape \(6, 3\); .*task='multilabel'"):
+        BackboneClassifier().fit(images, y)
