@@ -170,7 +170,13 @@ def _need(module: str, what: str, extra: str) -> Any:
 def _read_dicom(content: bytes, reading: Reading | None) -> np.ndarray:
     pydicom, pixels = (_need(m, "DICOM", MEDICAL) for m in ("pydicom", "pydicom.pixels"))
     data = pydicom.dcmread(io.BytesIO(content))
-    array = pixels.pixel_array(data, index=0)  # colour as RGB
+    try:
+        array = pixels.pixel_array(data, index=0)  # colour as RGB
+    except RuntimeError as error:  # what can be installed is no verdict about the file
+        raise ImportError(
+            f"its compression ({data.file_meta.TransferSyntaxUID.name}) cannot be decoded here: "
+            "install another decoder (pip install 'pylibjpeg[all]'); else the file is damaged"
+        ) from error
     bits = int(data.BitsStored)
     if array.ndim == 3:
         scaled = array / (2**bits - 1)
@@ -183,7 +189,7 @@ def _read_dicom(content: bytes, reading: Reading | None) -> np.ndarray:
             shown = pixels.apply_windowing(shown, data)
             ends = pixels.apply_windowing(np.array([-1e12, 1e12]), data)  # black and white
         else:
-            ends = (0, 255) if bits <= 8 else (shown.min(), shown.max())
+            ends = (0, 2**bits - 1) if bits <= 8 else (shown.min(), shown.max())
         low, high = min(ends), max(ends)
         scaled = (np.clip(shown, low, high) - low) / ((high - low) or 1)
         if data.PhotometricInterpretation == "MONOCHROME1":

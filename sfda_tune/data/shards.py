@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,12 @@ def open_shards(
     samples = [sample for path in paths for sample in _read_samples(path)]
     endings = list(dict.fromkeys(ending for sample in samples for ending in sample.members))
     image = _find_image(samples, image_column, endings, where)
-    samples = [sample for sample in samples if image(sample) is not None]
+    if lacking := [sample.key for sample in samples if image(sample) is None]:
+        warnings.warn(
+            f"{where}: samples without an image are left out: {len(lacking)} ({some(lacking)}).",
+            stacklevel=2,
+        )
+        samples = [sample for sample in samples if image(sample) is not None]
     labels = _read_labels(samples, label_column, endings, where)
     items = [image(sample) for sample in samples]
     what = f"{where} the labels"

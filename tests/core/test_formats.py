@@ -1,6 +1,7 @@
 """Pixels of more than 8 bits, images of other than three bands, DICOM, NIfTI, arrays in files."""
 
 import gzip
+import importlib.util
 import io
 import sys
 import warnings
@@ -14,7 +15,7 @@ from sfda_tune import open_dataset, rank, search
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.copies import group_twins
 from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import UnreadableImage
+from sfda_tune.data.decoding import Passing, UnreadableImage
 from sfda_tune.data.formats import Reading, parse_reading
 from sfda_tune.finetuning.models import load_model, predict
 
@@ -153,6 +154,18 @@ def test_dicom_by_its_window():
     assert np.abs(255 - load(inverse)[..., 0].astype(int) - expected).max() <= 0.51
     plain = load(dicom(DEEP))[..., 0]
     assert (plain.min(), plain.max()) == (0, 255)
+    mask = (np.arange(12).reshape(3, 4) % 2).astype(np.uint16)  # of a segmentation
+    assert (load(dicom(mask, BitsStored=1, HighBit=0))[..., 0] == 255 * mask).all()
+
+
+def test_dicom_whose_decoder_is_not_there_says_so_and_is_tried_again():
+    data = pytest.importorskip("pydicom.data")
+    path = data.get_testdata_file("JPEG-lossy.dcm", download=False)
+    if path is None or importlib.util.find_spec("libjpeg"):
+        pytest.skip("pydicom ships no JPEG-lossy.dcm, or what decodes it is installed")
+    said = reason(path)
+    assert "pip install 'pylibjpeg[all]'" in said
+    assert isinstance(said, Passing)
 
 
 @pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "examples_rgb_color.dcm"])
