@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable
@@ -93,20 +92,8 @@ def predict(
             records = []
             for row, numbers in zip(rows, p.tolist(), strict=True):
                 record: dict[str, Any] = {"item": files[row]}
-                if not model.classes and math.isfinite(numbers):
-                    record["predicted"] = numbers
-                    known += 1
-                elif isinstance(model.task, Multilabel) and all(map(math.isfinite, numbers)):
-                    named = model.task.decide(np.array(numbers))
-                    odds = dict(zip(model.classes, numbers, strict=True))
-                    record["predicted"] = [c for c, n in zip(odds, named, strict=True) if n]
-                    record["probabilities"] = odds
-                    known += 1
-                elif model.classes and all(map(math.isfinite, numbers)):
-                    best = max(range(len(numbers)), key=numbers.__getitem__)
-                    odds = dict(zip(model.classes, numbers, strict=True))
-                    record |= {"predicted": model.classes[best], "confidence": numbers[best]}
-                    record["probabilities"] = odds
+                if np.isfinite(numbers).all():
+                    record |= _judge(model.task, numbers, several)
                     known += 1
                 else:
                     why = f"cannot be read: {bad[row]}" if row in bad else "has no finite numbers"
@@ -153,6 +140,18 @@ def _find_files(images: list[str], image_column: str | None) -> list[str]:
     if not files:
         raise ValueError(f"`IMAGES` must be image files, or folders that hold some: {images!r}.")
     return files
+
+
+def _judge(task: Any, p: Any, several: bool) -> dict[str, Any]:
+    """Return what is predicted: a number, labels, or a class, these with their probabilities."""
+    if not task.classes:
+        return {"predicted": p}
+    odds = dict(zip(task.classes, p, strict=True))
+    if several:
+        named = [c for c, one in zip(odds, task.decide(np.array(p)), strict=True) if one]
+        return {"predicted": named, "probabilities": odds}
+    best = max(odds, key=lambda c: odds[c])
+    return {"predicted": best, "confidence": odds[best], "probabilities": odds}
 
 
 def _tell(record: dict[str, Any]) -> str:

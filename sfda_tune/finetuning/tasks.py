@@ -34,7 +34,7 @@ from sfda_tune.finetuning.calibration import fit_temperature
 from sfda_tune.finetuning.epochs import measure
 from sfda_tune.finetuning.heads import fit_head, fit_labels, fit_numbers
 from sfda_tune.selection.evaluation import accuracy_interval, design_effect
-from sfda_tune.selection.numbers import measure_numbers, resample_numbers
+from sfda_tune.selection.numbers import DRAWS, measure_numbers, resample_numbers
 from sfda_tune.selection.several import (
     UNDECIDED,
     choose_thresholds,
@@ -51,8 +51,6 @@ __all__ = [
     "find_kind", "make_task", "read_task",
 ]  # fmt: skip
 
-FEW_DRAWS = 200  # bootstrap samples for the error of a trial, which is made after every epoch
-
 
 class Task(ABC):
     """How a kind of labels is trained on, predicted and judged."""
@@ -63,6 +61,7 @@ class Task(ABC):
     tie: ClassVar[str]  # the metric that tells apart what the chosen one does not
     exported: ClassVar[tuple[str, str]]  # names of outputs and predictions in ONNX
     refused: ClassVar[Mapping[str, Any]] = {}  # fields of a configuration without a meaning here
+    n_draws_of_error: ClassVar[int] = DRAWS  # bootstrap samples after every epoch
     classes: tuple[str, ...]  # names of the columns of predictions; none for numbers
 
     @property
@@ -155,6 +154,19 @@ class Task(ABC):
         """Return what else a test tells, as JSON values."""
         return {}
 
+    def resample(
+        self,
+        labels: np.ndarray,
+        predicted: np.ndarray,
+        groups: np.ndarray | None,
+        n_draws: int = DRAWS,
+    ) -> dict[str, np.ndarray]:
+        """Return the metrics on bootstrap samples of the images, or groups, (n_draws,) each.
+
+        None where an error is that of a share of the images.
+        """
+        return {}
+
     def find_error(
         self,
         labels: np.ndarray,
@@ -163,19 +175,16 @@ class Task(ABC):
         groups: np.ndarray | None = None,
     ) -> float:
         """Return the standard error of a metric; NaN where it is that of a share of the images."""
-        return math.nan
+        draws = self.resample(labels, predicted, groups, self.n_draws_of_error)
+        return float(draws[metric].std()) if draws else math.nan
 
-    @abstractmethod
     def find_intervals(
         self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
     ) -> dict[str, tuple[float, float]]:
         """Return 95 % intervals of metrics; images of a group count as one."""
-
-
-def _find_percentiles(draws: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Return the interval in which 95 % of bootstrap samples are, for each metric."""
-    ends = {name: np.quantile(found, (0.025, 0.975)) for name, found in draws.items()}
-    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+        draws = self.resample(labels, predicted, groups)
+        ends = {name: np.quantile(found, (0.025, 0.975)) for name, found in draws.items()}
+        return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 @dataclass(frozen=True)
@@ -328,21 +337,15 @@ class Regression(Task):
         """See `sfda_tune.selection.numbers.measure_numbers`."""
         return measure_numbers(labels, predicted)
 
-    def find_error(
+    def resample(
         self,
         labels: np.ndarray,
         predicted: np.ndarray,
-        metric: str,
-        groups: np.ndarray | None = None,
-    ) -> float:
-        """Return the standard deviation of a metric over bootstrap samples, as the intervals."""
-        return float(resample_numbers(labels, predicted, groups)[metric].std())
-
-    def find_intervals(
-        self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
-    ) -> dict[str, tuple[float, float]]:
-        """Return percentiles of bootstrap samples of the images, or of the groups."""
-        return _find_percentiles(resample_numbers(labels, predicted, groups))
+        groups: np.ndarray | None,
+        n_draws: int = DRAWS,
+    ) -> dict[str, np.ndarray]:
+        """See `sfda_tune.selection.numbers.resample_numbers`."""
+        return resample_numbers(labels, predicted, groups, n_draws=n_draws)
 
 
 @dataclass(frozen=True)
@@ -363,6 +366,7 @@ class Multilabel(Task):
     tie: ClassVar[str] = "log_loss"
     exported: ClassVar[tuple[str, str]] = ("logits", "probabilities")
     refused: ClassVar[Mapping[str, Any]] = {"mixup": 0.0, "cutmix": 0.0, "class_weights": None}
+    n_draws_of_error: ClassVar[int] = 200
 
     def __post_init__(self) -> None:
         if len(self.thresholds) not in (0, len(self.classes)):
@@ -438,24 +442,16 @@ class Multilabel(Task):
         thresholds = self._thresholds(labels, predicted)
         return {"labels": describe_labels(labels, predicted, thresholds, self.classes)}
 
-    def find_error(
+    def resample(
         self,
         labels: np.ndarray,
         predicted: np.ndarray,
-        metric: str,
-        groups: np.ndarray | None = None,
-    ) -> float:
-        """Return the standard deviation of a metric over bootstrap samples, as the intervals."""
+        groups: np.ndarray | None,
+        n_draws: int = DRAWS,
+    ) -> dict[str, np.ndarray]:
+        """See `sfda_tune.selection.several.resample_labels`."""
         thresholds = self._thresholds(labels, predicted)
-        draws = resample_labels(labels, predicted, thresholds, groups, n_draws=FEW_DRAWS)
-        return float(draws[metric].std())
-
-    def find_intervals(
-        self, labels: np.ndarray, predicted: np.ndarray, groups: np.ndarray | None
-    ) -> dict[str, tuple[float, float]]:
-        """Return percentiles of bootstrap samples of the images, or of the groups."""
-        thresholds = self._thresholds(labels, predicted)
-        return _find_percentiles(resample_labels(labels, predicted, thresholds, groups))
+        return resample_labels(labels, predicted, thresholds, groups, n_draws=n_draws)
 
 
 KINDS: dict[str, type[Classification] | type[Regression] | type[Multilabel]] = {

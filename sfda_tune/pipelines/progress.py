@@ -92,8 +92,9 @@ class _Work:
 class _Leaders:
     """The best few scores so far; in a race of those that have seen as many images as any."""
 
-    def __init__(self) -> None:
+    def __init__(self, n: int = LEADERS) -> None:
         self.scores: dict[str, Score] = {}
+        self._n = n
 
     def add(self, score: Score) -> None:
         self.scores[score.backbone] = score
@@ -103,9 +104,9 @@ class _Leaders:
         known = [s for s in list(self.scores.values()) if math.isfinite(s.value)]
         most = max((s.n_samples for s in known), default=0)
         known = sorted((s for s in known if s.n_samples == most), key=lambda s: -s.value)
-        if len(known) < 2:
+        if len(known) < 2 or not self._n:
             return []
-        best = [f"{s.value:10.4f}  {printable(s.backbone)}" for s in known[:LEADERS]]
+        best = [f"{s.value:10.4f}  {printable(s.backbone)}" for s in known[: self._n]]
         return ["  best scores so far", *best]
 
 
@@ -168,7 +169,7 @@ class Bar(NullProgress):
         from sfda_tune.pipelines.terminal import Terminal
 
         console = console or Terminal(stderr=True)
-        self._leaders, self._is_led = _Leaders(), leaders
+        self._leaders = _Leaders(n=LEADERS if leaders else 0)
         self.rich = _progress_of(console, self._leaders)(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
@@ -208,8 +209,7 @@ class Bar(NullProgress):
 
     def finish(self, score: Score) -> None:
         """Compare a score with the others."""
-        if self._is_led:
-            self._leaders.add(score)
+        self._leaders.add(score)
 
     def fetch(self, backbone: str, done: int, total: int | None) -> None:
         """Tell which weights come, and how much of them is here."""
@@ -228,7 +228,7 @@ class SearchProgress(NullProgress):
         from sfda_tune.pipelines.terminal import Terminal
 
         console = console or Terminal(stderr=True)
-        self._leaders, self._is_led = _Leaders(), leaders
+        self._leaders = _Leaders(n=LEADERS if leaders else 0)
         self.rich = _progress_of(console, self._leaders)(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -274,8 +274,7 @@ class SearchProgress(NullProgress):
 
     def finish(self, score: Score) -> None:
         """Compare a score with the others."""
-        if self._is_led:
-            self._leaders.add(score)
+        self._leaders.add(score)
 
     def fetch(self, backbone: str, done: int, total: int | None) -> None:
         """Tell which weights come, and how much of them is here."""

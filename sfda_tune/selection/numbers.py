@@ -12,12 +12,12 @@ w           how often each image is in a bootstrap sample, or 1                 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.stats import rankdata
 
-__all__ = ["draw_weights", "measure_numbers", "resample_numbers"]
+__all__ = ["measure_numbers", "resample", "resample_numbers"]
 
 DRAWS = 1000
 
@@ -72,16 +72,30 @@ def resample_numbers(
     True
     """
     y, p = np.asarray(labels, np.float64), np.asarray(predicted, np.float64)
-    parts = [_measure(y, p, w) for w in draw_weights(len(y), groups, n_draws, seed)]
+    return resample(lambda w: _measure(y, p, w), "r2", len(y), groups, n_draws, seed)
+
+
+def resample(
+    measure: Callable[[np.ndarray], dict[str, np.ndarray]],
+    judged: str,
+    n: int,
+    groups: np.ndarray | None,
+    n_draws: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Return what `measure` makes of the weights (·, n) of bootstrap samples of n images.
+
+    Groups are drawn as a whole. Samples for which the metric `judged` is not finite do not count.
+    """
+    parts = [measure(w) for w in _draw_weights(n, groups, n_draws, seed)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    counts = np.isfinite(found["r2"])
+    counts = np.isfinite(found[judged])
     return {name: values[counts] for name, values in found.items()}
 
 
-def draw_weights(
+def _draw_weights(
     n: int, groups: np.ndarray | None, n_draws: int, seed: int
 ) -> Iterator[np.ndarray]:
-    """Yield how often each image is in bootstrap samples, (·, n); groups are drawn as a whole."""
     units = np.arange(n) if groups is None else np.unique(groups, return_inverse=True)[1]
     G = int(units.max()) + 1
     step = max(1, 10_000_000 // n)  # of (n_draws, n) numbers at a time: 80 MB

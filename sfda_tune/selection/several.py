@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.selection.numbers import DRAWS, draw_weights
+from sfda_tune.selection.numbers import DRAWS, resample
 from sfda_tune.values.labels import find_varied
 
 __all__ = [
@@ -116,12 +116,9 @@ def resample_labels(
     >>> bool(0.01 < resample_labels(labels, p, [0.5])["map"].std() < 0.1)
     True
     """
-    parts = [
-        _measure(labels, p, thresholds, w) for w in draw_weights(len(p), groups, n_draws, seed)
-    ]
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    counts = np.isfinite(found["map"])
-    return {name: values[counts] for name, values in found.items()}
+    return resample(
+        lambda w: _measure(labels, p, thresholds, w), "map", len(p), groups, n_draws, seed
+    )
 
 
 def describe_labels(
