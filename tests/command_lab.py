@@ -1,16 +1,40 @@
-"""A command or a script in a process of its own that is forked where all is imported already.
+"""Commands in this process; or, as scripts, in one that is forked where all is imported already.
 
 Importing takes longer than a small ranking, and a signal is to hit the work, not the imports.
 """
 
 import os
 import runpy
+import shlex
 import signal
 import sys
 
 import torch
 
 import sfda_tune.cli.main
+from sfda_tune.pipelines.result import SearchResult
+from sfda_tune.report.commands import repeat
+from sfda_tune.report.run import read_run
+
+
+def call(*arguments):
+    """Be `sfda-tune` here; return the exit code."""
+    try:
+        sfda_tune.cli.main.main(list(map(str, arguments)))
+    except SystemExit as end:
+        return end.code
+    raise AssertionError("the command did not end by itself")
+
+
+def search_twice(folder, command, options):
+    """Search; then do it again as the page has it, with these `options`: nothing happens."""
+    assert call(*command, "--out", folder, "-q") == 0
+    found = SearchResult.open(folder)
+    again = shlex.split(repeat(read_run(folder))[0])
+    assert options <= set(again)
+    assert call(*again[1:], "--out", folder, "--json") == 0
+    assert SearchResult.open(folder).summary == found.summary
+    return found
 
 
 def run_command(arguments, out, err, environment):

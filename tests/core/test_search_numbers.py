@@ -5,33 +5,23 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shlex
 
 import numpy as np
 import pytest
+from command_lab import call, search_twice
 
 from sfda_tune import ImageDataset, open_dataset, search
-from sfda_tune.cli.main import main
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.splits import split_images, tell_gaps
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.pipelines.export import export_onnx
-from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.spaces import default_space
 from sfda_tune.pipelines.trials import find_near
-from sfda_tune.report.commands import repeat
 from sfda_tune.report.html import save_plots
-from sfda_tune.report.run import read_run
 from sfda_tune.selection.numbers import measure_numbers
 
 ONE = "demo:resnet_glyphs"
-
-
-def call(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(list(map(str, arguments)))
-    return end.value.code
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +42,8 @@ def run(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "run"
     command = ["search", table, "--task", "regression", "--label-column", "degrees", "-b", ONE]
     command += ["--trials", 2, "--epochs", 2, "--group-column", "writer"]
-    command += ["--loss", "huber", "--out", folder, "-q"]
-    assert call(*command) == 0
-    found = SearchResult.open(folder)
-    again = shlex.split(repeat(read_run(folder))[0])  # as the page has it
-    assert {"--task", "--loss"} <= set(again)
-    assert call(*again[1:], "--out", folder, "--json") == 0  # it is done: nothing happens
-    assert SearchResult.open(folder).summary == found.summary
-    return found
+    command += ["--loss", "huber"]
+    return search_twice(folder, command, {"--task", "--loss"})
 
 
 def test_a_search_learns_numbers_and_tests_them(run):

@@ -5,28 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shlex
 
 import numpy as np
 import pytest
+from command_lab import call, search_twice
 
 from sfda_tune import open_dataset, search
-from sfda_tune.cli.main import main
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.pipelines.export import export_onnx
-from sfda_tune.pipelines.result import SearchResult
-from sfda_tune.report.commands import repeat
 from sfda_tune.report.html import save_plots
-from sfda_tune.report.run import read_run
 from sfda_tune.selection.several import measure_labels
 
 ONE = "demo:resnet_glyphs"
-
-
-def call(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(list(map(str, arguments)))
-    return end.value.code
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +38,8 @@ def table(tmp_path_factory):
 def run(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search") / "run"
     command = ["search", table, "--label-column", "bits", "--label-delimiter", ";", "-b", ONE]
-    command += ["--trials", 2, "--epochs", 2, "--group-column", "writer", "--out", folder, "-q"]
-    assert call(*command) == 0
-    found = SearchResult.open(folder)
-    again = shlex.split(repeat(read_run(folder))[0])  # as the page has it
-    assert {"--task", "--label-delimiter"} <= set(again)
-    assert call(*again[1:], "--out", folder, "--json") == 0  # it is done: nothing happens
-    assert SearchResult.open(folder).summary == found.summary
-    return found
+    command += ["--trials", 2, "--epochs", 2, "--group-column", "writer"]
+    return search_twice(folder, command, {"--task", "--label-delimiter"})
 
 
 def test_a_search_learns_labels_and_tests_them(run):
