@@ -7,7 +7,7 @@ numpy and Pillow only; whatever else a form needs is imported by it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -183,7 +183,7 @@ def settle_task(
             continue
         if told not in (None, kind):
             raise DatasetError(f"`{name}` is for {what}, but `task` is {told!r}; leave one out.")
-        require(name, value, "a text that is not empty", np.ndim(value) < 2 and np.size(value))
+        require(name, value, "a text that is not empty", isinstance(value, Sized) and len(value))
         told = kind
     return told
 

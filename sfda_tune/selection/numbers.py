@@ -112,7 +112,7 @@ def measure_levels(labels: np.ndarray, predicted: np.ndarray, n_levels: int) -> 
     --------
     >>> found = measure_levels(np.array([0, 1, 2, 2]), np.array([0.1, 0.4, 1.7, 1.9]), 3)
     >>> {name: round(value, 3) for name, value in found.items()}
-    {'spearman': 0.949, 'qwk': 0.833, 'mae': 0.25, 'accuracy': 0.75}
+    {'spearman': 0.949, 'qwk': 0.857, 'mae': 0.25, 'accuracy': 0.75}
     """
     measure_numbers(labels, predicted)  # refuses labels that are all equal
     found = _measure_levels(labels, predicted, np.ones((1, len(labels))), n_levels)
