@@ -176,7 +176,7 @@ def order_levels(
                 "numbers; pass levels=['small', 'medium', …] (--levels small,medium,…), all of "
                 "them from the lowest to the highest."
             )
-        order = np.argsort(keys, kind="stable").tolist()
+        order = sorted(range(len(classes)), key=lambda c: keys[c])
         return tuple(classes[c] for c in order), np.argsort(order)
     names = tuple(list_levels(levels) or ())
     place = {_level_key(name): k for k, name in enumerate(names)}
