@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.base import ClassifierMixin
 from sklearn.metrics import accuracy_score
 from sklearn.utils import check_array, check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
+from sfda_tune.data.splits import match_labels
+from sfda_tune.finetuning.tasks import Multilabel
 from sfda_tune.values.formats import CLASSIFIER
+from sfda_tune.values.labels import as_indicators, find_varied
 from sfda_tune_sklearn.estimator import BackboneEstimator
 from sfda_tune_sklearn.images import read_images
 
@@ -26,6 +31,11 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
     `fit` ranks the backbones by their scores. Then it tunes and fine-tunes the best ones
     (`sfda_tune.search`), or with ``finetune=False`` only trains logistic regression, its penalty
     chosen by cross-validation, on the features of the first: seconds instead of minutes.
+
+    With several labels per image y is an indicator matrix, (n_images, n_labels): 1, 0, or NaN
+    where it is not known. Each label has a threshold, from which probability on it is named: the
+    one with the highest F1 on images that the head was not trained on (without ``finetune`` a
+    fifth of them, held out for that alone; .5 where they are too few).
 
     Parameters
     ----------
@@ -55,6 +65,8 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
     Attributes
     ----------
     classes_ : array of shape (n_classes,)
+        Of several labels what the columns are called: the names of a data frame or data set, else
+        0 … n_labels − 1.
     ranking_ : Ranking
     result_ : SearchResult or None
         What the search found. Its folder is only there if `options` has ``out``.
@@ -68,7 +80,8 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
     Raises
     ------
     ValueError
-        If X cannot be read as images, if there is a single class, or if every backbone failed.
+        If X cannot be read as images, if there is a single class (of several labels: none that two
+        images have and two do not), or if every backbone failed.
 
     Examples
     --------
@@ -77,6 +90,9 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
     >>> model = BackboneClassifier("demo:*glyphs", finetune=False, cache=False)
     >>> model.fit(X[:200], y[:200]).score(X[200:400], y[200:400]) > 0.8
     True
+    >>> odd_and_large = np.stack([y % 2, y > 4], axis=1)
+    >>> model.fit(X[:200], odd_and_large[:200]).predict(X[200:400]).shape
+    (200, 2)
     """
 
     _kind: ClassVar[str] = "classifier"
@@ -84,38 +100,79 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
     _state: ClassVar[dict[Any, Any]] = CLASSIFIER
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return probabilities, float64 of shape (n_images, n_classes), in the order of X."""
+        """Return probabilities, float64 of shape (n_images, n_classes), in the order of X.
+
+        Of several labels each is by itself, so that rows do not add up to one.
+        """
         p = self._predict(X)
+        if isinstance(self.model_.task, Multilabel):
+            return p
         return p[:, [self.model_.classes.index(str(c)) for c in self.classes_]]
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the most probable class of each image."""
+        """Return the most probable class of each image; of several labels 0 or 1 for each."""
         p = self.predict_proba(X)
+        if isinstance(self.model_.task, Multilabel):
+            return self.model_.task.decide(p).astype(np.int64)
         return self.classes_[p.argmax(axis=1)]
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Return the accuracy; `y` may be left out where it may be in `fit`."""
+        """Return the accuracy; `y` may be left out where it may be in `fit`.
+
+        Of several labels it is the share of images with all of them right (subset accuracy), among
+        those of which all are known.
+        """
+        check_is_fitted(self)
+        if isinstance(self.model_.task, Multilabel):
+            return self._score_labels(X, y, sample_weight)
         if y is None:
             dataset = open_dataset(X)
             X, y = dataset, np.array(dataset.classes)[dataset.labels]
         return float(accuracy_score(y, self.predict(X), sample_weight=sample_weight))
 
+    def _score_labels(self, X: Any, y: Any, sample_weight: Any) -> float:
+        if y is None:
+            X = open_dataset(X)
+            if X.task != "multilabel":
+                raise ValueError(f"`X` must have several labels per image but is {X!r}.")
+            y = match_labels(X, self.model_.classes)
+        labels = _read_indicators(y)
+        known = (labels >= 0).all(axis=1)
+        if not known.any():
+            raise ValueError("`y` must have a row in which all labels are known but has none.")
+        weight = None if sample_weight is None else np.asarray(sample_weight)[known]
+        predicted = self.predict(X)
+        check_consistent_length(labels, predicted)
+        return float(accuracy_score(labels[known], predicted[known], sample_weight=weight))
+
     def _label(self, X: Any, y: Any, groups: Any = None) -> ImageDataset:
         """Check images and labels; learn the classes."""
         if y is None:
             dataset = self._open(X, groups)
-            dataset.require_classes("for a classifier")
+            if dataset.task != "multilabel":
+                dataset.require_classes("for a classifier")
             read_images(self, dataset, fit=True)
             self.classes_ = np.array(dataset.classes)
             return dataset
         items = read_images(self, X, fit=True)
         any_type: Any = None
+        given = check_array(
+            y, accept_sparse=True, ensure_2d=False, ensure_all_finite=False, dtype=any_type,
+            input_name="y",
+        )  # fmt: skip
+        if np.ndim(given) == 2 and np.shape(given)[1] > 1:
+            labels = _read_indicators(given)
+            check_consistent_length(items, labels)
+            if not find_varied(labels, 2).any():
+                raise ValueError(
+                    "`y` must have a label that two images have and two do not, to choose a "
+                    f"backbone by, but of {labels.shape[1]} none is such."
+                )
+            self.classes_ = np.array(getattr(y, "columns", np.arange(labels.shape[1])))
+            names = tuple(map(str, self.classes_))
+            dataset = ImageDataset("X", items, labels, names)
+            return dataset if groups is None else open_dataset(dataset, groups=groups)
         y = check_array(y, ensure_2d=False, dtype=any_type, input_name="y")
-        if np.ndim(y) == 2 and np.shape(y)[1] > 1:
-            raise ValueError(
-                f"`y` should be a 1d array, one class per image, but has the shape {np.shape(y)}; "
-                "with several labels per image: sfda_tune.search((images, y), task='multilabel')."
-            )
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         check_consistent_length(items, y)
@@ -128,6 +185,11 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
         dataset = ImageDataset("X", items, codes, tuple(map(str, self.classes_)))
         return dataset if groups is None else open_dataset(dataset, groups=groups)
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
+
     def _describe(self) -> dict[str, Any]:
         return {"classes": self.classes_.tolist(), "dtype": self.classes_.dtype.str}
 
@@ -137,3 +199,11 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
         self.classes_ = np.array(state["classes"], np.str_ if dtype.kind == "U" else dtype)
         if dtype.kind not in "biufUO" or self.classes_.ndim != 1:
             raise ValueError(f"its classes are of type {dtype}")
+
+
+def _read_indicators(y: Any) -> np.ndarray:
+    """Return an indicator matrix as int8: 1, 0, or −1 where a label is not known."""
+    try:
+        return as_indicators(y.toarray() if issparse(y) else y)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`labels`", "`y`")) from None

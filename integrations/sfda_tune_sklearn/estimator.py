@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -127,7 +128,20 @@ class BackboneEstimator(BaseEstimator):
         # The images for validation only describe the result, so none are held out for that.
         with finetune(backbone, dataset, config, val=dataset, device=self.device) as run:
             next(run)
-            return best[0], run.model()
+            model = run.model()
+        if dataset.task == "multilabel":
+            model = _decide_by(model, self._find_thresholds(backbone, dataset, config))
+        return best[0], model
+
+    def _find_thresholds(
+        self, backbone: Backbone, dataset: ImageDataset, config: FinetuneConfig
+    ) -> tuple[float, ...]:
+        """Choose thresholds on held-out images; none where these are too few."""
+        try:
+            with finetune(backbone, dataset, config, device=self.device) as run:
+                return next(run).thresholds
+        except ValueError:  # no label has images on both sides
+            return ()
 
     def _label(self, X: Any, y: Any, groups: Any = None) -> ImageDataset:
         """Check images and labels; learn what labels are."""
@@ -256,3 +270,10 @@ class BackboneEstimator(BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         return tags
+
+
+def _decide_by(model: Model, thresholds: tuple[float, ...]) -> Model:
+    """Return a model that names labels from these thresholds on."""
+    task = model.task.decide_by(thresholds)
+    about = {"name": task.name, **task.describe()}
+    return replace(model, task=task, provenance={**model.provenance, "task": about})

@@ -4,14 +4,16 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
+from scipy.sparse import csr_matrix
 from sfda_tune_sklearn import BackboneClassifier
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.metrics import average_precision_score, log_loss
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
@@ -173,7 +175,111 @@ def test_groups_reach_the_ranking_and_the_search():
         model.fit(X[TRAIN], Y[TRAIN], groups=[1, 2, 3])
 
 
-def test_indicator_matrices_are_refused_with_the_way_to_go():
-    images, y = np.zeros((6, 8, 8), np.uint8), np.eye(6)[:, :3].astype(int)
-    with pytest.raises(ValueError, match=r"has the shape \(6, 3\); .*task='multilabel'"):
-        BackboneClassifier().fit(images, y)
+SMALL_ODD = np.stack([Y < 5, Y % 2 == 1, Y > 7], axis=1).astype(int)
+
+
+@pytest.fixture(scope="module")
+def several():
+    model = BackboneClassifier("demo:resnet_*", random_state=0, **COMMON)
+    return model.fit(X[TRAIN], SMALL_ODD[TRAIN])
+
+
+def test_several_labels_per_image_are_named_by_their_thresholds(several, tmp_path):
+    assert several.backbone_ == "demo:resnet_glyphs"
+    assert several.ranking_.info["task"] == "multilabel"
+    assert several.classes_.tolist() == [0, 1, 2]
+    p, named = several.predict_proba(X[TEST]), several.predict(X[TEST])
+    assert p.shape == named.shape == (200, 3)
+    thresholds = np.array(several.model_.task.thresholds)
+    assert len(set(thresholds)) == 3  # chosen, not .5
+    assert list(thresholds) != several.model_.provenance["best"]["thresholds"]  # on others
+    np.testing.assert_array_equal(named, p >= thresholds)
+    right = (named == SMALL_ODD[TEST]).all(axis=1)
+    assert several.score(X[TEST], SMALL_ODD[TEST]) == right.mean() > 0.6
+    weight = np.arange(200)
+    found = several.score(X[TEST], SMALL_ODD[TEST], sample_weight=weight)
+    assert found == pytest.approx(np.average(right, weights=weight))
+    opened = BackboneClassifier.load(several.save(tmp_path / "saved"))
+    np.testing.assert_array_equal(opened.predict(X[TEST]), named)
+    assert opened.classes_.tolist() == [0, 1, 2]
+
+
+def test_labels_may_be_sparse_named_or_unknown():
+    unknown = SMALL_ODD[TRAIN].astype(float)
+    unknown[::7, 1] = np.nan
+    model = BackboneClassifier("demo:resnet_glyphs", random_state=0, **COMMON)
+    frame = pd.DataFrame(unknown, columns=["small", "odd", "large"])
+    named = clone(model).fit(X[TRAIN], frame)
+    assert named.classes_.tolist() == ["small", "odd", "large"]
+    assert named.ranking_.info["label_counts"][1]["missing"] == 29
+    rows = ~np.isnan(unknown).any(axis=1)
+    expected = (named.predict(X[TRAIN]) == unknown)[rows].all(axis=1).mean()
+    assert named.score(X[TRAIN], frame) == expected
+    dense = clone(model).fit(X[:60], SMALL_ODD[:60])
+    sparse = clone(model).fit(X[:60], csr_matrix(SMALL_ODD[:60]))
+    np.testing.assert_array_equal(sparse.predict_proba(X[:9]), dense.predict_proba(X[:9]))
+    bits = sfda_tune.open_dataset("digits", samples=60, task="multilabel")
+    by_name = clone(model).fit(bits)
+    assert by_name.classes_.tolist() == ["bit 1", "bit 2", "bit 4", "bit 8"]
+    assert by_name.score(bits) == by_name.score(bits, bits.labels) > 0.5
+
+
+def test_several_labels_work_where_classifiers_work():
+    model = make_pipeline(
+        MinMaxScaler(), BackboneClassifier("demo:resnet_glyphs", random_state=0, **COMMON)
+    )
+    Z, y = X[:100], SMALL_ODD[:100]
+    assert cross_val_score(model, Z, y, cv=2).min() > 0.3
+    p = cross_val_predict(model, Z, y, cv=2, method="predict_proba")
+    assert average_precision_score(y, p) > 0.6
+
+
+@pytest.mark.slow
+def test_a_grid_of_backbones_for_several_labels():
+    model = make_pipeline(
+        MinMaxScaler(), BackboneClassifier("demo:resnet_glyphs", random_state=0, **COMMON)
+    )
+    Z, y = X[TRAIN], SMALL_ODD[TRAIN]
+    assert cross_val_score(model, Z, y, cv=2, scoring="f1_macro").min() > 0.6
+    grid = {"backboneclassifier__backbones": ["demo:resnet_noise", "demo:resnet_glyphs"]}
+    search = GridSearchCV(model, grid, cv=2, scoring="average_precision").fit(Z, y)
+    assert search.best_params_["backboneclassifier__backbones"] == "demo:resnet_glyphs"
+    assert search.predict(Z[:5]).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.eye(6)[:, :3] * 2, r"`y` must hold 0, 1 and NaN .* row 0, column 0 is 2"),
+        (np.eye(6)[:, :3], "`y` must have a label that two images have and two do not"),
+        (np.eye(5)[:, :3], r"inconsistent numbers of samples: \[6, 5\]"),
+    ],
+)
+def test_what_is_no_indicator_matrix_is_refused(y, message):
+    with pytest.raises(ValueError, match=message):
+        BackboneClassifier(**COMMON).fit(np.zeros((6, 8, 8), np.uint8), y)
+
+
+def test_few_images_of_each_label_are_named_from_half_on():
+    y = np.zeros((12, 2), int)
+    y[:2, 0] = y[2:4, 1] = 1  # none of them can be held out
+    model = BackboneClassifier("demo:resnet_glyphs", **COMMON).fit(X[:12], y)
+    assert model.model_.task.thresholds == ()
+    np.testing.assert_array_equal(model.predict(X[:30]), model.predict_proba(X[:30]) >= 0.5)
+    with pytest.raises(ValueError, match="a row in which all labels are known"):
+        model.score(X[:2], [[0, np.nan], [np.nan, 1]])
+    with pytest.raises(ValueError, match="must have several labels per image but is"):
+        model.score(sfda_tune.open_dataset("digits", samples=20))
+
+
+@pytest.mark.slow
+def test_several_labels_are_fine_tuned():
+    pytest.importorskip("optuna")
+    options = {"epochs": 1, "keep": 1}
+    model = BackboneClassifier("demo:resnet_glyphs", n_trials=1, options=options, cache=False)
+    model.fit(X[TRAIN], SMALL_ODD[TRAIN], groups=np.arange(200) // 2)
+    assert set(model.result_.test) == {"map", "macro_f1", "log_loss"}
+    assert list(model.model_.task.thresholds) == [
+        label["threshold"] for label in model.result_.best["labels"]
+    ]
+    assert model.score(X[TEST], SMALL_ODD[TEST]) > 0.5
