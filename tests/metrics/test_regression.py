@@ -11,6 +11,7 @@ from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsRegressor
 
 from sfda_tune.metrics.regression import (
+    ORDINAL,
     PENALTIES,
     REGRESSION,
     knn_regression,
@@ -127,3 +128,31 @@ def test_every_metric_of_numbers(name):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             metric(x, targets)
+
+
+@pytest.mark.parametrize("name", [name for name in ORDINAL if name != "logme"])
+def test_levels_are_judged_by_the_rank_correlation_of_the_same_predictions(name):
+    x, numbers = sample(120, 8, seed=3)
+    y = np.digitize(numbers, np.quantile(numbers, (0.5, 0.7, 0.9)))  # levels 0 … 3
+    found, plain = ORDINAL[name](x, y), REGRESSION[name](x, y)
+    assert found.value == pytest.approx(plain.details["spearman"], abs=1e-12)
+    assert found.details == plain.details
+    assert found.per_sample is not None
+    assert found.per_sample.mean() == pytest.approx(found.value, abs=1e-12)
+    assert ORDINAL[name](x, y, groups=np.arange(120) // 2).value != found.value
+    with pytest.raises(ValueError, match="`judge` must be 'r2' or 'spearman' but is 'tau'"):
+        REGRESSION[name](x, y, judge="tau")
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 3.0])
+def test_the_parts_of_a_rank_correlation_say_how_sure_it_is(noise):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 1))
+    y = np.digitize(x[:, 0] + noise * rng.normal(size=400), (-0.5, 0.5, 1.5))
+    found = ORDINAL["ridge"](x, y)
+    predicted = x[:, 0]  # what leave-one-out predictions follow
+    assert found.value == pytest.approx(spearmanr(predicted, y)[0], abs=0.02)
+    rows = rng.integers(0, 400, (400, 400))
+    drawn = np.std([spearmanr(predicted[r], y[r])[0] for r in rows])
+    assert found.per_sample is not None
+    assert found.per_sample.std() / 20 == pytest.approx(drawn, rel=0.25)
