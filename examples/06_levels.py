@@ -30,8 +30,9 @@ def main() -> None:
             epochs=1 if smoke else 4, out=f"{folder}/run",
         )  # fmt: skip
         print(f"\n{found}")
-        for label, place in zip(labels, found.predict(graded.subset(range(5))), strict=False):
-            print(f"{label:<6} is predicted at {place:+.2f}, with {grades[0]!r} at 0")
+        print(f"\nfirst image, {labels[0]}:")
+        for grade, p in zip(grades, found.predict(graded.subset([0]))[0], strict=True):
+            print(f"{grade:<6} {p:.2f}")
 
 
 if __name__ == "__main__":

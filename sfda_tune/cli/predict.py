@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,8 +61,8 @@ def predict(
 ) -> None:
     """Classify IMAGES with the winner of the search in RUN, or predict their numbers.
 
-    Of levels the nearest is named, beside the place between them, 0 being the lowest. Of several
-    labels per image, those are named whose probability reaches their threshold.
+    Of levels the median by their probabilities is named, beside the mean, 0 being the lowest. Of
+    several labels per image, those are named whose probability reaches their threshold.
 
     For example:
 
@@ -70,7 +71,7 @@ def predict(
     from rich.progress import Progress
 
     from sfda_tune.finetuning.models import load_model, predict_batches
-    from sfda_tune.finetuning.tasks import Multilabel
+    from sfda_tune.finetuning.tasks import Multilabel, Ordinal
     from sfda_tune.pipelines.result import SearchResult
     from sfda_tune.pipelines.terminal import say
 
@@ -79,10 +80,10 @@ def predict(
             check_out(path, option, replaces=False)
     model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
     files = _find_files(images, image_column)
+    sure = "place" if isinstance(model.task, Ordinal) else "confidence"
     several = isinstance(model.task, Multilabel)
-    csv_of = _csv_labels if several else _csv if model.task.shape else _csv_numbers
     tables = [
-        _Table(csv, csv_of, model.classes),
+        _Table(csv, _csv_labels if several else partial(_csv, sure=sure), model.classes),
         _Table(jsonl, _jsonl, model.classes),
     ]
     unreadable: dict[int, str] = {}
@@ -145,17 +146,19 @@ def _find_files(images: list[str], image_column: str | None) -> list[str]:
 
 
 def _judge(task: Any, p: Any) -> dict[str, Any]:
-    """Return what is predicted: a number, a level, or labels or a class with probabilities."""
-    from sfda_tune.finetuning.tasks import Multilabel
+    """Return what is predicted: a number, or labels, a level or a class with probabilities."""
+    from sfda_tune.finetuning.tasks import Multilabel, Ordinal
 
     if not task.classes:
         return {"predicted": p}
-    if not task.shape:
-        return {"predicted": task.classes[int(task.decide(p))], "place": p}
     odds = dict(zip(task.classes, p, strict=True))
     if isinstance(task, Multilabel):
         named = [c for c, one in zip(odds, task.decide(np.array(p)), strict=True) if one]
         return {"predicted": named, "probabilities": odds}
+    if isinstance(task, Ordinal):
+        row = np.array([p])
+        named = task.classes[task.decide(row)[0]]
+        return {"predicted": named, "place": task.find_places(row)[0], "probabilities": odds}
     best = max(odds, key=lambda c: odds[c])
     return {"predicted": best, "confidence": odds[best], "probabilities": odds}
 
@@ -174,28 +177,24 @@ def _tell(record: dict[str, Any]) -> str:
     return f"{record['predicted']:.6g}"
 
 
-def _csv(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool) -> str:
+def _csv(
+    records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool, sure: str
+) -> str:
     from sfda_tune.values.text import csv_line
 
-    head = ["item", "predicted", "confidence", *(f"p_{c}" for c in classes)]
+    if not classes:
+        rows = [["item", "predicted"]] if is_first else []
+        for record in records:
+            number = record.get("predicted")
+            rows.append([record["item"], "" if number is None else f"{number:.9g}"])
+        return "".join(map(csv_line, rows))
+    head = ["item", "predicted", sure, *(f"p_{c}" for c in classes)]
     rows = [head] if is_first else []
     for record in records:
         odds = record.get("probabilities", {})
-        numbers = [record.get("confidence"), *(odds.get(name) for name in classes)]
+        numbers = [record.get(sure), *(odds.get(name) for name in classes)]
         cells = ["" if x is None else f"{x:.6g}" for x in numbers]
         rows.append([record["item"], record.get("predicted", ""), *cells])
-    return "".join(map(csv_line, rows))
-
-
-def _csv_numbers(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool) -> str:
-    """Return the number; of levels the nearest one, and the place."""
-    from sfda_tune.values.text import csv_line
-
-    keys = ["predicted", *["place"] * bool(classes)]
-    rows = [["item", *keys]] if is_first else []
-    for record in records:
-        found = [record.get(key, "") for key in keys]
-        rows.append([record["item"], *(v if isinstance(v, str) else f"{v:.9g}" for v in found)])
     return "".join(map(csv_line, rows))
 
 

@@ -82,9 +82,9 @@ def search(
         typer.Option(
             "--monitor",
             help="accuracy, balanced_accuracy, macro_f1 or log_loss; for numbers r2, spearman, "
-            "rmse or mae; for levels spearman, qwk (quadratic weighted kappa), mae or accuracy; "
-            "for several labels map (mean average precision), macro_f1 or log_loss. "
-            "Default: the first.",
+            "rmse or mae; for levels spearman, qwk (quadratic weighted kappa), mae, "
+            "accuracy or log_loss; for several labels map (mean average precision), macro_f1 or "
+            "log_loss. Default: the first.",
         ),
     ] = None,
     max_params: Annotated[
@@ -126,9 +126,7 @@ def search(
     bands: Bands = None,
     loss: Annotated[
         str | None,
-        typer.Option(
-            help="What training minimises for numbers and levels: mse, l1 or huber. Default: mse."
-        ),
+        typer.Option(help="What training minimises for numbers: mse, l1 or huber. Default: mse."),
     ] = None,
     time_column: Annotated[
         str | None,

@@ -23,6 +23,7 @@ from sfda_tune.pipelines.inputs import read_usable
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values.files import check_folder, read_json, replacing, write_json, write_text
 from sfda_tune.values.formats import SPLITS
+from sfda_tune.values.labels import NOUNS
 from sfda_tune.values.metrics import call
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Export:
     metric: str = "accuracy"
 
     def __str__(self) -> str:
-        what = {"r2": "numbers", "spearman": "places"}.get(self.metric, "probabilities")
+        what = "numbers" if self.metric == "r2" else "probabilities"
         name, same = call(self.metric), ""
         if self.value is not None:
             same = f", {name} {self.value:.4f} (torch {self.value_torch:.4f})"
@@ -84,9 +85,8 @@ def export_onnx(
     The graph takes ``pixels``, uint8 of the shape (n, channels, height, width), as resized and
     cropped by ``preprocessing.json``; normalisation and softmax are in it. It gives ``logits`` and
     ``probabilities`` (n, n_classes), for any n; or ``standardised`` (n, 1) and ``numbers`` (n,),
-    in the unit of the labels. Of levels these are ``places``, and ``preprocessing.json`` has the
-    levels, of which the nearest is named. Of several labels per image (sigmoid in the place of
-    softmax) ``preprocessing.json`` has the thresholds, too. Needs the extra ``[onnx]``.
+    in the unit of the labels. ``preprocessing.json`` has the classes or levels; of several labels
+    per image (sigmoid in the place of softmax) the thresholds, too. Needs the extra ``[onnx]``.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ those of torch, accuracy 0.9500 (torch 0.9500)
         difference = float(np.abs(ours - theirs)[seen].max(initial=0.0))
         limit = LIMIT * model.task.unit
         if not difference <= limit:
-            of = "the probability of a class" if model.task.shape else "a number"
+            of = "the probability of a class" if model.classes else "a number"
             raise ValueError(
                 f"the exported {found.best['backbone']} differs by {difference:.2g} in {of} on "
                 f"{what}, more than {limit:g}: it is not written. Please report it with the "
@@ -171,7 +171,7 @@ def _score(model: Model, images: ImageDataset, p: np.ndarray, seen: Any) -> floa
         return model.task.measure(images.labels[seen], p[seen])[first]
     code = {name: c for c, name in enumerate(model.classes)}
     labels = np.array([code.get(images.classes[c], -1) for c in images.labels])
-    if not model.task.shape:
+    if isinstance(model.task, Ordinal):
         seen = seen & (labels >= 0)
         return model.task.measure(labels[seen], p[seen])[first]
     return float(np.mean(p[seen].argmax(1) == labels[seen]))
@@ -253,8 +253,7 @@ def _describe(model: Model) -> dict[str, Any]:
         "border": "the longer side (the other in proportion)",
     }[g.crop_mode]
     thresholds = getattr(model.task, "thresholds", ())
-    shapes = [["n", "classes"]] * 2 if model.task.shape else [["n", 1], ["n"]]
-    names = "levels" if isinstance(model.task, Ordinal) else "classes"
+    shapes = [["n", "classes"]] * 2 if model.classes else [["n", 1], ["n"]]
     crop = {"do": "cut out the middle", "size": [h, w]}
     if g.crop_mode == "border":
         fill = [round(255 * value) for value in g.fill]
@@ -273,7 +272,7 @@ def _describe(model: Model) -> dict[str, Any]:
             "std": list(model.preprocessing.std),
         },
         "outputs": dict(zip(model.task.exported, shapes, strict=True)),
-        names: list(model.classes),
+        NOUNS.get(model.task.name, "classes"): list(model.classes),
         **({"thresholds": list(thresholds)} if thresholds else {}),
     }
 
@@ -283,10 +282,12 @@ _KINDS = {
     "ordinal": "levels, from the lowest to the highest",
     "multilabel": "labels, of which an image may have several",
 }
-_INSIDE = {
-    "regression": "the unit of the numbers", "ordinal": "the unit of the places",
-    "multilabel": "sigmoid",
-}  # fmt: skip
+_USE = {  # of the probabilities
+    "ordinal": "\nThe level of an image is the median by its probabilities: the first up to which "
+    "they add up\nto one half.",
+    "multilabel": " A label applies where its probability reaches its threshold, which stands "
+    "there,\ntoo.",
+}
 _CARD = """\
 ---
 {{ front }}
@@ -318,11 +319,8 @@ these, too.
 
 `preprocessing.json` says how an image becomes `pixels` (uint8, {{ shape }}); normalisation and
 {{ inside }} are in the graph.
-{%- if ordered %} A place is a number from 0, the lowest level, to {{ classes | length - 1 }}, the
-highest, and somewhat beyond: the nearest one is the level.
-{%- endif %}
-{%- if labels %} A label applies where its probability reaches its threshold, which stands there,
-too.
+{{- use }}
+{% if labels %}
 
 | label | test images with it | average precision | F1 | threshold |
 |---|---|---|---|---|
@@ -359,12 +357,13 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
     licence = config.get("license") or ranked.details.get("license") or "unknown"
     first = model.task.monitors[0]
     value = {"type": _HUB.get(first, first), "value": round(best["test"][first], 4)}
-    several = isinstance(model.task, Multilabel)  # to the hub that is classification, too
-    task = {"type": f"image-{'classification' if several else model.task.name}"}
+    several = isinstance(model.task, Multilabel)
+    # to the hub all but numbers are classes
+    task = {"type": f"image-{'classification' if model.classes else model.task.name}"}
     data = {"name": str(found.summary["dataset"]), "type": "private"}
     front: dict[str, Any] = {
         "license": licence,
-        **({"pipeline_tag": task["type"]} if model.task.shape else {}),  # the hub knows no other
+        **({"pipeline_tag": task["type"]} if model.classes else {}),  # the hub knows no other
         "tags": [task["type"], *["multi-label"] * several, "timm", "onnx", "sfda_tune"],
         "model-index": [
             {
@@ -384,8 +383,8 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
         dataset=found.summary["dataset"],
         classes=model.classes,
         kind=_KINDS.get(model.task.name, "classes"),
-        inside=_INSIDE.get(model.task.name, "softmax"),
-        ordered=isinstance(model.task, Ordinal),
+        use=_USE.get(model.task.name, ""),
+        inside="sigmoid" if several else "softmax" if model.classes else "the unit of the numbers",
         labels=[_tell_label(r) for r in best.get("labels") or ()],
         version=model.provenance["versions"]["sfda_tune"],
         candidates=len(found.summary["candidates"]),

@@ -86,14 +86,15 @@ def _tell_numbers(images: ImageDataset, p: np.ndarray, rows: Any) -> Told:
 
 
 def _tell_levels(images: ImageDataset, p: np.ndarray, rows: Any, task: Ordinal) -> Told:
-    """Return what test_predictions.csv says of places (n,), and of the levels next to them."""
-    labels, names = images.labels[rows], images.classes
-    error = p - labels
+    """Return what test_predictions.csv says of probabilities (n, C) of levels."""
+    labels, names, places = images.labels[rows], images.classes, task.find_places(p)
     table = [
-        [names[y], names[k], f"{v:.9g}", f"{e:.9g}"]
-        for y, k, v, e in zip(labels, task.decide(p), p, error, strict=True)
+        [names[y], names[k], *(f"{x:.6g}" for x in (place, *q))]
+        for y, k, place, q in zip(labels, task.decide(p), places, p, strict=True)
     ]
-    return ["label", "predicted", "place", "error"], table, ("error", error), -np.abs(error)
+    heads = ["label", "predicted", "place", *(f"p_{c}" for c in names)]
+    error = places - labels
+    return heads, table, ("error", error), -np.abs(error)
 
 
 def _tell_labels(images: ImageDataset, p: np.ndarray, rows: Any, task: Multilabel) -> Told:
@@ -198,7 +199,7 @@ class SearchResult:
         return describe_images(self.summary)
 
     def predict(self, images: Any, **options: Any) -> np.ndarray:
-        """Return probabilities (n_images, n_classes), or numbers, or places; `models.predict`."""
+        """Return class probabilities (n_images, n_classes), or numbers; see `models.predict`."""
         return predict(self.folder / "model", images, **options)
 
     def rows(self) -> list[tuple[str, str]]:

@@ -105,7 +105,8 @@ def search(
         numbers "r2" in the place of "accuracy", for levels "spearman", for several labels "map".
     metric : {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}, optional
         What "accuracy" means. For numbers one of "r2", "spearman", "rmse" and "mae"; for levels
-        one of "spearman", "qwk" (quadratic weighted kappa), "mae" and "accuracy"; for several
+        one of "spearman", "qwk" (quadratic weighted kappa), "mae", "accuracy" and "log_loss"; for
+        several
         labels one of "map" (mean average precision), "macro_f1" and "log_loss".
     max_params : float, optional
     max_latency : float, optional
@@ -129,9 +130,9 @@ def search(
     task : {"auto", "classification", "regression", "ordinal", "multilabel"}, optional
         See `open_dataset`. For "regression" the network learns to predict the numbers
         (`sfda_tune.finetuning.tasks`), and the test says R², Spearman's ρ, RMSE and MAE. For
-        "ordinal" it learns the places of the levels, 0 … C − 1, and the nearest level is named:
-        the test says Spearman's ρ of the places, and of the levels that are named the quadratic
-        weighted kappa, the MAE (in levels) and the accuracy. For
+        "ordinal" it learns the probability of each level; the place of an image is their mean
+        0 … C − 1, its level their median. The test says Spearman's ρ of the places, and of the
+        levels quadratic weighted kappa, MAE (in levels) and accuracy. For
         "multilabel" each label has a threshold, chosen on the validation images of the winning
         trial: the one with the highest F1 (`sfda_tune.selection.several.choose_thresholds`). The
         test says mean average precision, macro-F1 at these and log-loss, and
@@ -139,8 +140,7 @@ def search(
     label_columns, label_delimiter, levels : optional
         See `open_dataset`.
     loss : {"mse", "l1", "huber"}, optional
-        What training minimises for numbers and levels; default: "mse". A `space` may vary it
-        instead.
+        What training minimises for numbers; default: "mse". A `space` may vary it instead.
     bit_depth, bands : optional
         See `open_dataset`. The winner is shown new images in the same way.
     max_unreadable : float, default 0.1

@@ -105,7 +105,6 @@ EPOCH = {
     "value": float,
     "log_loss?": float,
     "rmse?": AtLeast(0),
-    "mae?": AtLeast(0),
     "error?": AtLeast(0),
     "train_loss?": NUMBER,
     "seconds": AtLeast(0),

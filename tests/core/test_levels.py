@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from command_lab import call, search_twice
+from scipy.special import softmax
 from scipy.stats import spearmanr
-from sklearn.metrics import accuracy_score, cohen_kappa_score, mean_absolute_error
+from sklearn.metrics import accuracy_score, cohen_kappa_score, log_loss, mean_absolute_error
 
 from sfda_tune import ImageDataset, Ranking, open_dataset, rank, resolve_backbones
 from sfda_tune.data.checks import DatasetError
@@ -23,7 +24,7 @@ from sfda_tune.finetuning.tasks import Ordinal
 from sfda_tune.pipelines.export import export_onnx
 from sfda_tune.report.html import write_report
 from sfda_tune.selection.diagnostics import diagnose
-from sfda_tune.selection.numbers import measure_levels, resample_levels
+from sfda_tune.selection.numbers import measure_levels, name_levels, resample_levels
 
 ONE = "demo:resnet_glyphs"
 THREE = [ONE, "demo:resnet_noise", "demo:vit_untrained"]
@@ -163,25 +164,27 @@ def test_what_has_no_meaning_for_levels_is_refused(options, message):
 def test_metrics_of_levels_and_their_intervals():
     rng = np.random.default_rng(0)
     y = rng.choice(5, 300, p=[0.5, 0.1, 0.2, 0.15, 0.05])
-    p = y + rng.normal(0, 0.8, 300)
-    k = np.clip(np.rint(p), 0, 4).astype(int)
-    found = measure_levels(y, p, 5)
+    p = softmax(-(((y + rng.normal(0, 0.8, 300))[:, None] - np.arange(5)) ** 2), axis=1)
+    k = np.array([next(c for c in range(5) if q[: c + 1].sum() >= 0.5) for q in p])
+    place = (p * np.arange(5)).sum(axis=1)
+    found = measure_levels(y, p)
     assert found == pytest.approx({
-        "spearman": spearmanr(y, p)[0],
+        "spearman": spearmanr(y, place)[0],
         "qwk": cohen_kappa_score(y, k, weights="quadratic"),
         "mae": mean_absolute_error(y, k), "accuracy": accuracy_score(y, k),
+        "log_loss": log_loss(y, p),
     })  # fmt: skip
-    assert measure_levels(y, np.full(300, 1.0), 5)["qwk"] == 0
+    assert measure_levels(y, np.tile(p[0], (300, 1)))["qwk"] == 0
     with pytest.raises(ValueError, match="all 3 are equal"):
-        measure_levels(np.ones(3), np.arange(3.0), 5)
+        measure_levels(np.ones(3, int), p[:3])
     rows = rng.integers(0, 300, (200, 300))
     by_hand = {
-        "spearman": [spearmanr(y[r], p[r])[0] for r in rows],
+        "spearman": [spearmanr(y[r], place[r])[0] for r in rows],
         "qwk": [cohen_kappa_score(y[r], k[r], weights="quadratic") for r in rows],
         "mae": [mean_absolute_error(y[r], k[r]) for r in rows],
         "accuracy": [accuracy_score(y[r], k[r]) for r in rows],
     }
-    draws = resample_levels(y, p, 5)
+    draws = resample_levels(y, p)
     for name, values in by_hand.items():
         assert draws[name].std() == pytest.approx(np.std(values), rel=0.2)
         assert draws[name].mean() == pytest.approx(np.mean(values), abs=0.01)
@@ -196,7 +199,8 @@ def test_a_network_learns_levels_and_its_model_names_them(tmp_path):
         model = load_model(run.save_model(tmp_path / "model"))
     assert run.config.monitor == "spearman"
     assert run.best is not None
-    assert set(run.best.values) == {"spearman", "qwk", "mae", "accuracy"}
+    assert set(run.best.values) == {"spearman", "qwk", "mae", "accuracy", "log_loss"}
+    assert 0 < run.best.error < 0.2
     assert isinstance(model.task, Ordinal)
     assert model.classes == data.classes
     p = predict(model, run.val)
@@ -208,7 +212,7 @@ def test_a_network_learns_levels_and_its_model_names_them(tmp_path):
     with pytest.raises(ValueError, match="`val` must hold levels, as `dataset`"):
         finetune(backbone, data, val=open_dataset("digits", samples=40))
     with pytest.raises(ValueError, match=r"`monitor` must be one of .*qwk.* for ordinal"):
-        finetune(backbone, data, FinetuneConfig(monitor="log_loss"))
+        finetune(backbone, data, FinetuneConfig(monitor="macro_f1"))
 
 
 def test_splits_hold_levels_as_well_as_they_can():
@@ -227,12 +231,14 @@ def test_splits_hold_levels_as_well_as_they_can():
 def test_a_search_learns_levels_and_tests_them(run):
     with (run.folder / "test_predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["item", "label", "predicted", "place", "error"]
+    assert list(rows[0]) == ["item", "label", "predicted", "place", *(f"p_{c}" for c in SIZES)]
     y = np.array([SIZES.index(row["label"]) for row in rows])
-    p = np.array([float(row["place"]) for row in rows])
-    assert run.test == pytest.approx(measure_levels(y, p, 3))
+    p = np.array([[float(row[f"p_{c}"]) for c in SIZES] for row in rows])
+    assert run.test == pytest.approx(measure_levels(y, p), abs=1e-4)
     assert run.test["spearman"] > 0.4
-    assert [row["predicted"] for row in rows] == [SIZES[int(np.clip(np.rint(v), 0, 2))] for v in p]
+    assert [row["predicted"] for row in rows] == [SIZES[k] for k in name_levels(p)]
+    places = np.array([float(row["place"]) for row in rows])
+    assert places == pytest.approx(p @ [0, 1, 2], abs=1e-4)
     for name, (low, high) in run.intervals.items():
         assert low <= run.test[name] <= high
     assert run.classes == list(SIZES)
@@ -242,7 +248,7 @@ def test_a_search_learns_levels_and_tests_them(run):
     assert "Spearman's ρ 0." in told
     hardest = json.loads((run.folder / "hardest" / "hardest.json").read_text())
     assert hardest[0]["label"] in SIZES
-    assert abs(hardest[0]["error"]) == pytest.approx(np.abs(p - y).max(), abs=1e-5)
+    assert abs(hardest[0]["error"]) == pytest.approx(np.abs(places - y).max(), abs=1e-5)
 
 
 def test_the_page_speaks_of_levels(run):
@@ -262,13 +268,14 @@ def test_new_images_get_levels(run, table, tmp_path, capsys):
     images, out = [table.parent / f"{k}.png" for k in range(3)], tmp_path / "p.csv"
     assert call("predict", run.folder, *images, "--csv", out, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    places = run.predict(images)
-    names = [SIZES[int(np.clip(np.rint(v), 0, 2))] for v in places]
+    p = run.predict(images)
+    names, places = [SIZES[k] for k in name_levels(p)], p @ [0, 1, 2]
     assert [r["predicted"] for r in told] == names
+    assert list(told[0]["probabilities"]) == list(SIZES)
     assert [r["place"] for r in told] == pytest.approx(places.tolist())
     with out.open() as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["item", "predicted", "place"]
+    assert rows[0] == ["item", "predicted", "place", *(f"p_{c}" for c in SIZES)]
     assert [row[1] for row in rows[1:]] == names
     assert call("predict", run.folder, images[0]) == 0
     assert capsys.readouterr().out.strip().endswith(f"{names[0]}  {places[0]:.3f}")
@@ -282,10 +289,10 @@ def test_levels_leave_as_onnx(run, tmp_path):
     assert found.value == pytest.approx(run.test["spearman"], abs=1e-6)
     session = onnxruntime.InferenceSession(found.folder / "model.onnx")
     outputs = {o.name: o.shape[1:] for o in session.get_outputs()}
-    assert outputs == {"standardised": [1], "places": []}
+    assert outputs == {"logits": [3], "probabilities": [3]}
     about = json.loads((found.folder / "preprocessing.json").read_text())
     assert about["levels"] == list(SIZES)
     card = (found.folder / "README.md").read_text("utf-8")
     assert "3 levels, from the lowest to the highest: small, medium, large." in card
-    assert "the nearest one is the level" in card
-    assert "class" not in card
+    assert "the median by its probabilities" in card
+    assert "class" not in card.replace("image-classification", "")
