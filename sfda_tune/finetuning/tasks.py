@@ -274,9 +274,9 @@ class Ordinal(Classification):
 
     Regression of the places was tried: on digits 0 … 9, on four grades of them, on five strengths
     of blur and on photos of hands with 0 … 5 fingers (300 images, means over four demo backbones)
-    it came to a κ of .84, .78, .93 and .82 and an accuracy of .34, .70, .73 and .51 where this came
-    to .88, .80, .93 and .85, and .89, .89, .74 and .79. Proportional odds, as CORAL has them, do on
-    frozen features what regression does (``tests/benchmarks/levels.py``).
+    it came to a κ of .84, .78, .93 and .82 and an accuracy of .34, .70, .73 and .51 where this
+    came to .88, .80, .93 and .85, and .89, .89, .74 and .79. Proportional odds, as CORAL has them,
+    do on frozen features what regression does (``tests/benchmarks/levels.py``).
 
     References
     ----------
