@@ -243,7 +243,7 @@ def _download(repo: str, filename: str, revision: str | None, tell: Tell | None)
             """Do nothing; that it is there spares a second bar, of what Xet has compressed."""
 
     path = hf_hub_download(repo, filename, revision=revision, tqdm_class=Told)
-    blob = Path(os.path.realpath(path))
+    blob = _follow(Path(path))
     if re.fullmatch("[0-9a-f]{64}", blob.name):  # large files are called by their checksum
         with blob.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -316,11 +316,27 @@ def remove_unused(file: str) -> bool:
 
 
 def remove(file: str) -> None:
-    """Delete a file from the hub's cache; what is known of its repository stays."""
-    blob = os.path.realpath(file)
-    for path in dict.fromkeys((file, blob)):
-        if os.path.lexists(path):
-            os.unlink(path)
+    """Delete a file from the hub's cache; what is known of its repository stays.
+
+    So does what lies in the client's store of all contents, while another repository has it, too.
+    """
+    path = Path(file)
+    blob = _follow(path)  # of the repository
+    content = _follow(blob)
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+    if content != blob:
+        from huggingface_hub import constants
+
+        with contextlib.suppress(ImportError):  # what made it is the same version of the client
+            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
+
+            sweep_shared_blob(content, cache_dir=constants.HF_HUB_CACHE)
+
+
+def _follow(path: Path) -> Path:
+    """Return what a link leads to, in one step; else the path itself."""
+    return Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
 
 
 def free_space() -> int:

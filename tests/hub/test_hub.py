@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hub_lab import Hub, connect
+from hub_lab import Hub, connect, connect_xet
 
 from sfda_tune import rank, resolve_backbones, search
 from sfda_tune.backbones import weights
@@ -271,6 +271,31 @@ def test_weights_take_no_more_disk_than_they_may_and_none_in_the_end(
     few = rank(photos, specs(hub), metric="sfda", cache=False, weights_disk=1000, **CPU)
     assert set(few.failed) == set(specs(hub)) - {mine}
     assert "`weights_disk` allows 0.0 MB" in few.failed[specs(hub)[-1]]
+
+
+def test_weights_that_come_by_xet_are_checked_and_removed_unless_others_share_them(
+    hub, photos, tmp_path, monkeypatch, toy_zoo
+):
+    """The client keeps one file of each content, to which all repositories with it have links."""
+    store = pytest.importorskip("huggingface_hub.utils._shared_blobs")
+    connect_xet(hub, monkeypatch)
+    hub.publish("other/vit", next(iter(hub.repos["toy/vit"].values())))
+    before = one("vit")
+    load(before)  # here before
+    assert store.shared_store_blob_paths(tmp_path / "hub")  # by Xet, indeed
+    how = {"metric": "sfda", "weights_disk": "3MB", **CPU}
+    ranking = rank(photos, [s for s in specs(hub) if s != before.spec], **how)
+    assert ranking.failed == {}
+    local = rank(photos, toy_zoo, metric="sfda", cache=False, **CPU)
+    assert scores(ranking) == scores(local)
+    here = [spec for spec in specs(hub) if find_cached(spec) is not None]
+    assert here == [before.spec]
+    load(before)
+    large = [p for p in tmp_path.joinpath("hub").rglob("*") if p.stat().st_size > 20_000]
+    assert len([p for p in large if p.is_file() and not p.is_symlink()]) == 1
+    hub.trouble["toy/resnet", FILE] += [("wrong",)] * 30
+    failed = rank(photos, one("resnet"), cache=False, **how).failed
+    assert "it came damaged" in failed["hf-hub:toy/resnet"]
 
 
 def test_weights_that_another_process_opens_are_not_removed(hub, caplog, tmp_path):
