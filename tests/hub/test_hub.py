@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hub_lab import Hub, connect, connect_xet
 
 from sfda_tune import rank, resolve_backbones, search
@@ -331,6 +332,65 @@ def test_what_nobody_expects_any_more_makes_room(hub):
         fetcher.expect([one("fifth")])  # else four were ahead, and nothing more would come
         with fetcher.opening(one("fifth")) as came:
             assert came
+
+
+def parts(cache):
+    return list(cache.rglob("*.incomplete"))
+
+
+@pytest.mark.slow  # an interpreter starts, and ends as a user's does
+def test_a_process_that_ends_leaves_no_half_of_a_download(hub, tmp_path, clean_environment):
+    hub.trouble["toy/vit", FILE] += [("trickle", 100, 0.05)]
+    environment = clean_environment | {
+        "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    code = "import time; from sfda_tune import resolve_backbones as r\n"
+    code += "from sfda_tune.extraction.fetching import Fetcher\n"
+    code += "with Fetcher() as fetcher:\n    fetcher.want(r('hf-hub:toy/vit'))\n"
+    code += "    input()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, text=True
+    )
+    while not parts(tmp_path / "hub"):
+        time.sleep(0.02)
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert parts(tmp_path / "hub") == []
+
+
+def test_halves_that_killed_processes_left_are_told_and_deleted(
+    hub, photos, tmp_path, capsys, clean_environment
+):
+    load(one("vit"))
+    blobs = tmp_path / "hub" / "models--toy--vit" / "blobs"
+    (whole,) = [p for p in blobs.iterdir() if p.stat().st_size > 10_000]
+    left, living = (blobs / f"{whole.name}.{c * 8}.incomplete" for c in "ab")
+    left.write_bytes(bytes(3_000_000))
+
+    def told(*arguments):
+        with pytest.raises(SystemExit, match="0"):
+            main([*arguments, "--cache", str(tmp_path / "features")])
+        return capsys.readouterr().out
+
+    assert re.search(r"1 cut downloads, 3\.0 MB", told("cache", "show"))
+    shown = json.loads(told("cache", "show", "--json"))
+    assert shown["cut_downloads"] == {"folder": str(tmp_path / "hub"), "files": 1,
+                                      "bytes": 3_000_000}  # fmt: skip
+    assert "1 cut downloads, 3.0 MB" in told("doctor")
+    told("cache", "clear", "--older-than", "1")
+    assert left.exists()
+    assert "1 cut downloads, 3.0 MB" in told("cache", "clear")
+    assert parts(blobs) == []
+    locks = tmp_path / "hub" / ".locks" / "models--toy--vit"
+    living.write_bytes(bytes(1000))
+    with FileLock(locks / f"{whole.name}.lock"):  # as the client does while it downloads
+        told("cache", "clear")
+        assert parts(blobs) == [living]
+    # of what a run with a limit fetches nothing is left, whoever was killed before
+    weights.remove(find_cached("hf-hub:toy/vit"))
+    ranking = rank(photos, one("vit"), metric="sfda", cache=False, weights_disk="3MB", **CPU)
+    assert ranking.failed == {}
+    assert parts(blobs) == []
 
 
 @pytest.mark.slow  # a Ray starts
