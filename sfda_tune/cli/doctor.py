@@ -147,6 +147,7 @@ def _hub() -> Iterator[Fact]:
     import torch
     from huggingface_hub import constants, get_token
 
+    from sfda_tune.backbones.weights import find_cut
     from sfda_tune.data.hub import reachable
 
     yield "endpoint", constants.ENDPOINT, ""
@@ -157,6 +158,9 @@ def _hub() -> Iterator[Fact]:
     yield "reachable", said, ""
     yield "token", "yes" if get_token() else "no", ""
     yield "weights", f"{constants.HF_HUB_CACHE}, {torch.hub.get_dir()}", ""
+    if left := [stat.st_size for stat in find_cut().values()]:
+        said = f"{len(left)} cut downloads, {sum(left) / 1e6:.1f} MB: `sfda-tune cache clear`"
+        yield "leftovers", said, ""
 
 
 def _settings() -> Iterator[Fact]:

@@ -29,9 +29,9 @@ from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import open_dataset, settle_task
 from sfda_tune.extraction.fetching import Fetcher
-from sfda_tune.extraction.run import extract_within
+from sfda_tune.extraction.run import extract_within, is_pending
 from sfda_tune.extraction.settings import Extraction, Map, Settings
-from sfda_tune.extraction.store import FeatureStore, open_store
+from sfda_tune.extraction.store import FeatureStore, open_cache
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer, default_metric
@@ -245,7 +245,7 @@ def rank(
             "`executor` needs a `cache`, where its workers leave the features, and no `map_fn`; "
             "pass cache=True or a folder that all machines share."
         )
-    store = open_store(None if cache is True else cache) if cache else None  # type: ignore
+    store = open_cache(cache)
     candidates = resolve_backbones(backbones, plugins=plugins)
     told = settle_task(task, label_columns, label_delimiter)
     if told is None:
@@ -644,6 +644,10 @@ class _RankingRun:
             return time.perf_counter() - begun >= seconds
 
         watch = RankingWatch(bar, is_over)
+        if demand is not None:
+            backbones = [by_name[name] for name in left]
+            if is_pending(self.images, backbones, self.store, self.settings.precision):
+                demand.enter()  # else the first would be one, and all other places idle
         while left and not is_over():
             room, rate = seconds - (time.perf_counter() - begun), spent / paid if paid else 0.0
             some, total, least = [], 0.0, 1 if demand is None else demand.n_places
