@@ -49,8 +49,9 @@ def finetune_trainable(
     param_name : str, default "backbone"
     device, workers
         See `sfda_tune.finetuning.run.finetune`.
-    task : {"auto", "classification", "regression"}, optional
-        See `sfda_tune.open_dataset`.
+    task : {"auto", "classification", "regression", "ordinal", "multilabel"}, optional
+        See `sfda_tune.open_dataset`; levels whose names do not say their order come as the data
+        set that it opens.
 
     Returns
     -------

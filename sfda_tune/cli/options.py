@@ -89,9 +89,9 @@ Threads = Annotated[
 Task = Annotated[
     str,
     typer.Option(
-        help="What labels are: classification; regression, numbers to predict; or multilabel, "
-        "several per image. With auto numbers are classes, unless they look like a quantity, or "
-        "texts like lists: then you are asked."
+        help="What labels are: classification; regression, numbers to predict; ordinal, levels in "
+        "an order, such as grades; or multilabel, several per image. With auto numbers are "
+        "classes, unless they look like a quantity, or texts like lists: then you are asked."
     ),
 ]
 LabelColumns = Annotated[
@@ -107,6 +107,14 @@ LabelDelimiter = Annotated[
     typer.Option(
         metavar="TEXT",
         help="What separates several labels in the one column that holds all, such as ';'.",
+    ),
+]
+Levels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="All levels from the lowest to the highest: small,medium,large. Default, with --task "
+        "ordinal: by the number in each name.",
     ),
 ]
 BitDepth = Annotated[
@@ -204,7 +212,7 @@ PANELS = {
     "Images": (
         "samples", "split", "image_column", "label_column", "groups", "group_column",
         "group_regex", "split_column", "time_column", "test", "max_unreadable", "task",
-        "label_columns", "label_delimiter",
+        "label_columns", "label_delimiter", "levels",
         "bit_depth", "bands",
     ),
     "Candidates": ("backbones", "imports", "weights_disk", "max_params", "max_latency"),

@@ -60,7 +60,8 @@ def predict(
 ) -> None:
     """Classify IMAGES with the winner of the search in RUN, or predict their numbers.
 
-    Of several labels per image, those are named whose probability reaches their threshold.
+    Of levels the nearest is named, beside the place between them, 0 being the lowest. Of several
+    labels per image, those are named whose probability reaches their threshold.
 
     For example:
 
@@ -79,8 +80,9 @@ def predict(
     model = load_model(SearchResult.open(run).folder / "model", plugins=imports or ())
     files = _find_files(images, image_column)
     several = isinstance(model.task, Multilabel)
+    csv_of = _csv_labels if several else _csv if model.task.shape else _csv_numbers
     tables = [
-        _Table(csv, _csv_labels if several else _csv, model.classes),
+        _Table(csv, csv_of, model.classes),
         _Table(jsonl, _jsonl, model.classes),
     ]
     unreadable: dict[int, str] = {}
@@ -93,7 +95,7 @@ def predict(
             for row, numbers in zip(rows, p.tolist(), strict=True):
                 record: dict[str, Any] = {"item": files[row]}
                 if np.isfinite(numbers).all():
-                    record |= _judge(model.task, numbers, several)
+                    record |= _judge(model.task, numbers)
                     known += 1
                 else:
                     why = f"cannot be read: {bad[row]}" if row in bad else "has no finite numbers"
@@ -142,12 +144,16 @@ def _find_files(images: list[str], image_column: str | None) -> list[str]:
     return files
 
 
-def _judge(task: Any, p: Any, several: bool) -> dict[str, Any]:
-    """Return what is predicted: a number, labels, or a class, these with their probabilities."""
+def _judge(task: Any, p: Any) -> dict[str, Any]:
+    """Return what is predicted: a number, a level, or labels or a class with probabilities."""
+    from sfda_tune.finetuning.tasks import Multilabel
+
     if not task.classes:
         return {"predicted": p}
+    if not task.shape:
+        return {"predicted": task.classes[int(task.decide(p))], "place": p}
     odds = dict(zip(task.classes, p, strict=True))
-    if several:
+    if isinstance(task, Multilabel):
         named = [c for c, one in zip(odds, task.decide(np.array(p)), strict=True) if one]
         return {"predicted": named, "probabilities": odds}
     best = max(odds, key=lambda c: odds[c])
@@ -155,7 +161,7 @@ def _judge(task: Any, p: Any, several: bool) -> dict[str, Any]:
 
 
 def _tell(record: dict[str, Any]) -> str:
-    """Return the class and how sure it is, the labels and how likely each is, or the number."""
+    """Return class or labels and how likely they are, level and place, or the number."""
     if "error" in record:
         return record["error"]
     if isinstance(record["predicted"], list):
@@ -163,18 +169,14 @@ def _tell(record: dict[str, Any]) -> str:
         return ", ".join(f"{c} {odds[c]:.3f}" for c in record["predicted"]) or "no label"
     if "confidence" in record:
         return f"{record['predicted']}  {record['confidence']:.3f}"
+    if "place" in record:
+        return f"{record['predicted']}  {record['place']:.3f}"
     return f"{record['predicted']:.6g}"
 
 
 def _csv(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool) -> str:
     from sfda_tune.values.text import csv_line
 
-    if not classes:
-        rows = [["item", "predicted"]] if is_first else []
-        for record in records:
-            number = record.get("predicted")
-            rows.append([record["item"], "" if number is None else f"{number:.9g}"])
-        return "".join(map(csv_line, rows))
     head = ["item", "predicted", "confidence", *(f"p_{c}" for c in classes)]
     rows = [head] if is_first else []
     for record in records:
@@ -182,6 +184,18 @@ def _csv(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool
         numbers = [record.get("confidence"), *(odds.get(name) for name in classes)]
         cells = ["" if x is None else f"{x:.6g}" for x in numbers]
         rows.append([record["item"], record.get("predicted", ""), *cells])
+    return "".join(map(csv_line, rows))
+
+
+def _csv_numbers(records: list[dict[str, Any]], classes: tuple[str, ...], is_first: bool) -> str:
+    """Return the number; of levels the nearest one, and the place."""
+    from sfda_tune.values.text import csv_line
+
+    keys = ["predicted", *["place"] * bool(classes)]
+    rows = [["item", *keys]] if is_first else []
+    for record in records:
+        found = [record.get(key, "") for key in keys]
+        rows.append([record["item"], *(v if isinstance(v, str) else f"{v:.9g}" for v in found)])
     return "".join(map(csv_line, rows))
 
 

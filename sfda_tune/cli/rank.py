@@ -24,6 +24,7 @@ from sfda_tune.cli.options import (
     Imports,
     LabelColumns,
     LabelDelimiter,
+    Levels,
     Log,
     SplitColumn,
     Task,
@@ -138,6 +139,7 @@ def rank(
     task: Task = "auto",
     label_columns: LabelColumns = None,
     label_delimiter: LabelDelimiter = None,
+    levels: Levels = None,
     bit_depth: BitDepth = None,
     bands: Bands = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
@@ -191,6 +193,8 @@ def rank(
 
       sfda-tune rank tags.csv --task multilabel --label-delimiter ';'
 
+      sfda-tune rank lesions/ --levels mild,moderate,severe
+
       sfda-tune rank photos/ -b resnet50 'convnext_*.fb_in22k*' -o r.json
     """
     if out is not None:
@@ -217,7 +221,7 @@ def rank(
             label_column=label_column, groups=read_groups(groups, group_column, group_regex),
             split_column=split_column, device=device, precision=precision, cache=kept,
             plugins=imports or (), weights_disk=weights_disk, task=told, bit_depth=bit_depth,
-            label_columns=label_columns, label_delimiter=label_delimiter,
+            label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
             bands=bands,
         )  # fmt: skip
         if as_json:
@@ -256,6 +260,7 @@ def rank(
             task=told,
             label_columns=label_columns,
             label_delimiter=label_delimiter,
+            levels=levels,
             bit_depth=bit_depth,
             bands=bands,
             threads=threads,

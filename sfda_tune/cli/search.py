@@ -18,6 +18,7 @@ from sfda_tune.cli.options import (
     Groups,
     LabelColumns,
     LabelDelimiter,
+    Levels,
     Log,
     SplitColumn,
     Task,
@@ -72,8 +73,8 @@ def search(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="accuracy; accuracy,latency; or accuracy,params (for numbers r2, for several "
-            "labels map in its place). Default: the first."
+            help="accuracy; accuracy,latency; or accuracy,params (for numbers r2, for levels "
+            "spearman, for several labels map in its place). Default: the first."
         ),
     ] = None,
     metric: Annotated[
@@ -81,7 +82,8 @@ def search(
         typer.Option(
             "--monitor",
             help="accuracy, balanced_accuracy, macro_f1 or log_loss; for numbers r2, spearman, "
-            "rmse or mae; for several labels map (mean average precision), macro_f1 or log_loss. "
+            "rmse or mae; for levels spearman, qwk (quadratic weighted kappa), mae or accuracy; "
+            "for several labels map (mean average precision), macro_f1 or log_loss. "
             "Default: the first.",
         ),
     ] = None,
@@ -119,11 +121,14 @@ def search(
     task: Task = "auto",
     label_columns: LabelColumns = None,
     label_delimiter: LabelDelimiter = None,
+    levels: Levels = None,
     bit_depth: BitDepth = None,
     bands: Bands = None,
     loss: Annotated[
         str | None,
-        typer.Option(help="What training minimises for numbers: mse, l1 or huber. Default: mse."),
+        typer.Option(
+            help="What training minimises for numbers and levels: mse, l1 or huber. Default: mse."
+        ),
     ] = None,
     time_column: Annotated[
         str | None,
@@ -165,7 +170,8 @@ def search(
     """Rank BACKBONES on DATASET, tune the best, fine-tune the winner and test it.
 
     The same command goes on where it was interrupted, and helps where it is running already.
-    Labels that are numbers to predict: --task regression; several per image: --task multilabel.
+    Labels that are numbers to predict: --task regression; levels in an order, such as grades:
+    --task ordinal; several per image: --task multilabel.
 
     For example:
 
@@ -205,6 +211,7 @@ def search(
             task=None if task == "auto" else task,
             label_columns=label_columns,
             label_delimiter=label_delimiter,
+            levels=levels,
             loss=loss,
             bit_depth=bit_depth,
             bands=bands,

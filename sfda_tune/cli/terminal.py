@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
+from sfda_tune.values.labels import NOUNS
 from sfda_tune.values.metrics import call, tell
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import format_count, printable, some, without_nan
@@ -43,9 +44,9 @@ def show_ranking(ranking: Ranking) -> None:
     from sfda_tune.selection.odds import find_odds
 
     info = ranking.info
-    what = f"{info['n_classes']} classes"
-    if info.get("task") == "multilabel":
-        what = f"{info['n_classes']} labels"
+    what = f"{info['n_classes']} {NOUNS.get(info.get('task', ''), 'classes')}"
+    if info.get("task") == "ordinal":
+        what += f" ({some(info['classes'], 8, ' < ')})"
     if target := info.get("target"):
         what = f"numbers from {target['min']:g} to {target['max']:g}"
     title = f"{info['dataset']}: {info['n_samples']} images, {what}"
@@ -189,6 +190,7 @@ def describe_ranking(ranking: Ranking) -> dict[str, Any]:
         "n_classes",
         "task",
         "target",
+        "level_counts",
         "label_counts",
         "device",
         "seconds",

@@ -24,7 +24,7 @@ from sfda_tune.data.decoding import (
     explain,
 )
 from sfda_tune.data.formats import Reading
-from sfda_tune.values.labels import as_indicators, find_rarest
+from sfda_tune.values.labels import NOUNS, as_indicators, find_rarest
 from sfda_tune.values.text import is_integer, one_line, printable
 
 __all__ = ["ImageDataset"]
@@ -33,6 +33,7 @@ TENTHS = 10  # strata of numbers
 STRATA = {
     "classification": "classes",
     "regression": "strata of the numbers",
+    "ordinal": "levels (tenths of the images, where there are more than 20)",
     "multilabel": "rarest labels of an image",
 }
 
@@ -68,6 +69,8 @@ class ImageDataset:
         When each was made: what is held out comes after what is trained on.
     reading : Reading, optional
         How pixels become RGB, where the files leave it open.
+    ordered : bool, default False
+        Whether `classes` are levels, from the lowest to the highest.
 
     >>> from sfda_tune import open_dataset
     >>> data = open_dataset((np.zeros((6, 4, 5, 3), np.uint8), ["dog", "cat"] * 3))
@@ -83,6 +86,7 @@ class ImageDataset:
     groups: np.ndarray | None = None
     times: np.ndarray | None = None
     reading: Reading | None = None
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
@@ -113,18 +117,22 @@ class ImageDataset:
 
     @property
     def task(self) -> str:
-        """What labels are: "classification", "regression" (numbers to predict), "multilabel"."""
+        """What labels are: "classification", "regression", "ordinal" or "multilabel"."""
         if self.labels.ndim == 2:
             return "multilabel"
+        if self.ordered:
+            return "ordinal"
         return "regression" if self.labels.dtype.kind == "f" else "classification"
 
     @cached_property
     def strata(self) -> np.ndarray:
         """What samples are stratified by: the classes; of numbers, tenths of the images by size.
 
-        Equal numbers are in the same tenth. Of several labels, the rarest that an image has.
+        Equal numbers are in the same tenth; so are levels, if there are more than twenty. Of
+        several labels, the rarest that an image has.
         """
-        if self.task == "classification":
+        few = self.task == "ordinal" and len(self.classes) <= 2 * TENTHS
+        if self.task == "classification" or few:
             return self.labels
         if self.task == "multilabel":
             return find_rarest(self.labels)
@@ -142,11 +150,12 @@ class ImageDataset:
     def require_classes(self, purpose: str) -> None:
         """Raise a DatasetError if the labels are no classes, one per image."""
         self.require_one_label(purpose)
-        if self.task == "regression":
+        if self.task != "classification":
+            what = "levels in an order" if self.ordered else "numbers to predict"
             raise DatasetError(
-                f"`dataset` must have classes {purpose} but has numbers to predict (the task "
-                "'regression'); if each number is a class, pass task='classification' (--task "
-                "classification)."
+                f"`dataset` must have classes {purpose} but has {what} (the task {self.task!r}); "
+                f"if each {'level' if self.ordered else 'number'} is a class, pass "
+                "task='classification' (--task classification)."
             )
 
     def label_name(self, label: Any) -> str:
@@ -165,7 +174,7 @@ class ImageDataset:
         return None if len(names) == len(codes) else codes
 
     def __repr__(self) -> str:
-        what = f"{len(self.classes)} {'labels' if self.task == 'multilabel' else 'classes'}"
+        what = f"{len(self.classes)} {NOUNS.get(self.task, 'classes')}"
         if self.task == "regression":
             ends = (f"{v:g}" for v in (self.labels.min(), self.labels.max())) if len(self) else ()
             what = f"numbers {' … '.join(ends)}"

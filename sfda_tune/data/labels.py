@@ -1,7 +1,8 @@
 """Class names: from what tables, folders and data sets hold, in the order people expect.
 
-Or numbers to predict, for regression. Without a word of the user, numbers are classes where they
-look like codes of classes (`looks_like_target`), and refused where they do not.
+Or numbers to predict, for regression; or levels, whose order counts. Without a word of the user,
+numbers are classes where they look like codes of classes (`looks_like_target`), and refused where
+they do not.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def encode(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels of any hashable type → codes 0 … C−1 and class names; all checks are here.
 
-    For the `task` "regression" → the numbers, float64, and no classes. Labels of the task
-    "multilabel" are read by `sfda_tune.data.several`: whoever comes here has one per image.
+    For the `task` "regression" → the numbers, float64, and no classes. For "ordinal" classes like
+    others, which `order_levels` puts in order. Labels of the task "multilabel" are read by
+    `sfda_tune.data.several`: whoever comes here has one per image.
 
     `names` are the declared names of integer labels (ClassLabel, torchvision's `classes`). With
     `places`, `given` are the different labels only, and `places` says where in them each image's
@@ -137,6 +139,79 @@ def encode(
     return codes if places is None else codes[places], classes
 
 
+def list_levels(levels: Any) -> list[str] | None:
+    """Return levels as texts: a list, or one text with commas.
+
+    >>> list_levels("small, large"), list_levels((0, 1.0))
+    (['small', 'large'], ['0', '1'])
+    """
+    if levels is None:
+        return None
+    if not isinstance(levels, Iterable):
+        raise DatasetError(
+            "`levels` must be names from the lowest to the highest, such as ['small', 'large'], "
+            f"but is {levels!r}."
+        )
+    return [class_name(v) for v in (levels.split(",") if isinstance(levels, str) else levels)]
+
+
+def order_levels(
+    classes: Sequence[str], levels: Iterable[Any] | None, where: str
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return levels from the lowest to the highest, and which of them each class is.
+
+    Without `levels` names that are numbers, or that begin alike and then have a number each, are
+    ordered by it.
+
+    >>> order_levels(["0-9", "10-19", "60+"], None, "`labels`")
+    (('0-9', '10-19', '60+'), array([0, 1, 2]))
+    >>> order_levels(["large", "small"], ["small", "medium", "large"], "`labels`")
+    (('small', 'medium', 'large'), array([2, 0]))
+    """
+    if levels is None:
+        keys = _find_order(classes)
+        if keys is None:
+            raise DatasetError(
+                f"{where} must say the order of its levels, for {some(map(repr, classes))} are no "
+                "numbers; pass levels=['small', 'medium', …] (--levels small,medium,…), all of "
+                "them from the lowest to the highest."
+            )
+        order = sorted(range(len(classes)), key=lambda c: keys[c])
+        return tuple(classes[c] for c in order), np.argsort(order)
+    names = tuple(list_levels(levels) or ())
+    place = {_level_key(name): k for k, name in enumerate(names)}
+    if len(place) < max(len(names), 2) or "" in names:
+        raise DatasetError(
+            f"`levels` must be two or more different names but are {names}; pass each once, from "
+            "the lowest to the highest."
+        )
+    unknown = [name for name in classes if _level_key(name) not in place]
+    if unknown:
+        raise DatasetError(
+            f"{where} must hold nothing but `levels` ({', '.join(names)}) but has "
+            f"{some(map(repr, unknown))}; name all of them, from the lowest to the highest "
+            "(--levels), or remove these images."
+        )
+    return names, np.array([place[_level_key(name)] for name in classes])
+
+
+def _level_key(name: str) -> Any:
+    number = _as_number(name)
+    return name if number is None else number
+
+
+def _find_order(names: Sequence[str]) -> list[float] | None:
+    """Return the number in each name that orders them, if there is one."""
+    numbers = [_as_number(name) for name in names]
+    if None not in numbers:
+        return numbers  # type: ignore[return-value]
+    parts = [re.match(r"(\D*)(\d+(?:\.\d+)?)", name) for name in names]
+    if None in parts or len({part[1] for part in parts if part}) > 1:
+        return None
+    found = [float(part[2]) for part in parts if part]
+    return found if len(set(found)) == len(found) else None
+
+
 MANY = 20  # different integers, up to which they are taken for codes of classes
 DELIMITERS = (";", "|", ",")  # between several labels in one text
 RARE = 3  # images of each of many integers, on average, from which they are
@@ -174,7 +249,8 @@ def _refuse_target(labels: Iterable[Any], n: int, where: str) -> None:
     raise DatasetError(
         f"{where} must say what its numbers are: {len(values)} different {kind} from "
         f"{values[0]:g} to {values[-1]:g} on {n} images look like a quantity to predict, not like "
-        f"classes ({rule}); pass task='regression' (--task regression), or, if each number is a "
+        f"classes ({rule}); pass task='regression' (--task regression); if only their order "
+        "counts, as that of grades, task='ordinal' (--task ordinal); or, if each number is a "
         "class, task='classification' (--task classification)."
     )
 

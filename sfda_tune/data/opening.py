@@ -7,7 +7,7 @@ numpy and Pillow only; whatever else a form needs is imported by it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from sfda_tune.data.folders import open_folder
 from sfda_tune.data.formats import Reading, parse_reading
 from sfda_tune.data.groups import FOLDERS, check_groups, find_groups
 from sfda_tune.data.huggingface import STREAM, open_hf, open_hub
+from sfda_tune.data.labels import order_levels
 from sfda_tune.data.several import open_coco
 from sfda_tune.data.shards import is_shards, open_shards
 from sfda_tune.data.tables import open_table
@@ -30,7 +31,7 @@ from sfda_tune.values.text import require
 
 __all__ = ["TASKS", "open_dataset", "open_part", "settle_task"]
 
-TASKS = ("auto", "classification", "regression", "multilabel")
+TASKS = ("auto", "classification", "regression", "ordinal", "multilabel")
 _FORMS = (
     "'digits'; a folder with one sub-folder per class (or train/ and val/ with such sub-folders); "
     "a .csv, .tsv or .parquet table of paths and labels; a .json file like COCO's; .tar files "
@@ -54,6 +55,7 @@ def open_dataset(
     task: str | None = None,
     label_columns: str | Sequence[str] | None = None,
     label_delimiter: str | None = None,
+    levels: str | Sequence[Any] | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
 ) -> ImageDataset:
@@ -108,13 +110,18 @@ def open_dataset(
     split_column, time_column : str, optional
         Column of a table or Hugging Face data set that says the part of each row, where it has
         an unusual name; that says when each image was made (number or ISO 8601).
-    task : {"auto", "classification", "regression", "multilabel"}, optional
-        Whether the labels are classes, numbers to predict, or several per image. By default
+    task : {"auto", "classification", "regression", "ordinal", "multilabel"}, optional
+        Whether the labels are classes, numbers to predict, levels in an order, or several per
+        image. By default
         numbers are classes, too, but are refused where they look like a quantity
         (`sfda_tune.data.labels`): three or more, of which some have a fraction; or more than 20
         whole ones with fewer than 3 images each. Names of folders, and numbers that the data set
         has names for, are classes. So are texts, but those that look like lists (``"cat;dog"``
         beside ``"cat"`` and ``"dog"``) are refused.
+        For "ordinal" labels (of folders the names, too) are levels such as grades from 0 to 4:
+        numbers, or names with a number each (``"0-9"``, ``"10-19"``, ``"60+"``), by which they
+        are ordered; or the `levels`. Only their order counts. An `ImageDataset` of classes may
+        become one of levels.
         For "multilabel" labels are rows of 0 and 1 (NaN or -1: not known) or lists of names, in
         arrays, in a table or Hugging Face data set as below. Of ``"digits"``, their four bits.
     label_columns : str or sequence of str, optional
@@ -124,6 +131,9 @@ def open_dataset(
     label_delimiter : str, optional
         What separates the labels in the one column that holds all, such as ``";"``; an empty cell
         has none. Not needed for a column of lists. Either of the two means "multilabel".
+    levels : str or sequence, optional
+        All levels, from the lowest to the highest: ``["small", "medium", "large"]``, or in one
+        text with commas. That means "ordinal". A level may be without images.
     bit_depth : int in 9 … 16, or "auto", optional
         Grey (and other integer) pixels of more than 8 bits are white at 2^bit_depth − 1; by
         default at 65535, with a warning where images of 12 bits would be nearly black. DICOM
@@ -147,29 +157,35 @@ def open_dataset(
     columns = {"image_column": image_column, "label_column": label_column, "groups": groups}
     columns |= {"split_column": split_column, "time_column": time_column}
     columns |= {"label_columns": label_columns, "label_delimiter": label_delimiter}
-    told = settle_task(task, label_columns, label_delimiter)
+    told = settle_task(task, label_columns, label_delimiter, levels)
     reading = _parse_reading(bit_depth, bands)
     dataset = _open(
         spec, 2, split=split, **columns, labels=labels, task=told, reading=reading,
-        draw=(samples, seed),
+        draw=(samples, seed), levels=levels,
     )  # fmt: skip
     if groups is not None and dataset.groups is not None:
         check_groups(dataset.groups)
     return dataset if samples is None else dataset.sample(samples, seed)
 
 
-def settle_task(task: str | None, label_columns: Any = None, label_delimiter: Any = None) -> Any:
-    """Return the task that is meant, None for "auto"; options of several labels say it."""
+def settle_task(
+    task: str | None, label_columns: Any = None, label_delimiter: Any = None, levels: Any = None
+) -> Any:
+    """Return the task that is meant, None for "auto"; options of some kinds of labels say it."""
     require("task", task, f"one of {', '.join(TASKS)}", task in (None, *TASKS))
-    several = {"label_columns": label_columns, "label_delimiter": label_delimiter}
-    given = [name for name, value in several.items() if value is not None]
-    if given and task not in (None, "auto", "multilabel"):
-        raise DatasetError(
-            f"`{given[0]}` is for several labels per image, but `task` is {task!r}; leave one out."
-        )
-    for name in given:
-        require(name, several[name], "a text that is not empty", len(several[name]))
-    return "multilabel" if given else None if task == "auto" else task
+    told = None if task == "auto" else task
+    for name, value, kind, what in (
+        ("label_columns", label_columns, "multilabel", "several labels per image"),
+        ("label_delimiter", label_delimiter, "multilabel", "several labels per image"),
+        ("levels", levels, "ordinal", "levels in an order"),
+    ):
+        if value is None:
+            continue
+        if told not in (None, kind):
+            raise DatasetError(f"`{name}` is for {what}, but `task` is {told!r}; leave one out.")
+        require(name, value, "a text that is not empty", isinstance(value, Sized) and len(value))
+        told = kind
+    return told
 
 
 def open_part(
@@ -203,6 +219,7 @@ def _open(
     task: str | None = None,
     reading: Reading | None = None,
     draw: tuple[int | None, int] = (None, 0),
+    levels: Any = None,
     **options: Any,
 ) -> ImageDataset:
     """Open a data set of at least so many classes."""
@@ -226,6 +243,8 @@ def _open(
             )
         options[where], groups = groups, None
     dataset = _open_form(spec, form, opener, usable, options)
+    if task == "ordinal" and not (dataset.ordered and levels is None):
+        dataset = _order(dataset, levels)
     if reading is not None:
         dataset = replace(dataset, reading=reading)
     elif not isinstance(spec, ImageDataset):
@@ -233,6 +252,12 @@ def _open(
     if groups is None:
         return dataset
     return replace(dataset, groups=find_groups(dataset.items, groups))
+
+
+def _order(dataset: ImageDataset, levels: Any) -> ImageDataset:
+    """Make levels of classes."""
+    names, of = order_levels(dataset.classes, levels, f"{dataset.name!r}")
+    return replace(dataset, labels=of[dataset.labels], classes=names, ordered=True)
 
 
 def _open_form(
@@ -248,9 +273,8 @@ def _open_form(
 
 
 def _open_opened(dataset: ImageDataset, task: str | None) -> ImageDataset:
-    require(
-        "task", task, f"{dataset.task!r}, as that of {dataset!r}", task in (None, dataset.task)
-    )
+    usable = (None, dataset.task, "ordinal" if dataset.task == "classification" else None)
+    require("task", task, f"{dataset.task!r}, as that of {dataset!r}", task in usable)
     return dataset
 
 

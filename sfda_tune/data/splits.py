@@ -19,7 +19,7 @@ from sfda_tune.data.groups import merge_codes
 from sfda_tune.data.huggingface import is_stream
 from sfda_tune.data.near import MOST, shared_near
 from sfda_tune.data.opening import open_dataset, open_part
-from sfda_tune.values.labels import find_varied
+from sfda_tune.values.labels import NOUNS, find_varied
 from sfda_tune.values.text import some
 
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
 ]  # fmt: skip
 
 COLUMNS = (
-    "image_column", "label_column", "label_columns", "label_delimiter", "groups", "split_column",
-    "time_column", "bit_depth", "bands",
+    "image_column", "label_column", "label_columns", "label_delimiter", "levels", "groups",
+    "split_column", "time_column", "bit_depth", "bands",
 )  # fmt: skip
 
 FEW = 10  # images, of which one more or less moves an accuracy by 10 points or more
@@ -70,10 +70,11 @@ def split_images(
     if empty:
         raise DatasetError(f"`dataset` leaves no images for {empty[0]}; give it more images.")
     for name, part in parts.items():
-        if whole.task == "regression" and part.labels.min() == part.labels.max():
+        if whole.task in ("regression", "ordinal") and part.labels.min() == part.labels.max():
+            what = NOUNS.get(whole.task, "numbers")
             raise DatasetError(
-                f"`dataset` must have different numbers in each part, but the images for {name}, "
-                f"{len(part)}, all have {part.labels[0]:g}; give it more images."
+                f"`dataset` must have different {what} in each part, but the images for {name}, "
+                f"{len(part)}, all have {part.label_name(part.labels[0])}; give it more images."
             )
         least = 2 if name == "train" else 1  # to choose the penalty of the head by
         if whole.task == "multilabel" and not find_varied(part.labels, least).any():
@@ -108,6 +109,8 @@ def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str
     columns: dict[str, Any] = {name: g.get(name) for name in COLUMNS}
     whole = open_dataset(g["dataset"], split=g["split"], **columns, task=g.get("task"))
     task = whole.task if g.get("task") or whole.task != "classification" else None
+    if whole.ordered:  # its own parts may lack some
+        columns["levels"] = whole.classes
     share = 1.0 if g["samples"] is None else min(1.0, g["samples"] / len(whole))
     whole = whole if g["samples"] is None else whole.sample(g["samples"], g["seed"])
     parts, sources = {"train": whole}, {"train": "own part" if g["split"] else "all images"}
@@ -167,9 +170,10 @@ def hold_out(
     first = np.sort(rest[np.unique(twins[rest], return_index=True)[1]])
     units, n = whole.subset(first), round(len(first) * (1 - share))
     if n < len(np.unique(units.strata)):
-        if whole.task == "regression":
+        if whole.task in ("regression", "ordinal"):
+            what = NOUNS.get(whole.task, "numbers")
             raise DatasetError(
-                f"`dataset` has too few images for a search: {len(first)} different ones; numbers "
+                f"`dataset` has too few images for a search: {len(first)} different ones; {what} "
                 "need 20 or more, to train, to validate and to test. Add images, or only rank the "
                 "backbones (`sfda-tune rank`)."
             )

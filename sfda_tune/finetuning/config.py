@@ -68,7 +68,9 @@ class FinetuneConfig:
         Stop after so many epochs without a better `monitor`.
     monitor : {"auto", "accuracy", "balanced_accuracy", "macro_f1", "log_loss"}
         Decides which weights are best; ties are decided by the log-loss. For numbers one of "r2",
-        "spearman", "rmse" and "mae", and ties are decided by the RMSE. For several labels one of
+        "spearman", "rmse" and "mae", and ties are decided by the RMSE. For levels one of
+        "spearman", "qwk", "mae" and "accuracy", and ties are decided by the MAE. For several
+        labels one of
         "map" (mean average precision), "macro_f1" and "log_loss". "auto": the first.
     loss : {"auto", "cross_entropy", "mse", "l1", "huber", "binary_cross_entropy"}
         What is minimised: the cross-entropy of classes; of standardised numbers the squared error

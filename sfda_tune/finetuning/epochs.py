@@ -32,9 +32,9 @@ class Epoch:
         Mean over the epoch; NaN for epoch 0.
     values : mapping of str to float
         Metrics on the validation images, which are attributes, too: accuracy, balanced_accuracy,
-        macro_f1 and log_loss, of numbers r2, spearman, rmse and mae, or of several labels map,
-        macro_f1 and log_loss. A class without validation images does not count in the balanced
-        accuracy.
+        macro_f1 and log_loss, of numbers r2, spearman, rmse and mae, of levels spearman, qwk, mae
+        and accuracy, or of several labels map, macro_f1 and log_loss. A class without validation
+        images does not count in the balanced accuracy.
     best : float
         The monitored metric of the best epoch so far.
     best_number : int

@@ -75,7 +75,8 @@ def split(
     dataset: ImageDataset, val: ImageDataset | None, config: FinetuneConfig
 ) -> tuple[ImageDataset, ImageDataset]:
     """Return training and validation images, with the same codes for the classes."""
-    what = {"regression": "numbers", "multilabel": "several labels"}.get(dataset.task, "classes")
+    kinds = {"regression": "numbers", "ordinal": "levels", "multilabel": "several labels"}
+    what = kinds.get(dataset.task, "classes")
     n, n_strata = len(dataset), len(np.unique(dataset.strata))
     if dataset.task == "multilabel":
         _require_varied(dataset, "dataset", 2)
@@ -89,6 +90,7 @@ def split(
         if n_train >= n:
             each = {
                 "regression": "of each tenth of the numbers",
+                "ordinal": "of each level",
                 "multilabel": "for each label",
             }.get(dataset.task, "of each class")
             raise ValueError(
@@ -111,10 +113,11 @@ def split(
             f"`val` must hold {what}, as `dataset`, but is {val!r}; open it with "
             f"task={dataset.task!r}."
         )
-    if dataset.task == "regression":
+    if dataset.task in ("regression", "ordinal"):
+        val = relabel(val, dataset)
         if len(np.unique(val.labels)) < 2:
             raise ValueError(
-                f"`val` must hold at least two different numbers but has {len(val)} images of "
+                f"`val` must hold at least two different {what} but has {len(val)} images of "
                 f"{len(np.unique(val.labels))}; pass more images."
             )
         return dataset, val

@@ -71,7 +71,7 @@ class Model:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class behind each column of the predictions; none for numbers."""
+        """The class behind each column of the predictions, or the levels; none for numbers."""
         return self.task.classes
 
 
@@ -159,7 +159,8 @@ def predict(
 
     Returns
     -------
-    array of float64, shape (n_images, n_classes), or (n_images,) for numbers
+    array of float64, shape (n_images, n_classes), or (n_images,) for numbers, and for levels
+        their places, 0 being the lowest
         Columns in the order of ``model.classes``; NaN where an image cannot be read, with a
         warning that names the first.
     """
@@ -336,7 +337,8 @@ def _write_network(backbone: Backbone, model: Model, folder: Path) -> None:
     if "architecture" not in (getattr(module, "pretrained_cfg", None) or {}):
         write_tensors(folder / WEIGHTS, module.state_dict(), {"format": "pt"})
         return
-    more: dict[str, Any] = {"label_names": list(model.classes)}
+    names = model.classes if len(model.classes) == model.task.n_outputs else ()  # not of levels
+    more: dict[str, Any] = {"label_names": list(names)}
     name = loading.timm_name(backbone.spec)
     if name.startswith("local-dir:"):  # a network can be called otherwise than its base variant
         more["architecture"] = loading.read_config(name.partition(":")[2])["architecture"]

@@ -1,4 +1,4 @@
-"""What labels are, to whoever trains on them: classes, numbers to predict, or several per image.
+"""What labels are, to whoever trains on them: classes, numbers, levels, or several per image.
 
 =================  ======================  ==========================  ==========================
                    `Classification`        `Regression`                `Multilabel`
@@ -14,6 +14,8 @@ start of the head  logistic regression     ridge regression, in        logistic 
                                            closed form                 label against the rest
 =================  ======================  ==========================  ==========================
 
+`Ordinal`, levels in an order, is `Regression` of their places 0 … C − 1; it names the nearest one.
+
 A further kind of labels is a further class here, made by `make_task` and read by `read_task`; the
 training, models and searches ask the task and never what kind it is.
 """
@@ -24,7 +26,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -34,7 +36,14 @@ from sfda_tune.finetuning.calibration import fit_temperature
 from sfda_tune.finetuning.epochs import measure
 from sfda_tune.finetuning.heads import fit_head, fit_labels, fit_numbers
 from sfda_tune.selection.evaluation import accuracy_interval, design_effect
-from sfda_tune.selection.numbers import DRAWS, measure_numbers, resample_numbers
+from sfda_tune.selection.numbers import (
+    DRAWS,
+    measure_levels,
+    measure_numbers,
+    name_levels,
+    resample_levels,
+    resample_numbers,
+)
 from sfda_tune.selection.several import (
     UNDECIDED,
     choose_thresholds,
@@ -42,13 +51,14 @@ from sfda_tune.selection.several import (
     measure_labels,
     resample_labels,
 )
+from sfda_tune.values.labels import NOUNS
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "KINDS", "LOSSES", "MONITORS", "Classification", "Multilabel", "Regression", "Task",
-    "find_kind", "make_task", "read_task",
+    "KINDS", "LOSSES", "MONITORS", "Classification", "Multilabel", "Ordinal", "Regression",
+    "Task", "find_kind", "make_task", "read_task",
 ]  # fmt: skip
 
 
@@ -271,7 +281,7 @@ class Regression(Task):
     }  # fmt: skip
 
     @classmethod
-    def of(cls, labels: np.ndarray) -> Regression:
+    def of(cls, labels: np.ndarray) -> Self:
         """Return the task of training labels; a DatasetError if they are all equal.
 
         >>> Regression.of(np.array([1.0, 3.0]))
@@ -280,8 +290,8 @@ class Regression(Task):
         mean, scale = float(labels.mean()), float(labels.std())
         if not 0 < scale < math.inf:
             raise DatasetError(
-                f"`dataset` must have different numbers to train on but all {len(labels)} are "
-                f"{mean:g}; add images with others."
+                f"`dataset` must have different {NOUNS.get(cls.name, 'numbers')} to train on but "
+                f"all {len(labels)} are {mean:g}; add images with others."
             )
         return cls(mean, scale)
 
@@ -346,6 +356,41 @@ class Regression(Task):
     ) -> dict[str, np.ndarray]:
         """See `sfda_tune.selection.numbers.resample_numbers`."""
         return resample_numbers(labels, predicted, groups, n_draws=n_draws)
+
+
+@dataclass(frozen=True)
+class Ordinal(Regression):
+    """One of several levels in an order; predictions are places 0 … C − 1, with fractions.
+
+    Spearman's ρ chooses: it is what frozen features are scored by, and no rounding makes it jump
+    from one level to the next on few images.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "ordinal"
+    monitors: ClassVar[tuple[str, ...]] = ("spearman", "qwk", "mae", "accuracy")
+    tie: ClassVar[str] = "mae"
+    exported: ClassVar[tuple[str, str]] = ("standardised", "places")
+
+    def decide(self, p: np.ndarray) -> np.ndarray:
+        """Return the nearest level of each place, by position in `classes`."""
+        return name_levels(p, len(self.classes))
+
+    def measure(self, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        """See `sfda_tune.selection.numbers.measure_levels`."""
+        return measure_levels(labels, predicted, len(self.classes))
+
+    def resample(
+        self,
+        labels: np.ndarray,
+        predicted: np.ndarray,
+        groups: np.ndarray | None,
+        n_draws: int = DRAWS,
+    ) -> dict[str, np.ndarray]:
+        """See `sfda_tune.selection.numbers.resample_levels`."""
+        n_levels = len(self.classes)
+        return resample_levels(labels, predicted, n_levels, groups, n_draws=n_draws)
 
 
 @dataclass(frozen=True)
@@ -455,10 +500,10 @@ class Multilabel(Task):
 
 
 KINDS: dict[str, type[Classification] | type[Regression] | type[Multilabel]] = {
-    kind.name: kind for kind in (Classification, Regression, Multilabel)
+    kind.name: kind for kind in (Classification, Regression, Ordinal, Multilabel)
 }
 MONITORS = tuple(dict.fromkeys(metric for kind in KINDS.values() for metric in kind.monitors))
-LOSSES = tuple(loss for kind in KINDS.values() for loss in kind.losses)
+LOSSES = tuple(dict.fromkeys(loss for kind in KINDS.values() for loss in kind.losses))
 
 
 def find_kind(dataset: Any, task: str | None = None) -> type[Task]:
@@ -475,6 +520,8 @@ def make_task(train: ImageDataset) -> Task:
     """Return the task of training images."""
     if train.task == "regression":
         return Regression.of(train.labels)
+    if train.task == "ordinal":
+        return replace(Ordinal.of(train.labels), classes=train.classes)
     if train.task == "multilabel":
         return Multilabel(train.classes)
     return Classification(train.classes)
@@ -486,6 +533,8 @@ def read_task(provenance: Mapping[str, Any]) -> Task:
     name = about.pop("name", Classification.name)
     if name == Regression.name:
         return Regression(**about)
+    if name == Ordinal.name:
+        return Ordinal(**about, classes=classes)
     if name == Multilabel.name:
         return Multilabel(classes, tuple(about.get("thresholds", ())))
     return Classification(classes)

@@ -25,7 +25,7 @@ lists all that; the docstrings have the formulas. Each metric is in the module o
 `leep`, `nce`      prediction from outputs of the source classifier, which you pass; not in `rank`
 `imagenet_prior`   published ImageNet accuracy, by name: `imagenet` in sums
 `params_prior`     number of parameters, by name: `params` in sums
-`regression`       `ridge` and forms of `knn`, `linear_probe`, `logme`, for numbers to predict
+`regression`       `ridge` and forms of `knn`, `linear_probe`, `logme`, for numbers or levels
 `multilabel`       forms of `sfda`, `knn`, `linear_probe`, `logme` for several labels per image
 `combine`          rank or min–max average of several scores
 =================  ===============================================================================

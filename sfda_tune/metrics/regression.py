@@ -12,13 +12,15 @@ H           11ᵀ/N + Z diag(1/(σ + λ)) Zᵀ, the hat matrix of ridge with an 
 e_n         y_n less its prediction by the model fitted without n                       (N,)
 ==========  ==========================================================================  ==========
 
-All of them say R², 1 − Σ e_n² / (Nv), except LogME. The columns are standardised over all samples,
-those left out among them: no target takes part in that.
+All of them say R², 1 − Σ e_n² / (Nv), except LogME; or, for levels of which only the order counts
+(`ORDINAL`), Spearman's ρ of predictions and levels, 0 … C − 1. The columns are standardised over
+all samples, those left out among them: no target takes part in that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,11 @@ from sfda_tune.metrics.knn import GRID as NEIGHBOURS
 from sfda_tune.metrics.knn import find_neighbours
 from sfda_tune.metrics.logme import find_spectrum, maximise_evidence
 from sfda_tune.values.features import MetricResult
-from sfda_tune.values.text import integer
+from sfda_tune.values.text import integer, require
 
 __all__ = [
-    "REGRESSION", "fit_ridge", "knn_regression", "logme_regression", "ridge", "ridge_probe",
+    "ORDINAL", "REGRESSION", "fit_ridge", "knn_regression", "logme_regression", "ridge",
+    "ridge_probe",
 ]  # fmt: skip
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # t
@@ -41,7 +44,12 @@ N_FOLDS = 5
 
 
 def ridge(
-    features: Any, targets: Any, *, grid: Sequence[float] = PENALTIES, groups: Any = None
+    features: Any,
+    targets: Any,
+    *,
+    grid: Sequence[float] = PENALTIES,
+    groups: Any = None,
+    judge: str = "r2",
 ) -> MetricResult:
     """Score features by the R² of ridge regression, each sample predicted without itself.
 
@@ -67,12 +75,17 @@ def ridge(
         Values of t to choose from.
     groups : sequence of hashable, shape (n_samples,), optional
         Samples that are left out together, two groups or more.
+    judge : {"r2", "spearman"}, default "r2"
+        What the value is; the penalty is chosen by R² in either case.
 
     Returns
     -------
     MetricResult
         ``value``: R², at most 1; below 0 where the mean of the targets would predict better.
-        ``per_sample``: 1 − e_n²/v, of which it is the mean. ``details``: sizes, ``penalty`` (the
+        ``per_sample``: 1 − e_n²/v, of which it is the mean. Or ρ, whose ``per_sample`` is
+        ρ + ab − ρ(a² + b²)/2 with the standardised ranks a of targets and b of predictions: its
+        mean is ρ, its variance over N that of ρ in large samples (ranks taken for numbers).
+        ``details``: sizes, ``penalty`` (the
         chosen t), ``r2`` by penalty, ``spearman``, the rank correlation of predictions and
         targets, and ``rmse``, in units of the target.
 
@@ -80,8 +93,8 @@ def ridge(
     ------
     ValueError
         If `features` is not a finite real matrix, `targets` does not fit it, is not finite or
-        constant, `grid` holds anything but positive numbers, or `groups` does not fit, holds a
-        missing value or a single group.
+        constant, `grid` holds anything but positive numbers, `groups` does not fit, holds a
+        missing value or a single group, or `judge` is neither.
 
     Notes
     -----
@@ -104,7 +117,7 @@ def ridge(
     fit = _Ridge(X, y, encode_groups(groups, len(y)), ts)
     by_t = dict(zip((f"{t:g}" for t in ts), fit.r2.tolist(), strict=True))
     details = {"penalty": ts[fit.best], "r2": by_t}
-    return _result(y, y - fit.errors, {"n_dims": X.shape[1], "dtype": dtype} | details)
+    return _result(y, y - fit.errors, {"n_dims": X.shape[1], "dtype": dtype} | details, judge)
 
 
 def fit_ridge(features: Any, targets: Any) -> tuple[np.ndarray, float, float]:
@@ -142,6 +155,7 @@ def ridge_probe(
     grid: Sequence[float] = PENALTIES,
     n_folds: int = N_FOLDS,
     groups: Any = None,
+    judge: str = "r2",
 ) -> MetricResult:
     """Score features by the held-out R² of ridge regression: the linear probe of numbers.
 
@@ -153,7 +167,7 @@ def ridge_probe(
 
     Parameters
     ----------
-    features, targets, grid, groups
+    features, targets, grid, groups, judge
         As for `ridge`.
     n_folds : int, default 5
         At most one per sample or group.
@@ -190,11 +204,17 @@ def ridge_probe(
         fit = _Ridge(X[~test], y[~test], None if alone else inner, ts)
         predicted[test] = fit.predict(X[test])
         chosen.append(ts[fit.best])
-    return _result(y, predicted, {"n_dims": X.shape[1], "dtype": dtype, "penalties": chosen})
+    details = {"n_dims": X.shape[1], "dtype": dtype, "penalties": chosen}
+    return _result(y, predicted, details, judge)
 
 
 def knn_regression(
-    features: Any, targets: Any, *, k: int | Sequence[int] = NEIGHBOURS, groups: Any = None
+    features: Any,
+    targets: Any,
+    *,
+    k: int | Sequence[int] = NEIGHBOURS,
+    groups: Any = None,
+    judge: str = "r2",
 ) -> MetricResult:
     """Score features by the R² of the mean target of the k nearest neighbours, by cosine.
 
@@ -202,7 +222,7 @@ def knn_regression(
 
     Parameters
     ----------
-    features, targets, groups
+    features, targets, groups, judge
         As for `ridge`.
     k : int or sequence of int, default (1, 3, 5, 10, 20)
         Numbers of neighbours to choose from; those above N − 1 count as N − 1 (with `groups`, N
@@ -236,7 +256,7 @@ def knn_regression(
     best = int(r2.argmax())
     by_k = dict(zip(map(str, grid), r2.tolist(), strict=True))
     about = {"n_dims": X.shape[1], "dtype": dtype, "k": grid[best], "r2": by_k}
-    return _result(y, predicted[best], about)
+    return _result(y, predicted[best], about, judge)
 
 
 def logme_regression(features: Any, targets: Any) -> MetricResult:
@@ -283,6 +303,11 @@ REGRESSION: dict[str, Callable[..., MetricResult]] = {
     "knn": knn_regression,
     "linear_probe": ridge_probe,
     "logme": logme_regression,
+}
+# Those of levels, which are given as 0 … C − 1
+ORDINAL: dict[str, Callable[..., MetricResult]] = {
+    name: metric if name == "logme" else partial(metric, judge="spearman")
+    for name, metric in REGRESSION.items()
 }
 
 
@@ -358,15 +383,21 @@ def _load(features: Any, targets: Any) -> tuple[np.ndarray, np.ndarray, str]:
     return X.astype(np.float64), y, dtype or str(X.dtype)
 
 
-def _result(y: np.ndarray, predicted: np.ndarray, details: dict[str, Any]) -> MetricResult:
-    """Say how well numbers are predicted."""
+def _result(
+    y: np.ndarray, predicted: np.ndarray, details: dict[str, Any], judge: str
+) -> MetricResult:
+    """Say how well numbers are predicted, or their order."""
+    require("judge", judge, "'r2' or 'spearman'", judge in ("r2", "spearman"))
     square = np.square(y - predicted)
     per_sample = 1 - square / y.var()
-    ranks = rankdata(y), rankdata(predicted)
-    constant = np.ptp(ranks[1]) == 0
+    ranks = (rankdata(v) for v in (y, predicted))
+    a, b = ((r - r.mean()) / (r.std() or 1.0) for r in ranks)  # of constants 0
+    rho = float((a * b).mean())
+    if judge == "spearman":
+        per_sample = rho + a * b - rho * (a**2 + b**2) / 2
     about = {
         "n_samples": len(y),
-        "spearman": 0.0 if constant else float(np.corrcoef(*ranks)[0, 1]),
+        "spearman": rho,
         "rmse": float(np.sqrt(square.mean())),
     }
     return MetricResult(float(per_sample.mean()), per_sample, about | details)

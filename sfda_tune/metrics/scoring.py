@@ -25,7 +25,7 @@ from sfda_tune.metrics.combine import combine, combine_hub
 from sfda_tune.metrics.multilabel import MULTILABEL
 from sfda_tune.metrics.priors import PRIORS
 from sfda_tune.metrics.registry import METRICS, describe_metrics, get_metric
-from sfda_tune.metrics.regression import REGRESSION
+from sfda_tune.metrics.regression import ORDINAL, REGRESSION
 from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.values.features import Features, MetricResult, Score
 from sfda_tune.values.ranking import Ranking
@@ -68,9 +68,9 @@ class Scorer:
     metric : str or callable
     variant : str, optional
         Of the metric ``sfda``.
-    task : {"classification", "regression", "multilabel"}
-        For "regression" the names are those of `sfda_tune.metrics.regression`, for "multilabel"
-        those of `sfda_tune.metrics.multilabel`.
+    task : {"classification", "regression", "ordinal", "multilabel"}
+        For "regression" and "ordinal" the names are those of `sfda_tune.metrics.regression`, for
+        "multilabel" those of `sfda_tune.metrics.multilabel`.
 
     Raises
     ------
@@ -208,9 +208,9 @@ def score(
     features : Features
         With ``groups``, where some images belong together.
     metric : str or callable, optional
-        Default: "sfda"; "ridge" for numbers to predict. A name in
-        `sfda_tune.metrics.METRICS` (`REGRESSION`, for numbers, `MULTILABEL`, for several labels
-        per image), or any ``f(x, y)`` that returns a
+        Default: "sfda"; "ridge" for numbers to predict and for levels. A name in
+        `sfda_tune.metrics.METRICS` (`REGRESSION`, for numbers, `ORDINAL`, for levels,
+        `MULTILABEL`, for several labels per image), or any ``f(x, y)`` that returns a
         float or a `MetricResult`, higher being better; with a parameter ``groups`` it is given
         these, too.
         Combinations need all backbones: see `rank`.
@@ -254,13 +254,17 @@ def _parse(text: Metric) -> tuple[str, Metric, float]:
 
 def default_metric(task: str) -> str:
     """Return the score of frozen features that a task is ranked by."""
-    return "ridge" if task == "regression" else "sfda"
+    return "ridge" if task in ("regression", "ordinal") else "sfda"
 
 
 _OF_TASKS = {
     "regression": (
         REGRESSION, "f(features, targets)", "is about classes",
         ", or task='classification' (--task classification), if each number is a class",
+    ),
+    "ordinal": (
+        ORDINAL, "f(features, levels)", "takes classes without an order",
+        ", or task='classification' (--task classification), if the order does not count",
     ),
     "multilabel": (MULTILABEL, "f(features, labels)", "takes one class per image", ""),
 }  # fmt: skip
@@ -292,7 +296,8 @@ def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]
             f"`metric` must be a sum of some of {', '.join(usable)}, or a function f(features, "
             f"labels), but is {text!r}; "
             + (
-                "that one is for numbers to predict: task='regression'."
+                "that one is for numbers to predict: task='regression'; or for levels: "
+                "task='ordinal'."
                 if isinstance(text, str) and text in REGRESSION
                 else "name your own with sfda_tune.metrics.register_metric."
             )

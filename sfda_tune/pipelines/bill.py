@@ -137,6 +137,7 @@ def draw_up_bill(
     task: str | None = None,
     label_columns: str | Sequence[str] | None = None,
     label_delimiter: str | None = None,
+    levels: str | Sequence[Any] | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
 ) -> Bill:
@@ -155,7 +156,7 @@ def draw_up_bill(
         dataset, samples=samples, seed=seed, split=split, image_column=image_column,
         label_column=label_column,
         groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
-        label_columns=label_columns, label_delimiter=label_delimiter,
+        label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
     )  # fmt: skip
     pending, failed = find_pending(images, candidates, store, precision)
     missing = {name: p for name, p in pending.items() if p.n_images}

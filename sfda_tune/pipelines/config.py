@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_options
+from sfda_tune.data.labels import list_levels
 from sfda_tune.data.opening import settle_task
 from sfda_tune.finetuning.tasks import Task, find_kind
 from sfda_tune.pipelines.budget import parse_budget, parse_weights_disk
@@ -75,12 +76,14 @@ class SearchConfig:
     threads: int | None = None
     label_columns: Any = None  # a text or a list of texts
     label_delimiter: str | None = None
+    levels: Any = None  # a text or a list of texts
 
     def __post_init__(self) -> None:
         columns = self.label_columns
         if columns is not None and not isinstance(columns, str):
             self._set("label_columns", [*columns])
-        told = settle_task(self.task, self.label_columns, self.label_delimiter)
+        self._set("levels", list_levels(self.levels))
+        told = settle_task(self.task, self.label_columns, self.label_delimiter, self.levels)
         self._set("task", told)
         self._set("metric", self.metric or self.kind.monitors[0])
         objective = self.objective or self.kind.monitors[0]
@@ -108,7 +111,7 @@ class SearchConfig:
 
     @property
     def kind(self) -> type[Task]:
-        """Whether labels are classes, numbers, or several per image."""
+        """Whether labels are classes, numbers, levels, or several per image."""
         return find_kind(self.dataset, self.task)
 
     @property

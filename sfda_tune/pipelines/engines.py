@@ -59,7 +59,8 @@ class Trial:
     worker : str
     error : str, optional
     epochs : tuple of dict
-        ``number, value, log_loss, train_loss, seconds``; of numbers ``rmse`` and ``error``, the
+        ``number, value, log_loss, train_loss, seconds``; of numbers ``rmse`` (of levels ``mae``)
+        and ``error``, the
         standard error of the value, in the place of ``log_loss``.
     """
 

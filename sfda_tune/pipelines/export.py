@@ -18,7 +18,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import read_options
 from sfda_tune.data.splits import fingerprint, match_labels, split_images
 from sfda_tune.finetuning.models import Model, load_model, predict
-from sfda_tune.finetuning.tasks import Multilabel
+from sfda_tune.finetuning.tasks import Multilabel, Ordinal
 from sfda_tune.pipelines.inputs import read_usable
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values.files import check_folder, read_json, replacing, write_json, write_text
@@ -50,7 +50,7 @@ class Export:
     value, value_torch : float or None
         Of the metric, on these images; None where they have no labels.
     metric : str, default "accuracy"
-        Of numbers "r2", of several labels "map".
+        Of numbers "r2", of levels "spearman", of several labels "map".
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Export:
     metric: str = "accuracy"
 
     def __str__(self) -> str:
-        what = "numbers" if self.metric == "r2" else "probabilities"
+        what = {"r2": "numbers", "spearman": "places"}.get(self.metric, "probabilities")
         name, same = call(self.metric), ""
         if self.value is not None:
             same = f", {name} {self.value:.4f} (torch {self.value_torch:.4f})"
@@ -84,8 +84,9 @@ def export_onnx(
     The graph takes ``pixels``, uint8 of the shape (n, channels, height, width), as resized and
     cropped by ``preprocessing.json``; normalisation and softmax are in it. It gives ``logits`` and
     ``probabilities`` (n, n_classes), for any n; or ``standardised`` (n, 1) and ``numbers`` (n,),
-    in the unit of the labels. Of several labels per image (sigmoid in the place of softmax)
-    ``preprocessing.json`` has the thresholds, too. Needs the extra ``[onnx]``.
+    in the unit of the labels. Of levels these are ``places``, and ``preprocessing.json`` has the
+    levels, of which the nearest is named. Of several labels per image (sigmoid in the place of
+    softmax) ``preprocessing.json`` has the thresholds, too. Needs the extra ``[onnx]``.
 
     Parameters
     ----------
@@ -144,7 +145,7 @@ those of torch, accuracy 0.9500 (torch 0.9500)
         difference = float(np.abs(ours - theirs)[seen].max(initial=0.0))
         limit = LIMIT * model.task.unit
         if not difference <= limit:
-            of = "the probability of a class" if model.classes else "a number"
+            of = "the probability of a class" if model.task.shape else "a number"
             raise ValueError(
                 f"the exported {found.best['backbone']} differs by {difference:.2g} in {of} on "
                 f"{what}, more than {limit:g}: it is not written. Please report it with the "
@@ -161,14 +162,18 @@ those of torch, accuracy 0.9500 (torch 0.9500)
 
 
 def _score(model: Model, images: ImageDataset, p: np.ndarray, seen: Any) -> float:
-    """Return the accuracy, mAP or R² on images; some may be of classes that are not known."""
+    """Return the first metric on images; some may be of classes that are not known."""
+    first = model.task.monitors[0]
     if isinstance(model.task, Multilabel):
         labels = match_labels(images, model.classes)
-        return model.task.measure(labels[seen], p[seen])["map"]
+        return model.task.measure(labels[seen], p[seen])[first]
     if not model.classes:
-        return model.task.measure(images.labels[seen], p[seen])["r2"]
+        return model.task.measure(images.labels[seen], p[seen])[first]
     code = {name: c for c, name in enumerate(model.classes)}
     labels = np.array([code.get(images.classes[c], -1) for c in images.labels])
+    if not model.task.shape:
+        seen = seen & (labels >= 0)
+        return model.task.measure(labels[seen], p[seen])[first]
     return float(np.mean(p[seen].argmax(1) == labels[seen]))
 
 
@@ -248,7 +253,8 @@ def _describe(model: Model) -> dict[str, Any]:
         "border": "the longer side (the other in proportion)",
     }[g.crop_mode]
     thresholds = getattr(model.task, "thresholds", ())
-    shapes = [["n", "classes"]] * 2 if model.classes else [["n", 1], ["n"]]
+    shapes = [["n", "classes"]] * 2 if model.task.shape else [["n", 1], ["n"]]
+    names = "levels" if isinstance(model.task, Ordinal) else "classes"
     crop = {"do": "cut out the middle", "size": [h, w]}
     if g.crop_mode == "border":
         fill = [round(255 * value) for value in g.fill]
@@ -267,12 +273,20 @@ def _describe(model: Model) -> dict[str, Any]:
             "std": list(model.preprocessing.std),
         },
         "outputs": dict(zip(model.task.exported, shapes, strict=True)),
-        "classes": list(model.classes),
+        names: list(model.classes),
         **({"thresholds": list(thresholds)} if thresholds else {}),
     }
 
 
-_HUB = {"r2": "r_squared"}  # what the hub calls metrics
+_HUB = {"r2": "r_squared", "spearman": "spearmanr"}  # what the hub calls metrics
+_KINDS = {
+    "ordinal": "levels, from the lowest to the highest",
+    "multilabel": "labels, of which an image may have several",
+}
+_INSIDE = {
+    "regression": "the unit of the numbers", "ordinal": "the unit of the places",
+    "multilabel": "sigmoid",
+}  # fmt: skip
 _CARD = """\
 ---
 {{ front }}
@@ -304,6 +318,9 @@ these, too.
 
 `preprocessing.json` says how an image becomes `pixels` (uint8, {{ shape }}); normalisation and
 {{ inside }} are in the graph.
+{%- if ordered %} A place is a number from 0, the lowest level, to {{ classes | length - 1 }}, the
+highest, and somewhat beyond: the nearest one is the level.
+{%- endif %}
 {%- if labels %} A label applies where its probability reaches its threshold, which stands there,
 too.
 
@@ -347,7 +364,7 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
     data = {"name": str(found.summary["dataset"]), "type": "private"}
     front: dict[str, Any] = {
         "license": licence,
-        **({"pipeline_tag": task["type"]} if model.classes else {}),  # the hub knows no other
+        **({"pipeline_tag": task["type"]} if model.task.shape else {}),  # the hub knows no other
         "tags": [task["type"], *["multi-label"] * several, "timm", "onnx", "sfda_tune"],
         "model-index": [
             {
@@ -366,8 +383,9 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
         backbone=best["backbone"],
         dataset=found.summary["dataset"],
         classes=model.classes,
-        kind="labels, of which an image may have several" if several else "classes",
-        inside="sigmoid" if several else "softmax" if model.classes else "the unit of the numbers",
+        kind=_KINDS.get(model.task.name, "classes"),
+        inside=_INSIDE.get(model.task.name, "softmax"),
+        ordered=isinstance(model.task, Ordinal),
         labels=[_tell_label(r) for r in best.get("labels") or ()],
         version=model.provenance["versions"]["sfda_tune"],
         candidates=len(found.summary["candidates"]),

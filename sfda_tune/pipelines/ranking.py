@@ -26,6 +26,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_groups, describe_options
+from sfda_tune.data.labels import list_levels
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import open_dataset, settle_task
 from sfda_tune.extraction.fetching import Fetcher
@@ -105,6 +106,7 @@ def rank(
     task: str | None = None,
     label_columns: str | Sequence[str] | None = None,
     label_delimiter: str | None = None,
+    levels: str | Sequence[Any] | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
     threads: int | None = None,
@@ -182,19 +184,26 @@ def rank(
         "50GB" (or bytes): what was used makes room for the next, and at the end all of it is
         removed. What was here before stays. With an `executor` so much of each machine, in equal
         parts for its actors; the end is that of the executor. Not for a `map_fn`.
-    task : {"auto", "classification", "regression", "multilabel"}, optional
-        What labels are: classes, numbers to predict, or several per image; see `open_dataset`.
+    task : {"auto", "classification", "regression", "ordinal", "multilabel"}, optional
+        What labels are: classes, numbers to predict, levels in an order, or several per image; see
+        `open_dataset`.
         For "regression" the score is ``ridge``, the R² of leave-one-out ridge regression; ``knn``,
         ``linear_probe`` and ``logme`` have a form for numbers, too
         (`sfda_tune.metrics.regression`). The forecast
         takes the score for evidence, as it does for classes: it was fitted to classification
-        only. ``info["target"]`` describes the numbers. For "multilabel" the score is leave-one-out
-        SFDA of each label, averaged (`sfda_tune.metrics.multilabel`, which has forms of ``knn``,
-        ``linear_probe`` and ``logme``, too), and the forecast takes it for evidence in the same
-        way; ``info["label_counts"]`` counts the labels, and `sfda_tune.selection.labels` says
-        which of them separate badly. No `ensemble` for either.
+        only. ``info["target"]`` describes the numbers. For "ordinal" it is the same ridge
+        regression of the levels as 0 … C − 1, and the value is the rank correlation (Spearman's ρ)
+        of its leave-one-out predictions with the levels; ``info["level_counts"]`` counts them. For
+        "multilabel" the score is leave-one-out SFDA of each label, averaged
+        (`sfda_tune.metrics.multilabel`, which has forms of ``knn``, ``linear_probe`` and
+        ``logme``, too), and the forecast takes it for evidence in the same way;
+        ``info["label_counts"]`` counts the labels, and `sfda_tune.selection.labels` says which of
+        them separate badly. No `ensemble` for any of these.
     label_columns, label_delimiter : optional
         Where a table has several labels per image, see `open_dataset`.
+    levels : str or sequence, optional
+        All levels from the lowest to the highest, where their names do not say it; means
+        "ordinal".
     bit_depth, bands : optional
         How deep pixels and images of other than three bands become RGB, see `open_dataset`.
 
@@ -228,7 +237,7 @@ def rank(
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
         plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
         ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
-        label_delimiter=label_delimiter,
+        label_delimiter=label_delimiter, levels=list_levels(levels),
         label_columns=label_columns if isinstance(label_columns, str | None) else [*label_columns],
         bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
@@ -247,7 +256,7 @@ def rank(
         )
     store = open_cache(cache)
     candidates = resolve_backbones(backbones, plugins=plugins)
-    told = settle_task(task, label_columns, label_delimiter)
+    told = settle_task(task, label_columns, label_delimiter, levels)
     if told is None:
         told = dataset.task if isinstance(dataset, ImageDataset) else "classification"
     if metric is None:
@@ -293,7 +302,7 @@ def rank(
         dataset, samples=samples, seed=seed, split=split, image_column=image_column,
         label_column=label_column,
         groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
-        label_columns=label_columns, label_delimiter=label_delimiter,
+        label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
     )  # fmt: skip
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
@@ -765,10 +774,17 @@ class _RankingRun:
         }
 
     def describe_target(self) -> dict[str, Any]:
-        """Return that labels are numbers to predict, or several, and which; nothing of classes."""
+        """Return that labels are numbers, levels, or several, and which; nothing of classes."""
         if self.images.task == "classification":
             return {}
         y = self.images.labels if self.rows is None else self.images.labels[self.rows]
+        if self.images.task == "ordinal":
+            counts = np.bincount(y, minlength=len(self.images.classes)).tolist()
+            pairs = zip(self.images.classes, counts, strict=True)
+            return {
+                "task": "ordinal",
+                "level_counts": [{"name": c, "images": n} for c, n in pairs],
+            }
         if self.images.task == "multilabel":
             counts = [
                 {"name": name, "positives": int((c == 1).sum()), "missing": int((c < 0).sum())}

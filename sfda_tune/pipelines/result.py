@@ -13,7 +13,7 @@ import numpy as np
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.finetuning.models import predict
-from sfda_tune.finetuning.tasks import Multilabel, Task
+from sfda_tune.finetuning.tasks import Multilabel, Ordinal, Task
 from sfda_tune.selection.calibration import Observation
 from sfda_tune.selection.several import label_losses
 from sfda_tune.values.files import check, read_json, say_kind, write_csv, write_json
@@ -35,11 +35,13 @@ def write_predictions(
 ) -> None:
     """Write test_predictions.csv and the 12 hardest images.
 
-    Those have the lowest probability of their label; of numbers, the largest error; of several
-    labels, the largest mean −log p of what is known.
+    Those have the lowest probability of their label; of numbers and levels, the largest error; of
+    several labels, the largest mean −log p of what is known.
     """
     if isinstance(task, Multilabel):
         told = _tell_labels(images, p[rows], rows, task)
+    elif isinstance(task, Ordinal):
+        told = _tell_levels(images, p[rows], rows, task)
     else:
         told = (_tell_classes if images.classes else _tell_numbers)(images, p[rows], rows)
     heads, table, about, ease = told
@@ -81,6 +83,17 @@ def _tell_numbers(images: ImageDataset, p: np.ndarray, rows: Any) -> Told:
     error = p - labels
     table = [[f"{v:.9g}" for v in row] for row in zip(labels, p, error, strict=True)]
     return ["label", "predicted", "error"], table, ("error", error), -np.abs(error)
+
+
+def _tell_levels(images: ImageDataset, p: np.ndarray, rows: Any, task: Ordinal) -> Told:
+    """Return what test_predictions.csv says of places (n,), and of the levels next to them."""
+    labels, names = images.labels[rows], images.classes
+    error = p - labels
+    table = [
+        [names[y], names[k], f"{v:.9g}", f"{e:.9g}"]
+        for y, k, v, e in zip(labels, task.decide(p), p, error, strict=True)
+    ]
+    return ["label", "predicted", "place", "error"], table, ("error", error), -np.abs(error)
 
 
 def _tell_labels(images: ImageDataset, p: np.ndarray, rows: Any, task: Multilabel) -> Told:
@@ -163,7 +176,7 @@ class SearchResult:
 
     @property
     def test(self) -> dict[str, float]:
-        """What the test images say: accuracy, …; of numbers R², …; of several labels map, …."""
+        """What the test images say, by metric: those that `search` names for the task."""
         return self.best["test"]
 
     @property
@@ -176,7 +189,7 @@ class SearchResult:
 
     @property
     def classes(self) -> list[str]:
-        """The classes behind the columns of `predict`; none for numbers."""
+        """The classes behind the columns of `predict`, or the levels; none for numbers."""
         return self.summary["classes"]
 
     @property
@@ -185,7 +198,7 @@ class SearchResult:
         return describe_images(self.summary)
 
     def predict(self, images: Any, **options: Any) -> np.ndarray:
-        """Return class probabilities (n_images, n_classes), or numbers; see `models.predict`."""
+        """Return probabilities (n_images, n_classes), or numbers, or places; `models.predict`."""
         return predict(self.folder / "model", images, **options)
 
     def rows(self) -> list[tuple[str, str]]:

@@ -56,6 +56,7 @@ def search(
     task: str | None = None,
     label_columns: str | Sequence[str] | None = None,
     label_delimiter: str | None = None,
+    levels: str | Sequence[Any] | None = None,
     loss: str | None = None,
     bit_depth: str | int | None = None,
     bands: str | Sequence[int] | None = None,
@@ -101,9 +102,10 @@ def search(
         How many backbones are tuned.
     objective : "accuracy", or ("accuracy", "latency") or ("accuracy", "params"); optional
         With two, the front between them is searched; the winner is the best by the first. For
-        numbers "r2" in the place of "accuracy", for several labels "map".
+        numbers "r2" in the place of "accuracy", for levels "spearman", for several labels "map".
     metric : {"accuracy", "balanced_accuracy", "macro_f1", "log_loss"}, optional
-        What "accuracy" means. For numbers one of "r2", "spearman", "rmse" and "mae"; for several
+        What "accuracy" means. For numbers one of "r2", "spearman", "rmse" and "mae"; for levels
+        one of "spearman", "qwk" (quadratic weighted kappa), "mae" and "accuracy"; for several
         labels one of "map" (mean average precision), "macro_f1" and "log_loss".
     max_params : float, optional
     max_latency : float, optional
@@ -124,17 +126,21 @@ def search(
         together by the scores, and counts once in the interval of the test; with times the latest
         images are held out. `groups` as a sequence is that of the images to train on (of all,
         where there are no own parts).
-    task : {"auto", "classification", "regression", "multilabel"}, optional
+    task : {"auto", "classification", "regression", "ordinal", "multilabel"}, optional
         See `open_dataset`. For "regression" the network learns to predict the numbers
         (`sfda_tune.finetuning.tasks`), and the test says R², Spearman's ρ, RMSE and MAE. For
+        "ordinal" it learns the places of the levels, 0 … C − 1, and the nearest level is named:
+        the test says Spearman's ρ of the places, and of the levels that are named the quadratic
+        weighted kappa, the MAE (in levels) and the accuracy. For
         "multilabel" each label has a threshold, chosen on the validation images of the winning
         trial: the one with the highest F1 (`sfda_tune.selection.several.choose_thresholds`). The
         test says mean average precision, macro-F1 at these and log-loss, and
         ``result.best["labels"]`` each label by itself.
-    label_columns, label_delimiter : optional
+    label_columns, label_delimiter, levels : optional
         See `open_dataset`.
     loss : {"mse", "l1", "huber"}, optional
-        What training minimises for numbers; default: "mse". A `space` may vary it instead.
+        What training minimises for numbers and levels; default: "mse". A `space` may vary it
+        instead.
     bit_depth, bands : optional
         See `open_dataset`. The winner is shown new images in the same way.
     max_unreadable : float, default 0.1
@@ -191,8 +197,8 @@ def search(
         precision=precision, plugins=plugins, cache=cache, seed=seed, out=Path(out),
         progress=progress, decoders=decoders, groups=groups, split_column=split_column,
         time_column=time_column, task=task, label_columns=label_columns,
-        label_delimiter=label_delimiter, loss=loss, bit_depth=bit_depth, bands=bands,
-        weights_disk=weights_disk, threads=threads,
+        label_delimiter=label_delimiter, levels=levels, loss=loss, bit_depth=bit_depth,
+        bands=bands, weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history

@@ -25,7 +25,7 @@ SETTLES = {  # kind of a `Diagnostic`: what to rank by instead; None: as before
 # What `rank` and `search` mean alike: where the images are, how they are read and computed
 _SHARED = (
     "dataset", "image_column", "label_column", "groups", "group_column", "group_regex",
-    "split_column", "task", "label_columns", "label_delimiter", "bit_depth", "bands",
+    "split_column", "task", "label_columns", "label_delimiter", "levels", "bit_depth", "bands",
     "max_unreadable", "device", "precision", "import",
 )  # fmt: skip
 
@@ -78,6 +78,7 @@ def find_next(run: Run, folder: str = "RUN") -> list[tuple[str, str]]:
     if (run.search.get("best") or {}).get("test"):
         words = ["sfda-tune", "predict", folder, "IMAGES"]
         kinds = {"regression": "Predict the numbers", "multilabel": "Name the labels"}
+        kinds |= {"ordinal": "Name the levels"}
         what = kinds.get(run.search.get("task") or "", "Name the classes")
         return [(f"{what} of new images:", shlex.join(words))]
     return []

@@ -245,7 +245,8 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str, str]
     if run.predictions and not run.of_numbers and not run.of_labels:
         labels, _, classes = _classes(run)
         if empty := [c for c in classes if c not in set(labels)]:
-            found.append(("note", f"Classes without a test image: {listed(empty, 8)}", ""))
+            what = "Levels" if run.of_levels else "Classes"
+            found.append(("note", f"{what} without a test image: {listed(empty, 8)}", ""))
     once: dict[str, tuple[str, str, str]] = {}
     for entry in found:
         once.setdefault(entry[1], entry)
@@ -277,8 +278,8 @@ def _describe_dataset(run: Run, evidence: ImageEvidence | None) -> dict[str, Any
 def _data(run: Run) -> str:
     """Return what the page lets people take away, as JSON in ASCII."""
     ranking = run.ranking
-    keys = ("dataset", "n_samples", "n_classes", "task", "target", "label_counts", "seed")
-    info = {k: ranking.info[k] for k in keys if k in ranking.info}
+    keys = ("dataset", "n_samples", "n_classes", "task", "target", "level_counts", "label_counts")
+    info = {k: ranking.info[k] for k in (*keys, "seed") if k in ranking.info}
     about = {"metric": ranking.metric, "info": info, "records": ranking.records()}
     data = {"csv": ranking.to_csv(), "json": about}
     return json.dumps(data, default=str, allow_nan=False)
@@ -398,7 +399,9 @@ def _test(run: Run) -> dict[str, Any] | None:
         for i, j in worst
         if wrong[i, j]
     ]
-    known = ((run.search or {}).get("best") or {}).get("test_interval") or ()  # knows groups
+    best = (run.search or {}).get("best") or {}
+    intervals = best.get("test_intervals") or {"accuracy": best.get("test_interval") or ()}
+    known = intervals.get("accuracy", ())  # knows groups
     return {
         "matrix": [
             list(zip(*row, strict=True))
@@ -409,6 +412,8 @@ def _test(run: Run) -> dict[str, Any] | None:
         "rows": sorted(rows, key=lambda r: r["share"]),
         "n": int(n.sum()),
         "right": int(right.sum()),
+        "values": best.get("test") or {},
+        "intervals": intervals,
         "interval": known if len(known) == 2 else accuracy_interval(right.sum(), n.sum()),
     }
 

@@ -49,6 +49,11 @@ class Run:
         return _is(self, "regression")
 
     @property
+    def of_levels(self) -> bool:
+        """Whether classes are levels in an order."""
+        return _is(self, "ordinal")
+
+    @property
     def of_labels(self) -> bool:
         """Whether an image may have several labels."""
         return _is(self, "multilabel")

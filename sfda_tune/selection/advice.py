@@ -81,6 +81,8 @@ def _expect(ranking: Ranking, first: str) -> list[str]:
     accuracy, n = _number(details.get("accuracy")), _number(details.get("n_samples"))
     if ranking.info.get("task") == "regression":
         return _expect_numbers(ranking, first)
+    if ranking.info.get("task") == "ordinal":
+        return _expect_levels(ranking, first)
     if ranking.info.get("task") == "multilabel":
         return _expect_labels(ranking, first)
     if accuracy is None or not n:
@@ -109,6 +111,18 @@ def _expect_numbers(ranking: Ranking, first: str) -> list[str]:
     return [
         f"As it is, a linear model on its features predicts numbers from {low:g} to {high:g} with "
         f"an error of {rmse:.3g} (root mean square; R² {value:.2f})."
+    ]
+
+
+def _expect_levels(ranking: Ranking, first: str) -> list[str]:
+    """Say how well the first orders images by level as it is."""
+    rho = _number(ranking.score(first).details.get("spearman"))
+    if rho is None:
+        return []
+    n = len(ranking.info.get("level_counts") or ())
+    return [
+        f"As it is, a linear model on its features orders images by {n} levels with a rank "
+        f"correlation (Spearman) of {rho:.2f}."
     ]
 
 

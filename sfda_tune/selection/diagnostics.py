@@ -39,7 +39,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     =================  ======================================================================
     kind               when
     =================  ======================================================================
-    ``task``           a forecast for numbers, or several labels: it was fitted to classification
+    ``task``           a forecast for other labels than classes: it was fitted to classification
     ``failed``         a backbone could not be scored
     ``ties``           two scores are equal, or exceed 1 − 1e-6 where all lie in [0, 1]
     ``few_samples``    N < 5 D for a metric that scores the images it was fitted on
@@ -97,7 +97,10 @@ def _count(n: int, singular: str, plural: str) -> str:
     return f"{n} {singular if n == 1 else plural}"
 
 
-_KINDS = {"regression": ("numbers", "ridge"), "multilabel": ("several labels", "sfda")}
+_KINDS = {
+    "regression": ("numbers", "ridge"), "ordinal": ("levels", "ridge"),
+    "multilabel": ("several labels", "sfda"),
+}  # fmt: skip
 
 
 def _has_classes(ranking: Ranking) -> bool:

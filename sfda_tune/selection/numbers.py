@@ -1,4 +1,4 @@
-"""How good predicted numbers are, and how sure that is.
+"""How good predicted numbers are, or levels in an order, and how sure that is.
 
 ==========  ==========================================================================  ==========
 Symbol      Meaning                                                                     Shape
@@ -7,6 +7,7 @@ n           images
 y, ŷ        labels and predictions                                                      (n,)
 r, r̂        their ranks, ties averaged                                                  (n,)
 w           how often each image is in a bootstrap sample, or 1                         (n,)
+C, k        number of levels, and the predicted ones: ŷ rounded to 0 … C − 1            (n,)
 ==========  ==========================================================================  ==========
 """
 
@@ -17,7 +18,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy.stats import rankdata
 
-__all__ = ["measure_numbers", "resample", "resample_numbers"]
+__all__ = [
+    "measure_levels", "measure_numbers", "name_levels", "resample", "resample_levels",
+    "resample_numbers",
+]  # fmt: skip
 
 DRAWS = 1000
 
@@ -75,6 +79,62 @@ def resample_numbers(
     return resample(lambda w: _measure(y, p, w), "r2", len(y), groups, n_draws, seed)
 
 
+def name_levels(predicted: np.ndarray, n_levels: int) -> np.ndarray:
+    """Return the levels that predictions are nearest to, int64.
+
+    >>> name_levels(np.array([-0.4, 1.6, 9.0]), 4)
+    array([0, 2, 3])
+    """
+    return np.clip(np.rint(predicted), 0, n_levels - 1).astype(np.int64)
+
+
+def measure_levels(labels: np.ndarray, predicted: np.ndarray, n_levels: int) -> dict[str, float]:
+    """Return Spearman's ρ of predictions, and how near the levels that they name are.
+
+    ::
+
+        κ = 1 − mean (y − k)² / (var y + var k + (ȳ − k̄)²),  MAE = mean |y − k|
+
+    and the share of k = y. κ is Cohen's kappa with quadratic weights: the denominator is the mean
+    of (y − k)² over all pairs of a label with the prediction of any image.
+
+    Raises
+    ------
+    ValueError
+        If all labels are equal.
+
+    References
+    ----------
+    J. L. Fleiss, J. Cohen: The Equivalence of Weighted Kappa and the Intraclass Correlation
+    Coefficient as Measures of Reliability. Educational and Psychological Measurement 33, 1973
+
+    Examples
+    --------
+    >>> found = measure_levels(np.array([0, 1, 2, 2]), np.array([0.1, 0.4, 1.7, 1.9]), 3)
+    >>> {name: round(value, 3) for name, value in found.items()}
+    {'spearman': 0.949, 'qwk': 0.857, 'mae': 0.25, 'accuracy': 0.75}
+    """
+    measure_numbers(labels, predicted)  # refuses labels that are all equal
+    found = _measure_levels(labels, predicted, np.ones((1, len(labels))), n_levels)
+    return {name: float(values[0]) for name, values in found.items()}
+
+
+def resample_levels(
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    n_levels: int,
+    groups: np.ndarray | None = None,
+    *,
+    n_draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Return the metrics of `measure_levels` on bootstrap samples, as `resample_numbers`."""
+    y, p = np.asarray(labels, np.float64), np.asarray(predicted, np.float64)
+    return resample(
+        lambda w: _measure_levels(y, p, w, n_levels), "qwk", len(y), groups, n_draws, seed
+    )
+
+
 def resample(
     measure: Callable[[np.ndarray], dict[str, np.ndarray]],
     judged: str,
@@ -122,4 +182,19 @@ def _measure(y: np.ndarray, p: np.ndarray, w: np.ndarray) -> dict[str, np.ndarra
         "spearman": np.clip(spearman, -1, 1),
         "rmse": np.sqrt(square / total),
         "mae": w @ np.abs(error) / total,
+    }
+
+
+def _measure_levels(
+    y: np.ndarray, p: np.ndarray, w: np.ndarray, n_levels: int
+) -> dict[str, np.ndarray]:
+    """Return the metrics of levels for each row of weights (·, n)."""
+    k, total = name_levels(p, n_levels), w.sum(axis=1)
+    by_chance = w @ (y**2 + k**2) / total - 2 * (w @ y) * (w @ k) / total**2
+    by_chance = np.where(by_chance > 1e-12, by_chance, np.nan)  # all are of one level
+    return {
+        "spearman": _measure(y, p, w)["spearman"],
+        "qwk": 1 - w @ (y - k) ** 2 / total / by_chance,
+        "mae": w @ np.abs(y - k) / total,
+        "accuracy": w @ (y == k) / total,
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.values.labels import as_indicators, encode_labels
+from sfda_tune.values.labels import NOUNS, as_indicators, encode_labels
 from sfda_tune.values.text import format_count, one_line, printable
 
 __all__ = ["Backbone", "Features", "MetricResult", "Score"]
@@ -103,8 +103,9 @@ class Features(Value):
         Whose features these are; used in messages.
     groups : sequence of hashable, shape (n_samples,), optional
         Images that belong together, which metrics leave out together.
-    task : {"classification", "regression", "multilabel"}
+    task : {"classification", "regression", "ordinal", "multilabel"}
         For "regression" `y` are the numbers to predict, float64, and there are no classes. For
+        "ordinal" `classes` are levels, from the lowest to the highest. For
         "multilabel" `y` is int8, (n_samples, n_labels): 1 where a label applies, 0 where not, −1
         where it is not known.
 
@@ -205,8 +206,7 @@ class Features(Value):
             + (
                 "task='regression')"
                 if self.task == "regression"
-                else f"n_{'labels' if self.task == 'multilabel' else 'classes'}="
-                f"{len(self.classes)})"
+                else f"n_{NOUNS.get(self.task, 'classes')}={len(self.classes)})"
             )
         )
 

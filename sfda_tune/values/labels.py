@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["as_indicators", "encode_labels", "find_rarest", "find_varied"]
+__all__ = ["NOUNS", "as_indicators", "encode_labels", "find_rarest", "find_varied"]
+
+# What names are called by task, if they are not classes
+NOUNS = {"ordinal": "levels", "multilabel": "labels"}
 
 
 def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = ("03_", "1", "2", "31_", "4", "finetune_")
+SLOW = ("03_", "06_", "1", "2", "31_", "4", "finetune_")
 EXAMPLES = [
     pytest.param(file, marks=[pytest.mark.slow] if file.name.startswith(SLOW) else [])
     for file in sorted((ROOT / "examples").glob("*.py"))
