@@ -8,6 +8,7 @@ back (`csv_line`, `files.write_text`).
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import numbers
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer",
+    "csv_line", "describe_images", "did_you_mean", "format_count", "format_duration", "integer", "is_integer",
     "is_number", "json_text", "letters", "one_line", "parse_bytes", "printable", "read_csv_cell",
     "require", "some", "without_nan",
 ]  # fmt: skip
@@ -109,6 +110,16 @@ def require(name: str, value: Any, rule: str, holds: Any) -> None:
     """Raise a ValueError that names argument, rule and value, unless the rule `holds`."""
     if not holds:
         raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+
+
+def did_you_mean(value: Any, known: Iterable[str]) -> str:
+    """Return what is to be added to an error: the known name that is close, if one is.
+
+    >>> did_you_mean("sfdaa", ["knn", "sfda"]), did_you_mean("x", ["knn", "sfda"])
+    ("; did you mean 'sfda'?", '')
+    """
+    near = difflib.get_close_matches(str(value), [*known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:

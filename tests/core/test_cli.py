@@ -362,15 +362,34 @@ def test_a_script_without_main_guard_works_where_processes_are_spawned(
     assert "if __name__ == '__main__'" in done.stderr
 
 
-def test_help_is_quick(cli):
-    """`--help` loads neither torch nor timm."""
+def test_help_and_typos_are_quick(tmp_path):
+    """They load neither torch nor timm, which take seconds; and say what may be meant."""
+    calls = {
+        "rank --help": "--backbones",
+        "rank --metric sfdaa": "did you mean 'sfda'?",
+        "rank -b demo:convnet_glyphs": "did you mean 'demo:convnext_glyphs'?",
+        "rank -b preset:smal": "did you mean 'preset:small'?",
+        "rank demo:digits": "did you mean 'digits'?",
+        "rank no/such/folder": "does not exist",
+        "rank --train haed": "one of full, head",
+        "rank --budget 5parsec": "`budget`",
+        "rank --top 3": "add race=True",
+        "search no/such/folder -o run": "does not exist",
+        "search digits -o run --objective acc": "`objective`",
+        "predict no/such/run a.jpg": "does not exist",
+    }
     code = (
         "import sys\nfrom sfda_tune.cli.main import main\n"
-        "try: main(['rank', '--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'timm', 'sklearn'} & set(sys.modules)))"
+        f"for call in {list(calls)!r}:\n"
+        "    try: main(call.split())\n    except SystemExit: pass\n"
+        "    print(call, sorted({'torch', 'timm', 'sklearn'} & set(sys.modules)), flush=True)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip().endswith("[]")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    for call, said in calls.items():
+        assert said in done.stdout + done.stderr
+        assert f"{call} []" in done.stdout
 
 
 def test_backbones_lists_what_is_there(cli_here, toy_zoo):
