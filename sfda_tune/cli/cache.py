@@ -9,22 +9,27 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sfda_tune.cli.options import AsJson, CacheDir, Debug
+from sfda_tune.cli.options import AsJson, CacheDir, Command, Debug, Group
 from sfda_tune.cli.terminal import messages, output, print_json, print_table
 from sfda_tune.pipelines.terminal import say, text
 
 cache_app = typer.Typer(
+    cls=Group,
     help="Look at the kept features, or delete them. SFDA_TUNE_CACHE_SIZE=20GB keeps their folder "
     "below that size: what is longest unused goes.",
     no_args_is_help=True,
 )
 
 
-@cache_app.command("show")
+@cache_app.command("show", cls=Command)
 def show_cache(cache: CacheDir = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show what is kept of which data set and backbone, what it takes, and when it was used.
 
     An image that is in several data sets counts for the first one.
+
+    For example:
+
+      sfda-tune cache show
     """
     from sfda_tune.extraction.store import size_limit
 
@@ -53,7 +58,7 @@ def show_cache(cache: CacheDir = None, as_json: AsJson = False, debug: Debug = F
     print_table(table)
 
 
-@cache_app.command("clear")
+@cache_app.command("clear", cls=Command)
 def clear_cache(
     cache: CacheDir = None,
     older_than: Annotated[
@@ -67,15 +72,24 @@ def clear_cache(
     outdated: Annotated[
         bool, typer.Option("--outdated", help="Only what earlier versions kept; it is not used.")
     ] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Delete kept features; they are computed again when needed. Options add up."""
+    """Delete kept features; they are computed again when needed. Options add up.
+
+    For example:
+
+      sfda-tune cache clear --older-than 30
+    """
     from sfda_tune.values.text import parse_bytes
 
     size = None if larger_than is None else parse_bytes("--larger-than", larger_than)
     store = _store(cache)
     count, freed = store.clear(older_than, size, outdated=outdated)
-    say(output, f"deleted {count} files, {freed / 1e6:.1f} MB, from {store.root}")
+    if as_json:
+        print_json({"folder": str(store.root), "files": count, "bytes": freed})
+    else:
+        say(output, f"deleted {count} files, {freed / 1e6:.1f} MB, from {store.root}")
 
 
 def _span(seconds: float) -> str:

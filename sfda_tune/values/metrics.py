@@ -7,7 +7,10 @@ from collections.abc import Sequence
 __all__ = ["LOWER", "call", "signed", "tell"]
 
 LOWER = frozenset({"log_loss", "rmse", "mae"})  # metrics of which less is better
-_NAMES = {"r2": "R²", "spearman": "Spearman's ρ", "rmse": "RMSE", "mae": "MAE", "map": "mAP"}
+_NAMES = {
+    "r2": "R²", "spearman": "Spearman's ρ", "rmse": "RMSE", "mae": "MAE", "map": "mAP",
+    "macro_f1": "macro-F1", "log_loss": "log-loss",
+}  # fmt: skip
 
 
 def signed(value: float, metric: str) -> float:

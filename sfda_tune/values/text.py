@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "csv_line", "describe_images", "did_you_mean", "format_count", "format_duration", "integer", "is_integer",
+    "capitalize", "csv_line", "describe_images", "did_you_mean", "format_count", "format_duration", "integer", "is_integer",
     "is_number", "json_text", "letters", "one_line", "parse_bytes", "printable", "read_csv_cell",
     "require", "some", "without_nan",
 ]  # fmt: skip
@@ -43,6 +43,15 @@ def printable(text: object) -> str:
 
 def _shown(c: str) -> str:
     return c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+
+
+def capitalize(sentence: str) -> str:
+    """Begin a sentence as one.
+
+    >>> capitalize("all of CIFAR-10.")
+    'All of CIFAR-10.'
+    """
+    return sentence[:1].upper() + sentence[1:]
 
 
 def one_line(text: object, limit: int = 300) -> str:
