@@ -40,8 +40,9 @@ logger = logging.getLogger(__name__)
 TRIES, WAIT = 4, 1.0  # downloads of a file that may fail; seconds before the second, then doubled
 ASKING = 8  # requests at a time
 CARD = "README.md"  # of a repository, with its licence at the head
-# What the client of the hub calls a download until it is whole: by the etag, and at random
-CUT = re.compile(r"([^.]+)(\.[0-9a-f]{8})?\.incomplete")
+# What the client of the hub calls a download until it is whole: by the etag, and at random (what
+# older clients call by the etag alone is not meant, for they resume it)
+CUT = re.compile(r"([^.]+)\.[0-9a-f]{8}\.incomplete")
 Tell = Callable[[int, "int | None"], None]  # bytes that are here, of how many
 
 
@@ -407,7 +408,7 @@ def _remove_at_exit() -> None:
         with contextlib.suppress(psutil.Error, OSError):
             for path in (Path(file.path) for file in psutil.Process().open_files()):
                 cut = CUT.fullmatch(path.name)
-                if cut and cut[2] and path.is_relative_to(here):  # else it is resumed
+                if cut and path.is_relative_to(here):
                     path.unlink(missing_ok=True)
 
     atexit.register(remove_open)
