@@ -13,7 +13,7 @@ from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
-from sfda_tune.extraction.store import open_store
+from sfda_tune.extraction.store import open_cache
 from sfda_tune.values.features import Backbone
 from sfda_tune_sklearn.images import as_dataset, read_images
 
@@ -125,7 +125,7 @@ class BackboneFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     def _extract(self, images: ImageDataset) -> np.ndarray:
         # One row per image is promised, so an unreadable image is an error here.
         settings = Settings(self.device, self.precision, self.batch_size, self.workers, 0.0)
-        store = open_store(None if self.cache is True else self.cache) if self.cache else None
+        store = open_cache(self.cache)
         (extraction,) = extract(images, [self._open()], settings, store=store)
         if extraction.features is None:
             raise ValueError(f"{extraction.backbone.name}: {extraction.error}")

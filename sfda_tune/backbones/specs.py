@@ -36,7 +36,7 @@ from sfda_tune.backbones.loading import WEIGHT_FILES, files_in, is_weights
 from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import say_kind
-from sfda_tune.values.text import printable
+from sfda_tune.values.text import did_you_mean, printable
 
 __all__ = ["resolve_backbones"]
 
@@ -128,13 +128,15 @@ def _expand(spec: str) -> list[tuple[str, str]]:
     if spec.startswith("demo:"):
         names = fnmatch.filter(demo.names(), spec[len("demo:") :])
         if not names:
-            raise BackboneError(f"{spec!r} matches none of {['demo:' + n for n in demo.names()]}")
+            known = [f"demo:{name}" for name in demo.names()]
+            raise BackboneError(f"{spec!r} matches none of {known}{did_you_mean(spec, known)}")
         return [(f"demo:{name}", f"demo:{name}") for name in names]
     if spec.startswith("preset:"):
         presets, name = _presets(), spec.partition(":")[2]
         if name not in presets:
             known = "; ".join(f"preset:{name}, {p['what']}" for name, p in presets.items())
-            raise BackboneError(f"{spec!r} is none of the presets: {known}")
+            hint = did_you_mean(spec, [f"preset:{name}" for name in presets])
+            raise BackboneError(f"{spec!r} is none of the presets: {known}{hint}")
         return [pair for name in presets[name]["names"] for pair in _expand_timm(name)]
     if spec.startswith(("hf-hub:", "hf_hub:")):
         owner_and_name = spec.partition(":")[2]

@@ -3,12 +3,16 @@
 The client of the hub downloads, resumes what was cut, and retries where it is asked to wait or
 nobody answers. Done here is what it leaves: it gives up at once when a download (not the look-up
 before it) is answered with 5xx, reset or of the wrong length, it does not compare checksums, and
-it would ask for a newer version of what is in its cache already.
+it would ask for a newer version of what is in its cache already. Nor does it resume what another
+process has begun: that is removed when a process ends, and told of one that was killed
+(`find_cut`).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -21,18 +25,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from sfda_tune.data.hub import forget_reachable, reachable
 from sfda_tune.values.text import one_line
 
 __all__ = [
-    "Remote", "Told", "fetch", "find_cached", "find_remote", "free_space", "hold", "is_here",
-    "look_up", "look_up_sizes", "read_license", "remove", "remove_unused", "version",
+    "Remote", "Told", "fetch", "find_blobs", "find_cached", "find_cut", "find_remote",
+    "free_space", "hold", "is_here", "look_up", "look_up_sizes", "read_license", "remove",
+    "remove_cut", "remove_unused", "version",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 TRIES, WAIT = 4, 1.0  # downloads of a file that may fail; seconds before the second, then doubled
 ASKING = 8  # requests at a time
 CARD = "README.md"  # of a repository, with its licence at the head
+# What the client of the hub calls a download until it is whole: by the etag, and at random (what
+# older clients call by the etag alone is not meant, for they resume it)
+CUT = re.compile(r"([^.]+)\.[0-9a-f]{8}\.incomplete")
 Tell = Callable[[int, "int | None"], None]  # bytes that are here, of how many
 
 
@@ -115,14 +125,18 @@ def find_file(remote: Remote, names: Iterable[str]) -> str | None:
 
 def version(remote: Remote) -> str | None:
     """Return the commit that the hub's cache knows of a repository, whatever files are there."""
+    try:
+        known = _folder(remote) / "refs" / (remote.revision or "main")
+        return known.read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _folder(remote: Remote) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=remote.repo, repo_type="model"))
-    try:
-        return (folder / "refs" / (remote.revision or "main")).read_text().strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=remote.repo, repo_type="model"))
 
 
 def fetch(name: str, tell: Tell | None = None) -> tuple[str | None, bool]:
@@ -242,8 +256,9 @@ def _download(repo: str, filename: str, revision: str | None, tell: Tell | None)
         def update_transfer(self, n: float | None = 1) -> None:
             """Do nothing; that it is there spares a second bar, of what Xet has compressed."""
 
+    _remove_at_exit()
     path = hf_hub_download(repo, filename, revision=revision, tqdm_class=Told)
-    blob = Path(os.path.realpath(path))
+    blob = _follow(Path(path))
     if re.fullmatch("[0-9a-f]{64}", blob.name):  # large files are called by their checksum
         with blob.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -316,11 +331,87 @@ def remove_unused(file: str) -> bool:
 
 
 def remove(file: str) -> None:
-    """Delete a file from the hub's cache; what is known of its repository stays."""
-    blob = os.path.realpath(file)
-    for path in dict.fromkeys((file, blob)):
-        if os.path.lexists(path):
-            os.unlink(path)
+    """Delete a file from the hub's cache; what is known of its repository stays.
+
+    So does what lies in the client's store of all contents, while another repository has it, too.
+    """
+    path = Path(file)
+    blob = _follow(path)  # of the repository
+    content = _follow(blob)
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+    if content != blob:
+        from huggingface_hub import constants
+
+        with contextlib.suppress(ImportError):  # what made it is the same version of the client
+            from huggingface_hub.utils._shared_blobs import sweep_shared_blob
+
+            sweep_shared_blob(content, cache_dir=constants.HF_HUB_CACHE)
+
+
+def _follow(path: Path) -> Path:
+    """Return what a link leads to, in one step; else the path itself."""
+    return Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
+
+
+def find_blobs(name: str) -> Path | None:
+    """Return the folder in which the client of the hub keeps the files of a backbone."""
+    remote = find_remote(name)
+    return None if remote is None else _folder(remote) / "blobs"
+
+
+def find_cut(folder: Path | None = None) -> dict[Path, os.stat_result]:
+    """Return what cut downloads have left in a folder of `find_blobs`; default: of any model.
+
+    Not what a living process downloads: the client holds a lock meanwhile.
+    """
+    from huggingface_hub import constants
+
+    cache, found = Path(constants.HF_HUB_CACHE), {}
+    for blobs in sorted(cache.glob("models--*/blobs")) if folder is None else [folder]:
+        for path in sorted(blobs.glob("*.incomplete")):
+            known = CUT.fullmatch(path.name)
+            lock = cache / ".locks" / blobs.parent.name / f"{known and known[1]}.lock"
+            with contextlib.suppress(OSError):
+                if known is not None and _is_free(lock):
+                    found[path] = path.stat()
+    return found
+
+
+def _is_free(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0) if lock.exists() else contextlib.nullcontext():
+            return True
+    except (Timeout, NotImplementedError):  # held; or nobody can tell
+        return False
+
+
+def remove_cut(folder: Path | None = None, older_than: float = 0.0) -> tuple[int, int]:
+    """Delete what `find_cut` finds that is as many seconds old; return how many, and the bytes."""
+    now, count, size = time.time(), 0, 0
+    for path, stat in find_cut(folder).items():
+        if now - stat.st_mtime >= older_than:
+            path.unlink(missing_ok=True)
+            count, size = count + 1, size + stat.st_size
+    return count, size
+
+
+@functools.cache
+def _remove_at_exit() -> None:
+    """Have removed, when this process ends, what its threads are downloading then."""
+
+    def remove_open() -> None:
+        import psutil
+        from huggingface_hub import constants
+
+        here = os.path.realpath(constants.HF_HUB_CACHE)
+        with contextlib.suppress(psutil.Error, OSError):
+            for path in (Path(file.path) for file in psutil.Process().open_files()):
+                cut = CUT.fullmatch(path.name)
+                if cut and path.is_relative_to(here):
+                    path.unlink(missing_ok=True)
+
+    atexit.register(remove_open)
 
 
 def free_space() -> int:

@@ -39,6 +39,10 @@ def diagnose(cache: CacheDir = None, as_json: AsJson = False, debug: Debug = Fal
     """Show versions, devices, cache and hub, and what is missing: for a report of a bug.
 
     Nothing secret is shown. Ends with 1 if something keeps `rank` from working.
+
+    For example:
+
+      sfda-tune doctor
     """
     problems, told = [], {}
     for title, facts in (
@@ -58,7 +62,7 @@ def diagnose(cache: CacheDir = None, as_json: AsJson = False, debug: Debug = Fal
     else:
         for title, values in told.items():
             say(output, title)
-            for what, value in values.items():
+            for what, value in values.items() or [("none", "")]:
                 say(output, f"  {what:<18}{value}")
         for line in ["problems", *(f"  {p}" for p in problems)] if problems else ["no problems"]:
             say(output, line)
@@ -98,7 +102,7 @@ def _devices() -> Iterator[Fact]:
         found = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{found.name}, {found.total_memory / 1e9:.1f} GB", ""
     cores, threads = psutil.cpu_count(), torch.get_num_threads()
-    yield "cpu", f"{cores} cores, {count_cores()} for decoding, {threads} threads of torch", ""
+    yield "cpu", f"{cores} cores, {count_cores()} for decoding, torch threads: {threads}", ""
     memory = psutil.virtual_memory()
     yield "memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free", ""
     if sys.platform == "linux":
@@ -147,6 +151,7 @@ def _hub() -> Iterator[Fact]:
     import torch
     from huggingface_hub import constants, get_token
 
+    from sfda_tune.backbones.weights import find_cut
     from sfda_tune.data.hub import reachable
 
     yield "endpoint", constants.ENDPOINT, ""
@@ -157,6 +162,9 @@ def _hub() -> Iterator[Fact]:
     yield "reachable", said, ""
     yield "token", "yes" if get_token() else "no", ""
     yield "weights", f"{constants.HF_HUB_CACHE}, {torch.hub.get_dir()}", ""
+    if left := [stat.st_size for stat in find_cut().values()]:
+        said = f"{len(left)} cut downloads, {sum(left) / 1e6:.1f} MB: `sfda-tune cache clear`"
+        yield "leftovers", said, ""
 
 
 def _settings() -> Iterator[Fact]:

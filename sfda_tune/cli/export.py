@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sfda_tune.cli.options import Debug, Imports
-from sfda_tune.cli.terminal import output
+from sfda_tune.cli.options import AsJson, Debug, Imports
+from sfda_tune.cli.terminal import output, print_json
 from sfda_tune.pipelines.terminal import say
 from sfda_tune.values.files import check_folder
 
@@ -24,6 +25,7 @@ def export(
         bool, typer.Option("--onnx", help="As ONNX; so far there is no other form.")
     ] = True,
     imports: Imports = None,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Write the winner of the search in RUN as ONNX, with its preprocessing and a model card.
@@ -38,4 +40,8 @@ def export(
 
     if out is not None:
         check_folder("--out", out)
-    say(output, export_onnx(run, out, plugins=imports or ()))
+    found = export_onnx(run, out, plugins=imports or ())
+    if as_json:
+        print_json(asdict(found) | {"folder": str(found.folder)})
+    else:
+        say(output, found)

@@ -13,14 +13,13 @@ from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from sfda_tune import __version__
 from sfda_tune.cli.cache import cache_app
 from sfda_tune.cli.config import take_config
 from sfda_tune.cli.doctor import diagnose
 from sfda_tune.cli.export import export
-from sfda_tune.cli.options import arrange, spread_lists
+from sfda_tune.cli.options import Command, Group, arrange, spread_lists
 from sfda_tune.cli.predict import predict
 from sfda_tune.cli.rank import rank
 from sfda_tune.cli.reports import compare_rankings, evaluate_scores, list_backbones, report_on
@@ -39,7 +38,7 @@ from sfda_tune.pipelines.clock import counting
 from sfda_tune.pipelines.terminal import hang_up, say, spell_out
 
 
-class _Commands(TyperGroup):
+class _Commands(Group):
     """Says that Ctrl-C was heard: some versions of typer make a silent exit of it."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -61,15 +60,12 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 
 
-app.command()(arrange(rank))
-app.command()(arrange(search))
-app.command()(predict)
-app.command()(export)
-app.command("backbones")(list_backbones)
-app.command("evaluate")(evaluate_scores)
-app.command("compare")(compare_rankings)
-app.command("report")(report_on)
-app.command("doctor")(diagnose)
+for name, command in {
+    "rank": rank, "search": search, "predict": predict, "export": export,
+    "backbones": list_backbones, "evaluate": evaluate_scores, "compare": compare_rankings,
+    "report": report_on, "doctor": diagnose,
+}.items():  # fmt: skip
+    app.command(name, cls=Command)(arrange(command))
 
 
 def _version(show: bool) -> None:

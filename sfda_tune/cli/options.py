@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo
 
 from sfda_tune.cli.terminal import PrintableFormatter
@@ -207,7 +208,7 @@ Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", callback=_log_to_terminal, help="Say more.")
 ]
 
-# What stands under which heading of ``rank -h`` and ``search -h``
+# What stands under which heading of the help
 PANELS = {
     "Images": (
         "samples", "split", "image_column", "label_column", "groups", "group_column",
@@ -224,8 +225,30 @@ PANELS = {
         "device", "precision", "batch_size", "workers", "threads", "decoders", "engine", "storage",
         "ray", "cache", "no_cache",
     ),
-    "What comes out": ("out", "config", "as_json", "quiet", "verbose", "log", "debug"),
+    "What comes out": (
+        "out", "config", "csv", "jsonl", "images", "plots", "onnx", "as_json", "quiet", "verbose",
+        "log", "debug",
+    ),
 }  # fmt: skip
+
+
+class _Plain:
+    """Help that says of a flag no type: it takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Command(_Plain, TyperCommand):
+    """A command of ours."""
+
+
+class Group(_Plain, TyperGroup):
+    """Several of them."""
 
 
 def arrange(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,7 +258,7 @@ def arrange(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, hint in hints.items():
         for info in getattr(hint, "__metadata__", ()):
             if isinstance(info, OptionInfo):
-                info.rich_help_panel = panel[name]
+                info.rich_help_panel = panel.get(name)
     command.__annotations__ = hints  # else typer reads the texts again
     return command
 

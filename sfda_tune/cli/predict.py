@@ -26,7 +26,7 @@ def predict(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGES...",
+            metavar="IMAGES",
             help="Files, folders (as for `rank`), patterns such as 'new/**/*.jpg', or CSV and "
             "Parquet files that name files.",
         ),

@@ -51,9 +51,10 @@ def rank(
     dataset: Annotated[
         str,
         typer.Argument(
+            metavar="DATASET",
             help="An image folder (one sub-folder per class, or train/ and val/ with these), a "
             "CSV or Parquet file of paths and labels, `.tar` files (WebDataset), `hf:NAME`, "
-            "`hf-stream:NAME` (draws --samples of a stream), or `digits`."
+            "`hf-stream:NAME` (draws --samples of a stream), or `digits`.",
         ),
     ] = "digits",
     backbones: Annotated[
@@ -89,7 +90,7 @@ def rank(
     samples: Annotated[
         int | None, typer.Option(help="Use a stratified sample of so many images.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of that sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sample that --samples draws.")] = 0,
     race: Annotated[
         bool,
         typer.Option(

@@ -29,7 +29,7 @@ SORTS = ("imagenet", "gmacs", "params", "width", "input")
 
 def list_backbones(
     patterns: Annotated[
-        list[str], typer.Argument(metavar="GLOB...", help="As for `rank --backbones`.")
+        list[str], typer.Argument(metavar="GLOB", help="As for `rank --backbones`.")
     ],
     sort: Annotated[
         str,
@@ -45,6 +45,10 @@ def list_backbones(
     width and input size come from the architecture, accuracy on ImageNet and
     multiplications (in thousand millions) from a table. Only `hf-hub:` needs
     the hub, for a few lines.
+
+    For example:
+
+      sfda-tune backbones preset:small 'convnext_*.fb_in22k*' --sort imagenet
     """
     from rich.progress import track
 
@@ -107,12 +111,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def evaluate_scores(
     scores: Annotated[
-        Path, typer.Argument(help="A ranking (.json, .csv) or {backbone: score}, as JSON or CSV.")
+        Path,
+        typer.Argument(
+            metavar="SCORES",
+            help="A ranking (.json, .csv) or {backbone: score}, as JSON or CSV.",
+        ),
     ],
     truth: Annotated[
         Path,
         typer.Argument(
-            help="Accuracies (or R²) after fine-tuning: {backbone: accuracy}, JSON or CSV."
+            metavar="TRUTH",
+            help="Accuracies (or R²) after fine-tuning: {backbone: accuracy}, JSON or CSV.",
         ),
     ],
     column: Annotated[
@@ -125,6 +134,10 @@ def evaluate_scores(
     """Tell how good SCORES were, given the TRUTH.
 
     Both may also hold several data sets: {dataset: {backbone: number}}.
+
+    For example:
+
+      sfda-tune evaluate ranking.json accuracies.csv
     """
     from collections.abc import Mapping
 
@@ -200,15 +213,24 @@ def report_on(
         Path | None,
         typer.Option("--plots", metavar="DIR", help="Also save figures there, as PNG and SVG."),
     ] = None,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page about a search or a ranking; it needs no network."""
+    """Write one HTML page about a search or a ranking; it needs no network.
+
+    For example:
+
+      sfda-tune report run/ --plots figures/
+    """
     from sfda_tune.report.html import save_plots, write_report
 
     if out is not None:
         check_out(out, "--out")
     if plots is not None:
         check_folder("--plots", plots)
-    files = [write_report(source, out, images=images)]
-    for path in files + ([] if plots is None else save_plots(source, plots)):
+    page = write_report(source, out, images=images)
+    figures = [] if plots is None else save_plots(source, plots)
+    if as_json:
+        print_json({"page": str(page), "figures": [str(path) for path in figures]})
+    for path in () if as_json else (page, *figures):
         say(output, path)

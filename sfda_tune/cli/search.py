@@ -34,7 +34,10 @@ __all__ = ["search"]
 def search(
     ctx: typer.Context,
     dataset: Annotated[
-        str, typer.Argument(help="As for `rank`; a folder may have train/, val/ and test/.")
+        str,
+        typer.Argument(
+            metavar="DATASET", help="As for `rank`; a folder may have train/, val/ and test/."
+        ),
     ],
     out: Annotated[
         Path,
@@ -173,7 +176,7 @@ def search(
 
     For example:
 
-      sfda-tune search photos/ -b 'resnet50*' 'convnext_*.fb_in22k*' --budget 2h -o run/
+      sfda-tune search photos/ -b preset:small --budget 2h -o run/
     """
     from sfda_tune.pipelines import search as pipeline
     from sfda_tune.pipelines.progress import SearchProgress

@@ -16,9 +16,8 @@ from rich.table import Table
 from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
 from sfda_tune.values.labels import NOUNS
-from sfda_tune.values.metrics import call, tell
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import format_count, printable, some, without_nan
+from sfda_tune.values.text import capitalize, printable, some, without_nan
 
 if TYPE_CHECKING:
     from sfda_tune.pipelines.result import SearchResult
@@ -73,14 +72,14 @@ def show_ranking(ranking: Ranking) -> None:
     print_table(table)
     if hidden := [name for name in columns if name not in shown]:
         said = f"No room for: {', '.join(hidden)}; a wider terminal or --out shows them"
-        say(messages, said)
+        say(messages, said, fold=True)
     for line in _join_errors(ranking.failed):
         say(output, line)
     for line in recommend(ranking, odds):
-        say(output, line)
+        say(output, line, fold=True)
     for diagnostic in diagnose(ranking):
         if diagnostic.kind not in ("failed", "unreadable"):  # said already
-            say(messages, f"{diagnostic.severity}: {diagnostic.message}")
+            say(messages, f"{diagnostic.severity}: {diagnostic.message}", fold=True)
     seconds = info["seconds"]
     say(
         messages,
@@ -88,6 +87,7 @@ def show_ranking(ranking: Ranking) -> None:
         f"waiting for pixels {seconds['decode']:.1f} (decoding itself "
         f"{seconds['decode_work']:.1f}), forward passes {seconds['forward']:.1f}, "
         f"loading {seconds['load']:.1f}, scoring {seconds['score']:.1f}",
+        fold=True,
     )
 
 
@@ -130,24 +130,18 @@ def show_result(result: SearchResult) -> None:
     table = Table(title=text(f"{best['backbone']}, trial {best['trial']}"), title_justify="left")
     table.add_column(f"on {summary['n_images']['test']} test images")
     table.add_column("", justify="right", no_wrap=True)
-    for name, value in result.test.items():
-        table.add_row(call(name), tell(value, result.intervals.get(name)))
-    if best.get("latency_ms"):
-        table.add_row("latency of one image", f"{best['latency_ms']:.1f} ms")
-    if best.get("n_params"):
-        table.add_row("parameters", format_count(best["n_params"]))
+    for name, value in result.rows():
+        table.add_row(name, value)
     for name, value in best["params"].items():
-        shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+        shown = f"{value:.3g}" if isinstance(value, float) else str(value or "none")
         table.add_row(text(name.replace("_", " ")), text(shown))
-    seconds = summary["seconds"]["total"]
-    table.add_row("trials", f"{len(result.trials)} in {seconds:.0f} s")
     print_table(table)
-    say(output, f"{summary['decision']}.")
+    say(output, capitalize(f"{summary['decision']}."), fold=True)
     if best.get("epochs") == 0:
-        say(output, _explain_probe(result))
+        say(output, _explain_probe(result), fold=True)
     for note in summary.get("notes", ()):
-        say(output, f"note: {note}")
-    say(output, result.images)
+        say(output, f"note: {note}", fold=True)
+    say(output, result.images, fold=True)
     folder = shlex.quote(str(result.folder))
     todo = [f"predict {folder} IMAGES", f"report {folder}", f"export {folder}"]
     say(messages, f"Next: {'; '.join(f'sfda-tune {what}' for what in todo)}")
@@ -243,7 +237,10 @@ def _columns(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
     room = output.width if output.is_terminal else 10_000
     wide = {c: max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown}
     wide["backbone"] = min(wide["backbone"], NAME + 3)  # the rest of a long name goes first
-    spare = ["because of", "images/s", "params", "width", "group", "90% interval", "score", *_SURE]
+    spare = ["because of", "images/s", "params", "width", "score", "group", "90% ranks"]
+    spare += ["90% interval", "P(best)"]
+    if "forecast" not in shown:  # the score is what it is ranked by
+        spare.remove("score")
     if {row.get("note") for row in rows} <= {"", None, "cached"}:
         spare.insert(1, "note")
     for name in spare:

@@ -61,17 +61,21 @@ class _Thumbnails:
         return self.images.thumbnail(row, SIDE)
 
 
-def _standardise(images: ImageDataset, workers: int = 8) -> np.ndarray:
-    """Return thumbnails as rows of length 1 and mean 0; zeros where there is nothing to see."""
-    return _centre(_read(images, range(len(images)), workers))
-
-
 def _read(images: ImageDataset, rows: Sequence[int], workers: int = 8) -> np.ndarray:
     """Return the thumbnails of some rows, (n, SIDE, SIDE, 3) of 8 bits."""
     batches = [[rows[i] for i in part] for part in cut(len(rows), 64)]
     loader = Loader(_Thumbnails(images), batches, list, threads=min(workers, len(batches)))
     found = [np.stack(part) for _, part in loader]
     return np.concatenate(found) if found else np.empty((0, SIDE, SIDE, 3), np.uint8)
+
+
+def _standardise(
+    images: ImageDataset, store: Any = None, digests: Sequence[str] | None = None
+) -> np.ndarray:
+    """Return thumbnails as rows of length 1 and mean 0; zeros where there is nothing to see."""
+    if store is None:
+        return _centre(_read(images, range(len(images))))
+    return _centre(_recall(images, store, images.digests() if digests is None else digests))
 
 
 def _centre(thumbnails: np.ndarray) -> np.ndarray:
@@ -87,7 +91,7 @@ def _centre(thumbnails: np.ndarray) -> np.ndarray:
 
 
 def _recall(images: ImageDataset, store: Any, digests: Sequence[str]) -> np.ndarray:
-    """Return thumbnails; those of images that a ranking of the same data set saw are noted."""
+    """Return thumbnails; those of images that somebody saw of the same data set are noted."""
     about = [SIDE, PIL.__version__, get_switches(), images.name]
     key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
     noted, old = store.recall("thumbnails", key, THUMBNAILS), {}
@@ -139,18 +143,19 @@ def find_near(
     """Return the pairs of rows that are near duplicates; None if there are too many images.
 
     Every image is decoded once (a JPEG at a fraction of its size), unless the `store` has a note
-    of the same `digests`, or of its thumbnail from a ranking of other images of the data set.
+    of the same `digests` (default: those of the images), or of its thumbnail, from a ranking or a
+    search of other images of the data set.
     """
     if len(images) > MOST:
         return None
     key = None
-    if store is not None and digests is not None:
+    if store is not None:
+        digests = images.digests() if digests is None else digests
         key = hashlib.blake2b("\n".join([f"{SIDE} {SAME}", *digests]).encode(), digest_size=20)
         noted = store.recall("near", key.hexdigest(), KIND)
         if noted is not None:
             return Near(*([(i, j) for i, j in noted[name]] for name in KIND))
-    known = None if key is None else _recall(images, store, digests or ())
-    pairs = _pairs(_standardise(images) if known is None else _centre(known))
+    pairs = _pairs(_standardise(images, store, digests))
     rows = sorted({row for pair in pairs for row in pair})
     pixels = dict(zip(rows, images.digests(rows, pixels=True), strict=True))
     found = Near(pairs, [(i, j) for i, j in pairs if pixels[i] == pixels[j] != UNREADABLE])
@@ -215,7 +220,12 @@ def describe_near(images: ImageDataset, pairs: Pairs | None) -> dict[str, Any]:
     }
 
 
-def shared_near(a: ImageDataset, others: Sequence[ImageDataset]) -> list[set[int]]:
-    """Return of each other data set the rows that are near duplicates of an image of `a`."""
-    ours = _standardise(a)
-    return [{row for _, row in _pairs(ours, _standardise(other))} for other in others]
+def shared_near(
+    a: ImageDataset, others: Sequence[ImageDataset], store: Any = None
+) -> list[set[int]]:
+    """Return of each other data set the rows that are near duplicates of an image of `a`.
+
+    Images are decoded as `find_near` does.
+    """
+    ours = _standardise(a, store)
+    return [{row for _, row in _pairs(ours, _standardise(other, store))} for other in others]

@@ -27,9 +27,9 @@ from sfda_tune.data.several import open_coco
 from sfda_tune.data.shards import is_shards, open_shards
 from sfda_tune.data.tables import open_table
 from sfda_tune.data.torchvision import open_map
-from sfda_tune.values.text import require
+from sfda_tune.values.text import did_you_mean, require
 
-__all__ = ["TASKS", "open_dataset", "open_part", "settle_task"]
+__all__ = ["TASKS", "check_form", "open_dataset", "open_part", "settle_task"]
 
 TASKS = ("auto", "classification", "regression", "ordinal", "multilabel")
 _FORMS = (
@@ -168,6 +168,11 @@ def open_dataset(
     return dataset if samples is None else dataset.sample(samples, seed)
 
 
+def check_form(spec: Any) -> None:
+    """Raise the `DatasetError` of `open_dataset` if `spec` is of no known form, or not there."""
+    _form(spec, None)
+
+
 def settle_task(
     task: str | None, label_columns: Any = None, label_delimiter: Any = None, levels: Any = None
 ) -> Any:
@@ -303,7 +308,8 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
             fact = f"{str(spec)!r} is neither a file nor a folder"
         elif not os.path.isfile(path):
-            fact = f"{str(spec)!r} does not exist{close_matches(path)}"
+            near = close_matches(path) or did_you_mean(str(spec).removeprefix("demo:"), ["digits"])
+            fact = f"{str(spec)!r} does not exist{near}"
         elif suffix == ".json":
             return "annotations like COCO's", open_coco, ("least",)
         elif suffix in (".csv", ".tsv", ".parquet", ".pq"):
@@ -311,7 +317,8 @@ def _form(spec: Any, labels: Any) -> tuple[str, Callable[..., ImageDataset], tup
         else:
             archive = suffix in (".zip", ".gz", ".tgz", ".7z", ".rar")
             fact = f"It is the file {path!r}" + ("; unpack it first" if archive else "")
-        raise DatasetError(f"{fact}. A data set is one of: {_FORMS}.")
+        stop = "" if fact.endswith("?") else "."
+        raise DatasetError(f"{fact}{stop} A data set is one of: {_FORMS}.")
     if hasattr(spec, "cast_column"):
         return "a Hugging Face data set", open_hf, ("split", *columns, "least")
     arrays = isinstance(spec, list | tuple | Mapping | np.ndarray) or hasattr(spec, "detach")

@@ -261,16 +261,19 @@ def _hold_out_latest(
 
 
 def tell_shared(
-    parts: Mapping[str, ImageDataset], pixels: Mapping[str, Sequence[str]] | None = None
+    parts: Mapping[str, ImageDataset],
+    pixels: Mapping[str, Sequence[str]] | None = None,
+    store: Any = None,
 ) -> list[str]:
     """Say which validation and test images are training images as well.
 
-    Where they are known, by the digests of their `pixels`.
+    Where they are known, by the digests of their `pixels`; what they show in the small is taken
+    from the `store`, or noted there.
     """
     said = []
     alike = [set(), set()]
     if sum(map(len, parts.values())) <= MOST:
-        alike = shared_near(parts["train"], [parts["val"], parts["test"]])
+        alike = shared_near(parts["train"], [parts["val"], parts["test"]], store)
     for key, name in (("val", "validation"), ("test", "test")):
         images = parts[key]
         both = None if pixels is None else (pixels["train"], pixels[key])

@@ -3,7 +3,8 @@
 Two threads download; what they have fetched and nobody has used yet is at most `AHEAD` networks.
 With a limit on the disk, what was used is removed when there is no room for the next, the latest
 first: whoever goes over the same networks again finds the others. Only what came here during the
-run is ever removed, and never while another process opens it.
+run is ever removed, and never while another process opens it; and what cut downloads of the same
+networks have left.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Fetcher:
     tell : callable, optional
         Receives each backbone, the bytes of it that are here, and of how many.
     ledger : Path, optional
-        A file for the names of the files that came, one a line; for who has to remove them in the
-        place of this process, see `sweep`.
+        A file for the names of the files that came, one a line, and of the folders where some
+        may have been cut; for who has to remove them in the place of this process, see `sweep`.
 
     Examples
     --------
@@ -255,8 +256,8 @@ class Fetcher:
 
     def _fetch(self, item: _Item) -> None:
         backbone = item.backbone
+        name = loading.timm_name(backbone.spec)
         if self.limit is not None:
-            name = loading.timm_name(backbone.spec)
             size = weights.look_up_sizes([name])[name]
             if size is not None and size > self.limit:
                 among = f" to each of {self.share} actors on a machine" * (self.share > 1)
@@ -265,6 +266,7 @@ class Fetcher:
                     f"{format_bytes(self.limit)}{among}"
                 )
             self._make_room(item, size)
+            self._remove_cut(name)
 
         def tell(done: int, total: int | None) -> None:
             with self._change:
@@ -274,18 +276,33 @@ class Fetcher:
             if self.tell is not None:
                 self.tell(backbone.name, done, total)
 
-        file, fetched = loading.fetch(backbone, tell)
+        try:
+            file, fetched = loading.fetch(backbone, tell)
+        except Exception:
+            if self.limit is not None:
+                self._remove_cut(name)
+            raise
         with self._change:
             if file is not None and fetched:
                 item.file, item.size = file, os.path.getsize(file)
-                if self.ledger is not None:
-                    with self.ledger.open("a", encoding="utf-8") as ledger:
-                        ledger.write(f"{file}\n")
+                self._enter(file)
             if self._stop and self.limit is not None:
                 self._remove(item)
             if item.state == "coming":
                 item.state = "here"
             self._change.notify_all()
+
+    def _remove_cut(self, name: str) -> None:
+        """Remove what is left of cut downloads of weights that are about to come, or did not."""
+        if (folder := weights.find_blobs(name)) is not None:
+            with self._change:
+                self._enter(str(folder))
+            weights.remove_cut(folder)
+
+    def _enter(self, path: str) -> None:
+        if self.ledger is not None:
+            with self.ledger.open("a", encoding="utf-8") as ledger:
+                ledger.write(f"{path}\n")
 
     def _make_room(self, item: _Item, size: int | None) -> None:
         """Wait until there is room on the disk, and remove what was used for it."""
@@ -335,11 +352,14 @@ def sweep(ledgers: Iterable[Path]) -> list[str]:
     """Remove what came here, for processes that have ended; return what cannot be."""
     left = []
     for ledger in ledgers:
-        for file in ledger.read_text(encoding="utf-8").splitlines():
+        for path in dict.fromkeys(ledger.read_text(encoding="utf-8").splitlines()):
             with suppress(OSError):
-                if weights.remove_unused(file):
+                if os.path.isdir(path):
+                    weights.remove_cut(Path(path))
                     continue
-            left.append(file)
+                if weights.remove_unused(path):
+                    continue
+            left.append(path)
         ledger.unlink(missing_ok=True)
     return left
 

@@ -70,7 +70,7 @@ from sfda_tune.extraction.worker import (
 )
 from sfda_tune.values.features import Backbone, Features
 
-__all__ = ["Pending", "extract", "extract_within", "find_pending"]
+__all__ = ["Pending", "extract", "extract_within", "find_pending", "is_pending"]
 
 logger = logging.getLogger(__name__)
 LOOK = 30.0  # seconds between two looks at the size of the store
@@ -333,24 +333,55 @@ def find_pending(
     >>> pending["demo:resnet_glyphs"].n_images, failed
     (30, {})
     """
-    images = dataset.digests() if store is not None else [""] * len(dataset)
     pending: dict[str, Pending] = {}
     failed: dict[str, str] = {}
+    for name, found in _look_for_pending(dataset, backbones, store, precision):
+        if isinstance(found, Pending):
+            pending[name] = found
+        else:
+            failed[name] = found
+    return pending, failed
+
+
+def is_pending(
+    dataset: ImageDataset,
+    backbones: Sequence[Backbone],
+    store: FeatureStore | None,
+    precision: str = "float32",
+) -> bool:
+    """Whether an extraction would have to show any image to any backbone.
+
+    >>> from sfda_tune import open_dataset, resolve_backbones
+    >>> images = open_dataset("digits").sample(30)
+    >>> is_pending(images, resolve_backbones("demo:resnet_glyphs"), None)
+    True
+    """
+    found = _look_for_pending(dataset, backbones, store, precision)
+    return any(isinstance(one, Pending) and one.n_images > 0 for _, one in found)
+
+
+def _look_for_pending(
+    dataset: ImageDataset,
+    backbones: Sequence[Backbone],
+    store: FeatureStore | None,
+    precision: str,
+) -> Iterator[tuple[str, Pending | str]]:
+    """Yield what there is left to do for each backbone, or why it cannot be opened."""
+    images = dataset.digests() if store is not None else [""] * len(dataset)
     for backbone in backbones:
         try:
             description, weights = _describe(backbone, store)
             if store is None and backbone.load is None:
                 weights = fingerprints.fingerprint(backbone)
         except Exception as error:  # whatever a backbone does
-            failed[backbone.name] = describe_error(error)
+            yield backbone.name, describe_error(error)
             continue
         n_missing = len(dataset)
         if store is not None and weights is not None:
             pixels = fingerprint_pixels(description.preprocessing)
             n_missing -= len(store.get(make_key(weights, pixels, precision), images).known)
         is_local = backbone.load is not None or is_here(loading.timm_name(backbone.spec))
-        pending[backbone.name] = Pending(description, is_local, n_missing)
-    return pending, failed
+        yield backbone.name, Pending(description, is_local, n_missing)
 
 
 def _describe(

@@ -43,7 +43,9 @@ from sfda_tune.values.files import (
 )
 from sfda_tune.values.text import json_text, parse_bytes
 
-__all__ = ["Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_store"]
+__all__ = [
+    "Entry", "FeatureStore", "RemoteStore", "default_root", "make_key", "open_cache", "open_store",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -481,6 +483,17 @@ def open_store(root: str | os.PathLike[str] | None = None) -> FeatureStore:
     if root is None:
         return FeatureStore()
     return RemoteStore(root) if "://" in str(root) else FeatureStore(Path(root))  # type: ignore
+
+
+def open_cache(cache: bool | str | os.PathLike[str] | None) -> FeatureStore | None:
+    """Return the store that an argument `cache` stands for: True the default one, False none.
+
+    >>> open_cache(False) is None, open_cache("memory://features").root
+    (True, 'memory://features')
+    """
+    if not cache:
+        return None
+    return open_store(None if cache is True else cache)
 
 
 @dataclass(frozen=True)

@@ -556,7 +556,8 @@ class OnDemand:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def _enter(self) -> Executor:
+    def enter(self) -> Executor:
+        """Start the executor, if that has not been done; from then on `n_places` is known."""
         if not self._entered:
             started = time.perf_counter()
             self._stack.enter_context(self.executor)
@@ -576,12 +577,12 @@ class OnDemand:
 
     def resolve_device(self, device: str) -> str:
         """Return the device of the workers; it stays known as `device`."""
-        self.device = self._enter().resolve_device(device)
+        self.device = self.enter().resolve_device(device)
         return self.device
 
     def run(self, worker: Worker, plan: Plan) -> Generator[Outcome, None, None]:
         """Run the plan."""
-        return self._enter().run(worker, plan)
+        return self.enter().run(worker, plan)
 
     def report(self) -> dict[str, Any] | None:
         """Return what the executor tells; nothing if it had nothing to run."""

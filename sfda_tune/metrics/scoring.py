@@ -29,6 +29,7 @@ from sfda_tune.metrics.regression import ORDINAL, REGRESSION
 from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.values.features import Features, MetricResult, Score
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.text import did_you_mean
 
 __all__ = [
     "Metric", "Scorer", "default_metric", "has_fast_float64", "score", "scores_faster",
@@ -294,12 +295,13 @@ def _term(text: Metric, variant: str | None, needs: Mapping[str, tuple[str, ...]
     if not callable(text) and (not isinstance(text, str) or name not in needs):
         raise ValueError(
             f"`metric` must be a sum of some of {', '.join(usable)}, or a function f(features, "
-            f"labels), but is {text!r}; "
+            f"labels), but is {text!r}"
             + (
-                "that one is for numbers to predict: task='regression'; or for levels: "
+                "; that one is for numbers to predict: task='regression'; or for levels: "
                 "task='ordinal'."
                 if isinstance(text, str) and text in REGRESSION
-                else "name your own with sfda_tune.metrics.register_metric."
+                else did_you_mean(name, usable)
+                or "; name your own with sfda_tune.metrics.register_metric."
             )
         )
     function = get_metric(text)

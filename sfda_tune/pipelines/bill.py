@@ -14,7 +14,7 @@ from sfda_tune.backbones.weights import Told, free_space, look_up
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import find_pending
 from sfda_tune.extraction.settings import Settings
-from sfda_tune.extraction.store import open_store
+from sfda_tune.extraction.store import open_cache
 from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.pipelines.budget import parse_weights_disk, time_decoding
 from sfda_tune.pipelines.latency import time_forward
@@ -150,7 +150,7 @@ def draw_up_bill(
     (2, 100, 0, {})
     """
     settings = Settings(resolve_device(device), precision)
-    store = open_store(None if cache is True else cache) if cache else None  # type: ignore
+    store = open_cache(cache)
     candidates = resolve_backbones(backbones, plugins=plugins)
     images = open_dataset(
         dataset, samples=samples, seed=seed, split=split, image_column=image_column,

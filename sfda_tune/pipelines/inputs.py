@@ -16,6 +16,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.groups import merge_codes
 from sfda_tune.data.near import find_near, near_codes
 from sfda_tune.data.splits import fingerprint, split_images
+from sfda_tune.extraction.store import open_cache
 from sfda_tune.finetuning.images import look_at
 from sfda_tune.finetuning.shared import SharedWork
 from sfda_tune.finetuning.tasks import make_task
@@ -71,7 +72,7 @@ def open_inputs(
         """Return the rows that can be read, and the twins among the training images."""
         if splits is not None:
             return read_usable(splits, opened)
-        surveys.append(_look(opened, config.max_unreadable, check, config.decoders))
+        surveys.append(_look(opened, config, check))
         return _leave_out(surveys[0].unreadable, opened), surveys[0].twins
 
     parts, rows, sources = split_images(vars(config), find_usable)
@@ -106,25 +107,22 @@ def _leave_out(
 
 
 def _look(
-    opened: Mapping[str, ImageDataset],
-    limit: float,
-    check: Callable[[], None] | None,
-    workers: int | None = None,
+    opened: Mapping[str, ImageDataset], config: SearchConfig, check: Callable[[], None] | None
 ) -> Survey:
     """Look at all images; refuse the data set if too many cannot be read."""
-    seen = {name: look_at(data, check, workers) for name, data in opened.items()}
+    seen = {name: look_at(data, check, config.decoders) for name, data in opened.items()}
     bad = {name: unreadable for name, (unreadable, _) in seen.items()}
     pixels = {name: digests for name, (_, digests) in seen.items()}
     names = {opened[name].item_name(row): why for name in bad for row, why in bad[name].items()}
     n, total = sum(map(len, bad.values())), sum(map(len, opened.values()))
-    if n > limit * total:
+    if n > config.max_unreadable * total:
         item, why = next(iter(names.items()))
         raise DatasetError(
             f"{n} of the {total} images cannot be read, more than "
-            f"max_unreadable={limit:g} allows; the first is {item} ({why})"
+            f"max_unreadable={config.max_unreadable:g} allows; the first is {item} ({why})"
         )
     twins = group_twins(opened["train"], pixels["train"])
-    near = find_near(opened["train"])
+    near = find_near(opened["train"], open_cache(config.cache))
     if near is not None and near.pairs:
         twins = merge_codes(twins, near_codes(len(twins), near.pairs))
     return Survey(bad, names, pixels, twins)

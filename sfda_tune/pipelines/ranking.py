@@ -19,6 +19,7 @@ import numpy as np
 
 from sfda_tune.backbones.devices import resolve_device
 from sfda_tune.backbones.loading import find_license, measure_cost
+from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.checks import absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
@@ -28,11 +29,11 @@ from sfda_tune.data.formats import list_bands
 from sfda_tune.data.groups import describe_groups, describe_options
 from sfda_tune.data.labels import list_levels
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
-from sfda_tune.data.opening import open_dataset, settle_task
+from sfda_tune.data.opening import check_form, open_dataset, settle_task
 from sfda_tune.extraction.fetching import Fetcher
-from sfda_tune.extraction.run import extract_within
+from sfda_tune.extraction.run import extract_within, is_pending
 from sfda_tune.extraction.settings import Extraction, Map, Settings
-from sfda_tune.extraction.store import FeatureStore, open_store
+from sfda_tune.extraction.store import FeatureStore, open_cache
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer, default_metric
@@ -242,20 +243,17 @@ def rank(
         bands=list_bands(bands), **describe_options(groups),
     )  # fmt: skip
     settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
-    if executor is None:
-        settings = replace(settings, device=resolve_device(device))
-    elif isinstance(executor, type):
+    if isinstance(executor, type):
         raise ValueError(
             f"`executor` must be an executor but is the class {executor.__name__}; call it: "
             f"{executor.__name__}()."
         )
-    elif map_fn is not None or not cache:
+    if executor is not None and (map_fn is not None or not cache):
         raise ValueError(
             "`executor` needs a `cache`, where its workers leave the features, and no `map_fn`; "
             "pass cache=True or a folder that all machines share."
         )
-    store = open_store(None if cache is True else cache) if cache else None  # type: ignore
-    candidates = resolve_backbones(backbones, plugins=plugins)
+    store = open_cache(cache)
     told = settle_task(task, label_columns, label_delimiter, levels)
     if told is None:
         told = dataset.task if isinstance(dataset, ImageDataset) else "classification"
@@ -272,7 +270,8 @@ def rank(
             f"`variant` belongs to the metric 'sfda' but `metric` is 'forecast' and `variant` "
             f"{variant!r}; pass metric='sfda', or leave it out."
         )
-    # after the plug-ins, which may have registered it
+    for plugin in plugins:  # may register the metric
+        load_plugin(plugin)
     scorer = Scorer(default_metric(told) if forecasts else metric, variant, told)
     if race and scorer.combined:
         raise ValueError(
@@ -296,6 +295,10 @@ def rank(
             "`race` shows few images to all candidates and `budget` all images to few: both are "
             "given; leave one out."
         )
+    check_form(dataset)
+    candidates = resolve_backbones(backbones, plugins=plugins)  # timm's, and torch: seconds
+    if executor is None:
+        settings = replace(settings, device=resolve_device(device))
     if ensemble is not None:
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
@@ -653,6 +656,10 @@ class _RankingRun:
             return time.perf_counter() - begun >= seconds
 
         watch = RankingWatch(bar, is_over)
+        if demand is not None:
+            backbones = [by_name[name] for name in left]
+            if is_pending(self.images, backbones, self.store, self.settings.precision):
+                demand.enter()  # else the first would be one, and all other places idle
         while left and not is_over():
             room, rate = seconds - (time.perf_counter() - begun), spent / paid if paid else 0.0
             some, total, least = [], 0.0, 1 if demand is None else demand.n_places

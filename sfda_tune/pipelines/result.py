@@ -215,7 +215,8 @@ class SearchResult:
         if best.get("n_params"):
             found.append(("parameters", format_count(best["n_params"])))
         seconds = self.summary["seconds"]["total"]
-        found.append(("trials", f"{len(self.trials)} in {format_duration(seconds)}"))
+        found.append(("trials", str(len(self.trials))))
+        found.append(("time in all", format_duration(seconds)))
         return found
 
     def _title(self) -> str:

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.data.splits import tell_gaps, tell_shared
+from sfda_tune.extraction.store import open_cache
 from sfda_tune.pipelines.budget import ends_later
 from sfda_tune.pipelines.clock import Clock
 from sfda_tune.pipelines.config import SearchConfig
@@ -245,7 +246,7 @@ def _create(folder: RunFolder, inputs: Inputs, arguments: Mapping[str, Any], fou
     assert survey is not None
     of = {name: survey.pixels.get(name, survey.pixels["train"]) for name in parts}
     digests = {name: [of[name][row] for row in rows] for name, rows in inputs.rows.items()}
-    shared = tell_shared(parts, digests)
+    shared = tell_shared(parts, digests, open_cache(config.cache))
     if len(excluded) == len(candidates):  # nothing is written: it may be called otherwise
         name, why = next(iter(excluded.items()))
         raise ValueError(

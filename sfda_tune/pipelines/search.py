@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sfda_tune.backbones.devices import resolve_device
+from sfda_tune.data.opening import check_form
 from sfda_tune.finetuning.images import own_randomness
 from sfda_tune.pipelines.clock import counting
 from sfda_tune.pipelines.config import SearchConfig
@@ -200,6 +201,7 @@ def search(
         label_delimiter=label_delimiter, levels=levels, loss=loss, bit_depth=bit_depth,
         bands=bands, weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
+    check_form(dataset)  # before torch is imported, which takes seconds
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history
         require("previous", run, "the folder of a search with a complete trial", known)

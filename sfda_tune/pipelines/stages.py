@@ -190,16 +190,18 @@ def make_shortlist(config: SearchConfig, folder: RunFolder) -> None:
     scored, kept = ranking.shortlist(len(ranking)), choose_survivors(ranking, config.keep)
     doubts = [d.message for d in diagnose(ranking) if d.kind in ("ties", "few_samples")]
     plausible = scored if odds is None else list(map(str, shortlist(odds, 0.95)))
-    names = ", ".join(kept)
+    names = f"of {len(scored)} backbones, {', '.join(kept)}"
     if len(kept) == len(scored):
-        decision = f"all {len(scored)} ranked backbones are tuned, for `keep` is {config.keep}"
+        decision = f"all {len(scored)} ranked backbones are tuned"
+        if len(scored) == 1:
+            decision = "the only ranked backbone is tuned"
     elif odds is None:
         decision = f"{names} are tuned; the scores do not tell how likely the best is one of them"
     else:
         share = sum(odds.best[name] for name in kept if name in odds.best)
         decision = f"{names} are tuned; the best is one of them with probability {share:.2f}"
         if not set(plausible) <= set(kept):
-            decision += f", and with .95 one of {len(plausible)}: a larger `keep` tunes more"
+            decision += f", and with .95 one of {len(plausible)}: a larger keep tunes more"
     decision = "; ".join([decision, *(doubt.rstrip(".") for doubt in doubts)])
     clear = set(plausible) <= set(kept) and not doubts
     found = {"separable": clear, "survivors": kept, "decision": decision}

@@ -40,9 +40,16 @@ class Terminal(Console):
         hang_up(self.file)
 
 
-def say(console: Console, what: object, *, style: str = "", end: str = "\n") -> None:
-    """Print one line of text from anywhere, as it is and never folded."""
-    console.print(Text(printable(what), style), soft_wrap=True, end=end)
+def say(
+    console: Console, what: object, *, style: str = "", end: str = "\n", fold: bool = False
+) -> None:
+    """Print one line of text from anywhere, as it is.
+
+    What is for people (`fold`) goes on in the next line between words; commands, errors and what
+    is no terminal are never folded.
+    """
+    soft = not (fold and console.is_terminal)
+    console.print(Text(printable(what), style), soft_wrap=soft, end=end)
 
 
 def text(what: object) -> Text:

@@ -113,7 +113,10 @@ def render(run: Run) -> str:
         "number": _number,
         "probability": _probability,
     }
-    env.filters |= {"percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%", "words": _words}
+    env.filters |= {
+        "percent": lambda v: f"{100 * v:.1f}\N{NO-BREAK SPACE}%",
+        "words": lambda key: call(str(key)),
+    }
     themes = {name: zip(COLOURS, text.split(), strict=True) for name, text in THEMES.items()}
     style = env.from_string((HERE / "report.css").read_text("utf-8")).render(themes=themes)
     script = (HERE / "report.js").read_text("utf-8")
@@ -541,11 +544,6 @@ def _soften(name: Any) -> Any:
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"(?<=[._:/-])(?=\w)", "<wbr>", str(escape(printable(name)))))
-
-
-def _words(key: Any) -> str:
-    text = call(str(key))
-    return text.replace("macro f1", "macro-F1").replace("log loss", "log-loss")
 
 
 def _probability(value: float) -> str:

@@ -20,6 +20,7 @@ PASSES = 3
 HALF = 0.5
 TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
 NAMED = 8  # names in a sentence
+GOOD = 0.95  # average precision of a label of which there is nothing to say
 
 
 def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
@@ -43,6 +44,13 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
             + (f", and one of the first three with {sum(best[:3]):.2f}." if best[3:] else ".")
         )
         lines += _expect(ranking, first) + _say_what_helps(ranking, first)
+    elif odds is not None and len(odds.names) > 1:
+        first, best = str(odds.names[0]), next(iter(odds.best.values()))
+        lines.append(
+            f"By {ranking.metric or 'this score'}, before any training, {printable(first)} is the "
+            f"best of these {len(odds.names)}: with probability {best:.2f} also on other images."
+        )
+        lines += _expect(ranking, first)
     lines += _name_bad_labels(ranking)
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]
@@ -86,19 +94,25 @@ def _expect(ranking: Ranking, first: str) -> list[str]:
     if ranking.info.get("task") == "multilabel":
         return _expect_labels(ranking, first)
     if accuracy is None or not n:
-        return []
+        return _cost(ranking, first)
     low, high = accuracy_interval(round(accuracy * n), int(n))
     # where groups are left out, the images are fewer than they look
     sure = "" if "groups" in ranking.info else f" (95 %: {low:.2f} to {high:.2f})"
     right = f"{accuracy:.2f} of new images{sure}"
     line = f"As it is, a head on its features is right on {right}"
-    pace = _number(details.get("images_per_second"))
-    if ranking.info["train"] == "full":
+    if ranking.info.get("train") == "full":
         line += "; training usually adds to that"
-        if pace:
-            spent = format_duration(PASSES * n / pace)
-            line += f". An epoch over these {n:.0f} images takes about {spent} here"
-    return [f"{line}."]
+    return [f"{line}.", *_cost(ranking, first)]
+
+
+def _cost(ranking: Ranking, first: str) -> list[str]:
+    """Say how long an epoch of the first will take."""
+    details = ranking.score(first).details
+    n, pace = (_number(details.get(key)) for key in ("n_samples", "images_per_second"))
+    if not n or not pace or ranking.info.get("train") == "head":
+        return []
+    spent = format_duration(PASSES * n / pace)
+    return [f"An epoch over these {n:.0f} images takes about {spent} here."]
 
 
 def _expect_numbers(ranking: Ranking, first: str) -> list[str]:
@@ -110,7 +124,8 @@ def _expect_numbers(ranking: Ranking, first: str) -> list[str]:
         return []
     return [
         f"As it is, a linear model on its features predicts numbers from {low:g} to {high:g} with "
-        f"an error of {rmse:.3g} (root mean square; R² {value:.2f})."
+        f"an error of {rmse:.3g} (root mean square; R² {value:.2f}).",
+        *_cost(ranking, first),
     ]
 
 
@@ -134,20 +149,22 @@ def _expect_labels(ranking: Ranking, first: str) -> list[str]:
         return []
     return [
         f"As it is, a linear model on its features finds the images of {len(counts)} labels with "
-        f"a mean average precision of {value:.2f}."
+        f"a mean average precision of {value:.2f}.",
+        *_cost(ranking, first),
     ]
 
 
 def _name_bad_labels(ranking: Ranking) -> list[str]:
     """Name the labels that separate worst by the first."""
     rows = [r for r in judge_labels(ranking) if r["average_precision"] is not None]
-    if len(rows) < 2:
+    several, rows = len(rows) > 1, [r for r in rows if r["average_precision"] < GOOD]
+    if not several or not rows:
         return []
     told = [
         f"{printable(r['name'])} {r['average_precision']:.2f} ({r['share']:.2f} by chance)"
         for r in rows[:3]
     ]
-    return [f"Labels that separate worst, by average precision: {', '.join(told)}."]
+    return [f"Labels that separate worst, by average precision: {'; '.join(told)}."]
 
 
 def _say_what_helps(ranking: Ranking, first: str) -> list[str]:

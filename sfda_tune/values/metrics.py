@@ -10,6 +10,7 @@ LOWER = frozenset({"log_loss", "rmse", "mae"})  # metrics of which less is bette
 _NAMES = {
     "r2": "R²", "spearman": "Spearman's ρ", "rmse": "RMSE", "mae": "MAE", "map": "mAP",
     "qwk": "quadratic weighted κ",
+    "macro_f1": "macro-F1", "log_loss": "log-loss",
 }  # fmt: skip
 
 

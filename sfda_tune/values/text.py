@@ -8,6 +8,7 @@ back (`csv_line`, `files.write_text`).
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import numbers
@@ -17,9 +18,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "csv_line", "describe_images", "format_count", "format_duration", "integer", "is_integer",
-    "is_number", "json_text", "letters", "one_line", "parse_bytes", "printable", "read_csv_cell",
-    "require", "some", "without_nan",
+    "capitalize", "csv_line", "describe_images", "did_you_mean", "format_count",
+    "format_duration", "integer", "is_integer", "is_number", "json_text", "letters",
+    "one_line", "parse_bytes", "printable", "read_csv_cell", "require", "some", "without_nan",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
@@ -42,6 +43,15 @@ def printable(text: object) -> str:
 
 def _shown(c: str) -> str:
     return c if c.isprintable() or unicodedata.category(c) == "Zs" else ascii(c)[1:-1]
+
+
+def capitalize(sentence: str) -> str:
+    """Begin a sentence as one.
+
+    >>> capitalize("all of CIFAR-10.")
+    'All of CIFAR-10.'
+    """
+    return sentence[:1].upper() + sentence[1:]
 
 
 def one_line(text: object, limit: int = 300) -> str:
@@ -109,6 +119,16 @@ def require(name: str, value: Any, rule: str, holds: Any) -> None:
     """Raise a ValueError that names argument, rule and value, unless the rule `holds`."""
     if not holds:
         raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+
+
+def did_you_mean(value: Any, known: Iterable[str]) -> str:
+    """Return what is to be added to an error: the known name that is close, if one is.
+
+    >>> did_you_mean("sfdaa", ["knn", "sfda"]), did_you_mean("x", ["knn", "sfda"])
+    ("; did you mean 'sfda'?", '')
+    """
+    near = difflib.get_close_matches(str(value), [*known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:

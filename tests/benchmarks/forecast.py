@@ -357,6 +357,7 @@ def report_head(tasks: list[Task]) -> None:
         rows.append(row)
         print(f"{task.name:30}" + "".join(f"{v:8.3f}" for v in row))
     print(f"{'mean':30}" + "".join(f"{v:8.3f}" for v in np.mean(rows, axis=0)))
+    print(f"{'what the truth says of itself':30}{'{:8.3f}{:8.3f}'.format(*find_ceiling(tasks))}")
 
 
 def expect(task: Task, ours: dict[str, Any]) -> np.ndarray:

@@ -317,7 +317,7 @@ def ranking(photos, toy_zoo):
     return sfda_tune.rank(photos, toy_zoo, device="cpu", workers=0, cache=False)
 
 
-@pytest.mark.parametrize("columns", [40, 60, 100])
+@pytest.mark.parametrize("columns", [40, 60, 80, 110])
 def test_a_narrow_terminal_keeps_names_and_scores(ranking, monkeypatch, capsys, columns):
     told = StringIO()
     monkeypatch.setattr(terminal, "output", Console(file=told, width=columns, force_terminal=True))
@@ -326,8 +326,14 @@ def test_a_narrow_terminal_keeps_names_and_scores(ranking, monkeypatch, capsys, 
     for name in ("convnext", "efficientnet", "resnet", "vit"):
         assert name in text
     assert len(re.findall(r"│ +[+-]\d\.\d\d │", text)) == 4  # the forecasts
-    assert ("P(best)" in text) is (columns >= 60)
-    assert ("score" in text.split("┡")[0]) is (columns == 100)
+    table, _, sentences = text.partition("└")
+    assert ("P(best)" in table) is (columns >= 60)
+    assert ("90% interval" in table) is (columns >= 80)
+    assert ("score" in table) is (columns == 110)
+    lines = sentences.splitlines()
+    assert max(map(len, lines)) <= columns
+    for sentence in ("it will be the best with probability", "may be the best after fine-tuning."):
+        assert sentence in " ".join(sentences.split())  # folded between words
     assert "No room for: " in capsys.readouterr().err
 
 
@@ -362,15 +368,34 @@ def test_a_script_without_main_guard_works_where_processes_are_spawned(
     assert "if __name__ == '__main__'" in done.stderr
 
 
-def test_help_is_quick(cli):
-    """`--help` loads neither torch nor timm."""
+def test_help_and_typos_are_quick(tmp_path):
+    """They load neither torch nor timm, which take seconds; and say what may be meant."""
+    calls = {
+        "rank --help": "--backbones",
+        "rank --metric sfdaa": "did you mean 'sfda'?",
+        "rank -b demo:convnet_glyphs": "did you mean 'demo:convnext_glyphs'?",
+        "rank -b preset:smal": "did you mean 'preset:small'?",
+        "rank demo:digits": "did you mean 'digits'?",
+        "rank no/such/folder": "does not exist",
+        "rank --train haed": "one of full, head",
+        "rank --budget 5parsec": "`budget`",
+        "rank --top 3": "add race=True",
+        "search no/such/folder -o run": "does not exist",
+        "search digits -o run --objective acc": "`objective`",
+        "predict no/such/run a.jpg": "does not exist",
+    }
     code = (
         "import sys\nfrom sfda_tune.cli.main import main\n"
-        "try: main(['rank', '--help'])\nexcept SystemExit: pass\n"
-        "print(sorted({'torch', 'timm', 'sklearn'} & set(sys.modules)))"
+        f"for call in {list(calls)!r}:\n"
+        "    try: main(call.split())\n    except SystemExit: pass\n"
+        "    print(call, sorted({'torch', 'timm', 'sklearn'} & set(sys.modules)), flush=True)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip().endswith("[]")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    for call, said in calls.items():
+        assert said in done.stdout + done.stderr
+        assert f"{call} []" in done.stdout
 
 
 def test_backbones_lists_what_is_there(cli_here, toy_zoo):
@@ -587,7 +612,7 @@ def test_a_search_that_is_refused_leaves_the_options_of_the_run(cli_here, tmp_pa
     assert (tmp_path / "config.yaml").read_text() == "of the run"
     for words in (["nowhere"], ["digits", "-b", "demo:resnet_noise", "--max-params", 10]):
         cli_here("search", *words, "-o", tmp_path / "new", code=1)
-        assert not list((tmp_path / "new").iterdir())  # not even a lock
+        assert not list(tmp_path.glob("new/*"))  # not even a lock
 
 
 @pytest.mark.parametrize(
@@ -640,6 +665,26 @@ def test_a_search_writes_its_options_without_secrets(tmp_path, monkeypatch):
     assert "me:secret" not in text
     assert "# storage is left out" in text
     assert "trials: 3" in text
+
+
+def test_every_help_has_an_example_and_every_result_a_document(cli_here):
+    names = [
+        "rank",
+        "search",
+        "predict",
+        "export",
+        "backbones",
+        "evaluate",
+        "compare",
+        "report",
+        "doctor",
+    ]
+    for words in (*([name] for name in names), ["cache", "show"], ["cache", "clear"]):
+        said = cli_here(*words, "--help")
+        assert "For example:" in said
+        assert f"sfda-tune {' '.join(words)}" in said.partition("For example:")[2]
+        assert "--json" in said
+        assert "<bool>" not in said
 
 
 def test_help_shows_what_stands_in_brackets(cli_here):

@@ -392,7 +392,9 @@ def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
         p = rng.uniform(0.2, 1.0, n)
         scores = [Score(k, float(p.mean()), details=about, per_sample=p) for k in "abcdef"]
         labels = np.arange(n) % 2
-        ranking = order_by_forecast(Ranking(scores, "sfda (loo)", labels), train)
+        ranking = Ranking(scores, "sfda (loo)", labels)
+        if train is not None:
+            ranking = order_by_forecast(ranking, train)
         return " ".join(recommend(ranking, find_odds(ranking)))
 
     said = advise("full", 100)
@@ -400,3 +402,6 @@ def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
     assert "An epoch over these 100 images takes about 5 s here." in said
     assert "More images would hardly make that surer" in said
     assert "epoch" not in advise("head", 100)
+    said = advise(None, 100)  # ranked by a score alone
+    assert said.startswith("By sfda (loo), before any training, a is the best of these 6: with")
+    assert "An epoch over these 100 images takes about 5 s here." in said

@@ -132,6 +132,24 @@ def test_what_was_compared_is_noted(tmp_path, monkeypatch):
     assert find_near(images, store, digests) is None
 
 
+@pytest.mark.filterwarnings("ignore::sfda_tune.data.copies.CopiesWarning")
+def test_a_search_and_a_ranking_decode_each_image_once(tmp_path, monkeypatch):
+    images = dataset(40)
+    shown: list[str] = []
+    read = ImageDataset.thumbnail
+
+    def note(self: ImageDataset, row: int, side: int) -> np.ndarray:
+        shown.append(self.digest(row))
+        return read(self, row, side)
+
+    monkeypatch.setattr(ImageDataset, "thumbnail", note)
+    how: dict[str, Any] = {"device": "cpu", "cache": tmp_path / "cache"}
+    sfda_tune.search(images, "demo:resnet_glyphs", trials=1, epochs=1, out=tmp_path / "run", **how)
+    assert sorted(shown) == sorted(images.digests())
+    sfda_tune.rank(images, "demo:resnet_glyphs", **how)
+    assert len(shown) == len(images)
+
+
 def test_a_search_keeps_them_on_one_side_and_names_those_in_given_parts():
     images = dataset(40)
     pairs = pairs_of(images)

@@ -111,6 +111,28 @@ def test_an_executor_is_entered_once(photos, toy_zoo, tmp_path):
     assert dict(there) == dict(rank(photos, toy_zoo / "vit", **{**CPU, **options}))
 
 
+def test_within_a_budget_no_place_of_an_executor_is_idle_from_the_first(photos, toy_zoo, tmp_path):
+    class Places(Local):
+        """Has three places, which is known when it has started."""
+
+        @property
+        def n_places(self):
+            return 3 if self.events else 1
+
+        def run(self, worker, plan):
+            self.events.append(len(plan.missing))
+            return super().run(worker, plan)
+
+    executor, options = Places(), {"budget": "1h", "cache": tmp_path, "workers": 0}
+    there = rank(photos, toy_zoo, executor=executor, **options)
+    assert executor.events[:3] == ["enter", 3, "run"]
+    assert there.failed == {}
+    executor = Places()
+    again = rank(photos, toy_zoo, executor=executor, **options)
+    assert executor.events == []  # all is kept: it is not even started
+    assert dict(again) == dict(there)
+
+
 def test_samples_are_seeded(photos, toy_zoo):
     options = {**CPU, "metric": lambda x, y: x.mean(), "samples": 15}
     runs = [rank(photos, toy_zoo / "vit", seed=seed, **options) for seed in (0, 0, 1)]

@@ -744,8 +744,8 @@ def test_it_says_how_likely_the_best_is_tuned(tmp_path):
     state = result.summary
     assert state["separable"] is False
     said = "are tuned; the best is one of them with probability 0.6"
-    assert state["decision"].startswith(f"a, b {said}")
-    assert "with .95 one of 3: a larger `keep` tunes more; 3 backbones have" in state["decision"]
+    assert state["decision"].startswith(f"of 3 backbones, a, b {said}")
+    assert "with .95 one of 3: a larger keep tunes more; 3 backbones have" in state["decision"]
     assert state["survivors"] == ["a", "b"]
     assert {t["backbone"] for t in state["trials"]} <= {"a", "b"}
 
@@ -907,7 +907,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     found = SearchResult.open(run)
     low, high = found.best["test_interval"]
     assert f"{found.test['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})" in out
-    assert "all 1 ranked backbones are tuned" in out
+    assert "The only ranked backbone is tuned." in out
     assert f"Next: sfda-tune predict {run} IMAGES" in " ".join(err.split())
     images.mkdir()
     data = open_dataset("digits")

@@ -324,6 +324,7 @@ def test_digits_as_bits_are_ranked_through_files_and_page(cache, tmp_path):
     mean = first["mean_average_precision"]
     assert f"finds the images of 4 labels with a mean average precision of {mean:.2f}" in page
     assert f"Labels that separate worst, by average precision: {rows[0]['name']}" in page
+    assert "An epoch over these" in page
 
 
 def test_scores_do_not_depend_on_how_labels_come(cache):

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hub_lab import Hub, connect
+from filelock import FileLock
+from hub_lab import Hub, connect, connect_xet
 
 from sfda_tune import rank, resolve_backbones, search
 from sfda_tune.backbones import weights
@@ -273,6 +274,31 @@ def test_weights_take_no_more_disk_than_they_may_and_none_in_the_end(
     assert "`weights_disk` allows 0.0 MB" in few.failed[specs(hub)[-1]]
 
 
+def test_weights_that_come_by_xet_are_checked_and_removed_unless_others_share_them(
+    hub, photos, tmp_path, monkeypatch, toy_zoo
+):
+    """The client keeps one file of each content, to which all repositories with it have links."""
+    store = pytest.importorskip("huggingface_hub.utils._shared_blobs")
+    connect_xet(hub, monkeypatch)
+    hub.publish("other/vit", next(iter(hub.repos["toy/vit"].values())))
+    before = one("vit")
+    load(before)  # here before
+    assert store.shared_store_blob_paths(tmp_path / "hub")  # by Xet, indeed
+    how = {"metric": "sfda", "weights_disk": "3MB", **CPU}
+    ranking = rank(photos, [s for s in specs(hub) if s != before.spec], **how)
+    assert ranking.failed == {}
+    local = rank(photos, toy_zoo, metric="sfda", cache=False, **CPU)
+    assert scores(ranking) == scores(local)
+    here = [spec for spec in specs(hub) if find_cached(spec) is not None]
+    assert here == [before.spec]
+    load(before)
+    large = [p for p in tmp_path.joinpath("hub").rglob("*") if p.stat().st_size > 20_000]
+    assert len([p for p in large if p.is_file() and not p.is_symlink()]) == 1
+    hub.trouble["toy/resnet", FILE] += [("wrong",)] * 30
+    failed = rank(photos, one("resnet"), cache=False, **how).failed
+    assert "it came damaged" in failed["hf-hub:toy/resnet"]
+
+
 def test_weights_that_another_process_opens_are_not_removed(hub, caplog, tmp_path):
     """Two fetchers, as in two actors on one machine: a lock knows no processes, only files."""
     backbone, ledger = one("vit"), tmp_path / "ledger"
@@ -306,6 +332,65 @@ def test_what_nobody_expects_any_more_makes_room(hub):
         fetcher.expect([one("fifth")])  # else four were ahead, and nothing more would come
         with fetcher.opening(one("fifth")) as came:
             assert came
+
+
+def parts(cache):
+    return list(cache.rglob("*.incomplete"))
+
+
+@pytest.mark.slow  # an interpreter starts, and ends as a user's does
+def test_a_process_that_ends_leaves_no_half_of_a_download(hub, tmp_path, clean_environment):
+    hub.trouble["toy/vit", FILE] += [("trickle", 100, 0.05)]
+    environment = clean_environment | {
+        "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    code = "import time; from sfda_tune import resolve_backbones as r\n"
+    code += "from sfda_tune.extraction.fetching import Fetcher\n"
+    code += "with Fetcher() as fetcher:\n    fetcher.want(r('hf-hub:toy/vit'))\n"
+    code += "    input()\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, text=True
+    )
+    while not parts(tmp_path / "hub"):
+        time.sleep(0.02)
+    process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert parts(tmp_path / "hub") == []
+
+
+def test_halves_that_killed_processes_left_are_told_and_deleted(
+    hub, photos, tmp_path, capsys, clean_environment
+):
+    load(one("vit"))
+    blobs = tmp_path / "hub" / "models--toy--vit" / "blobs"
+    (whole,) = [p for p in blobs.iterdir() if p.stat().st_size > 10_000]
+    left, living = (blobs / f"{whole.name}.{c * 8}.incomplete" for c in "ab")
+    left.write_bytes(bytes(3_000_000))
+
+    def told(*arguments):
+        with pytest.raises(SystemExit, match="0"):
+            main([*arguments, "--cache", str(tmp_path / "features")])
+        return capsys.readouterr().out
+
+    assert re.search(r"1 cut downloads, 3\.0 MB", told("cache", "show"))
+    shown = json.loads(told("cache", "show", "--json"))
+    assert shown["cut_downloads"] == {"folder": str(tmp_path / "hub"), "files": 1,
+                                      "bytes": 3_000_000}  # fmt: skip
+    assert "1 cut downloads, 3.0 MB" in told("doctor")
+    told("cache", "clear", "--older-than", "1")
+    assert left.exists()
+    assert "1 cut downloads, 3.0 MB" in told("cache", "clear")
+    assert parts(blobs) == []
+    locks = tmp_path / "hub" / ".locks" / "models--toy--vit"
+    living.write_bytes(bytes(1000))
+    with FileLock(locks / f"{whole.name}.lock"):  # as the client does while it downloads
+        told("cache", "clear")
+        assert parts(blobs) == [living]
+    # of what a run with a limit fetches nothing is left, whoever was killed before
+    weights.remove(find_cached("hf-hub:toy/vit"))
+    ranking = rank(photos, one("vit"), metric="sfda", cache=False, weights_disk="3MB", **CPU)
+    assert ranking.failed == {}
+    assert parts(blobs) == []
 
 
 @pytest.mark.slow  # a Ray starts
