@@ -10,8 +10,8 @@ process with decoding processes beside it, stands below for comparison.
 *Simulation*: the dispatcher that the executor uses, under a virtual clock. Costs of backbones are
 lognormal (sigma 1.2), the planner's guess is off by a lognormal factor (sigma .5), each unit by
 another (sigma .1). Ideal is the larger of work / actors and the largest unit, after the first
-download. An actor downloads on its own, one network after the other, and keeps what has come: those
-of its units and of the one that it may get next; a unit begins with what is there.
+download. An actor downloads on its own, one network after the other, and keeps what has come:
+those of its units and of the one that it may get next; a unit begins with what is there.
 
 *Driver*: completions per second through Ray with empty units; seconds and memory to plan 1,000
 backbones × 10⁶ rows.
