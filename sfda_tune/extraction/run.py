@@ -226,6 +226,11 @@ def extract_within(
                 name: (int(mask.sum()), _guess_cost(jobs[name].description))
                 for name, mask in plan.lacking.items()
             })  # fmt: skip
+        if hasattr(progress, "expect"):
+            descriptions = (jobs[name].description for name in plan.lacking)
+            sizes = [4 * d.n_params for d in descriptions if _is_to_come(d.backbone, fetcher)]
+            if sizes:
+                progress.expect(len(sizes), sum(sizes))
         progress.start(rows, len(done))
     if not plan.lacking:
         return
@@ -417,6 +422,14 @@ def _describe(
         known |= {"geometry": asdict(p.geometry), "mean": p.mean, "std": p.std}
         store.note("networks", make_key(weights, __version__, ""), known)
     return found, weights
+
+
+def _is_to_come(backbone: Backbone, fetcher: Fetcher | None) -> bool:
+    """Whether weights were not here when the run began."""
+    if backbone.load is not None:
+        return False
+    came = fetcher is not None and fetcher.has_fetched(backbone.name)
+    return came or not is_here(loading.timm_name(backbone.spec))
 
 
 def _immutable(value: Any) -> Any:
