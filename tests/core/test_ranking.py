@@ -11,6 +11,7 @@ from sfda_tune import (
     BackboneError,
     DatasetError,
     Features,
+    ImageDataset,
     MetricResult,
     Ranking,
     RankingInterruptedError,
@@ -132,6 +133,19 @@ def test_within_a_budget_no_place_of_an_executor_is_idle_from_the_first(photos, 
     again = rank(photos, toy_zoo, executor=executor, **options)
     assert executor.events == []  # all is kept: it is not even started
     assert dict(again) == dict(there)
+
+
+def test_each_image_is_digested_once(photos, toy_zoo, tmp_path, monkeypatch):
+    digested = []
+    digest = ImageDataset.digest
+    monkeypatch.setattr(
+        ImageDataset, "digest", lambda self, row: digested.append(row) or digest(self, row)
+    )
+    for how in ({"budget": "1h"}, {"race": True}, {}):
+        ranking = rank(photos, toy_zoo, cache=tmp_path, device="cpu", workers=0, **how)
+        assert len(ranking) == 4
+        assert len(digested) == 36
+        digested.clear()
 
 
 def test_a_long_run_says_how_long_it_is(photos, toy_zoo, capsys, monkeypatch):
