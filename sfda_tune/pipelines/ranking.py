@@ -596,7 +596,7 @@ class _RankingRun:
         images = self.images if rows is None else self.images.subset(rows)
         found = extract_within(
             images, candidates, self.settings, self.store, self.map_fn, self.executor, bar,
-            self.fetcher, self.digests if rows is None else [self.digests[row] for row in rows],
+            self.fetcher, self.digests if rows is None else [self.digests[r] for r in rows.tolist()],
         )  # fmt: skip
         self.rows = None
         of: dict[str, Any] = {}  # rows of each; one that comes again has fewer
