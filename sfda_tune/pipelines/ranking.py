@@ -594,9 +594,10 @@ class _RankingRun:
     ) -> None:
         """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
         images = self.images if rows is None else self.images.subset(rows)
+        digests = self.digests if rows is None else [self.digests[r] for r in rows.tolist()]
         found = extract_within(
             images, candidates, self.settings, self.store, self.map_fn, self.executor, bar,
-            self.fetcher, self.digests if rows is None else [self.digests[r] for r in rows.tolist()],
+            self.fetcher, digests,
         )  # fmt: skip
         self.rows = None
         of: dict[str, Any] = {}  # rows of each; one that comes again has fewer
