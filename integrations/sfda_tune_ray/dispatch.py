@@ -175,7 +175,10 @@ class Dispatcher:
         return best, share
 
     def complete(self, task: Task, seconds: float | None) -> None:
-        """Note that a task is done, and what it took."""
+        """Note that a task is done, and the seconds that it computed.
+
+        What it waited for weights, and to open networks, comes once: it says nothing of the next.
+        """
         self.pending -= 1
         if seconds is not None and task.names == task.bundle.names and not task.attempts:
             task.bundle.seconds = seconds / len(task.shards)

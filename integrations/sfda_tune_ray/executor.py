@@ -81,7 +81,8 @@ class _Result:
     outcomes: list[Outcome]
     crashing: dict[int, str]  # row of the unit's data set → why
     decodes: int
-    seconds: float
+    seconds: float  # in all
+    computing: float  # of these, after networks had been fetched and opened
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ class _Extractor:
         self._expect([*(unit.backbone for unit in units), *ahead], disk)
         open_already = [unit for unit in units if unit.backbone.name in resident]
         others = self._fetcher.order(u for u in units if u.backbone.name not in resident)
-        outcomes = []
+        outcomes, computing = [], 0.0
         for unit in itertools.chain(open_already, others):
+            begun = time.perf_counter()
             try:
                 outcome = worker(unit)
             except SystemExit as error:  # for Ray that would be the end of an actor's life
@@ -172,6 +174,7 @@ class _Extractor:
                 resident.clear()
                 torch.cuda.empty_cache()
                 outcome = worker(unit)
+            computing += time.perf_counter() - begun - outcome.seconds["load"]
             if outcome.error is not None and not is_working(worker.settings.device):
                 os._exit(1)  # every later call would fail, too
             if outcome.error is not None:
@@ -187,6 +190,7 @@ class _Extractor:
             crashing,
             sum(outcome.n_decoded for outcome in outcomes),
             time.perf_counter() - started,
+            computing,
         )
 
     def _expect(self, backbones: list[Backbone], disk: _Disk | None) -> None:
@@ -653,7 +657,7 @@ class _PlanRun:
 
     def _take(self, state: ActorState, task: Task, result: _Result) -> Iterator[Outcome]:
         plan, counts = self.plan, self.executor._counts
-        self.dispatcher.complete(task, result.seconds)
+        self.dispatcher.complete(task, result.computing)
         if result.crashing:
             rows = [int(row) for s in task.shards for row in plan.shards[s]]
             new = {

@@ -150,10 +150,12 @@ def extract_within(
     executor: OnDemand | None,
     progress: Any,
     fetcher: Fetcher | None = None,
+    digests: Sequence[str] | None = None,
 ) -> Generator[Extraction, None, None]:
     """Do as `extract` does, within what enters the executor when it must.
 
-    A `fetcher` serves several extractions; it is for those in this process.
+    A `fetcher` serves several extractions; it is for those in this process. `digests` are those of
+    the images, if they are known.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError(
@@ -182,7 +184,7 @@ def extract_within(
             logger.debug("%s cannot be described", backbone.name, exc_info=True)
             yield Extraction(backbone, None, np.empty(0, np.int64), describe_error(error))
 
-    images = dataset.digests() if store is not None else [""] * n
+    images = _digest(dataset, store, digests)
     plan = Plan("", dataset, jobs, images, limit * n)
     plan.crashing.update(_without_content(dataset, images))
     done: list[str] = []
@@ -226,6 +228,11 @@ def extract_within(
                 name: (int(mask.sum()), _guess_cost(jobs[name].description))
                 for name, mask in plan.lacking.items()
             })  # fmt: skip
+        if hasattr(progress, "expect"):
+            descriptions = (jobs[name].description for name in plan.lacking)
+            sizes = [4 * d.n_params for d in descriptions if _is_to_come(d.backbone, fetcher)]
+            if sizes:
+                progress.expect(len(sizes), sum(sizes))
         progress.start(rows, len(done))
     if not plan.lacking:
         return
@@ -348,6 +355,7 @@ def is_pending(
     backbones: Sequence[Backbone],
     store: FeatureStore | None,
     precision: str = "float32",
+    digests: Sequence[str] | None = None,
 ) -> bool:
     """Whether an extraction would have to show any image to any backbone.
 
@@ -356,7 +364,7 @@ def is_pending(
     >>> is_pending(images, resolve_backbones("demo:resnet_glyphs"), None)
     True
     """
-    found = _look_for_pending(dataset, backbones, store, precision)
+    found = _look_for_pending(dataset, backbones, store, precision, digests)
     return any(isinstance(one, Pending) and one.n_images > 0 for _, one in found)
 
 
@@ -365,9 +373,10 @@ def _look_for_pending(
     backbones: Sequence[Backbone],
     store: FeatureStore | None,
     precision: str,
+    digests: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, Pending | str]]:
     """Yield what there is left to do for each backbone, or why it cannot be opened."""
-    images = dataset.digests() if store is not None else [""] * len(dataset)
+    images = _digest(dataset, store, digests)
     for backbone in backbones:
         try:
             description, weights = _describe(backbone, store)
@@ -382,6 +391,15 @@ def _look_for_pending(
             n_missing -= len(store.get(make_key(weights, pixels, precision), images).known)
         is_local = backbone.load is not None or is_here(loading.timm_name(backbone.spec))
         yield backbone.name, Pending(description, is_local, n_missing)
+
+
+def _digest(
+    dataset: ImageDataset, store: FeatureStore | None, known: Sequence[str] | None
+) -> list[str]:
+    """Return what a store knows images by; nothing without one."""
+    if store is None:
+        return [""] * len(dataset)
+    return dataset.digests() if known is None else list(known)
 
 
 def _describe(
@@ -417,6 +435,14 @@ def _describe(
         known |= {"geometry": asdict(p.geometry), "mean": p.mean, "std": p.std}
         store.note("networks", make_key(weights, __version__, ""), known)
     return found, weights
+
+
+def _is_to_come(backbone: Backbone, fetcher: Fetcher | None) -> bool:
+    """Whether weights were not here when the run began."""
+    if backbone.load is not None:
+        return False
+    came = fetcher is not None and fetcher.has_fetched(backbone.name)
+    return came or not is_here(loading.timm_name(backbone.spec))
 
 
 def _immutable(value: Any) -> Any:

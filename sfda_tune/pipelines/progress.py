@@ -14,6 +14,7 @@ from sfda_tune.values.text import format_bytes, printable
 
 REDRAW = 0.2  # seconds between two pictures of a bar in a notebook
 LEADERS = 5  # backbones below a bar
+LONG = 10_000  # forward passes of which it is said before that they are many
 
 __all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress", "is_notebook"]
 
@@ -26,6 +27,9 @@ class NullProgress:
 
     def start(self, n_images: int, n_cached: int) -> None:
         """Receive how many images × backbones lie ahead, and how many backbones are cached."""
+
+    def expect(self, n: int, size: int) -> None:
+        """Receive, before `start`, of how many backbones weights come, and how many bytes."""
 
     def advance(self, backbone: str, n_images: int) -> None:
         """Receive that a backbone has seen so many further images."""
@@ -183,6 +187,7 @@ class Bar(NullProgress):
         empty: dict[str, Any] = {"through": "", "left": "", "coming": ""}
         self._task = self.rich.add_task("opening images and networks", total=None, **empty)
         self._work = _Work()
+        self._told = self._coming = False  # once, though a race begins anew at each of its stages
 
     def plan(self, work: Mapping[str, tuple[int, float]]) -> None:
         """Know what lies ahead."""
@@ -192,10 +197,24 @@ class Bar(NullProgress):
         """Show the bar, unless everything is cached."""
         if n_cached:
             self.rich.console.print(f"{n_cached} backbones need no forward pass (cached features)")
+        if n_images >= LONG and not self._told:
+            self._told = True
+            self.rich.console.print(
+                f"{n_images:,} forward passes lie ahead, of {len(self._work.ahead)} backbones; "
+                "`--dry-run` tells what a run takes"
+            )
         if n_images:
             work = self._work
             self.rich.update(
                 self._task, description="opening", total=work.total, through=work.backbones
+            )
+
+    def expect(self, n: int, size: int) -> None:
+        """Say how much is to be downloaded."""
+        if not self._coming:
+            self._coming = True
+            self.rich.console.print(
+                f"the weights of {n} backbones are to be downloaded, about {format_bytes(size)}"
             )
 
     def advance(self, backbone: str, n_images: int) -> None:

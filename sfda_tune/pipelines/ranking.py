@@ -331,8 +331,9 @@ def rank(
     ):
         copies = _Copies(whole, codes, twins)
         run = _RankingRun(
-            images, candidates, settings, store, map_fn, demand, scorer, copies, fetcher
-        )
+            images, candidates, settings, store, map_fn, demand, scorer, copies, fetcher,
+            [digests[row] for row in twins.kept],
+        )  # fmt: skip
         try:
             if race:
                 judge = None
@@ -589,6 +590,7 @@ class _RankingRun:
     scorer: Scorer
     copies: _Copies
     fetcher: Fetcher
+    digests: Sequence[str]  # of the images
     scores: dict[str, Score] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     unreadable: dict[int, str] = field(default_factory=dict)
@@ -604,9 +606,10 @@ class _RankingRun:
     ) -> None:
         """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
         images = self.images if rows is None else self.images.subset(rows)
+        digests = self.digests if rows is None else [self.digests[r] for r in rows.tolist()]
         found = extract_within(
             images, candidates, self.settings, self.store, self.map_fn, self.executor, bar,
-            self.fetcher,
+            self.fetcher, digests,
         )  # fmt: skip
         self.rows = None
         of: dict[str, Any] = {}  # rows of each; one that comes again has fewer
@@ -658,7 +661,8 @@ class _RankingRun:
         watch = RankingWatch(bar, is_over)
         if demand is not None:
             backbones = [by_name[name] for name in left]
-            if is_pending(self.images, backbones, self.store, self.settings.precision):
+            precision = self.settings.precision
+            if is_pending(self.images, backbones, self.store, precision, self.digests):
                 demand.enter()  # else the first would be one, and all other places idle
         while left and not is_over():
             room, rate = seconds - (time.perf_counter() - begun), spent / paid if paid else 0.0

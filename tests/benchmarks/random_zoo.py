@@ -3,7 +3,8 @@
     python tests/benchmarks/random_zoo.py [--rate 20] [--size 64]     # prints its address
 
 The bytes of all weights come from one pool of some megabytes, so that thousands of networks take
-neither disk nor memory. Every matrix is scaled to its inputs, norms are those of a fresh network.
+neither disk nor memory. Every matrix is scaled to its inputs, norms are those of a fresh network,
+and what is added to a channel is scaled to little: else 40 layers of a fastvit overflow.
 The etag is none of the checksum's length (a checksum would have to be made of all bytes first).
 """
 
@@ -29,7 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hub_lab import Content, Hub
 
-POOL = 1 << 20  # numbers
+POOL, SMALL = 1 << 20, -5  # numbers; the logarithm of a small one
 NAMES = {
     "torch.float32": "F32",
     "torch.int64": "I64",
@@ -58,8 +59,10 @@ def make_weights(tensors: Mapping[str, Any], seed: int) -> Content:
                         "data_offsets": [end, end + size]}  # fmt: skip
         kind: Any = "zeros"
         if str(tensor.dtype) == "torch.float32":
-            if tensor.ndim > 1:
-                kind = round(-0.5 * math.log2(max(1, tensor[0].numel())))
+            if tensor.ndim > 1 and tensor[0].numel() > 1:
+                kind = round(-0.5 * math.log2(tensor[0].numel()))
+            elif tensor.ndim > 1:  # how much of a layer is added, for each channel
+                kind = SMALL
             elif not name.endswith(("bias", "running_mean", "mean")):
                 kind = "ones"
         if size:

@@ -9,7 +9,9 @@ process with decoding processes beside it, stands below for comparison.
 
 *Simulation*: the dispatcher that the executor uses, under a virtual clock. Costs of backbones are
 lognormal (sigma 1.2), the planner's guess is off by a lognormal factor (sigma .5), each unit by
-another (sigma .1). Ideal is the larger of work / actors and the largest unit.
+another (sigma .1). Ideal is the larger of work / actors and the largest unit, after the first
+download. An actor downloads on its own, one network after the other, and keeps what has come:
+those of its units and of the one that it may get next; a unit begins with what is there.
 
 *Driver*: completions per second through Ray with empty units; seconds and memory to plan 1,000
 backbones × 10⁶ rows.
@@ -31,8 +33,11 @@ import numpy as np
 GEOMETRIES = 20
 
 
-def simulate(n_backbones, n_shards, n_actors, seed, load=0.0, bundle=16):
-    """Return makespan / ideal, and how many units there were; `load` is seconds per network."""
+def simulate(n_backbones, n_shards, n_actors, seed, load=0.0, bundle=16, download=0.0):
+    """Return makespan / ideal, how many units there were, and loads / work.
+
+    A network takes an actor `load` seconds to open and `download` seconds to fetch.
+    """
     from sfda_tune_ray.dispatch import Dispatcher, make_bundles
 
     rng = np.random.default_rng(seed)
@@ -49,7 +54,9 @@ def simulate(n_backbones, n_shards, n_actors, seed, load=0.0, bundle=16):
     dispatcher = Dispatcher(bundles, n_actors=n_actors)
     true = {id(b): 0.5 + sum(cost[name] for name in b.names) for b in bundles}
     queues = [deque() for _ in range(n_actors)]
-    last, begun, events = {}, {}, []
+    last, computing, events = {}, {}, []
+    here = [{} for _ in range(n_actors)]  # name → when its weights have come
+    line = [0.0] * n_actors  # when all have that were asked for
     work = loads = now = 0.0
     units = 0
 
@@ -58,9 +65,23 @@ def simulate(n_backbones, n_shards, n_actors, seed, load=0.0, bundle=16):
         task = queues[actor][0]
         seconds = true[id(task.bundle)] * len(task.shards) * rng.lognormal(0, 0.1)
         loading = load * len(task.names) * (last.get(actor) is not task.bundle)
-        last[actor], begun[actor] = task.bundle, at
+        last[actor], computing[actor] = task.bundle, seconds
         work, loads = work + seconds, loads + loading
-        heapq.heappush(events, (at + seconds + loading, actor))
+        end = at + seconds + loading
+        if download:
+            end = fetch(actor, at, task, (seconds + loading) / len(task.names))
+        heapq.heappush(events, (end, actor))
+
+    def fetch(actor, at, task, each):
+        """Ask for what is needed, and for what may be; return when the task ends."""
+        ahead = [other.names for other in list(queues[actor])[1:]]
+        for names in (task.names, *ahead, dispatcher.foresee(actor)):
+            for name in names:
+                if name not in here[actor]:
+                    here[actor][name] = line[actor] = max(line[actor], at) + download
+        for come in sorted(here[actor][name] for name in task.names):
+            at = max(at, come) + each
+        return at
 
     def fill(actor, at):
         while len(queues[actor]) < 2:
@@ -75,28 +96,32 @@ def simulate(n_backbones, n_shards, n_actors, seed, load=0.0, bundle=16):
         fill(actor, 0.0)
     while events:
         now, actor = heapq.heappop(events)
-        dispatcher.complete(queues[actor].popleft(), now - begun[actor])
+        dispatcher.complete(queues[actor].popleft(), computing[actor])
         units += 1
         if queues[actor]:
             begin(actor, now)
         fill(actor, now)
     assert not dispatcher.unfinished
-    return now / max(work / n_actors, *true.values()), units, loads / work
+    ideal = max(work / n_actors, *true.values()) + download
+    return now / ideal, units, loads / work
 
 
 def show_simulation(repeats):
-    print("actors  backbones  rows       load s  makespan/ideal median  p95    units  loads/work")
-    for n_actors, n_backbones, n_shards, load in (
-        (8, 50, 49, 0.0), (8, 50, 49, 0.5), (8, 50, 10, 0.0),
-        (800, 1000, 977, 0.0), (800, 1000, 977, 0.5), (800, 200, 196, 0.0),
+    print("actors  backbones  rows       load s  fetch s  makespan/ideal median  p95    units  "
+          "loads/work")  # fmt: skip
+    for n_actors, n_backbones, n_shards, load, download in (
+        (8, 50, 49, 0.0, 0.0), (8, 50, 49, 0.5, 0.0), (8, 50, 10, 0.0, 0.0), (8, 50, 49, 0.5, 1.0),
+        (8, 50, 49, 0.5, 5.0),
+        (800, 1000, 977, 0.0, 0.0), (800, 1000, 977, 0.5, 0.0), (800, 1000, 977, 0.5, 1.0),
+        (800, 1000, 977, 0.5, 5.0), (800, 200, 196, 0.0, 0.0), (800, 200, 196, 0.5, 1.0),
     ):  # fmt: skip
         runs = [
-            simulate(n_backbones, n_shards, n_actors, seed, load)
+            simulate(n_backbones, n_shards, n_actors, seed, load, download=download)
             for seed in range(10 * repeats if n_actors == 8 else repeats)
         ]
         ratio = [r for r, _, _ in runs]
         print(
-            f"{n_actors:6}  {n_backbones:9}  {1024 * n_shards:9,}  {load:6}  "
+            f"{n_actors:6}  {n_backbones:9}  {1024 * n_shards:9,}  {load:6}  {download:7}  "
             f"{np.median(ratio):21.3f}  {np.quantile(ratio, 0.95):.3f}  {runs[0][1]:6}  "
             f"{np.mean([x for _, _, x in runs]):.3f}",
             flush=True,

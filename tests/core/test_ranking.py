@@ -11,6 +11,7 @@ from sfda_tune import (
     BackboneError,
     DatasetError,
     Features,
+    ImageDataset,
     MetricResult,
     Ranking,
     RankingInterruptedError,
@@ -20,6 +21,7 @@ from sfda_tune import (
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.sfda import sfda
+from sfda_tune.pipelines import progress
 from sfda_tune.pipelines.progress import NullProgress
 from sfda_tune.pipelines.ranking import find_prices, order_by_promise
 from sfda_tune.selection.forecast import find_evidence, order_by_forecast
@@ -131,6 +133,28 @@ def test_within_a_budget_no_place_of_an_executor_is_idle_from_the_first(photos, 
     again = rank(photos, toy_zoo, executor=executor, **options)
     assert executor.events == []  # all is kept: it is not even started
     assert dict(again) == dict(there)
+
+
+def test_each_image_is_digested_once(photos, toy_zoo, tmp_path, monkeypatch):
+    digested = []
+    digest = ImageDataset.digest
+    monkeypatch.setattr(
+        ImageDataset, "digest", lambda self, row: digested.append(row) or digest(self, row)
+    )
+    for how in ({"budget": "1h"}, {"race": True}, {}):
+        ranking = rank(photos, toy_zoo, cache=tmp_path, device="cpu", workers=0, **how)
+        assert len(ranking) == 4
+        assert len(digested) == 36
+        digested.clear()
+
+
+def test_a_long_run_says_how_long_it_is(photos, toy_zoo, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "LONG", 100)
+        rank(photos, toy_zoo, progress=True, **CPU)
+    assert "144 forward passes lie ahead, of 4 backbones" in capsys.readouterr().err
+    rank(photos, toy_zoo, progress=True, **CPU)
+    assert "lie ahead" not in capsys.readouterr().err
 
 
 def test_samples_are_seeded(photos, toy_zoo):

@@ -548,6 +548,7 @@ def test_the_command_line_over_a_hub(hub, photos, tmp_path, capsys, toy_zoo):
         main(arguments)
     shown = capsys.readouterr()
     assert "gated" in shown.out + shown.err
+    assert re.search(r"weights of 3 backbones are to be downloaded, about \d\.\d MB", shown.err)
     assert [n for n in ("resnet", "convnext", "efficientnet") if n not in shown.out] == []
     assert not np.any([find_cached(spec) for spec in specs(hub)])
 

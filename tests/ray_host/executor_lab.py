@@ -83,6 +83,8 @@ class Load:
     def __call__(self):
         if self.how == "load":
             raise FileNotFoundError("no weights here")
+        if self.how == "late":  # as after a download
+            time.sleep(0.4)
         return Net(self.how, self.most, self.scale), to_small_tensor if self.small else to_tensor
 
 

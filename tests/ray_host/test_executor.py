@@ -22,14 +22,17 @@ from sfda_tune_ray import executor as module
 
 import sfda_tune
 from sfda_tune import DatasetError, RankingInterruptedError
+from sfda_tune.backbones.loading import describe
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.copies import CopiesWarning
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction import plan
+from sfda_tune.extraction.plan import BackboneJob
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
+from sfda_tune.extraction.worker import Worker
 from sfda_tune.values.features import Backbone
 
 CPU = Settings(device="cpu", workers=0)
@@ -561,6 +564,18 @@ def test_the_same_pixels_in_other_files_are_copies_here_and_there(
     assert len(here.info["copies"]) == len(list(root.glob("*/*_again.bmp")))
     assert there.info["copies"] == here.info["copies"]
     assert dict(there) == pytest.approx(dict(here), rel=1e-4)
+
+
+def test_a_unit_costs_what_it_computes_not_what_it_waits_for(tmp_path):
+    """Else actors would leave the networks that they have just fetched for others."""
+    actor, dataset = module._Extractor(1, 0), make_dataset(n=8)
+    everything = np.ones(8, bool)
+    jobs = {"a": BackboneJob(describe(Backbone("a", load=Load("late"))), None, None, ~everything)}
+    made = plan.Plan("run", dataset, jobs, dataset.digests(), 0, {"a": everything})
+    units = list(made.units(["a"], [0], 0))
+    result = actor.run(Worker(CPU, FeatureStore(tmp_path)), units, None, [], None)
+    assert result.outcomes[0].error is None
+    assert 0 < result.computing < result.seconds - 0.4
 
 
 @pytest.mark.slow

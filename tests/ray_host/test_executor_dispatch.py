@@ -192,6 +192,12 @@ def test_makespan_is_near_the_ideal(benchmark, actors, backbones, shards):
     assert units > 10 * actors
 
 
+def test_downloads_hold_few_up(benchmark):
+    """A second for each network, which comes while the unit before computes."""
+    ratios = [benchmark.simulate(50, 49, 8, seed, load=0.5, download=1.0)[0] for seed in range(8)]
+    assert 1 <= np.median(ratios) <= 1.05
+
+
 def test_actors_seldom_load_other_networks(benchmark):
     """They stay with their bundle although another has somewhat more left."""
     loads = [benchmark.simulate(50, 49, 8, seed, load=0.5)[2] for seed in range(4)]
