@@ -24,7 +24,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.linalg import eigh
+from scipy.linalg import eigh, helmert
 from scipy.stats import rankdata
 
 from sfda_tune.metrics._input import EPS, as_matrix, encode_groups, positive
@@ -322,26 +322,39 @@ class _Ridge:
         self.scale = np.where(scale > 1e-14 * np.abs(self.mean), scale, np.inf)
         self.X, self.middle = (X - self.mean) / self.scale, float(y.mean())
         wide = X.shape[1] > N
-        sigma, V = eigh(self.X @ self.X.T if wide else self.X.T @ self.X, check_finite=False)
+        # V: of all samples, or where there are fewer than columns of what is left of them without
+        # the constant, so that I − 11ᵀ/N − H = V λ/(σ + λ) Vᵀ and nothing cancels for a small λ
+        if wide:
+            B = helmert(N)
+            sigma, V = eigh(B @ (self.X @ self.X.T) @ B.T, check_finite=False)
+            V = B.T @ V
+        else:
+            sigma, V = eigh(self.X.T @ self.X, check_finite=False)
         sigma = np.maximum(sigma, 0)
-        Z = V * np.sqrt(sigma) if wide else self.X @ V
         # constant features predict the mean, by whatever penalty
-        lam = np.array(ts) * (sigma.mean() or 1.0)
+        lam = np.array(ts) * (sigma.sum() / min(X.shape) or 1.0)
         w = 1 / (sigma[:, None] + lam)  # (K, T)
-        b = w * (Z.T @ (y - self.middle))[:, None]
-        residual = (y - self.middle)[:, None] - Z @ b  # y − Hy (N, T)
-        errors = residual / (1 - 1 / N - np.square(Z) @ w)
+        centred = y - self.middle
+        if wide:
+            Z, inner = V, lam * w
+            residual = V @ (inner * (V.T @ centred)[:, None])  # y − Hy (N, T)
+        else:
+            Z, inner = self.X @ V, -w
+            b = w * (Z.T @ centred)[:, None]
+            residual = centred[:, None] - Z @ b
+        offset = 0.0 if wide else 1.0  # of I − 11ᵀ/N − H from Z inner Zᵀ
+        errors = residual / (offset * (1 - 1 / N) + np.square(Z) @ inner)
         for rows in _rows_of_groups(groups):
             Z_g = Z[rows]
-            block = (
-                np.eye(len(rows)) - 1 / N - np.einsum("nk,kt,mk->tnm", Z_g, w, Z_g, optimize=True)
+            block = offset * (np.eye(len(rows)) - 1 / N) + np.einsum(
+                "nk,kt,mk->tnm", Z_g, inner, Z_g, optimize=True
             )
             errors[rows] = np.linalg.solve(block, residual[rows].T[..., None])[..., 0].T
         self.r2 = 1 - np.square(errors).mean(axis=0) / (y.var() or 1.0)
         self.best = int(self.r2.argmax())
         self.errors = errors[:, self.best]
         if wide:  # (XᵀX + λI)⁻¹ Xᵀy = Xᵀ (XXᵀ + λI)⁻¹ y
-            self.beta = self.X.T @ (V @ (w[:, self.best] * (V.T @ (y - self.middle))))
+            self.beta = self.X.T @ (V @ (w[:, self.best] * (V.T @ centred)))
         else:
             self.beta = V @ b[:, self.best]
 
