@@ -203,12 +203,13 @@ def report_on(
     debug: Debug = False,
 ) -> None:
     """Write one HTML page about a search or a ranking; it needs no network."""
+    from sfda_tune.data.decoding import open_picture
     from sfda_tune.report.html import save_plots, write_report
 
     if out is not None:
         check_out(out, "--out")
     if plots is not None:
         check_folder("--plots", plots)
-    files = [write_report(source, out, images=images)]
+    files = [write_report(source, out, images=open_picture if images else False)]
     for path in files + ([] if plots is None else save_plots(source, plots)):
         say(output, path)

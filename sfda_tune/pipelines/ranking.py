@@ -196,7 +196,8 @@ def rank(
     label_columns, label_delimiter : optional
         Where a table has several labels per image, see `open_dataset`.
     bit_depth, bands : optional
-        How deep pixels and images of other than three bands become RGB, see `open_dataset`.
+        How deep pixels and images of other than three bands become RGB, or networks are adapted
+        to these, see `open_dataset`. ``info["channels"]`` says to how many.
 
     Returns
     -------
@@ -295,6 +296,7 @@ def rank(
         groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
         label_columns=label_columns, label_delimiter=label_delimiter,
     )  # fmt: skip
+    candidates = [backbone.taking(images.channels) for backbone in candidates]
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
     digests = images.digests()
@@ -756,6 +758,7 @@ class _RankingRun:
             },
             "seconds": self.seconds,
             "versions": versions,
+            **({} if images.channels == 3 else {"channels": images.channels}),
             **describe_groups(images.groups, images.labels),
             **self.describe_target(),
         }
