@@ -47,7 +47,7 @@ def draw_hard_images(info: Mapping[str, Any], images: Any, n: int) -> dict[int, 
 def _finder(info: Mapping[str, Any], images: Any) -> Callable[[Mapping[str, Any]], str]:
     """Return what makes a thumbnail of an entry of the list, or raises."""
     given = info.get("arguments") or {}
-    if not callable(images) and images is not True:
+    if not (images is True or callable(images)):
         where = {int(row): i for i, row in enumerate(images.origin)}
         return lambda entry: make_thumbnail(images.picture(where[entry["row"]]))
     if given.get("dataset") == "digits":
@@ -58,7 +58,8 @@ def _finder(info: Mapping[str, Any], images: Any) -> Callable[[Mapping[str, Any]
         return lambda entry: make_thumbnail(Image.fromarray(grey[entry["row"]]))
     if callable(images):
         how = given.get("bit_depth"), given.get("bands")
-        return lambda entry: make_thumbnail(images(entry["image"], *how))
+        open_picture: Any = images
+        return lambda entry: make_thumbnail(open_picture(entry["image"], *how))
     return _draw_file
 
 
