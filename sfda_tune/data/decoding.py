@@ -170,8 +170,8 @@ def is_many(reading: Reading) -> bool:
 def as_picture(image: Picture) -> Image.Image:
     """Return what people are shown: of many bands the first three, of two the first.
 
-    >>> as_picture(np.zeros((4, 6, 5), np.uint8))
-    <PIL.Image.Image image mode=RGB size=6x4>
+    >>> as_picture(np.zeros((4, 6, 5), np.uint8)).size
+    (6, 4)
     """
     if isinstance(image, Image.Image):
         return image
