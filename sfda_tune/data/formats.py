@@ -77,7 +77,7 @@ def parse_reading(bit_depth: Any = None, bands: Any = None) -> Reading | None:
     """Return how to read pixels, None where nothing is asked for.
 
     >>> parse_reading("12", "4,3,2"), parse_reading("auto")
-    (Reading(bit_depth=12, bands=(4, 3, 2)), None)
+    (Reading(bit_depth=12, bands=(4, 3, 2), of=None), None)
     """
     given = bit_depth, bands
     if isinstance(bit_depth, str):
