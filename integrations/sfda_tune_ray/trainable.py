@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import tune
 
 from sfda_tune.data.decoding import get_switches, set_switches
+from sfda_tune.data.opening import settle_task
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.shared import SharedWork
 from sfda_tune_ray import _compat
@@ -26,13 +27,24 @@ def finetune_trainable(
     device: str = "auto",
     workers: int = 0,
     task: str | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    groups: Any = None,
+    split_column: str | None = None,
+    time_column: str | None = None,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
+    levels: str | Sequence[str] | None = None,
+    bit_depth: str | int | None = None,
+    bands: str | Sequence[int] | None = None,
 ) -> Callable[[dict[str, Any]], None]:
     """Return a function for ``tune.Tuner`` that fine-tunes the backbone of its configuration.
 
     It reports the values of `sfda_tune.finetuning.epochs.Epoch` after every epoch, among them
-    ``accuracy`` and ``log_loss`` (of numbers ``r2`` and ``rmse``), with a checkpoint, from which a
-    trial that was killed goes on. Running out of memory fails the trial, which `SFDASearcher`
-    learns from.
+    ``accuracy`` and ``log_loss`` (of numbers ``r2`` and ``rmse``, of several labels ``map`` and
+    ``macro_f1``), with a checkpoint, from which a trial that was killed goes on. Running out of
+    memory fails the trial, which `SFDASearcher` learns from.
 
     Parameters
     ----------
@@ -50,8 +62,12 @@ def finetune_trainable(
     device, workers
         See `sfda_tune.finetuning.run.finetune`.
     task : {"auto", "classification", "regression", "ordinal", "multilabel"}, optional
-        See `sfda_tune.open_dataset`; levels whose names do not say their order come as the data
-        set that it opens.
+        See `sfda_tune.open_dataset`.
+    split, image_column, label_column, groups, split_column, time_column : optional
+        As for `sfda_tune.search`: without `split` the data set's own validation part is used, else
+        images are held out, by whole groups, of the latest.
+    label_columns, label_delimiter, levels, bit_depth, bands : optional
+        See `sfda_tune.open_dataset`.
 
     Returns
     -------
@@ -71,14 +87,21 @@ def finetune_trainable(
     >>> space = {"backbone": tune.choice(["demo:resnet_glyphs"]), "lr": tune.uniform(0, 0.1)}
     >>> tuner = tune.Tuner(trainable, param_space=space)
     """
-    told = None if task == "auto" else task
+    settle_task(task, label_columns, label_delimiter, levels)
+    given: dict[str, Any] = {
+        "task": None if task == "auto" else task, "split": split, "image_column": image_column,
+        "label_column": label_column, "groups": groups, "split_column": split_column,
+        "time_column": time_column, "label_columns": label_columns,
+        "label_delimiter": label_delimiter, "levels": levels, "bit_depth": bit_depth,
+        "bands": bands, "samples": None, "seed": 0, "test": 0.0,
+    }  # fmt: skip
     fixed, shared = dict(config or {}), SharedWork()  # one in each actor: it travels empty
     FinetuneConfig.from_dict(fixed)  # what is wrong is said here, not by every trial
     switches = get_switches()
 
     def train(config: dict[str, Any], data: Any = dataset) -> None:
-        from sfda_tune import open_dataset, resolve_backbones
-        from sfda_tune.data.splits import open_own_part
+        from sfda_tune import resolve_backbones
+        from sfda_tune.data.splits import open_parts
         from sfda_tune.finetuning.run import finetune
 
         set_switches(switches)
@@ -98,17 +121,18 @@ def finetune_trainable(
                 f"{param_name!r} must be the name of one of {found}, but is {name!r}."
             )
         limit_memory()
+        parts, _ = shared.get_or_compute(
+            (), "parts", lambda: open_parts({**given, "dataset": data})
+        )
         with tempfile.TemporaryDirectory() as folder:
             saved = tune.get_checkpoint()
             if saved is not None:
                 saved.to_directory(folder)
             for epoch in finetune(
                 backbone,
-                shared.get_or_compute((), "dataset", lambda: open_dataset(data, task=told)),
+                parts["train"],
                 FinetuneConfig.from_dict({**fixed, **chosen}),
-                val=shared.get_or_compute(
-                    (), "val", lambda: open_own_part(data, "val", task=told)
-                ),
+                val=parts.get("val"),
                 checkpoint_dir=folder,
                 device=device,
                 workers=workers,

@@ -113,7 +113,8 @@ def describe(backbone: Backbone) -> Description:
     except Exception as error:  # a constructor that computes with its buffers
         logger.debug("%s cannot be built on the meta device: %s", backbone.name, error)
         module = create(backbone, pretrained=False)
-    return Description(backbone, _count(module), _width(module), _preprocessing(module))
+    preprocessing = _preprocessing(module, backbone.channels)
+    return Description(backbone, _count(module), _width(module), preprocessing)
 
 
 def measure_cost(backbone: Backbone) -> tuple[float, float]:
@@ -145,7 +146,8 @@ def measure_cost(backbone: Backbone) -> tuple[float, float]:
     try:
         with torch.device("meta"):
             module = create(backbone, pretrained=False).eval().requires_grad_(False)
-        image = torch.zeros(1, *_preprocessing(module).output_size, device="meta")
+        size = _preprocessing(module, backbone.channels).output_size
+        image = torch.zeros(1, *size, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter, Outputs():
             module(image)
     except Exception as error:  # whatever a network does
@@ -170,15 +172,17 @@ def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
     """
     if backbone.load is None:
         module = create(backbone, pretrained=True)
-        return module.eval().requires_grad_(False), _preprocessing(module)
+        return module.eval().requires_grad_(False), _settle(module, backbone.channels)
     for plugin in backbone.plugins:
         load_plugin(plugin)
     module, transform = backbone.load()
     module = copy.deepcopy(module)  # the caller's stays in its mode, on its device
     if transform is not None:
-        preprocessing = Preprocessing(None, transform=transform)
+        preprocessing = Preprocessing(None, transform=transform, channels=backbone.channels)
     else:
-        preprocessing = _preprocessing(module)
+        if backbone.channels != 3:
+            _adapt(module, backbone.channels)
+        preprocessing = _settle(module, backbone.channels)
         module.reset_classifier(0)
     return module.eval().requires_grad_(False), preprocessing
 
@@ -222,7 +226,15 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
         with nullcontext() if local else cache_only_if_unreachable(), _bounded(), use_threads(1):
             # With its own classifier timm loads strictly, so a checkpoint that does not fit is an
             # error; with num_classes=0 it would silently leave what is missing at random.
-            module: Any = _build(pinned, overlay) if pretrained else timm.create_model(pinned)
+            options: dict[str, Any] = (
+                {} if backbone.channels == 3 else {"in_chans": backbone.channels}
+            )
+            if pretrained:
+                module: Any = _build(pinned, pretrained_cfg_overlay=overlay or None, **options)
+            else:
+                module = timm.create_model(pinned, **options)
+        if options:
+            _check_adapted(module, backbone.channels)
         if remote is not None and file is not None:
             module.pretrained_cfg["hf_hub_id"] = _hub_id(remote)
     except BackboneError:
@@ -251,7 +263,7 @@ def _hub_id(remote: Remote) -> str:
     return f"{remote.repo}@{remote.revision}" if remote.revision else remote.repo
 
 
-def _build(name: str, overlay: dict[str, str]) -> Any:
+def _build(name: str, **options: Any) -> Any:
     """Build a network and load its weights, without drawing random ones first if it can be."""
     import timm
     import torch
@@ -259,12 +271,56 @@ def _build(name: str, overlay: dict[str, str]) -> Any:
     from sfda_tune.backbones.initialization import NoRandomWeights
 
     with NoRandomWeights() as blank, contextlib.suppress(torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
-        module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None)
+        module = timm.create_model(name, pretrained=True, **options)
         if not blank.incomplete():
             return module
     # an architecture that loads no weights, or computes with those that it is to load
     logger.debug("%s leaves weights at random: it is built as usual", name)
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay or None)
+    return timm.create_model(name, pretrained=True, **options)
+
+
+def _first_convolutions(module: Any) -> list[Any]:
+    """Return the layers that timm calls the first ones of a network."""
+    names = module.pretrained_cfg.get("first_conv") or ()
+    names = (names,) if isinstance(names, str) else names
+    return [module.get_submodule(name) for name in names]
+
+
+def _check_adapted(module: Any, channels: int) -> None:
+    """Raise a BackboneError if timm would leave the first layer at random for so many channels."""
+    if module.pretrained_cfg["input_size"][0] == channels:  # it was trained with so many
+        return
+    layers = _first_convolutions(module)
+    if not layers or any(getattr(one, "in_channels", None) != channels for one in layers):
+        raise BackboneError(
+            f"its first layer is no convolution that timm adapts to {channels} channels; choose "
+            "three bands for it (--bands 3,2,1), or leave it out"
+        )
+
+
+def _adapt(module: Any, channels: int) -> None:
+    """Adapt the first convolutions of an opened network, in place, as timm does in opening one."""
+    import torch
+    from timm.models._manipulate import adapt_input_conv
+
+    layers = _first_convolutions(module) if hasattr(module, "pretrained_cfg") else []
+    own = {getattr(one, "in_channels", None) for one in layers}
+    if own == {channels}:
+        return
+    sound = own in ({1}, {3}) and all(
+        isinstance(one, torch.nn.Conv2d) and one.groups == 1 for one in layers
+    )
+    if not sound:
+        raise BackboneError(
+            f"its first layer is no convolution that can be adapted to {channels} channels; pass "
+            "`load` a transform of yours, which is given arrays (h, w, channels), and a network "
+            "that takes what it makes"
+        )
+    for layer in layers:
+        weight = adapt_input_conv(channels, layer.weight.data, base_chans=layer.in_channels)
+        layer.weight, layer.in_channels = torch.nn.Parameter(weight), channels
+    if hasattr(module, "in_chans"):
+        module.in_chans = channels
 
 
 def _bounded() -> Any:
@@ -377,10 +433,28 @@ def _explain(backbone: Backbone, error: Exception) -> str:
     return f"{type(error).__name__}: {text}" + (where if local else "")
 
 
-def _preprocessing(module: Any) -> Preprocessing:
+def _settle(module: Any, channels: int) -> Preprocessing:
+    """Return the preprocessing; a network adapted to other channels says so where timm looks."""
+    preprocessing = _preprocessing(module, channels)
+    if channels != 3:
+        told = {"input_size": preprocessing.input_size}
+        told |= {"mean": preprocessing.mean, "std": preprocessing.std}
+        module.pretrained_cfg = {**module.pretrained_cfg, **told}
+    return preprocessing
+
+
+def _preprocessing(module: Any, channels: int) -> Preprocessing:
     from timm.data.config import resolve_model_data_config
 
-    return Preprocessing.from_config(resolve_model_data_config(module))
+    config = dict(resolve_model_data_config(module))
+    own, *size = check_input_size(config["input_size"])
+    if channels == 3 and own not in (1, 3):
+        raise BackboneError(
+            f"the backbone takes {own} channels, images have 3; name as many bands (--bands), or "
+            "pass a Backbone with a transform of your own that makes them"
+        )
+    config["input_size"] = (own if channels == 3 else channels, *size)
+    return Preprocessing.from_config(config)
 
 
 def _count(module: Any) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,8 +43,11 @@ class Geometry:
         float, ...
     ] = ()  # mean colour that timm pads with, for ``crop_mode="border"`` only
 
-    def build(self) -> Callable[[Image.Image], torch.Tensor]:
-        """Return the transform from an RGB image to a uint8 tensor (channels, height, width)."""
+    def build(self) -> Callable[[Any], torch.Tensor]:
+        """Return the transform from an image to a uint8 tensor (channels, height, width).
+
+        The image is RGB, or for other than one or three channels an array (h, w, channels).
+        """
         from timm.data.transforms_factory import create_transform
         from torchvision.transforms import Compose, Grayscale
 
@@ -53,17 +57,59 @@ class Geometry:
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
             crop_mode=self.crop_mode,
-            mean=self.fill or (0.0, 0.0, 0.0),
+            mean=(self.fill if self.input_size[0] in (1, 3) else self.fill[:1]) or (0.0, 0.0, 0.0),
             normalize=False,
         )
         if self.input_size[0] == 1:
             transform = Compose([Grayscale(), transform])
-        return transform
+        return transform if self.input_size[0] in (1, 3) else Bandwise(transform)
+
+
+@dataclass(frozen=True)
+class Bandwise:
+    """Does to each band of an array (h, w, bands) what `transform` does to a grey image.
+
+    Pillow, too, resizes each channel of an RGB image by itself. A transform that draws random
+    numbers (`random`) draws the same for each band: it cuts out, turns, and brightens all alike.
+
+    >>> from torchvision.transforms import PILToTensor
+    >>> Bandwise(PILToTensor())(np.zeros((5, 7, 4), np.uint8)).shape
+    torch.Size([4, 5, 7])
+    """
+
+    transform: Callable[[Image.Image], torch.Tensor]
+    random: bool = False
+
+    def __call__(self, array: np.ndarray) -> torch.Tensor:
+        import torch
+        from PIL import Image
+
+        made = []
+        state = _random_state() if self.random else None
+        for k in range(array.shape[2]):
+            if state is not None:
+                _set_random_state(state)
+            made.append(self.transform(Image.fromarray(np.ascontiguousarray(array[..., k]))))
+        return torch.cat(made)
+
+
+def _random_state() -> tuple[Any, Any, Any]:
+    import torch
+
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+
+def _set_random_state(state: tuple[Any, Any, Any]) -> None:
+    import torch
+
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002 - timm's AugMix draws from it
+    torch.set_rng_state(state[2])
 
 
 @dataclass(frozen=True, eq=False)
 class Preprocessing:
-    """Everything between a decoded RGB image and a backbone's input batch."""
+    """Everything between a decoded image and a backbone's input batch."""
 
     geometry: Geometry | None  # None for a transform of the user's own
     mean: tuple[
@@ -72,6 +118,7 @@ class Preprocessing:
     std: tuple[float, ...] = ()
     # RGB `PIL.Image` to a float tensor (channels, height, width); replaces all of the above
     transform: Callable[[Any], torch.Tensor] | None = None
+    channels: int = 3  # of the images that the transform is given
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Preprocessing:
@@ -79,7 +126,8 @@ class Preprocessing:
         try:
             c, h, w = check_input_size(config["input_size"])
             mean, std = (tuple(float(v) for v in config[key]) for key in ("mean", "std"))
-            if len(mean) != c:  # timm's default (ImageNet, 3 values), for other channels
+            # for other channels than it was trained with, as in timm's `resolve_input_data_config`
+            if len(mean) != c:
                 mean, std = (sum(mean) / len(mean),) * c, (sum(std) / len(std),) * c
             if len(std) != c or not all(map(math.isfinite, mean)) or not all(s > 0 for s in std):
                 raise ValueError(f"its mean {mean} or std {std} is none of {c} channels")
@@ -89,7 +137,7 @@ class Preprocessing:
             if not crop_pct > 0 or not 1 <= max(h, w) / crop_pct <= 2 * LARGEST_SIDE:
                 raise ValueError(f"its crop_pct {crop_pct:g} makes {max(h, w)} pixels impossible")
             geometry = Geometry((c, h, w), interpolation, crop_pct, crop_mode, fill)
-            made = geometry.build()(_noise(40, 60))
+            made = geometry.build()(_noise(40, 60, c))
             if tuple(made.shape) != (c, h, w):
                 raise ValueError(f"it makes images of {tuple(made.shape)} instead of {(c, h, w)}")
         except Exception as error:  # of whatever stands in a config.json
@@ -115,8 +163,17 @@ class Preprocessing:
         """Channels, height, width of what it makes of one image."""
         return self.input_size or self._probe[1]
 
-    def build(self) -> Callable[[Image.Image], torch.Tensor]:
-        """Return the shared first half: RGB image to tensor."""
+    def blank(self) -> torch.Tensor:
+        """Return what it makes of a black image of 256 × 256 pixels."""
+        from PIL import Image
+
+        channels = self.geometry.input_size[0] if self.geometry else self.channels
+        if channels in (1, 3):
+            return self.build()(Image.new("RGB", (256, 256)))
+        return self.build()(np.zeros((256, 256, channels), np.uint8))
+
+    def build(self) -> Callable[[Any], torch.Tensor]:
+        """Return the shared first half: image to tensor."""
         if self.geometry is not None:
             return self.geometry.build()
         assert self.transform is not None
@@ -144,18 +201,22 @@ class Preprocessing:
         Either alone could lie: what it is made of may be no Python, and two images do not tell
         transforms apart that treat others differently.
         """
-        assert self.transform is not None
-        digest = hashlib.blake2b(identify(self.transform, "a transform").encode(), digest_size=16)
+        transform = self.transform
+        assert transform is not None
+        digest = hashlib.blake2b(identify(transform, "a transform").encode(), digest_size=16)
         shape: tuple[int, ...] = ()
         for height, width in ((97, 131), (300, 200)):
             try:
-                probe = self.transform(_noise(height, width))
+                probe = transform(_noise(height, width, self.channels))
                 shape = tuple(probe.shape)
                 digest.update(repr((shape, str(probe.dtype))).encode())
                 digest.update(probe.contiguous().numpy().tobytes())
             except Exception as error:
+                kind = (
+                    "an RGB image" if self.channels == 3 else f"an array of {self.channels} bands"
+                )
                 raise ValueError(
-                    f"its transform fails on an RGB image of {width}×{height} pixels "
+                    f"its transform fails on {kind} of {width}×{height} pixels "
                     f"({type(error).__name__}: {error}); it must return a tensor (c, h, w)"
                 ) from error
         return f"transform {digest.hexdigest()}", shape
@@ -170,16 +231,12 @@ def check_input_size(value: Any) -> tuple[int, int, int]:
             f"{LARGEST_SIDE}, but is {reprlib.repr(value)}"
         )
     c, h, w = value
-    if c not in (1, 3):
-        raise ValueError(
-            f"the backbone takes {c} channels, images have 3; pass a Backbone with a "
-            "transform of your own that makes them"
-        )
     return c, h, w
 
 
-def _noise(height: int, width: int) -> Image.Image:
+def _noise(height: int, width: int, channels: int = 3) -> Any:
     from PIL import Image
 
-    rows = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(rows)
+    channels = 3 if channels == 1 else channels
+    rows = np.random.default_rng(height).integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(rows) if channels == 3 else rows

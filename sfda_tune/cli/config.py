@@ -107,6 +107,10 @@ def _check(what: str, parameter: Any, value: Any) -> Any:
     return value
 
 
+def _plain(value: Any) -> str | int | float:
+    return value if isinstance(value, (str, int, float)) else str(value)
+
+
 def write_config(context: Any, path: Path) -> None:
     """Write what a command was called with as a file that ``--config`` takes."""
     import yaml
@@ -119,7 +123,7 @@ def write_config(context: Any, path: Path) -> None:
         if isinstance(value, str) and redact(value) != value:
             head += f"# {word} is left out: it holds a secret\n"
         elif isinstance(value, (tuple, list)):
-            values[word] = list(value)
+            values[word] = [_plain(one) for one in value]
         else:
-            values[word] = value if isinstance(value, (str, int, float)) else str(value)
+            values[word] = _plain(value)
     write_text(path, head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

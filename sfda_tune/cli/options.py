@@ -131,7 +131,8 @@ Bands = Annotated[
     typer.Option(
         metavar="R,G,B",
         help="Bands, counted from 1, to be shown as red, green and blue (or one, as grey): 4,3,2. "
-        "Of a TIFF samples, channels or frames.",
+        "Other numbers of them, or 'all': networks are adapted to so many channels. Of a TIFF "
+        "samples, channels or frames.",
     ),
 ]
 

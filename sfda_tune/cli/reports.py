@@ -222,13 +222,14 @@ def report_on(
 
       sfda-tune report run/ --plots figures/
     """
+    from sfda_tune.data.decoding import open_picture
     from sfda_tune.report.html import save_plots, write_report
 
     if out is not None:
         check_out(out, "--out")
     if plots is not None:
         check_folder("--plots", plots)
-    page = write_report(source, out, images=images)
+    page = write_report(source, out, images=open_picture if images else False)
     figures = [] if plots is None else save_plots(source, plots)
     if as_json:
         print_json({"page": str(page), "figures": [str(path) for path in figures]})

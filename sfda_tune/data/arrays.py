@@ -35,12 +35,13 @@ def _pixels(array: np.ndarray, what: str, reading: Reading | None = None) -> np.
     reading = reading or Reading()
     try:
         if reading.bands is not None:
-            array = choose_bands(array, reading.bands)
+            array = choose_bands(array, reading)
         if array.dtype == np.uint16 and array.ndim in (2, 3) and array.size:
             array = deep_to_uint8(array, reading.bit_depth)
     except ValueError as error:
         raise DatasetError(f"{what} {error}.") from None
-    shape_is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in _CHANNELS)
+    known = (array.shape[-1],) if reading.bands is not None else _CHANNELS
+    shape_is_known = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in known)
     if array.size == 0 or not shape_is_known:
         axes = array.ndim == 3 and array.shape[0] in _CHANNELS
         raise DatasetError(
@@ -49,7 +50,7 @@ def _pixels(array: np.ndarray, what: str, reading: Reading | None = None) -> np.
             + (
                 "channels come last: np.moveaxis(image, 0, -1)."
                 if axes
-                else "reshape it, or choose one or three of its bands: bands=(4, 3, 2)."
+                else "reshape it, or choose three of its bands: bands=(4, 3, 2), or bands='all'."
             )
         )
     if array.dtype == np.uint8:

@@ -16,8 +16,10 @@ from sfda_tune.data.decoding import (
     UNREADABLE,
     Member,
     Passing,
+    Picture,
     UnreadableImage,
     Verdict,
+    as_picture,
     decode,
     digest,
     digest_pixels,
@@ -183,8 +185,16 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.items)
 
-    def load(self, row: int) -> Image.Image:
-        """Decode one image, by any thread; `UnreadableImage` if missing, damaged or too large."""
+    @property
+    def channels(self) -> int:
+        """What networks are shown: 3 (RGB), or as many as there are bands that are no colours."""
+        return 3 if self.reading is None else self.reading.channels
+
+    def load(self, row: int) -> Picture:
+        """Decode one image, by any thread; `UnreadableImage` if missing, damaged or too large.
+
+        RGB, or an array of uint8 (h, w, bands) where `channels` is not 3.
+        """
         item = self.items[row]
         try:
             return decode(item, reading=self.reading)
@@ -194,6 +204,10 @@ class ImageDataset:
         except Exception as error:  # of the system, of a foreign data set
             reason = Passing(explain(error, item))
             raise UnreadableImage(self.item_name(row), reason) from error
+
+    def picture(self, row: int) -> Image.Image:
+        """One image as people are shown it: of many bands the first three in colour."""
+        return as_picture(self.load(row))
 
     def item_name(self, row: int) -> str:
         """Path of an image, or ``"row 17"``: printable, also where the file name is not."""
@@ -223,7 +237,7 @@ class ImageDataset:
     def thumbnail(self, row: int, side: int) -> np.ndarray:
         """One image as a square in colour; zeros for what is smaller, or cannot be read."""
         try:
-            image = decode(self.items[row], 4 * side, self.reading)
+            image = as_picture(decode(self.items[row], 4 * side, self.reading))
         except Exception:  # `load` says why
             return np.zeros((side, side, 3), np.uint8)
         if min(image.size) < side:

@@ -12,6 +12,7 @@ EXIF orientation                      applied
 several frames                        the first
 other numbers of bands, other         `sfda_tune.data.formats`
 formats (DICOM, NIfTI, ``.npy``)
+`bands`, other than one or three      no RGB: an array (h, w, bands), scaled by the same rules
 ====================================  ====================================================
 """
 
@@ -28,19 +29,26 @@ import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sfda_tune.data.formats import Reading, find_reader, to_uint8
+from sfda_tune.data.formats import (
+    ALL,
+    Reading,
+    choose_bands,
+    find_reader,
+    parse_reading,
+    to_uint8,
+)
 from sfda_tune.values.files import open_regular
 from sfda_tune.values.text import one_line
 
 __all__ = [
-    "UNREADABLE", "Passing", "UnreadableImage", "decode", "digest", "digest_pixels", "explain",
-    "to_rgb",
+    "UNREADABLE", "Passing", "Picture", "UnreadableImage", "as_picture", "decode", "digest",
+    "digest_pixels", "explain", "open_picture", "to_rgb",
 ]  # fmt: skip
 
 UNREADABLE = "unreadable"
@@ -63,6 +71,10 @@ def renew_lock() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=renew_lock)
+
+
+Picture = Image.Image | np.ndarray
+"""A decoded image: upright 8-bit RGB, or uint8 (h, w, bands) where the bands are no colours."""
 
 
 class Passing(str):
@@ -136,8 +148,44 @@ def to_rgb(image: Image.Image, reading: Reading | None = None) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def decode(item: Any, least: int | None = None, reading: Reading | None = None) -> Image.Image:
-    """Item of an `ImageDataset` → RGB image; `explain` says why, if it raises.
+def _chosen(image: Image.Image, reading: Reading | None) -> Picture:
+    """Return what was chosen of an image that Pillow has opened."""
+    if reading is None or not is_many(reading):
+        return to_rgb(image, reading)
+    _prepare_pillow()
+    image.load()
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
+    deep = image.mode == "F" or image.mode.startswith("I")
+    image = image if deep or image.mode in ("L", "LA", "RGB", "RGBA") else image.convert("RGB")
+    array = to_uint8(np.asarray(image), reading)
+    return array[..., None] if array.ndim == 2 else array
+
+
+def is_many(reading: Reading) -> bool:
+    """Whether images are arrays of bands, or may be."""
+    return reading.bands == ALL or reading.channels != 3
+
+
+def as_picture(image: Picture) -> Image.Image:
+    """Return what people are shown: of many bands the first three, of two the first.
+
+    >>> as_picture(np.zeros((4, 6, 5), np.uint8)).size
+    (6, 4)
+    """
+    if isinstance(image, Image.Image):
+        return image
+    shown = image[..., :3] if image.shape[2] >= 3 else image[..., 0]
+    return Image.fromarray(np.ascontiguousarray(shown)).convert("RGB")
+
+
+def open_picture(path: str, bit_depth: Any = None, bands: Any = None) -> Image.Image:
+    """Return what people are shown of a file."""
+    return as_picture(decode(path, reading=parse_reading(bit_depth, bands)))
+
+
+def decode(item: Any, least: int | None = None, reading: Reading | None = None) -> Picture:
+    """Item of an `ImageDataset` → RGB image, or its bands; `explain` says why, if it raises.
 
     Where `least` pixels on a side will do, a JPEG is decoded at a fraction of its size.
 
@@ -145,18 +193,26 @@ def decode(item: Any, least: int | None = None, reading: Reading | None = None) 
     """
     content = _read(item)
     try:
+        many = reading is not None and is_many(reading)
         if isinstance(content, np.ndarray):  # `as_item` has chosen its bands
+            if reading is not None and (many or reading.of):
+                content = choose_bands(content, replace(reading, bands=ALL))
+            if many:
+                return content
             content = Image.fromarray(content[..., 0] if content.shape[2:] == (1,) else content)
             return to_rgb(content)
         if isinstance(content, Image.Image):
-            return to_rgb(content, reading)
+            return _chosen(content, reading)
         if read := find_reader(content, reading):
-            return to_rgb(Image.fromarray(read(content, reading)))
+            array = read(content, reading)
+            if many:
+                return array[..., None] if array.ndim == 2 else array
+            return to_rgb(Image.fromarray(array))
         _prepare_pillow()
         with Image.open(io.BytesIO(content)) as image:
             if least is not None:
                 image.draft(None, (least, least))  # pyright: ignore[reportArgumentType]
-            return to_rgb(image, reading)
+            return _chosen(image, reading)
     except Exception as error:
         if is_passing(error):
             raise
@@ -189,6 +245,32 @@ def warn_of_dark(items: Any) -> None:
         )
 
 
+def find_bands(items: Any, reading: Reading) -> Reading:
+    """Return the reading with the numbers of all bands, as the images have; a few are looked at.
+
+    `ValueError` if they differ in them, or none can be read.
+    """
+    found: dict[int, int] = {}  # bands → row
+    why = ""
+    for row in range(0, len(items), max(1, len(items) // LOOK)):
+        try:
+            image: Any = decode(items[row], reading=reading)
+            found.setdefault(image.shape[2], row)
+        except Exception as error:  # of one image, which is reported when it is loaded
+            cause = error.__cause__ if isinstance(error, Verdict) else error
+            why = why or explain(cause, items[row])  # pyright: ignore[reportArgumentType]
+    if len(found) != 1:
+        told = " and ".join(f"{n} (row {row})" for n, row in found.items())
+        raise ValueError(
+            f"`bands` 'all' needs images with the same number of bands but they have {told}; name "
+            "the bands (--bands 1,2,3)."
+            if found
+            else f"`bands` 'all' needs an image to count them in, but none can be read: one {why}."
+        )
+    (n,) = found
+    return replace(reading, bands=tuple(range(1, n + 1)), of=n)
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether an error of the decoder, or of a transform, says more of the machine than of it.
 
@@ -209,7 +291,7 @@ def digest(item: Any, reading: Reading | None = None) -> str:
     """
     item = resolve(item)
     if isinstance(item, Image.Image):
-        item = np.asarray(to_rgb(item, reading))
+        item = np.asarray(_chosen(item, reading))
     result = hashlib.blake2b(f"{reading} ".encode() if reading else b"", digest_size=20)
     if isinstance(item, np.ndarray):
         result.update(f"array {item.dtype.str} {item.shape}".encode())
@@ -221,9 +303,11 @@ def digest(item: Any, reading: Reading | None = None) -> str:
     return result.hexdigest()
 
 
-def digest_pixels(image: Image.Image) -> str:
+def digest_pixels(image: Picture) -> str:
     """Blake2b, in hexadecimal, of what a decoded image shows, whatever file it came from."""
-    result = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=20)
+    is_array = isinstance(image, np.ndarray)
+    about = f"bands {image.shape}" if is_array else f"{image.mode} {image.size}"
+    result = hashlib.blake2b(about.encode(), digest_size=20)
     result.update(np.ascontiguousarray(image).data)
     return result.hexdigest()
 
@@ -243,7 +327,7 @@ def explain(error: Exception, item: Any) -> str:
         if head[:4] in (b"II*\0", b"MM\0*"):
             return (
                 "is a TIFF that Pillow cannot read; if it has many bands, choose one or three, "
-                "counted from 1: bands='3,2,1' (--bands 3,2,1)"
+                "counted from 1: bands='3,2,1' (--bands 3,2,1), or 'all'"
             )
         return "is not an image in a format that Pillow can read"
     text = getattr(error, "strerror", None) or str(error)

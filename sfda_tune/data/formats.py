@@ -33,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 MEDICAL, BANDS = "medical", "bands"  # the extras
+ALL = "all"  # of the bands
 LARGEST = 1 << 30  # bytes of a volume
 
 
@@ -45,22 +46,38 @@ class Reading:
     bit_depth : int in 9 … 16, optional
         Integer pixels of more than 8 bits are white at 2^bit_depth − 1; by default at 65535.
         DICOM files say it themselves.
-    bands : tuple of one or three int, optional
-        Counted from 1: what is shown as grey, or as red, green and blue.
+    bands : tuple of int, optional
+        Counted from 1. One is shown as grey, three as red, green and blue; networks are adapted to
+        any other number. ``"all"`` until `open_dataset` has looked how many there are.
+    of : int, optional
+        So many bands each image has: what ``"all"`` was found to be.
     """
 
     bit_depth: int | None = None
-    bands: tuple[int, ...] | None = None
+    bands: tuple[int, ...] | str | None = None
+    of: int | None = None
+
+    @property
+    def channels(self) -> int:
+        """What networks are shown: 3, or as many as there are bands that are no colours."""
+        n = len(self.bands) if isinstance(self.bands, tuple) else 3
+        return 3 if n == 1 else n
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a model's provenance says of it."""
+        found: dict[str, Any] = {"bit_depth": self.bit_depth, "bands": self.bands}
+        return found if self.of is None else found | {"of": self.of}
 
     def __str__(self) -> str:
-        return f"{self.bit_depth} bits, bands {self.bands}"
+        exactly = "" if self.of is None else f" of {self.of}"
+        return f"{self.bit_depth} bits, bands {self.bands}{exactly}"
 
 
 def parse_reading(bit_depth: Any = None, bands: Any = None) -> Reading | None:
     """Return how to read pixels, None where nothing is asked for.
 
     >>> parse_reading("12", "4,3,2"), parse_reading("auto")
-    (Reading(bit_depth=12, bands=(4, 3, 2)), None)
+    (Reading(bit_depth=12, bands=(4, 3, 2), of=None), None)
     """
     given = bit_depth, bands
     if isinstance(bit_depth, str):
@@ -69,14 +86,14 @@ def parse_reading(bit_depth: Any = None, bands: Any = None) -> Reading | None:
         raise ValueError(
             f"`bit_depth` must be 'auto' or an integer in 9 … 16 but is {given[0]!r}."
         )
-    if isinstance(bands, str):
+    if isinstance(bands, str) and bands != ALL:
         bands = [_integer(band) for band in bands.split(",")]
-    if bands is not None:
+    if bands is not None and not isinstance(bands, str):
         bands = tuple(bands) if isinstance(bands, Iterable) else (bands,)
-        if len(bands) not in (1, 3) or not all(is_integer(band, 1) for band in bands):
+        if not bands or not all(is_integer(band, 1) for band in bands):
             raise ValueError(
-                "`bands` must be one band (grey) or three (red, green, blue), counted from 1, as "
-                f"'4,3,2', but is {given[1]!r}."
+                "`bands` must be 'all', or bands counted from 1, as '4,3,2' (one: grey; three: "
+                f"red, green, blue), but is {given[1]!r}."
             )
         bands = tuple(map(int, bands))
     return None if bit_depth is bands is None else Reading(bit_depth and int(bit_depth), bands)
@@ -93,13 +110,21 @@ def _integer(text: str) -> Any:
     return int(text) if text.strip().isdecimal() else text
 
 
-def choose_bands(array: np.ndarray, bands: tuple[int, ...] | None) -> np.ndarray:
-    """Return an array (h, w) or (h, w, 1 | 3 | 4) of an array (h, w) or (h, w, n)."""
+def choose_bands(array: np.ndarray, reading: Reading) -> np.ndarray:
+    """Return an array (h, w, n_chosen) of an array (h, w) or (h, w, n)."""
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or array.size == 0:
         raise ValueError(f"has the shape {array.shape}: not (h, w) or (h, w, bands)")
-    n = array.shape[2]
+    n, bands = array.shape[2], reading.bands
+    if reading.of not in (None, n):
+        raise ValueError(
+            f"has {n} band{'s' * (n > 1)}, other images {reading.of}; leave out what is of "
+            "another kind, or name the bands (--bands 1,2,3)"
+        )
+    if bands == ALL:
+        return array
     if bands is not None:
+        assert isinstance(bands, tuple)
         if max(bands) > n:
             raise ValueError(
                 f"has {n} band{'s' * (n > 1)}, so there is no band {max(bands)}; see `bands`"
@@ -107,16 +132,16 @@ def choose_bands(array: np.ndarray, bands: tuple[int, ...] | None) -> np.ndarray
         return array[..., [band - 1 for band in bands]]
     if n not in (1, 3, 4):
         raise ValueError(
-            f"has {n} bands; choose one or three of them, counted from 1: bands='3,2,1' "
-            "(--bands 3,2,1)"
+            f"has {n} bands; choose three of them to be red, green and blue, counted from 1: "
+            "bands='3,2,1' (--bands 3,2,1), or adapt the networks to all: bands='all'"
         )
     return array
 
 
 def to_uint8(array: np.ndarray, reading: Reading | None) -> np.ndarray:
-    """Return (h, w) or (h, w, 3 | 4) of uint8, of any array of pixels."""
+    """Return (h, w) or (h, w, n_chosen) of uint8, of any array of pixels."""
     reading = reading or Reading()
-    array = choose_bands(array, reading.bands)
+    array = choose_bands(array, reading)
     if array.dtype == bool:
         array = array * np.uint8(255)
     elif array.dtype != np.uint8:

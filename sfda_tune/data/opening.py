@@ -17,9 +17,9 @@ import numpy as np
 from sfda_tune.data.arrays import open_arrays, open_digits
 from sfda_tune.data.checks import DatasetError, absolute, close_matches, refuse
 from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import warn_of_dark
+from sfda_tune.data.decoding import find_bands, warn_of_dark
 from sfda_tune.data.folders import open_folder
-from sfda_tune.data.formats import Reading, parse_reading
+from sfda_tune.data.formats import ALL, Reading, parse_reading
 from sfda_tune.data.groups import FOLDERS, check_groups, find_groups
 from sfda_tune.data.huggingface import STREAM, open_hf, open_hub
 from sfda_tune.data.labels import order_levels
@@ -138,10 +138,12 @@ def open_dataset(
         Grey (and other integer) pixels of more than 8 bits are white at 2^bit_depth − 1; by
         default at 65535, with a warning where images of 12 bits would be nearly black. DICOM
         files say it themselves.
-    bands : sequence of one or three int, or str, optional
-        Which bands, counted from 1, are shown as grey, or as red, green and blue: ``(4, 3, 2)`` or
-        ``"4,3,2"``. Of a TIFF (by tifffile) these are all axes but height and width: samples,
-        channels, or the frames of a stack.
+    bands : sequence of int, or str, optional
+        Which bands, counted from 1, are shown as red, green and blue, ``(4, 3, 2)`` or
+        ``"4,3,2"``, or a single one as grey. Any other number of them, or ``"all"`` where images
+        have as many, stay what they are: the first convolution of each network is adapted to them
+        as timm does. Of a TIFF (by tifffile) these are all axes but height and width: samples,
+        channels, or the frames of a stack. People are shown the first three.
 
     Raises
     ------
@@ -251,6 +253,11 @@ def _open(
     if task == "ordinal" and not (dataset.ordered and levels is None):
         dataset = _order(dataset, levels)
     if reading is not None:
+        if reading.bands == ALL:
+            try:
+                reading = find_bands(dataset.items, reading)
+            except ValueError as error:
+                raise DatasetError(str(error)) from None
         dataset = replace(dataset, reading=reading)
     elif not isinstance(spec, ImageDataset):
         warn_of_dark(dataset.items)

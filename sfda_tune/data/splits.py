@@ -23,8 +23,8 @@ from sfda_tune.values.labels import NOUNS, find_varied
 from sfda_tune.values.text import some
 
 __all__ = [
-    "fingerprint", "hold_out", "join", "match_labels", "open_own_part", "relabel", "split_images",
-    "tell_gaps", "tell_shared",
+    "fingerprint", "hold_out", "join", "match_labels", "open_own_part", "open_parts", "relabel",
+    "split_images", "tell_gaps", "tell_shared",
 ]  # fmt: skip
 
 COLUMNS = (
@@ -48,7 +48,7 @@ def split_images(
     what `group_twins` would of the training images (None: not known).
     """
     with _say_once():
-        opened, sources = _open_parts(g)
+        opened, sources = open_parts(g)
     kept = {name: np.arange(len(part)) for name, part in opened.items()}
     usable, twins = look(opened) if look else ({}, None)
     kept |= usable
@@ -99,8 +99,12 @@ def _say_once() -> Iterator[None]:
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
-def _open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
-    """Open the images to train on, and those for validation and test that are not held out."""
+def open_parts(g: Mapping[str, Any]) -> tuple[dict[str, ImageDataset], dict[str, str]]:
+    """Open the images to train on, and those for validation and test that are not held out.
+
+    `g` are arguments of `sfda_tune.search`; no test images are looked for if its ``test`` is a
+    share. Return also where each part is from.
+    """
     if is_stream(g["dataset"]):
         raise DatasetError(
             "`dataset` must not be a stream for a search, which shows each image many times; draw "

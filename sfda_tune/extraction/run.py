@@ -163,6 +163,7 @@ def extract_within(
             "script's own work below `if __name__ == '__main__':`"
         )
     settings = settings or Settings()
+    backbones = [backbone.taking(dataset.channels) for backbone in backbones]
     resolve = resolve_device if executor is None else executor.resolve_device
     n, limit, begun = len(dataset), settings.max_unreadable, time.time()
     weights_disk = None if fetcher is None else fetcher.limit
@@ -418,7 +419,7 @@ def _describe(
             if weights is None:
                 weights = store.recall_weights(fingerprints.stand_in(backbone, store.digest_file))
     if weights is not None:
-        noted = store.recall("networks", make_key(weights, __version__, ""), NETWORK)
+        noted = store.recall("networks", _network_key(backbone, weights), NETWORK)
     if weights is not None and noted is not None:
         with contextlib.suppress(TypeError):
             geometry = Geometry(**{k: _immutable(v) for k, v in noted["geometry"].items()})
@@ -433,7 +434,7 @@ def _describe(
     if weights is not None and p.geometry is not None and backbone.load is None:
         known = {"n_params": found.n_params, "n_dims": found.n_dims}
         known |= {"geometry": asdict(p.geometry), "mean": p.mean, "std": p.std}
-        store.note("networks", make_key(weights, __version__, ""), known)
+        store.note("networks", _network_key(backbone, weights), known)
     return found, weights
 
 
@@ -443,6 +444,11 @@ def _is_to_come(backbone: Backbone, fetcher: Fetcher | None) -> bool:
         return False
     came = fetcher is not None and fetcher.has_fetched(backbone.name)
     return came or not is_here(loading.timm_name(backbone.spec))
+
+
+def _network_key(backbone: Backbone, weights: str) -> str:
+    adapted = "" if backbone.channels == 3 else f"{backbone.channels} channels"
+    return make_key(weights, __version__, adapted)
 
 
 def _immutable(value: Any) -> Any:

@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sfda_tune.backbones.preprocessing import Geometry, Preprocessing
+from sfda_tune.backbones.preprocessing import Bandwise, Geometry, Preprocessing
 from sfda_tune.data.dataset import ImageDataset
-from sfda_tune.data.decoding import UNREADABLE, Passing, UnreadableImage, digest_pixels, is_passing
+from sfda_tune.data.decoding import (
+    UNREADABLE,
+    Passing,
+    Picture,
+    UnreadableImage,
+    digest_pixels,
+    is_passing,
+)
 from sfda_tune.data.loader import Loader, count_workers, cut, is_in_memory
 from sfda_tune.data.splits import hold_out, relabel
 from sfda_tune.extraction import pixels
@@ -108,6 +115,11 @@ def split(
             _require_varied(kept, "dataset", 2)
             _require_varied(val, "val")
         return kept, val
+    if val.channels != dataset.channels:
+        raise ValueError(
+            f"`val` must have {dataset.channels} channels, as `dataset`, but has {val.channels}; "
+            "open both with the same `bands`."
+        )
     if val.task != dataset.task:
         raise ValueError(
             f"`val` must hold {what}, as `dataset`, but is {val!r}; open it with "
@@ -249,7 +261,7 @@ def look_at(
     return bad, [UNREADABLE if row in bad else one.hex() for row, one in enumerate(found)]
 
 
-def _digest(image: Image.Image) -> bytes:  # texts are reasons
+def _digest(image: Picture) -> bytes:  # texts are reasons
     return bytes.fromhex(digest_pixels(image))
 
 
@@ -336,8 +348,11 @@ class shrink:  # noqa: N801 - used as a function; a class, because a closure can
         largest = max(geometry.input_size[1:])
         self.side = math.ceil(largest / max(0.5, min(smallest, geometry.crop_pct)))
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Return the pixels (height, width, 3)."""
+    def __call__(self, image: Picture) -> np.ndarray:
+        """Return the pixels (height, width, 3), or of all bands."""
+        if isinstance(image, np.ndarray):
+            bands = np.moveaxis(image, 2, 0)
+            return np.stack([self(Image.fromarray(np.ascontiguousarray(b))) for b in bands], -1)
         factor = self.side / min(image.size)
         if factor < 1:
             size = [max(1, round(length * factor)) for length in image.size]
@@ -348,23 +363,28 @@ class shrink:  # noqa: N801 - used as a function; a class, because a closure can
 def augmentation(
     preprocessing: Preprocessing, arguments: Mapping[str, Any]
 ) -> Callable[[Any], Any]:
-    """Return what makes a training input of a prepared image, by timm's `create_transform`."""
+    """Return what makes a training input of a prepared image, by timm's `create_transform`.
+
+    Where the bands are no colours each is treated as a grey image, all with the same random
+    numbers: saturation and hue stay as they are, brightness and contrast change in all alike.
+    """
     from timm.data.transforms_factory import create_transform
     from torchvision.transforms import Compose, Grayscale
 
     if preprocessing.geometry is None or arguments.get("no_aug"):
         return plain_view(preprocessing)
+    channels, mean = preprocessing.geometry.input_size[0], preprocessing.mean
     options = {
         "interpolation": preprocessing.geometry.interpolation,
-        "mean": preprocessing.mean
-        if len(preprocessing.mean) == 3
-        else preprocessing.mean * 3,  # fills after rotations
+        "mean": mean * 3 if channels == 1 else mean if channels == 3 else mean[:1],  # fills
         **{k: v for k, v in arguments.items() if not k.startswith("re_")},
     }
     steps: list[Any] = [create_transform(
         preprocessing.geometry.input_size, is_training=True, normalize=False, **options
     )]  # fmt: skip
-    if preprocessing.geometry.input_size[0] == 1:
+    if channels not in (1, 3):
+        return Bandwise(Compose(steps), random=True)
+    if channels == 1:
         steps.append(Grayscale())
     return Compose([Image.fromarray, *steps])
 
@@ -375,6 +395,8 @@ def plain_view(preprocessing: Preprocessing) -> Callable[[Any], Any]:
 
     if preprocessing.geometry is None:
         return same
+    if preprocessing.geometry.input_size[0] not in (1, 3):
+        return preprocessing.geometry.build()
     return Compose([Image.fromarray, preprocessing.geometry.build()])
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from sfda_tune.data.arrays import as_item
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.data.folders import image_files
-from sfda_tune.data.formats import parse_reading
+from sfda_tune.data.formats import Reading, parse_reading
 from sfda_tune.data.loader import Loader, cut, is_in_memory
 from sfda_tune.finetuning.checkpoints import read_tensors, write_tensors
 from sfda_tune.finetuning.tasks import Task, read_task
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROVENANCE", "WEIGHTS", "Model", "forward", "load_model", "predict", "predict_batches",
-    "with_head", "write_model",
+    "read_reading", "with_head", "write_model",
 ]  # fmt: skip
 
 PROVENANCE = "provenance.json"
@@ -121,6 +121,8 @@ def load_model(
             f"`backbone` must be given for {str(folder)!r}: its {provenance['backbone']!r} is no "
             "network of timm's; pass the Backbone with `load=`."
         )
+    reading = read_reading(provenance)
+    backbone = backbone.taking(3 if reading is None else reading.channels)
     module, preprocessing, _ = with_head(backbone, task.n_outputs)
     try:
         module.load_state_dict(read_tensors(folder / WEIGHTS))
@@ -230,12 +232,17 @@ class _Inputs:
 
 
 def _images(images: Any, model: Model) -> ImageDataset:
+    reading = read_reading(model.provenance)
+    channels = 3 if reading is None else reading.channels
     if isinstance(images, ImageDataset):
+        if images.channels != channels:
+            raise ValueError(
+                f"`images` must have {channels} channels, as those of the training, but have "
+                f"{images.channels}; open them with the same `bands`."
+            )
         return images
     if isinstance(images, str | os.PathLike):
         images = list(image_files(images)) if os.path.isdir(images) else [images]
-    found = model.provenance.get("reading") or {}
-    reading = parse_reading(found.get("bit_depth"), found.get("bands"))
     items = [os.fspath(i) if isinstance(i, os.PathLike) else i for i in images]
     if reading is not None:  # it is of arrays as they were given
         items = [
@@ -244,6 +251,13 @@ def _images(images: Any, model: Model) -> ImageDataset:
         ]
     labels = np.zeros(len(items), np.int64)
     return ImageDataset("images", items, labels, ("",), reading=reading)
+
+
+def read_reading(provenance: Mapping[str, Any]) -> Reading | None:
+    """Return how the images were read that a model was trained on."""
+    found = provenance.get("reading") or {}
+    reading = parse_reading(found.get("bit_depth"), found.get("bands"))
+    return reading and replace(reading, of=found.get("of"))
 
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -264,11 +278,8 @@ def with_head(
         network.reset_classifier(n_outputs)
         head = network.get_classifier()
         return module, preprocessing, list(head) if isinstance(head, tuple | list) else [head]
-    from PIL import Image
-
-    example = preprocessing.build()(Image.new("RGB", (256, 256)))
     with torch.inference_mode(), few_threads(module, preprocessing):
-        width = _pool(module(example[None].float())).shape[1]
+        width = _pool(module(preprocessing.blank()[None].float())).shape[1]
     headed = _headed(module, width, n_outputs)
     return headed.eval(), preprocessing, [headed.head]
 

@@ -221,8 +221,9 @@ class FineTuning(Iterator[Epoch]):
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         self._max_unreadable = max_unreadable
-        self.backbone, self.folder, self.device, self.workers = backbone, folder, device, workers
+        self.folder, self.device, self.workers = folder, device, workers
         self.train, self.val = parts
+        self.backbone = backbone.taking(self.train.channels)
         self._shared, self._should_stop = shared, should_stop
         self.task = make_task(self.train)
         self.task.check(config)
@@ -301,7 +302,7 @@ class FineTuning(Iterator[Epoch]):
             "classes": list(self.task.classes),
             "task": {"name": self.task.name, **self._decided().describe()},
             "dataset": self.train.name,
-            "reading": None if self.train.reading is None else vars(self.train.reading),
+            "reading": None if self.train.reading is None else self.train.reading.to_dict(),
             "train": {"images": len(self.train), "fingerprint": train},
             "val": {"images": len(self.val), "fingerprint": val},
             "unreadable": self.unreadable,

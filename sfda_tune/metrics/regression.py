@@ -340,8 +340,7 @@ class _Ridge:
             residual = V @ (inner * (V.T @ centred)[:, None])  # y − Hy (N, T)
         else:
             Z, inner = self.X @ V, -w
-            b = w * (Z.T @ centred)[:, None]
-            residual = centred[:, None] - Z @ b
+            residual = centred[:, None] - Z @ (w * (Z.T @ centred)[:, None])
         offset = 0.0 if wide else 1.0  # of I − 11ᵀ/N − H from Z inner Zᵀ
         errors = residual / (offset * (1 - 1 / N) + np.square(Z) @ inner)
         for rows in _rows_of_groups(groups):
@@ -356,7 +355,7 @@ class _Ridge:
         if wide:  # (XᵀX + λI)⁻¹ Xᵀy = Xᵀ (XXᵀ + λI)⁻¹ y
             self.beta = self.X.T @ (V @ (w[:, self.best] * (V.T @ centred)))
         else:
-            self.beta = V @ b[:, self.best]
+            self.beta = V @ (w[:, self.best] * (Z.T @ centred))
 
     def predict(self, X: np.ndarray) -> np.ndarray:
         return self.middle + (X - self.mean) / self.scale @ self.beta

@@ -158,6 +158,7 @@ def draw_up_bill(
         groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
         label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
     )  # fmt: skip
+    candidates = [backbone.taking(images.channels) for backbone in candidates]
     pending, failed = find_pending(images, candidates, store, precision)
     missing = {name: p for name, p in pending.items() if p.n_images}
     todo = [p.description.backbone for p in missing.values()]

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfda_tune.data.dataset import ImageDataset
+from sfda_tune.data.formats import Reading
 from sfda_tune.data.groups import read_options
 from sfda_tune.data.splits import fingerprint, match_labels, split_images
-from sfda_tune.finetuning.models import Model, load_model, predict
+from sfda_tune.finetuning.models import Model, load_model, predict, read_reading
 from sfda_tune.finetuning.tasks import Multilabel, Ordinal
 from sfda_tune.pipelines.inputs import read_usable
 from sfda_tune.pipelines.result import SearchResult
@@ -131,7 +132,10 @@ those of torch, accuracy 0.9500 (torch 0.9500)
             f"{found.best['backbone']} has a transform of your own, which ONNX cannot hold; call "
             "torch.onnx.export with `load_model(...).module`."
         )
-    images, what = _test_images(found) if images is None else (images, "images that were given")
+    if images is None:
+        images, what = _test_images(found, read_reading(model.provenance))
+    else:
+        images, what = images, "images that were given"
     if what != "images of noise" and images.task != model.task.name:
         raise ValueError(
             f"`images` must have labels for {model.task.name} but are {images!r}; open them with "
@@ -177,7 +181,7 @@ def _score(model: Model, images: ImageDataset, p: np.ndarray, seen: Any) -> floa
     return float(np.mean(p[seen].argmax(1) == labels[seen]))
 
 
-def _test_images(found: SearchResult) -> tuple[ImageDataset, str]:
+def _test_images(found: SearchResult, reading: Reading | None) -> tuple[ImageDataset, str]:
     """Open the test images again, or make some noise."""
     config = read_json(found.folder / "config.json", {})
     splits = read_json(found.folder / "splits.json", SPLITS)
@@ -190,9 +194,11 @@ def _test_images(found: SearchResult) -> tuple[ImageDataset, str]:
             return parts["test"], "test images"
     except (OSError, ValueError, TypeError, KeyError):  # moved away since, or an object in memory
         pass
-    rng = np.random.default_rng(0)
-    items = list(rng.integers(0, 256, (N_NOISE, 97, 131, 3), np.uint8))
-    return ImageDataset("noise", items, np.zeros(N_NOISE, np.int64), ("",)), "images of noise"
+    rng, channels = np.random.default_rng(0), 3 if reading is None else reading.channels
+    items = list(rng.integers(0, 256, (N_NOISE, 97, 131, channels), np.uint8))
+    labels = np.zeros(N_NOISE, np.int64)
+    kept = None if channels == 3 else reading
+    return ImageDataset("noise", items, labels, ("",), reading=kept), "images of noise"
 
 
 def _write_graph(model: Model, file: Path) -> None:
@@ -253,6 +259,13 @@ def _describe(model: Model) -> dict[str, Any]:
         "border": "the longer side (the other in proportion)",
     }[g.crop_mode]
     thresholds = getattr(model.task, "thresholds", ())
+    convert: dict[str, Any] = {"do": "convert", "to": "RGB" if c == 3 else "L", "bits": 8}
+    reading = read_reading(model.provenance)
+    if reading is not None and reading.bands is not None:
+        convert["bands"] = list(reading.bands)  # counted from 1
+        convert["to"] = "bands, each for itself" if reading.channels != 3 else convert["to"]
+    if reading is not None and reading.bit_depth is not None:
+        convert["white"] = 2**reading.bit_depth - 1
     shapes = [["n", "classes"]] * 2 if model.classes else [["n", 1], ["n"]]
     crop = {"do": "cut out the middle", "size": [h, w]}
     if g.crop_mode == "border":
@@ -260,7 +273,7 @@ def _describe(model: Model) -> dict[str, Any]:
         crop = {"do": "cut out or pad around the middle", "size": [h, w], "colour": fill}
     return {
         "steps": [
-            {"do": "convert", "to": "RGB" if c == 3 else "L", "bits": 8},
+            convert,
             {"do": "resize", "what": resize, "to": to, "interpolation": g.interpolation}
             | {"antialias": True, "as_in": "torchvision.transforms.Resize of a Pillow image"},
             crop,

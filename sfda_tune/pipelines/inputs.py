@@ -84,7 +84,8 @@ def open_inputs(
     auto = max(5, round(30 * min(1, 200 / n) ** (1 / 3)))
     return Inputs(
         config, parts, rows, sources, fingerprint(parts), surveys[0] if surveys else None,
-        backbones={b.name: b for b in found}, space=space, engine=engine,
+        backbones={b.name: b.taking(parts["train"].channels) for b in found}, space=space,
+        engine=engine,
         n_epochs=config.epochs or max(3, round(auto / 2)), device=resolve_device(config.device),
     )  # fmt: skip
 

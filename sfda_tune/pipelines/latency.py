@@ -31,10 +31,8 @@ def measure_latency(backbone: Backbone, device: str = "auto") -> float:
 def time_forward(module: Any, preprocessing: Any, device: str, n_images: int = 1) -> float:
     """Return the milliseconds of an opened network for a batch, see `measure_latency`."""
     import torch
-    from PIL import Image
 
-    pixels = preprocessing.build()(Image.new("RGB", (256, 256)))
-    x = preprocessing.normalize(torch.stack([pixels] * n_images)).to(device)
+    x = preprocessing.normalize(torch.stack([preprocessing.blank()] * n_images)).to(device)
     module, times = module.to(device), []
     until = time.perf_counter() + 0.5
     with torch.inference_mode(), few_threads(module, preprocessing):

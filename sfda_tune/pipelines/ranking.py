@@ -206,7 +206,8 @@ def rank(
         All levels from the lowest to the highest, where their names do not say it; means
         "ordinal".
     bit_depth, bands : optional
-        How deep pixels and images of other than three bands become RGB, see `open_dataset`.
+        How deep pixels and images of other than three bands become RGB, or networks are adapted
+        to these, see `open_dataset`. ``info["channels"]`` says to how many.
 
     Returns
     -------
@@ -307,6 +308,7 @@ def rank(
         groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
         label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
     )  # fmt: skip
+    candidates = [backbone.taking(images.channels) for backbone in candidates]
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
     digests = images.digests()
@@ -606,7 +608,7 @@ class _RankingRun:
     ) -> None:
         """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
         images = self.images if rows is None else self.images.subset(rows)
-        digests = self.digests if rows is None else [self.digests[r] for r in rows.tolist()]
+        digests = self.digests if rows is None else [self.digests[int(row)] for row in rows]
         found = extract_within(
             images, candidates, self.settings, self.store, self.map_fn, self.executor, bar,
             self.fetcher, digests,
@@ -776,6 +778,7 @@ class _RankingRun:
             },
             "seconds": self.seconds,
             "versions": versions,
+            **({} if images.channels == 3 else {"channels": images.channels}),
             **describe_groups(images.groups, images.labels),
             **self.describe_target(),
         }

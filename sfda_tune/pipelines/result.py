@@ -53,7 +53,7 @@ def write_predictions(
     hardest = [i for i in np.argsort(ease, kind="stable")[:12] if np.isfinite(ease[i])]
     for k, i in enumerate(hardest):
         row, file = rows[i], f"{k:02d}.png"
-        image = images.load(row)
+        image = images.picture(row)
         image.thumbnail((160, 160))
         image.save(folder / "hardest" / file)
         told = {"label": table[i][0], "predicted": table[i][1], about[0]: float(about[1][i])}

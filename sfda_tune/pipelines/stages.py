@@ -33,7 +33,7 @@ import numpy as np
 
 from sfda_tune.backbones.loading import fetch, timm_name
 from sfda_tune.backbones.weights import is_here, look_up_sizes, remove_unused
-from sfda_tune.data.decoding import get_switches, set_switches
+from sfda_tune.data.decoding import get_switches, open_picture, set_switches
 from sfda_tune.pipelines.budget import RANK_SHARE, Budget, Workload
 from sfda_tune.pipelines.clock import Beat
 from sfda_tune.pipelines.config import SearchConfig
@@ -79,7 +79,7 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
                     raise
                 if folder.is_done("test"):
                     if not (folder.path / "report.html").exists():  # killed before it was written
-                        write_report(folder.path)
+                        write_report(folder.path, images=open_picture)
                     return
                 stack.enter_context(Beat(folder.now.write, 1.0))
                 rank_backbones(folder, budget, inputs)
@@ -341,4 +341,4 @@ def finish(folder: RunFolder, budget: Budget, inputs: Inputs, todo: Workload) ->
     forget_weights(folder)
     # at once: a search whose last stage is done, but which has no winner, would never end
     folder.leave("test", note, best=winner, status="budget spent" if spent else "done")
-    write_report(folder.path)
+    write_report(folder.path, images=open_picture)

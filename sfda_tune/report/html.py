@@ -71,9 +71,10 @@ def write_report(
         The folder that `sfda-tune search` wrote, finished or not, or a file of `Ranking.to_json`.
     out : path, optional
         Default: ``report.html`` in the folder, or the ranking's name with ``.html``.
-    images : bool or ImageDataset, default True
+    images : bool, ImageDataset or callable, default True
         The page shows small pictures of the hardest images, where they are found: the files that
-        the ranking names, or the `ImageDataset` that is given. False: none.
+        the ranking names, as Pillow opens them or a function (of path, bit depth, bands), or the
+        `ImageDataset` that is given. False: none.
 
     Raises
     ------

@@ -28,7 +28,8 @@ def draw_hard_images(info: Mapping[str, Any], images: Any, n: int) -> dict[int, 
     """Return thumbnails of the first hard images of a ranking, by their place in its list.
 
     `images`: True looks for the files that the ranking names (and the digits, which scikit-learn
-    has); an `ImageDataset` is looked into; False for none. What cannot be read is left out.
+    has); a function opens them, given path, bit depth and bands; an `ImageDataset` is looked into;
+    False for none. What cannot be read is left out.
     """
     entries = list(info.get("hard_images") or ())[:n]
     if images is False or not entries:
@@ -45,15 +46,20 @@ def draw_hard_images(info: Mapping[str, Any], images: Any, n: int) -> dict[int, 
 
 def _finder(info: Mapping[str, Any], images: Any) -> Callable[[Mapping[str, Any]], str]:
     """Return what makes a thumbnail of an entry of the list, or raises."""
-    if images is not True:
+    given = info.get("arguments") or {}
+    if not (images is True or callable(images)):
         where = {int(row): i for i, row in enumerate(images.origin)}
-        return lambda entry: make_thumbnail(images.load(where[entry["row"]]))
-    if (info.get("arguments") or {}).get("dataset") == "digits":
+        return lambda entry: make_thumbnail(images.picture(where[entry["row"]]))
+    if given.get("dataset") == "digits":
         from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
         grey = (digits.images * (255 / 16)).round().astype("uint8")
         return lambda entry: make_thumbnail(Image.fromarray(grey[entry["row"]]))
+    if callable(images):
+        how = given.get("bit_depth"), given.get("bands")
+        open_picture: Any = images
+        return lambda entry: make_thumbnail(open_picture(entry["image"], *how))
     return _draw_file
 
 

@@ -47,6 +47,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
     ``small_classes``  a class has fewer than 5 images
     ``shrinkage``      λ ≤ 1e-9 or ≥ 0.999
     ``unreadable``     images were left out
+    ``channels``       networks were adapted to images of other than three channels
     ``copies``         images are exact copies of others, or stand in several classes
     ``near``           images nearly equal others, or were too many to compare
     ``groups``         how much scores drop where whole groups are left out
@@ -83,6 +84,7 @@ def diagnose(ranking: Ranking) -> list[Diagnostic]:
         "small_classes": _small_classes(ranking),
         "shrinkage": _shrinkage(scores),
         "unreadable": _unreadable(ranking),
+        "channels": _channels(ranking),
         "copies": _copies(ranking),
         "near": _near(ranking),
         "groups": _groups(ranking, scores),
@@ -245,6 +247,18 @@ def _unreadable(ranking: Ranking) -> _Found:
         "note",
         f"{_count(len(files), 'image', 'images')} could not be read and took no part "
         f"({some(files)}); repair or remove {'it' if len(files) == 1 else 'them'}.",
+    )
+
+
+def _channels(ranking: Ranking) -> _Found:
+    if (n := ranking.info.get("channels", 3)) == 3:
+        return None
+    return (
+        "note",
+        f"images have {n} channels: the first convolution of each network of timm's repeats the "
+        "pretrained weights of red, green and blue over them, and one mean and deviation, the "
+        "average of the three, normalises all, as timm does both; of three well chosen bands "
+        "(--bands 4,3,2) the pretrained weights may know more.",
     )
 
 

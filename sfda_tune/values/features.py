@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from html import escape
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.values.labels import NOUNS, as_indicators, encode_labels
-from sfda_tune.values.text import format_count, one_line, printable
+from sfda_tune.values.text import format_count, integer, one_line, printable
 
 __all__ = ["Backbone", "Features", "MetricResult", "Score"]
 
@@ -63,6 +63,10 @@ class Backbone:
         an RGB `PIL.Image` to a tensor. A module-level function can travel to worker processes.
     plugins : tuple of str
         Files or module names to import first; they register further timm architectures.
+    channels : int, default 3
+        Of the images; the first convolution of a network of timm's is adapted to any other number
+        as ``timm.create_model(…, in_chans=channels)`` does. A transform of your own is given an
+        array of uint8 (h, w, channels) then.
 
     Examples
     --------
@@ -74,8 +78,10 @@ class Backbone:
     spec: str = ""
     load: Callable[[], tuple[Any, Any]] | None = None
     plugins: tuple[str, ...] = ()
+    channels: int = 3
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", integer("channels", self.channels, 1))
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"`name` of a Backbone must be a non-empty str but is {self.name!r}.")
         if self.load is not None and not callable(self.load):
@@ -86,6 +92,14 @@ class Backbone:
         if not self.spec and self.load is None:
             object.__setattr__(self, "spec", self.name)
         object.__setattr__(self, "plugins", tuple(self.plugins))
+
+    def taking(self, channels: int) -> Backbone:
+        """Return the same candidate for images of so many channels.
+
+        >>> Backbone("resnet50.a1_in1k").taking(13).channels
+        13
+        """
+        return self if channels == self.channels else replace(self, channels=channels)
 
 
 @dataclass(frozen=True, eq=False)

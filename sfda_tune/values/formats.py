@@ -53,6 +53,7 @@ RANKING: dict[Any, Any] = {
             None,
         ),
         "task?": str,
+        "channels?": AtLeast(1, int),
         "target?": NUMBERS,
         "level_counts?": [{"name": str, "images": AtLeast(0, int)}],
         "label_counts?": [{"name": str, "positives": AtLeast(0, int), "missing": AtLeast(0, int)}],
@@ -228,7 +229,7 @@ PROVENANCE: dict[Any, Any] = {
     "backbone": object,
     "digests?": {str: str},
     "task?": {"name": str, "mean?": float, "scale?": float, "thresholds?": [float]},
-    "reading?": ({"bit_depth?": (int, None), "bands?": ([int], None)}, None),
+    "reading?": ({"bit_depth?": (int, None), "bands?": ([int], None), "of?": (int, None)}, None),
 }
 REGRESSOR: dict[Any, Any] = {
     "params": {str: object},

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from command_lab import call, search_twice
 
 from sfda_tune import ImageDataset, open_dataset, search
@@ -16,6 +17,7 @@ from sfda_tune.data.splits import split_images, tell_gaps
 from sfda_tune.pipelines.config import SearchConfig
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.pipelines.export import export_onnx
+from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.spaces import default_space
 from sfda_tune.pipelines.trials import find_near
 from sfda_tune.report.html import save_plots
@@ -211,3 +213,17 @@ def test_what_is_searched_by_default():
     assert config.directions == ("minimize",)
     config = SearchConfig(**given, out="x", progress=False)
     assert (config.metric, config.objective) == ("accuracy", ("accuracy",))
+
+
+def test_what_earlier_searches_found_is_learned_from(run, table, tmp_path):
+    """Also of searches that go on; of numbers and of several labels."""
+    command = ["search", table, "--task", "regression", "--label-column", "degrees", "-b", ONE]
+    command += ["--previous", run.folder, "--epochs", 1, "--budget", "5m", "--out", tmp_path, "-q"]
+    assert call(*command, "--trials", 1) == 0
+    assert call(*command, "--trials", 2) == 0
+    found = SearchResult.open(tmp_path)
+    assert [t["state"] for t in found.trials] == ["complete"] * 2
+    kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert kept["previous"] == [str(run.folder)]
+    assert call("search", "--config", tmp_path / "config.yaml", "-q", "--out", tmp_path) == 0
+    assert SearchResult.open(tmp_path).summary == found.summary

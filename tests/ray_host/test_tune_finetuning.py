@@ -71,3 +71,52 @@ def test_trials_have_pillow_s_switches(
     trainable = finetune_trainable(str(tmp_path / "photos"), config={"epochs": 0})
     results = run(make_tuner(trainable, tmp_path, {"backbone": "demo:resnet_glyphs"}))
     assert [error is not None for error in results.errors] == [True] * fails
+
+
+@pytest.fixture(scope="module")
+def bits(tmp_path_factory):
+    """A table of digits: the bits of each, its number, and who wrote it (ten of the same)."""
+    from sklearn.datasets import load_digits
+
+    folder, digits = tmp_path_factory.mktemp("bits"), load_digits()
+    lines = ["image,b1,b2,b4,b8,number,writer"]
+    for k in range(150):
+        Image.fromarray((digits.images[k] * 15).astype(np.uint8)).save(folder / f"{k}.png")
+        y = int(digits.target[k])
+        lines.append(",".join(map(str, [f"{k}.png", *(y >> b & 1 for b in range(4)), y, k // 10])))
+    (folder / "table.csv").write_text("\n".join(lines))
+    return folder / "table.csv"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("columns", "metric"),
+    [
+        ({"label_columns": "b1,b2,b4,b8", "groups": "writer"}, "map"),
+        ({"label_column": "number", "task": "regression", "groups": "writer"}, "r2"),
+    ],
+)
+def test_labels_columns_and_groups_are_those_of_a_search(
+    ray_cluster, tmp_path, bits, columns, metric
+):
+    from sfda_tune import resolve_backbones
+    from sfda_tune.finetuning.config import FinetuneConfig
+    from sfda_tune.finetuning.run import finetune
+
+    trainable = finetune_trainable(str(bits), config={"epochs": 1}, device="cpu", **columns)
+    space = {"backbone": "demo:resnet_glyphs"}
+    (result,) = run(make_tuner(trainable, tmp_path, space, metric=metric, mode="max"))
+    assert result.error is None
+    (backbone,) = resolve_backbones("demo:resnet_glyphs")
+    images = open_dataset(str(bits), **columns)
+    *_, here = finetune(backbone, images, FinetuneConfig(epochs=1), device="cpu", workers=0)
+    assert result.metrics[metric] == pytest.approx(here.values[metric], abs=0.02)
+    alone = open_dataset(str(bits), **{**columns, "groups": None})
+    *_, other = finetune(backbone, alone, FinetuneConfig(epochs=1), device="cpu", workers=0)
+    assert abs(other.values[metric] - here.values[metric]) > 1e-6  # other images are held out
+
+
+def test_columns_that_contradict_the_task_are_named_at_once():
+    with pytest.raises(ValueError, match="`label_columns` is for several labels per image"):
+        finetune_trainable("t.csv", task="regression", label_columns="a,b")
