@@ -51,7 +51,9 @@ def repeat(run: Run) -> tuple[str, str]:
         and not dataset.startswith(("hf:", "hf-stream:"))
         and not os.path.isabs(dataset)
     ):
-        notes.append("To be run where the search was begun, for its data set is named from there.")
+        notes.append(
+            "Run it in the folder where the search was started, from where its images are found:"
+        )
     return hidden, " ".join(notes)
 
 
@@ -93,7 +95,7 @@ def propose_search(ranking: Ranking, **typed: Any) -> tuple[str, str]:
         return "", ""
     options, _ = _rank_options(ranking)
     options = {k: options[k] for k in _SHARED if k in options} | typed | {"out": "run"}
-    unsaid = {"dataset", "groups"} & {
+    unsaid = {"backbones", "dataset", "groups"} & {
         *(ranking.info.get("arguments") or {}).get("only_python", ())
     }
     lacking = f" (add its {' and '.join(sorted(unsaid))}, from Python)" if unsaid else ""
@@ -127,7 +129,7 @@ def _rank_options(ranking: Ranking) -> tuple[dict[str, Any], str]:
     options.setdefault("dataset", info.get("dataset") or "DATASET")
     if not (is_forecast(ranking) or {"metric", "variant"} & {*given, *lacking}):
         options |= told  # the score behind a forecast
-    words = f"In Python alone, for its {' and '.join(lacking)} came from there." if lacking else ""
+    words = f"Only from Python, which gave its {' and '.join(lacking)}:" if lacking else ""
     return options, words
 
 

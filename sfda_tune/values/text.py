@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "capitalize", "csv_line", "describe_images", "did_you_mean", "format_count", "format_duration", "integer", "is_integer",
+    "capitalize", "csv_line", "describe_images", "did_you_mean", "format_count",
+    "format_duration", "integer", "is_integer",
     "is_number", "json_text", "letters", "one_line", "parse_bytes", "printable", "read_csv_cell",
     "require", "some", "without_nan",
 ]  # fmt: skip

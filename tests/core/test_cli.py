@@ -668,11 +668,11 @@ def test_a_search_writes_its_options_without_secrets(tmp_path, monkeypatch):
 
 
 def test_every_help_has_an_example_and_every_result_a_document(cli_here):
-    names = "rank search predict export backbones evaluate compare report doctor".split()
-    for words in (*([name] for name in names), ["cache", "show"], ["cache", "clear"]):
-        said = cli_here(*words, "--help")
+    commands = "rank, search, predict, export, backbones, evaluate, compare, report, doctor"
+    for command in f"{commands}, cache show, cache clear".split(", "):
+        said = cli_here(*command.split(), "--help")
         assert "For example:" in said
-        assert f"sfda-tune {' '.join(words)}" in said.partition("For example:")[2]
+        assert f"sfda-tune {command}" in said.partition("For example:")[2]
         assert "--json" in said
         assert "<bool>" not in said
 
