@@ -55,7 +55,8 @@ def show_ranking(ranking: Ranking) -> None:
     rows = [dict(zip(headings, cells, strict=True)) for cells in ranking.cells()]
     rows = [dict.fromkeys(_SURE, "") | sure.get(row["backbone"], {}) | row for row in rows]
     for score, row in zip(ranking.scores, rows, strict=True):
-        row["note"] = row["note"] if score.error is None else "see below"
+        unseen = score.backbone in info.get("not_looked_at", ())
+        row["note"] = "not looked at" if unseen else "see below" if score.error else row["note"]
     columns = [c for c in columns if c not in _IF_ANY or any(row[c] for row in rows)]
     shown = _columns(columns, rows)
     for name in shown:
@@ -72,7 +73,9 @@ def show_ranking(ranking: Ranking) -> None:
     if hidden := [name for name in columns if name not in shown]:
         said = f"No room for: {', '.join(hidden)}; a wider terminal or --out shows them"
         say(messages, said, fold=True)
-    for line in _join_errors(ranking.failed):
+    unseen = info.get("not_looked_at", ())  # said below
+    failed = {name: error for name, error in ranking.failed.items() if name not in unseen}
+    for line in _join_errors(failed):
         say(output, line)
     for line in recommend(ranking, odds):
         say(output, line, fold=True)

@@ -340,9 +340,13 @@ def rank(
             interrupted = True
             run.scores = run.finished()
         report = None if demand is None else demand.report()
-    unseen = [backbone.name for backbone in candidates if backbone.name not in run.scores]
+    specs = {b.name: b.spec for b in candidates if b.name not in run.scores}
+    unseen = list(specs)
     why = "interrupted" if interrupted else f"the {seconds or 0:g} s were over"
-    run.scores |= {name: Score(name, error=f"not looked at: {why}") for name in unseen}
+    run.scores |= {
+        name: Score(name, error=f"not looked at: {why}", details={"spec": spec})
+        for name, spec in specs.items()
+    }
     run.seconds["total"] = time.perf_counter() - started
     if run.unreadable:
         names = [images.item_name(row) for row in sorted(run.unreadable)]

@@ -90,7 +90,11 @@ def propose_search(ranking: Ranking, **typed: Any) -> tuple[str, str]:
 
     `typed` are options as they were typed, where the ranking keeps absolute paths.
     """
-    first = _specs(ranking, ranking.shortlist(3)) if ranking else []
+    unseen = ranking.info.get("not_looked_at") or ()
+    seen = (
+        [name for name in ranking.shortlist(len(ranking)) if name not in unseen] if ranking else []
+    )
+    first = _specs(ranking, seen[:3])
     if not first:
         return "", ""
     options, _ = _rank_options(ranking)

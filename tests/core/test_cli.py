@@ -518,6 +518,14 @@ def test_interrupted_it_shows_and_writes_what_is_finished(
     assert "1 of 2 was not looked at: slow" in out.read_text()
 
 
+def test_what_there_was_no_time_for_has_not_failed(cli_here):
+    words = ["rank", "digits", "-b", "demo:resnet_*", "--no-cache", "--budget", "0.0001", "-q"]
+    out, err = cli_here(*words, code=1, both=True)
+    assert "failed" not in out
+    assert out.count("not looked at") == 3  # in each row, and once in words
+    assert "there was no time to look at any; give a larger --budget." in err
+
+
 def test_nohup_stays(cli_here):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -765,5 +773,5 @@ def test_the_command_ranks_on_several_labels(cli_here, tmp_path):
     assert "40 images: 0 forward" in cli_here(*words, "--dry-run")
     assert "40 images, 2 labels" in cli_here("rank", "--config", tmp_path / "r.config.yaml")
     cli_here("report", tmp_path / "r.json")
-    page = (tmp_path / "r.html").read_text("utf-8").replace("<wbr>", "")
+    page = re.sub("<wbr>|<.?span>", "", (tmp_path / "r.html").read_text("utf-8"))
     assert "--label-delimiter &#39;;&#39;" in page

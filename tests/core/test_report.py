@@ -792,6 +792,12 @@ def test_its_commands_run_as_they_stand(ranked, tmp_path, capsys):
         "sfda-tune search t.csv --backbones demo:vit_glyphs --label-column what --group-column "
         "patient --split-column part --out run",
     )]  # fmt: skip
+    scores = [Score("demo:vit_glyphs", 0.5), Score("demo:resnet_glyphs", 0.4)]
+    info = {"arguments": {"dataset": "t.csv"}, "not_looked_at": ["demo:vit_glyphs"]}
+    assert (
+        "--backbones demo:resnet_glyphs --out"
+        in find_next(Run(Ranking(scores, "x", info=info)))[0][1]
+    )
     given["only_python"] = ["groups"]
     assert "(add its groups, from Python)" in find_next(Run(grouped))[0][0]
     tied = Ranking([Score("demo:vit_glyphs", 0.5), Score("demo:resnet_glyphs", 0.5)], "sfda (loo)",
