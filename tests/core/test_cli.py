@@ -24,7 +24,7 @@ from rich.console import Console
 import sfda_tune
 from sfda_tune import Ranking, __version__
 from sfda_tune.cli import main as commands
-from sfda_tune.cli import terminal
+from sfda_tune.cli import reports, terminal
 from sfda_tune.cli.options import spread_lists
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values import ranking as values_ranking
@@ -337,6 +337,22 @@ def test_a_narrow_terminal_keeps_names_and_scores(ranking, monkeypatch, capsys, 
     assert "No room for: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_narrow_terminal_cuts_no_number_of_backbones(cli_here, monkeypatch, columns):
+    told = StringIO()
+    monkeypatch.setattr(terminal, "output", Console(file=told, width=columns, force_terminal=True))
+    monkeypatch.setattr(reports, "output", terminal.output)
+    long = "mobilenetv4_conv_medium.e250_r384_in12k_ft_in1k"
+    _, err = cli_here("backbones", "resnet18.a1_in1k", long, both=True)
+    table = re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue())
+    assert max(map(len, table.splitlines())) <= columns
+    for number in ("11.2M", "71.5", "8.43M", "82.8"):
+        assert f" {number} │" in table
+    assert ("44.7" in table) is (columns == 80)
+    assert table.count("…") == (columns == 60)  # in the middle of the long name
+    assert "a wider terminal or --json shows them" in err
+
+
 def test_the_width_is_that_of_the_terminal(forked, photos, toy_zoo, tmp_path, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     ours, theirs = pty.openpty()
@@ -424,6 +440,8 @@ def test_unreadable_images_are_named_in_a_warning(cli_here, photos, toy_zoo, tmp
 def test_evaluate(cli_here, tmp_path):
     scores, truth = tmp_path / "scores.json", tmp_path / "truth.csv"
     scores.write_text('{"a": 0.9, "b": 0.5, "c": 0.1, "d": 0.2}')
+    truth.write_text("model,accuracy\na,0.9\nb,0.8\n")
+    assert "nan" not in cli_here("evaluate", scores, truth)  # too few for most figures
     truth.write_text("backbone,accuracy\na,0.8\nb,0.7\nc,0.5\nd,0.6\n")
     out = cli_here("evaluate", scores, truth)
     assert re.search(r"weighted_tau\s+1\.0", out)
