@@ -126,6 +126,7 @@ def render(run: Run) -> str:
     command, lacking = repeat(run)
     evidence = judge_images(ranking)
     rows, dataset = _rows(run), _describe_dataset(run, evidence)
+    unseen = ranking.info.get("not_looked_at") or ()
     shown = [h["image"] for h in dataset["hard"]], [h["item"] for h in run.hardest]
     return env.get_template("report.html.j2").render(
         run=run,
@@ -137,6 +138,7 @@ def render(run: Run) -> str:
         diagnostics=_diagnostics(run, sure),
         rows=rows,
         licenses=sorted({r["license"] for r in rows if r["license"]}),
+        failed={n: e for n, e in ranking.failed.items() if n not in unseen},
         ranked="forecast" if is_forecast(ranking) else "score",
         tradeoffs=_tradeoffs(run),
         evidence=evidence,

@@ -713,8 +713,18 @@ def test_no_temperature_is_advised_that_makes_it_worse(searched, tmp_path):
     c |= {"temperature": 0.05, "log_loss_before": 0.04, "log_loss_after": 0.33}
     (folder / "search.json").write_text(json.dumps(state))
     text = check(write_report(folder).read_text("utf-8")).text
-    assert "the temperature makes it worse: take the probabilities as they are" in text
+    assert "the temperature makes the log-loss worse: take the probabilities as they are" in text
     assert "divide its logits" not in text
+
+
+def test_what_was_not_looked_at_is_no_failure(tmp_path):
+    scores = [Score(name, error="not looked at: interrupted") for name in ("a", "b")]
+    for info, said in (({"not_looked_at": ["a", "b"]}, "was looked at"), ({}, "could be scored")):
+        Ranking(scores, "knn", info=info).to_json(tmp_path / "r.json")
+        text = check(write_report(tmp_path / "r.json").read_text("utf-8")).text
+        assert f"There is no winner yet: no backbone {said}." in text
+        assert ("Backbones that failed" in text) is (not info)
+        assert ("could not be scored" in text) is (not info)
 
 
 def test_only_names_are_broken_and_commands_between_words(searched, ranked, tmp_path):
