@@ -61,6 +61,14 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
             f"best of these {len(odds.names)}: with probability {best:.2f} also on other images."
         )
         lines += _expect(ranking, first)
+    elif (
+        odds is None and len(names := [name for name in ranking if name not in ranking.failed]) > 1
+    ):
+        lines.append(
+            f"By {ranking.metric or 'this score'}, before any training, {printable(names[0])} is "
+            f"the best of these {len(names)}; how sure that is cannot be told."
+        )
+        lines += _expect(ranking, names[0])
     lines += _name_bad_labels(ranking)
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]

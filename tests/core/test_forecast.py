@@ -406,4 +406,8 @@ def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
     assert "epoch" not in advise("head", 100)
     said = advise(None, 100)  # ranked by a score alone
     assert said.startswith("By sfda (loo), before any training, a is the best of these 6: with")
+    unsure = Ranking([Score("a", 0.9), Score("b", 0.5)], "knn + sfda")
+    assert recommend(unsure, find_odds(unsure))[0].endswith(
+        "a is the best of these 2; how sure that is cannot be told."
+    )
     assert "An epoch over these 100 images takes about 5 s here." in said

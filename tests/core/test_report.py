@@ -345,7 +345,7 @@ def interrupted(folder, search):
     search["trials"][1] |= {"state": "running", "value": None, "seconds": None}
     search |= {"status": "interrupted", "seconds": {"total": 2.0}}
     (folder / "config.json").unlink()
-    return "The search is not done (state: interrupted)", "running"
+    return "The search is not done (state: interrupted)", "running", "The best so far"
 
 
 def all_failed(folder, search):
