@@ -288,7 +288,9 @@ def rank(
         line, _ = propose_search(ranking, **{"dataset": dataset, "import": imports})
         say(messages, f"Next: {line}")
     if len(ranking.failed) == len(ranking):
-        fail("no backbone could be ranked; each one's error stands below the table.")
+        unseen = len(ranking.info.get("not_looked_at", ())) == len(ranking)
+        why = "there was no time to look at any; give a larger --budget."
+        fail(why if unseen else "no backbone could be ranked; their errors stand below the table.")
 
 
 def _ray(address: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,16 +16,19 @@ from sfda_tune.cli.options import AsJson, Debug, Imports
 from sfda_tune.cli.terminal import (
     check_out,
     fail,
+    fit_columns,
     messages,
     output,
     print_json,
     print_table,
+    say_hidden,
     split_commas,
 )
 from sfda_tune.pipelines.terminal import say, text
 from sfda_tune.values.files import check_folder
 from sfda_tune.values.text import format_count
 
+COLUMNS = ("backbone", "params", "MB", "width", "input", "top-1", "GMACs")
 SORTS = ("imagenet", "gmacs", "params", "width", "input")
 
 
@@ -60,9 +65,6 @@ def list_backbones(
         fail(f"--sort must be name, {', '.join(SORTS)} but is {sort!r}.")
     found = resolve_backbones(split_commas(patterns), plugins=imports or ())
     facts = look_up_facts(backbone.spec for backbone in found)
-    table = Table()
-    for name in ("backbone", "params", "MB", "width", "input", "top-1", "GMACs"):
-        table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
     rows: list[tuple[float, dict[str, Any]]] = []
     failures, size = 0, 0.0
     for backbone in track(found, "reading", console=messages, transient=True):
@@ -85,9 +87,15 @@ def list_backbones(
     if as_json:
         print_json([row for _, row in rows])
     else:
-        for _, row in rows:
-            table.add_row(*map(text, _cells(row)))
+        cells = [dict(zip_longest(COLUMNS, _cells(row), fillvalue="")) for _, row in rows]
+        shown = fit_columns([*COLUMNS], cells, ["width", "input", "GMACs", "MB"], 48)
+        table = Table()
+        for name in shown:
+            table.add_column(name, justify="left" if name == "backbone" else "right", no_wrap=True)
+        for row in cells:
+            table.add_row(*(text(row[name]) for name in shown))
         print_table(table)
+        say_hidden([*COLUMNS], shown, "--json")
     say(messages, f"{len(found) - failures} backbones, {size:,.0f} MB in all")
     if failures == len(found):
         raise typer.Exit(1)
@@ -153,7 +161,8 @@ def evaluate_scores(
         return
     said = "" if nested else f"{result.describe()}\n\n"
     for line in f"{said}{result!r}".splitlines():
-        say(output, line)
+        if not re.search(r"\bnan$", line):  # too few backbones for it
+            say(output, line)
 
 
 def compare_rankings(

@@ -56,24 +56,29 @@ def show_ranking(ranking: Ranking) -> None:
     rows = [dict(zip(headings, cells, strict=True)) for cells in ranking.cells()]
     rows = [dict.fromkeys(_SURE, "") | sure.get(row["backbone"], {}) | row for row in rows]
     for score, row in zip(ranking.scores, rows, strict=True):
-        row["note"] = row["note"] if score.error is None else "see below"
+        unseen = score.backbone in info.get("not_looked_at", ())
+        row["note"] = "not looked at" if unseen else "see below" if score.error else row["note"]
     columns = [c for c in columns if c not in _IF_ANY or any(row[c] for row in rows)]
-    shown = _columns(columns, rows)
+    spare = ["because of", "images/s", "params", "width", "score", "group", "90% ranks"]
+    spare += ["90% interval", "P(best)"]
+    if "forecast" not in columns:  # the score is what it is ranked by
+        spare.remove("score")
+    if {row["note"] for row in rows} <= {"", "cached"}:
+        spare.insert(1, "note")
+    shown = fit_columns(columns, rows, spare)
     for name in shown:
         if name == "backbone":
             table.add_column(name, overflow="fold", min_width=12)
         else:
             left = name in ("because of", "note")
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
-    room = _room(shown, rows)
     for row in rows:
-        row["backbone"] = _shorten(row["backbone"], room)
         table.add_row(*(text(row[name]) for name in shown))
     print_table(table)
-    if hidden := [name for name in columns if name not in shown]:
-        said = f"No room for: {', '.join(hidden)}; a wider terminal or --out shows them"
-        say(messages, said, fold=True)
-    for line in _join_errors(ranking.failed):
+    say_hidden(columns, shown, "--out")
+    unseen = info.get("not_looked_at", ())  # said below
+    failed = {name: error for name, error in ranking.failed.items() if name not in unseen}
+    for line in _join_errors(failed):
         say(output, line)
     for line in recommend(ranking, odds):
         say(output, line, fold=True)
@@ -223,30 +228,31 @@ def print_table(table: Table) -> None:
         Terminal(width=wide.measure(table).maximum).print(table)
 
 
-def _room(shown: list[str], rows: list[dict[str, str]]) -> int:
-    """Return how many characters of a name there is room for."""
-    if not output.is_terminal:
-        return 10_000
-    others = sum(max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown if c != "backbone")
-    return max(12, output.width - others - 4)
+def fit_columns(
+    columns: list[str], rows: list[dict[str, str]], spare: list[str], name: int = NAME
+) -> list[str]:
+    """Return the columns that a terminal has room for, without the first of `spare`.
 
-
-def _columns(columns: list[str], rows: list[dict[str, str]]) -> list[str]:
-    """Leave out the less important columns where the terminal is too narrow for all."""
+    Names of backbones, of which the first `name` characters have room, are then cut to it.
+    """
     shown = list(columns)
     room = output.width if output.is_terminal else 10_000
     wide = {c: max(len(c), *(len(r[c]) for r in rows)) + 3 for c in shown}
-    wide["backbone"] = min(wide["backbone"], NAME + 3)  # the rest of a long name goes first
-    spare = ["because of", "images/s", "params", "width", "score", "group", "90% ranks"]
-    spare += ["90% interval", "P(best)"]
-    if "forecast" not in shown:  # the score is what it is ranked by
-        spare.remove("score")
-    if {row.get("note") for row in rows} <= {"", None, "cached"}:
-        spare.insert(1, "note")
-    for name in spare:
-        if name in shown and sum(wide[c] for c in shown) + 1 > room and len(shown) > 3:
-            shown.remove(name)
+    full, wide["backbone"] = wide["backbone"], min(wide["backbone"], name + 3)
+    for column in spare:
+        if column in shown and sum(wide[c] for c in shown) + 1 > room and len(shown) > 3:
+            shown.remove(column)
+    left = room - 1 - sum(wide[c] for c in shown if c != "backbone")
+    for row in rows:
+        row["backbone"] = _shorten(row["backbone"], max(12, min(full, left) - 3))
     return shown
+
+
+def say_hidden(columns: list[str], shown: list[str], option: str) -> None:
+    """Say which columns there was no room for, and where they are."""
+    if hidden := [name for name in columns if name not in shown]:
+        said = f"No room for: {', '.join(hidden)}; a wider terminal or {option} shows them"
+        say(messages, said, fold=True)
 
 
 def _shorten(name: str, room: int) -> str:

@@ -305,7 +305,7 @@ _CARD = """\
 ---
 {{ front }}
 ---
-# {{ backbone }}, fine-tuned on {{ dataset }}
+# {{ backbone }}, {{ how }} {{ dataset }}
 
 {% if classes %}
 {{ classes | length }} {{ kind }}: {{ classes[:20] | join(", ") }}
@@ -393,6 +393,7 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
     return env.from_string(_CARD).render(
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         backbone=best["backbone"],
+        how="with a linear probe of" if best.get("epochs") == 0 else "fine-tuned on",
         dataset=found.summary["dataset"],
         classes=model.classes,
         kind=_KINDS.get(model.task.name, "classes"),

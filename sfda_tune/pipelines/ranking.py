@@ -352,9 +352,13 @@ def rank(
             interrupted = True
             run.scores = run.finished()
         report = None if demand is None else demand.report()
-    unseen = [backbone.name for backbone in candidates if backbone.name not in run.scores]
+    specs = {b.name: b.spec for b in candidates if b.name not in run.scores}
+    unseen = list(specs)
     why = "interrupted" if interrupted else f"the {seconds or 0:g} s were over"
-    run.scores |= {name: Score(name, error=f"not looked at: {why}") for name in unseen}
+    run.scores |= {
+        name: Score(name, error=f"not looked at: {why}", details={"spec": spec})
+        for name, spec in specs.items()
+    }
     run.seconds["total"] = time.perf_counter() - started
     if run.unreadable:
         names = [images.item_name(row) for row in sorted(run.unreadable)]
@@ -424,22 +428,26 @@ def _record_arguments(dataset: Any, **options: Any) -> dict[str, Any]:
     if isinstance(dataset, str | os.PathLike) and dataset != "digits":
         here = os.path.exists(path := absolute(dataset))
         found["dataset"] = path if here else os.fspath(dataset)
-    plain = {k: v for k, v in found.items() if isinstance(v, str | numbers.Real | list)}
+    plain = {k: v for k, v in found.items() if _is_plain(v)}
     if str(plain.get("groups", "")).startswith("<"):  # what `describe_options` calls an object
         del plain["groups"]
     unknown = [k for k in found if k not in plain]
     return plain | ({"only_python": unknown} if unknown else {})
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str | numbers.Real)
+
+
 def _name_backbones(backbones: Any) -> Any:
-    """Return the specs as they were given, if they are text."""
-    if isinstance(backbones, str | os.PathLike):
-        return [os.fspath(backbones)]
-    if isinstance(backbones, list | tuple) and all(
-        isinstance(b, str | os.PathLike) for b in backbones
-    ):
-        return [os.fspath(b) for b in backbones]
-    return backbones
+    """Return the specs as they were given, if they are text or stand for one."""
+    given = [backbones] if isinstance(backbones, str | os.PathLike | Backbone) else backbones
+    if not isinstance(given, list | tuple):
+        return backbones
+    specs = [b.spec or b if isinstance(b, Backbone) else b for b in given]
+    return [os.fspath(s) if isinstance(s, str | os.PathLike) else s for s in specs]
 
 
 def name_hard_images(

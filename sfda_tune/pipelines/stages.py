@@ -121,8 +121,8 @@ def _begin(config: SearchConfig, folder: RunFolder, budget: Budget) -> Inputs:
     def check() -> None:
         if budget.now() > end:
             raise ValueError(
-                "the images could not be read, nor anything be ranked, within the part "
-                f"{RANK_SHARE:g} of the time{budget.hint}"
+                "the images could not be read within the time that a ranking may take, "
+                f"{100 * RANK_SHARE:g} % of the budget{budget.hint}"
             )
 
     inputs = open_inputs(config, folder.splits, check)

@@ -51,7 +51,9 @@ def repeat(run: Run) -> tuple[str, str]:
         and not dataset.startswith(("hf:", "hf-stream:"))
         and not os.path.isabs(dataset)
     ):
-        notes.append("To be run where the search was begun, for its data set is named from there.")
+        notes.append(
+            "Run it in the folder where the search was started, from where its images are found:"
+        )
     return hidden, " ".join(notes)
 
 
@@ -89,12 +91,16 @@ def propose_search(ranking: Ranking, **typed: Any) -> tuple[str, str]:
 
     `typed` are options as they were typed, where the ranking keeps absolute paths.
     """
-    first = _specs(ranking, ranking.shortlist(3)) if ranking else []
+    unseen = ranking.info.get("not_looked_at") or ()
+    seen = (
+        [name for name in ranking.shortlist(len(ranking)) if name not in unseen] if ranking else []
+    )
+    first = _specs(ranking, seen[:3])
     if not first:
         return "", ""
     options, _ = _rank_options(ranking)
     options = {k: options[k] for k in _SHARED if k in options} | typed | {"out": "run"}
-    unsaid = {"dataset", "groups"} & {
+    unsaid = {"backbones", "dataset", "groups"} & {
         *(ranking.info.get("arguments") or {}).get("only_python", ())
     }
     lacking = f" (add its {' and '.join(sorted(unsaid))}, from Python)" if unsaid else ""
@@ -128,7 +134,7 @@ def _rank_options(ranking: Ranking) -> tuple[dict[str, Any], str]:
     options.setdefault("dataset", info.get("dataset") or "DATASET")
     if not (is_forecast(ranking) or {"metric", "variant"} & {*given, *lacking}):
         options |= told  # the score behind a forecast
-    words = f"In Python alone, for its {' and '.join(lacking)} came from there." if lacking else ""
+    words = f"Only from Python, which gave its {' and '.join(lacking)}:" if lacking else ""
     return options, words
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from sfda_tune.selection.tables import listed
 from sfda_tune.selection.uncertainty import Confidence
 from sfda_tune.values.files import write_text
 from sfda_tune.values.metrics import call
-from sfda_tune.values.text import describe_images, format_duration, printable
+from sfda_tune.values.text import capitalize, describe_images, format_duration, printable
 
 __all__ = ["render", "save_plots", "write_report"]
 
@@ -49,6 +50,7 @@ THEMES = {  # the first five for text, the others for marks
     "dark": "#15181c #20252b #e8eaed #a8b0b8 #7cc4f0 #56B4E9 #CC79A7 #E69F00 #8d969e #2ec79b",
 }
 MOST_MARKS = 500  # of test images
+PHONE = 270  # pixels that a chart is wide on a phone
 MANY = 60  # marks, of which only those on the front have room for a number
 COSTS = (  # name, words, whether more is better
     ("images_per_second", "images per second", True),
@@ -124,7 +126,9 @@ def render(run: Run) -> str:
     ranking, sure = run.ranking, find_odds(run.ranking)
     command, lacking = repeat(run)
     evidence = judge_images(ranking)
-    rows = _rows(run)
+    rows, dataset = _rows(run), _describe_dataset(run, evidence)
+    unseen = ranking.info.get("not_looked_at") or ()
+    shown = [h["image"] for h in dataset["hard"]], [h["item"] for h in run.hardest]
     return env.get_template("report.html.j2").render(
         run=run,
         search=run.search or {},
@@ -135,12 +139,14 @@ def render(run: Run) -> str:
         diagnostics=_diagnostics(run, sure),
         rows=rows,
         licenses=sorted({r["license"] for r in rows if r["license"]}),
+        failed={n: e for n, e in ranking.failed.items() if n not in unseen},
         ranked="forecast" if is_forecast(ranking) else "score",
         tradeoffs=_tradeoffs(run),
         evidence=evidence,
         classes=judge_classes(evidence) if evidence else [],
         labels=judge_labels(ranking),
-        dataset=_describe_dataset(run, evidence),
+        dataset=dataset,
+        short=_without_folder(shown[0]) | _without_folder(shown[1]),
         course=_course(run),
         calibration=_calibration(run),
         test=None if run.of_numbers or run.of_labels else _test(run),
@@ -228,16 +234,13 @@ def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str, str]
         text = f"The search is not done (state: {search.get('status')}); run it again to go on."
         found.append(("warning", text, repeat(run)[0]))
     for note in search.get("notes") or ():
-        found.append(("warning", f"{note[:1].upper()}{note[1:]}.", ""))
+        found.append(("warning", f"{capitalize(note)}.", ""))
     if search.get("decision"):
-        found.append(("note", str(search["decision"]), ""))
+        found.append(("note", f"{capitalize(str(search['decision']))}.", ""))
     if sure is None and len(ranking) > len(ranking.failed):
         text = "How certain the order is cannot be told: the scores are no means over images."
         found.append(("note", text, ""))
-    found += [
-        (d.severity, d.message[:1].upper() + d.message[1:], settle(run, d.kind))
-        for d in diagnose(ranking)
-    ]
+    found += [(d.severity, capitalize(d.message), settle(run, d.kind)) for d in diagnose(ranking)]
     if warning := _calibrate(run).warning:
         found.append(("warning", f"{warning}.", ""))
     for name, why in (search.get("excluded") or {}).items():
@@ -325,13 +328,14 @@ def _tradeoffs(run: Run) -> list[dict[str, Any]]:
         kind = dict.fromkeys(costs, "complete") | dict.fromkeys(front, "front")
         many = len(costs) > MANY
         first = front if many else sorted(costs, key=lambda n: (kind[n] != "front", rank[n]))
-        numbers = place_labels([(*at[n], str(rank[n])) for n in first])
+        places = [(*at[n], str(rank[n])) for n in first]
+        numbers = place_labels(places)
         label_of = dict(zip(first, numbers, strict=True))
         drawn = sorted(costs, key=lambda n: kind[n] == "front")  # the front over the others
         marks = [(*at[n], kind[n], label_of.get(n, ""), text[n]) for n in drawn]
         lines = make_lines([at[n] for n in front], "front")
         about = {"cost": label, "more": more, "marks": marks, "lines": lines}
-        about["many"] = many
+        about |= {"many": many, "roomy": {*numbers} - {*place_labels(places, width=PHONE)}}
         if costs:
             charts.append({"x": x, "y": y, "names": [(rank[n], text[n]) for n in front]} | about)
     return charts
@@ -540,11 +544,25 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
+def _without_folder(names: Iterable[str]) -> dict[str, str]:
+    """Return what is left of the paths of images without the folder that all are in.
+
+    >>> _without_folder(["/data/a/../b/1.jpg", "/data/c/2.jpg"])
+    {'/data/a/../b/1.jpg': 'b/1.jpg', '/data/c/2.jpg': 'c/2.jpg'}
+    """
+    paths = {name: os.path.normpath(name) for name in names}
+    if not paths or not all(map(os.path.isabs, paths.values())):
+        return {name: name for name in paths}
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths.values()])
+    return {name: os.path.relpath(path, folder) for name, path in paths.items()}
+
+
 def _soften(name: Any) -> Any:
     """Let a long name go on in the next line after its punctuation, rather than inside a word."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"(?<=[._:/-])(?=\w)", "<wbr>", str(escape(printable(name)))))
+    place = r"(?<=[._:/-])(?!(?<=\.)\d)(?=\w)"  # but in 0.99
+    return Markup(re.sub(place, "<wbr>", str(escape(printable(name)))))
 
 
 def _probability(value: float) -> str:

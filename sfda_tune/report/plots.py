@@ -226,7 +226,7 @@ def plot_confusion(
         for i, j in np.argwhere(counts):
             colour = "white" if share[i, j] > 0.5 else "black"
             ax.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, size="small")
-    ax.set(xlabel="predicted class", ylabel="label", title="Confusion matrix: images")
+    ax.set(xlabel="predicted class", ylabel="label", title="Confusion matrix, in test images")
     return ax
 
 
@@ -246,7 +246,11 @@ def plot_predictions(
     if len(labels):
         ends = [f([*labels, *predicted]) for f in (min, max)]
         ax.plot(ends, ends, "--", color=OKABE_ITO["vermillion"])
-    ax.set(xlabel="true number", ylabel="predicted number", title="Predictions: images")
+    ax.set(
+        xlabel="true number",
+        ylabel="predicted number",
+        title="Predicted against true, test images",
+    )
     return ax
 
 

@@ -36,14 +36,24 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
     'Any of them may be the best after fine-tuning.'
     """
     lines, trained = [], is_forecast(ranking)
+    unseen = ranking.info.get("not_looked_at") or ()
     if odds is not None and trained and len(odds.names) > 1:
         first, best = str(odds.names[0]), list(odds.best.values())
-        lines.append(
-            f"{FIRST[ranking.info['train']]} {printable(first)} first: of these {len(best)} it "
-            f"will be the best with probability {best[0]:.2f}"
-            + (f", and one of the first three with {sum(best[:3]):.2f}." if best[3:] else ".")
-        )
-        lines += _expect(ranking, first) + _say_what_helps(ranking, first)
+        seen = [str(name) for name in odds.names if name not in unseen]
+        doubt = ""
+        if unseen and seen and (first in unseen or best[0] < max(best)):
+            doubt = "too little is known of the others"
+            if first in unseen:
+                doubt = f"by what is known of it, {printable(first)} may be better"
+            first = seen[0]
+        line = f"{FIRST[ranking.info['train']]} {printable(first)} first: "
+        if doubt:
+            line += f"it is the best of the {len(seen)} that were looked at; {doubt}."
+        else:
+            line += f"of these {len(best)} it will be the best with probability {best[0]:.2f}"
+            line += f", and one of the first three with {sum(best[:3]):.2f}." if best[3:] else "."
+        lines.append(line)
+        lines += _expect(ranking, first) + ([] if unseen else _say_what_helps(ranking, first))
     elif odds is not None and len(odds.names) > 1:
         first, best = str(odds.names[0]), next(iter(odds.best.values()))
         lines.append(
@@ -51,6 +61,14 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
             f"best of these {len(odds.names)}: with probability {best:.2f} also on other images."
         )
         lines += _expect(ranking, first)
+    elif (
+        odds is None and len(names := [name for name in ranking if name not in ranking.failed]) > 1
+    ):
+        lines.append(
+            f"By {ranking.metric or 'this score'}, before any training, {printable(names[0])} is "
+            f"the best of these {len(names)}; how sure that is cannot be told."
+        )
+        lines += _expect(ranking, names[0])
     lines += _name_bad_labels(ranking)
     if odds is not None:
         names = [printable(str(name)) for name in shortlist(odds)]
@@ -66,7 +84,7 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
                 "Those that share a letter (column group) are not told apart by these images; "
                 "more images tell them apart, or trials."
             )
-    if unseen := ranking.info.get("not_looked_at"):
+    if unseen:
         were = "was" if len(unseen) == 1 else "were"
         lines.append(
             f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen)}; the same "
@@ -111,8 +129,9 @@ def _cost(ranking: Ranking, first: str) -> list[str]:
     n, pace = (_number(details.get(key)) for key in ("n_samples", "images_per_second"))
     if not n or not pace or ranking.info.get("train") == "head":
         return []
-    spent = format_duration(PASSES * n / pace)
-    return [f"An epoch over these {n:.0f} images takes about {spent} here."]
+    seconds = PASSES * n / pace
+    spent = f"about {format_duration(seconds)}" if seconds >= 1 else "less than a second"
+    return [f"An epoch over these {n:.0f} images takes {spent} here."]
 
 
 def _expect_numbers(ranking: Ranking, first: str) -> list[str]:

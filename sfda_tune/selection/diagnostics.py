@@ -137,13 +137,15 @@ def _unjudged(ranking: Ranking, scores: Sequence[Score]) -> _Found:
 
 
 def _failed(ranking: Ranking) -> _Found:
-    if not ranking.failed:
+    unseen = ranking.info.get("not_looked_at") or ()
+    failed = {name: error for name, error in ranking.failed.items() if name not in unseen}
+    if not failed:
         return None
-    name, error = next(iter(ranking.failed.items()))
+    name, error = next(iter(failed.items()))
     return (
         "warning",
-        f"{len(ranking.failed)} of {_count(len(ranking), 'backbone', 'backbones')} could not be "
-        f"scored ({some(ranking.failed)}; {name}: {error}); the best may be among them, so fix "
+        f"{len(failed)} of {_count(len(ranking), 'backbone', 'backbones')} could not be "
+        f"scored ({some(failed)}; {name}: {error}); the best may be among them, so fix "
         "or drop them and rank again.",
     )
 

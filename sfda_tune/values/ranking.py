@@ -365,7 +365,7 @@ def _cells(r: Mapping[str, Any]) -> tuple[str, ...]:
         "–" if r["rank"] is None else str(r["rank"]),
         printable(r["backbone"]),
         "" if r["forecast"] is None else f"{r['forecast']:+.2f}",
-        "failed" if r["rank"] is None else "" if r["score"] is None else f"{r['score']:.4f}",
+        _name_failure(r) if r["score"] is None else f"{r['score']:.4f}",
         " to ".join(ends),
         "" if low is None else f"{low}" if low == high else f"{low}–{high}",
         "" if r["p_best"] is None else f"{r['p_best']:.2f}",
@@ -376,6 +376,11 @@ def _cells(r: Mapping[str, Any]) -> tuple[str, ...]:
         printable(r["why"] or ""),
         printable(r["note"]),
     )
+
+
+def _name_failure(r: Mapping[str, Any]) -> str:
+    unseen = r["note"].startswith("not looked at")
+    return "" if unseen or r["rank"] is not None else "failed"
 
 
 def _plain(value: Any) -> Any:

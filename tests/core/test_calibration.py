@@ -52,6 +52,8 @@ def test_the_calibration_error_by_its_definition():
 def test_certainty_and_many_images_are_no_trouble():
     p = np.eye(3)[[0, 1, 2, 0]]
     assert np.isfinite(fit_temperature(np.array([0, 1, 2, 1]), p))
+    all_right = np.array([[0.8, 0.2], [0.4, 0.6]])
+    assert fit_temperature(np.array([0, 1]), all_right) == 1  # of which 1/20 would be the best
     assert calibration_error(np.array([0, 1, 2, 0]), p)[0] == 0.0
     labels, p = classifier(2.0, n=500_000)  # every second is taken
     assert fit_temperature(labels, p) == pytest.approx(2.0, rel=0.02)

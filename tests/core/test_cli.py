@@ -24,7 +24,7 @@ from rich.console import Console
 import sfda_tune
 from sfda_tune import Ranking, __version__
 from sfda_tune.cli import main as commands
-from sfda_tune.cli import terminal
+from sfda_tune.cli import reports, terminal
 from sfda_tune.cli.options import spread_lists
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.values import ranking as values_ranking
@@ -337,6 +337,22 @@ def test_a_narrow_terminal_keeps_names_and_scores(ranking, monkeypatch, capsys, 
     assert "No room for: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_narrow_terminal_cuts_no_number_of_backbones(cli_here, monkeypatch, columns):
+    told = StringIO()
+    monkeypatch.setattr(terminal, "output", Console(file=told, width=columns, force_terminal=True))
+    monkeypatch.setattr(reports, "output", terminal.output)
+    long = "mobilenetv4_conv_medium.e250_r384_in12k_ft_in1k"
+    _, err = cli_here("backbones", "resnet18.a1_in1k", long, both=True)
+    table = re.sub(r"\x1b\[[0-9;]*m", "", told.getvalue())
+    assert max(map(len, table.splitlines())) <= columns
+    for number in ("11.2M", "71.5", "8.43M", "82.8"):
+        assert f" {number} │" in table
+    assert ("44.7" in table) is (columns == 80)
+    assert table.count("…") == (columns == 60)  # in the middle of the long name
+    assert "a wider terminal or --json shows them" in err
+
+
 def test_the_width_is_that_of_the_terminal(forked, photos, toy_zoo, tmp_path, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     ours, theirs = pty.openpty()
@@ -424,6 +440,8 @@ def test_unreadable_images_are_named_in_a_warning(cli_here, photos, toy_zoo, tmp
 def test_evaluate(cli_here, tmp_path):
     scores, truth = tmp_path / "scores.json", tmp_path / "truth.csv"
     scores.write_text('{"a": 0.9, "b": 0.5, "c": 0.1, "d": 0.2}')
+    truth.write_text("model,accuracy\na,0.9\nb,0.8\n")
+    assert "nan" not in cli_here("evaluate", scores, truth)  # too few for most figures
     truth.write_text("backbone,accuracy\na,0.8\nb,0.7\nc,0.5\nd,0.6\n")
     out = cli_here("evaluate", scores, truth)
     assert re.search(r"weighted_tau\s+1\.0", out)
@@ -516,6 +534,14 @@ def test_interrupted_it_shows_and_writes_what_is_finished(
     assert ranking.info["not_looked_at"] == ["slow"]
     assert ranking.records()[0]["score"] is not None
     assert "1 of 2 was not looked at: slow" in out.read_text()
+
+
+def test_what_there_was_no_time_for_has_not_failed(cli_here):
+    words = ["rank", "digits", "-b", "demo:resnet_*", "--no-cache", "--budget", "0.0001", "-q"]
+    out, err = cli_here(*words, code=1, both=True)
+    assert "failed" not in out
+    assert out.count("not looked at") == 3  # in each row, and once in words
+    assert "there was no time to look at any; give a larger --budget." in err
 
 
 def test_nohup_stays(cli_here):
@@ -668,21 +694,11 @@ def test_a_search_writes_its_options_without_secrets(tmp_path, monkeypatch):
 
 
 def test_every_help_has_an_example_and_every_result_a_document(cli_here):
-    names = [
-        "rank",
-        "search",
-        "predict",
-        "export",
-        "backbones",
-        "evaluate",
-        "compare",
-        "report",
-        "doctor",
-    ]
-    for words in (*([name] for name in names), ["cache", "show"], ["cache", "clear"]):
-        said = cli_here(*words, "--help")
+    commands = "rank, search, predict, export, backbones, evaluate, compare, report, doctor"
+    for command in f"{commands}, cache show, cache clear".split(", "):
+        said = cli_here(*command.split(), "--help")
         assert "For example:" in said
-        assert f"sfda-tune {' '.join(words)}" in said.partition("For example:")[2]
+        assert f"sfda-tune {command}" in said.partition("For example:")[2]
         assert "--json" in said
         assert "<bool>" not in said
 
@@ -775,5 +791,5 @@ def test_the_command_ranks_on_several_labels(cli_here, tmp_path):
     assert "40 images: 0 forward" in cli_here(*words, "--dry-run")
     assert "40 images, 2 labels" in cli_here("rank", "--config", tmp_path / "r.config.yaml")
     cli_here("report", tmp_path / "r.json")
-    page = (tmp_path / "r.html").read_text("utf-8").replace("<wbr>", "")
+    page = re.sub("<wbr>|<.?span>", "", (tmp_path / "r.html").read_text("utf-8"))
     assert "--label-delimiter &#39;;&#39;" in page

@@ -13,6 +13,7 @@ from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.cli.terminal import show_ranking
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.pipelines import ranking as pipeline
+from sfda_tune.selection.advice import recommend
 from sfda_tune.selection.calibration import estimate_errors
 from sfda_tune.selection.evaluation import weighted_tau
 from sfda_tune.selection.forecast import (
@@ -255,6 +256,10 @@ def test_what_was_not_looked_at_is_judged_by_what_is_known_of_it():
     found, f = order_by_forecast(cut), forecast(cut)
     assert set(f.names) == {*NAMES, *new}
     assert found.shortlist(1) == [new[0]]  # the largest, of the highest accuracy
+    said = recommend(found, find_odds(found))[0]
+    best = next(name for name in found if name in NAMES)
+    assert said.startswith(f"Fine-tune {best} first: it is the best of the 4 that were looked at;")
+    assert said.endswith(f"by what is known of it, {new[0]} may be better.")
     assert list(found.failed) == ["broken"]
     row = {r["backbone"]: r for r in found.records()}[new[0]]
     assert row["score"] is None
@@ -383,9 +388,6 @@ def test_sizes_are_counted_where_the_table_knows_most(monkeypatch):
 
 
 def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
-    from sfda_tune.selection.advice import recommend
-    from sfda_tune.selection.odds import find_odds
-
     def advise(train, n, images_per_second=60.0):
         rng = np.random.default_rng(0)
         about = {"accuracy": 0.8, "n_samples": n, "images_per_second": images_per_second}
@@ -404,4 +406,8 @@ def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
     assert "epoch" not in advise("head", 100)
     said = advise(None, 100)  # ranked by a score alone
     assert said.startswith("By sfda (loo), before any training, a is the best of these 6: with")
+    unsure = Ranking([Score("a", 0.9), Score("b", 0.5)], "knn + sfda")
+    assert recommend(unsure, find_odds(unsure))[0].endswith(
+        "a is the best of these 2; how sure that is cannot be told."
+    )
     assert "An epoch over these 100 images takes about 5 s here." in said

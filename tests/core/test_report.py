@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 from sklearn.linear_model import SGDClassifier
@@ -39,7 +40,7 @@ from sfda_tune.report.commands import find_next, repeat
 from sfda_tune.report.html import COLOURS, THEMES, render, save_plots, write_report
 from sfda_tune.report.run import Run, read_run
 from sfda_tune.selection.forecast import find_evidence
-from sfda_tune.values.features import Score
+from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -265,7 +266,7 @@ def test_a_ranking_alone_leaves_out_the_search(searched, tmp_path):
     first = next(iter(ranking))
     assert f"Fine-tune {first} first: of these 3 it will be the best with probability" in page.text
     assert "sfda-tune rank digits --backbones demo:" in page.text
-    assert "In Python alone, for its dataset came from there." in page.text
+    assert "Only from Python, which gave its dataset:" in page.text
     earlier = {k: v for k, v in ranking.info.items() if k != "arguments"}
     Ranking(ranking.scores, ranking.metric, ranking.labels, earlier).to_json(target)
     page = check(write_report(target).read_text(encoding="utf-8"))
@@ -344,7 +345,7 @@ def interrupted(folder, search):
     search["trials"][1] |= {"state": "running", "value": None, "seconds": None}
     search |= {"status": "interrupted", "seconds": {"total": 2.0}}
     (folder / "config.json").unlink()
-    return "The search is not done (state: interrupted)", "running"
+    return "The search is not done (state: interrupted)", "running", "The best so far"
 
 
 def all_failed(folder, search):
@@ -705,6 +706,35 @@ def test_by_keyboard(searched, tmp_path, browser):
     assert browser.ask(column) == ranked
 
 
+def test_no_temperature_is_advised_that_makes_it_worse(searched, tmp_path):
+    folder = shutil.copytree(searched, tmp_path / "run")
+    state = json.loads((folder / "search.json").read_text("utf-8"))
+    c = state["best"]["calibration"]
+    c |= {"temperature": 0.05, "log_loss_before": 0.04, "log_loss_after": 0.33}
+    (folder / "search.json").write_text(json.dumps(state))
+    text = check(write_report(folder).read_text("utf-8")).text
+    assert "the temperature makes the log-loss worse: take the probabilities as they are" in text
+    assert "divide its logits" not in text
+
+
+def test_what_was_not_looked_at_is_no_failure(tmp_path):
+    scores = [Score(name, error="not looked at: interrupted") for name in ("a", "b")]
+    for info, said in (({"not_looked_at": ["a", "b"]}, "was looked at"), ({}, "could be scored")):
+        Ranking(scores, "knn", info=info).to_json(tmp_path / "r.json")
+        text = check(write_report(tmp_path / "r.json").read_text("utf-8")).text
+        assert f"There is no winner yet: no backbone {said}." in text
+        assert ("Backbones that failed" in text) is (not info)
+        assert ("could not be scored" in text) is (not info)
+
+
+def test_only_names_are_broken_and_commands_between_words(searched, ranked, tmp_path):
+    page = write_report(ranked[1], tmp_path / "r.html").read_text("utf-8")
+    assert "demo:<wbr>resnet" in page
+    assert not re.search(r"\d\.<wbr>\d", page)
+    command = re.findall(r"<code>(.*?)</code>", page)[-1]
+    assert "<span>--<wbr>backbones</span> <span>" in command
+
+
 # Of a ranking ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def ranked(tmp_path_factory):
@@ -730,6 +760,8 @@ def test_a_ranking_shows_its_classes_and_hardest_images(ranked, tmp_path):
     assert 3 <= doubtful <= 8
     assert f"Of {doubtful} images ({doubtful / 3:.1f}" in page.text
     assert "taken for digit <b>" in page.text
+    captions = [a["alt"] for a in page.all("img")]
+    assert all(re.fullmatch(r"Image digit <b>\d/\d+\.png, labelled .*", c) for c in captions)
     for name, value in ranking.items():
         assert f"{value:+.2f}" in page.text
         assert name in page.text
@@ -770,6 +802,12 @@ def test_its_commands_run_as_they_stand(ranked, tmp_path, capsys):
         "sfda-tune search t.csv --backbones demo:vit_glyphs --label-column what --group-column "
         "patient --split-column part --out run",
     )]  # fmt: skip
+    scores = [Score("demo:vit_glyphs", 0.5), Score("demo:resnet_glyphs", 0.4)]
+    info = {"arguments": {"dataset": "t.csv"}, "not_looked_at": ["demo:vit_glyphs"]}
+    assert (
+        "--backbones demo:resnet_glyphs --out"
+        in find_next(Run(Ranking(scores, "x", info=info)))[0][1]
+    )
     given["only_python"] = ["groups"]
     assert "(add its groups, from Python)" in find_next(Run(grouped))[0][0]
     tied = Ranking([Score("demo:vit_glyphs", 0.5), Score("demo:resnet_glyphs", 0.5)], "sfda (loo)",
@@ -780,6 +818,49 @@ def test_its_commands_run_as_they_stand(ranked, tmp_path, capsys):
     assert page.text.count("The command that settles it") == 1
     assert f"{settles}--metric knn" in page.text
     assert page.text.count("have the score 0.5 exactly") == 1
+
+
+def demo_network():
+    return torch.nn.Flatten(), lambda image: torch.from_numpy(
+        np.asarray(image.resize((4, 4))) / 255
+    )
+
+
+def test_networks_from_python_are_in_no_command(tmp_path):
+    candidates = sfda_tune.resolve_backbones("demo:resnet_*")
+    ranking = sfda_tune.rank("digits", candidates, samples=60, cache=False)
+    assert ranking.info["arguments"]["backbones"] == ["demo:resnet_glyphs", "demo:resnet_noise"]
+    candidates[0] = Backbone("mine", load=demo_network)
+    ranking = sfda_tune.rank("digits", candidates, samples=60, cache=False)
+    assert ranking.info["arguments"]["only_python"] == ["backbones"]
+    ranking.to_json(tmp_path / "r.json")
+    text = check(write_report(tmp_path / "r.json").read_text("utf-8")).text
+    assert "Only from Python, which gave its backbones:" in text
+    assert "(add its backbones, from Python)" in text
+    assert "Backbone(" not in text
+
+
+def test_numbers_in_charts_do_not_overprint_on_a_phone(tmp_path, browser):
+    names = [f"net{k:02d}" for k in range(40)]
+    scores = [
+        Score(name, 0.5 + k / 100, details={"n_params": 1000 * 1.1**k})
+        for k, name in enumerate(names)
+    ]
+    Ranking(scores, "knn").to_json(tmp_path / "r.json")
+    page = write_report(tmp_path / "r.json")
+    shown = {}
+    for width in (390, 1280):
+        browser.open(page, width, "light")
+        boxes = browser.ask(
+            "[...document.querySelectorAll('.plot g text')].map((e) => e.getBoundingClientRect())"
+            ".filter((r) => r.width).map((r) => [r.left, r.right, r.top, r.bottom])"
+        )
+        shown[width] = len(boxes)
+        for i, a in enumerate(boxes):
+            for b in boxes[:i]:
+                apart = a[0] >= b[1] or b[0] >= a[1]
+                assert apart or a[2] + 4 >= b[3] or b[2] + 4 >= a[3]  # without ascent and descent
+    assert 0 < shown[390] < shown[1280]
 
 
 def test_filters_copies_and_downloads(ranked, tmp_path, browser):
