@@ -594,7 +594,7 @@ class _RankingRun:
     ) -> None:
         """Extract and score `candidates` on `rows` (None: all), beyond what they have `seen`."""
         images = self.images if rows is None else self.images.subset(rows)
-        digests = self.digests if rows is None else [self.digests[r] for r in rows.tolist()]
+        digests = self.digests if rows is None else [self.digests[int(row)] for row in rows]
         found = extract_within(
             images, candidates, self.settings, self.store, self.map_fn, self.executor, bar,
             self.fetcher, digests,
