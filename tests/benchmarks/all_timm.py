@@ -2,8 +2,8 @@
 
     python tests/benchmarks/all_timm.py [--every 1] [--first 0] [--images 64] [--size 64] [--ray 2]
 
-All of ``timm.list_models(pretrained=True)`` of at most --params million parameters, with random
-weights from a hub on this machine (`random_zoo`), over images of noise; inputs are --size pixels
+All of ``timm.list_models(pretrained=True)`` of at most --params million parameters (and more than
+--above), with random weights from a hub on this machine (`random_zoo`), over images of noise; inputs are --size pixels
 where the architecture takes any size, else timm's own. ``--every 15`` takes each fifteenth name.
 Weights may take --disk on the disk at a time. Printed are seconds, the peak of the memory of the
 process that ranks, the most disk that weights took, and the failures by kind. With --ray actors
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--params", type=float, default=700, help="millions")
+    parser.add_argument("--above", type=float, default=0, help="millions")
     parser.add_argument("--batch", type=int, help="images; fewer are filled up to that")
     parser.add_argument("--disk", default="5GB")
     parser.add_argument("--threads", type=int, default=1)
@@ -63,9 +64,10 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     names = timm.list_models(pretrained=True)[args.first :: args.every]
     specs = [f"hf-hub:zoo/{name}" for name in names]
     sizes = {spec: ask(spec.partition(":")[2]) for spec in specs}
-    small = [spec for spec, size in sizes.items() if size <= 4e6 * args.params]
-    print(f"{len(small)} of {len(names)} networks (the others are larger), {args.images} images",
-          flush=True)  # fmt: skip
+    low, high = 4e6 * args.above, 4e6 * args.params
+    taken = [spec for spec, size in sizes.items() if low < size <= high]
+    print(f"{len(taken)} of {len(names)} networks (the others are larger, or smaller), "
+          f"{args.images} images", flush=True)  # fmt: skip
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (args.images, args.size, args.size, 3), np.uint8)
     labels = np.arange(args.images) % 2
@@ -96,7 +98,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
         from sfda_tune_ray import RayExecutor
 
         executor = RayExecutor("local", actors=args.ray, num_gpus=0)
-    ranking = rank((images, labels), small, metric="sfda",
+    ranking = rank((images, labels), taken, metric="sfda",
                    device="cpu", cache=folder / "cache", workers=0, weights_disk=args.disk,
                    batch_size=args.batch, executor=executor,
                    progress=Told())  # fmt: skip
