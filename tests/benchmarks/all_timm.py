@@ -3,11 +3,11 @@
     python tests/benchmarks/all_timm.py [--every 1] [--first 0] [--images 64] [--size 64] [--ray 2]
 
 All of ``timm.list_models(pretrained=True)`` of at most --params million parameters (and more than
---above), with random weights from a hub on this machine (`random_zoo`), over images of noise; inputs are --size pixels
-where the architecture takes any size, else timm's own. ``--every 15`` takes each fifteenth name.
-Weights may take --disk on the disk at a time. Printed are seconds, the peak of the memory of the
-process that ranks, the most disk that weights took, and the failures by kind. With --ray actors
-compute; the memory is then that of the process that waits for them.
+--above), with random weights from a hub on this machine (`random_zoo`), over images of noise;
+inputs are --size pixels where the architecture takes any size, else timm's own. ``--every 15``
+takes each fifteenth name. Weights may take --disk on the disk at a time. Printed are seconds, the
+peak of the memory of the process that ranks, the most disk that weights took, and the failures by
+kind. With --ray actors compute; the memory is then that of the process that waits for them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     kept = sum(f.stat().st_size for f in (folder / "cache").rglob("*") if f.is_file())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     busy = time.process_time() - used
-    print(f"{spent:.0f} s, {busy:.0f} s of the processor, {busy / len(small):.2f} per network; "
+    print(f"{spent:.0f} s, {busy:.0f} s of the processor, {busy / len(taken):.2f} per network; "
           f"{peak / 1e6:.2f} GB at most")  # fmt: skip
     print(f"disk: {most[0] / 1e9:.2f} GB of weights at most, {left / 1e6:.1f} MB in the end, "
           f"{kept / 1e6:.1f} MB of features")  # fmt: skip
