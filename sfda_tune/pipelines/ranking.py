@@ -323,6 +323,9 @@ def rank(
 
     from sfda_tune.pipelines.progress import as_progress
 
+    if seconds is not None:
+        import timm  # noqa: F401 - takes seconds, which are no network's price
+
     started = time.perf_counter()
     result, facts, interrupted = None, None, False
     demand = None if executor is None else OnDemand(executor)
