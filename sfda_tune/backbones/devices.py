@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import sys
 import weakref
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from sfda_tune.backbones.preprocessing import Preprocessing
+from sfda_tune.values.text import did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["check_precision", "compute", "is_working", "pin", "use_channels_last"]
+__all__ = ["check_device", "check_precision", "compute", "is_working", "pin", "use_channels_last"]
 
 logger = logging.getLogger(__name__)
+KINDS = (
+    "cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "maia", "ipu", "hip", "mkldnn", "vulkan",
+    "opengl", "opencl", "ideep", "ve", "fpga", "lazy", "meta", "privateuseone",
+)  # fmt: skip
 
 
 def check_precision(precision: str, device: str) -> None:
@@ -162,6 +170,27 @@ def few_threads(module: torch.nn.Module, preprocessing: Preprocessing) -> Iterat
     work = sum(p.numel() for p in module.parameters()) * height * width / 224**2
     with use_threads(1 if work < SMALL else torch.get_num_threads()):
         yield
+
+
+def check_device(device: str) -> None:
+    """Refuse what cannot be a device, before torch is imported, which takes seconds.
+
+    Raises
+    ------
+    ValueError
+        If the text is neither "auto" nor the name of a device of torch.
+
+    Examples
+    --------
+    >>> check_device("cuda:1")
+    """
+    if "torch" in sys.modules or entry_points(group="torch.backends"):
+        return  # which knows, and may have been taught others
+    if not re.fullmatch(rf"auto|({'|'.join(KINDS)})(:\d+)?", device):
+        raise ValueError(
+            f"`device` must be 'auto' or a device torch can use, such as 'cpu', 'cuda', 'cuda:1' "
+            f"or 'mps', but is {device!r}{did_you_mean(device, KINDS)}."
+        )
 
 
 def resolve_device(device: str) -> str:

@@ -24,10 +24,13 @@ import difflib
 import fnmatch
 import functools
 import glob as globbing
+import importlib.util
 import json
 import os
+import re
+import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +197,8 @@ def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
 
 
 def _expand_timm(spec: str) -> list[tuple[str, str]]:
+    if "timm" not in sys.modules and not globbing.has_magic(spec):
+        _refuse_unknown(spec)
     import timm
 
     if any(c in spec for c in "*?["):
@@ -213,10 +218,23 @@ def _expand_timm(spec: str) -> list[tuple[str, str]]:
         raise BackboneError(
             f"timm has no pretrained weights for {spec!r}; pass a checkpoint as local-dir:PATH"
         )
-    known = timm.list_models() + timm.list_models(pretrained=True)
+    raise _unknown(spec, timm.list_models() + timm.list_models(pretrained=True))
+
+
+def _refuse_unknown(spec: str) -> None:
+    """Refuse what stands nowhere in timm's sources; to import it takes seconds."""
+    found = importlib.util.find_spec("timm")
+    folders = [*(found.submodule_search_locations or ())] if found else []
+    files = sorted(Path(folders[0], "models").rglob("*.py")) if folders else []
+    text = "".join(file.read_text("utf-8") for file in files)
+    if text and not re.search(rf"\b{re.escape(spec.partition('.')[0])}\b", text):
+        raise _unknown(spec, re.findall(r"^@register_model\s+def (\w+)\(", text, re.MULTILINE))
+
+
+def _unknown(spec: str, known: Sequence[str]) -> BackboneError:
     close = difflib.get_close_matches(spec.lower(), known, n=3)
     hint = f"did you mean {', '.join(close)}?" if close else "see `sfda-tune backbones '*'`"
-    raise BackboneError(
+    return BackboneError(
         f"timm knows no model {spec!r}, and there is no such folder; {hint} "
         "(--import FILE registers architectures of your own)"
     )

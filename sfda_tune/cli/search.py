@@ -195,7 +195,7 @@ def search(
             decoders=decoders,
             threads=threads,
             keep=keep,
-            objective=objective and tuple(objective.replace(" ", "").split(",")),
+            objective=objective,
             metric=metric,
             max_params=max_params,
             max_latency=max_latency,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sfda_tune.backbones.devices import compute, resolve_device
+from sfda_tune.backbones.devices import check_device, compute, resolve_device
 from sfda_tune.backbones.loading import Description, create, find_license, load
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.backbones.weights import Told, free_space, look_up
@@ -149,6 +149,7 @@ def draw_up_bill(
     >>> bill.n_backbones, bill.n_computed, bill.n_kept, bill.to_download
     (2, 100, 0, {})
     """
+    check_device(device)
     settings = Settings(resolve_device(device), precision)
     store = open_cache(cache)
     candidates = resolve_backbones(backbones, plugins=plugins)

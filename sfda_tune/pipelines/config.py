@@ -88,7 +88,9 @@ class SearchConfig:
         self._set("metric", self.metric or self.kind.monitors[0])
         objective = self.objective or self.kind.monitors[0]
         self._set("out", Path(self.out).absolute())
-        self._set("objective", (objective,) if isinstance(objective, str) else tuple(objective))
+        if isinstance(objective, str):
+            objective = objective.replace(" ", "").split(",")
+        self._set("objective", tuple(objective))
         self._set("plugins", tuple(self.plugins))
         self._set("bands", list_bands(self.bands))
         self._set("previous", tuple(str(Path(run).absolute()) for run in self.previous or ()))

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.backbones.devices import resolve_device
+from sfda_tune.backbones.devices import check_device, resolve_device
 from sfda_tune.backbones.loading import find_license, measure_cost
 from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.data.checks import absolute
+from sfda_tune.data.checks import DatasetError, absolute
 from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, group_twins
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
@@ -297,6 +297,8 @@ def rank(
             "given; leave one out."
         )
     check_form(dataset)
+    if executor is None:
+        check_device(device)
     candidates = resolve_backbones(backbones, plugins=plugins)  # timm's, and torch: seconds
     if executor is None:
         settings = replace(settings, device=resolve_device(device))
@@ -319,9 +321,14 @@ def rank(
     near = find_near(images, store, [digests[row] for row in twins.kept])
     if near is not None and near.equal:
         images, twins, near = _leave_out_equal(whole, codes, twins, near)
+    if not callable(metric):
+        _require_pair(images)
     images = with_near(images, near.pairs if near else [])
 
     from sfda_tune.pipelines.progress import as_progress
+
+    if seconds is not None:
+        import timm  # noqa: F401 - takes seconds, which are no network's price
 
     started = time.perf_counter()
     result, facts, interrupted = None, None, False
@@ -476,6 +483,17 @@ def find_strata(images: ImageDataset) -> np.ndarray:
     """Return within what images are resampled: the classes; all of them, for other tasks."""
     is_single = images.task == "classification"
     return images.labels if is_single else np.zeros(len(images), np.int64)
+
+
+def _require_pair(images: ImageDataset) -> None:
+    """Refuse classes of one image each before networks see them: no metric judges such."""
+    if images.task == "classification" and np.bincount(images.labels).max() == 1:
+        raise DatasetError(
+            f"{images.name!r} must have a class of two different images, but all "
+            f"{len(images)} classes have one: an image is judged by others of its class. Add "
+            "images; if the classes are numbers to predict, pass task='regression' "
+            "(--task regression)."
+        )
 
 
 def _leave_out_equal(

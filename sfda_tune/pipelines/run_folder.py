@@ -208,6 +208,8 @@ def begin(folder: RunFolder, inputs: Inputs, measure: Callable[[], Costs]) -> No
     shown = {k: redact(v) if k == "storage" else v for k, v in old.items()}
     if isinstance(old.get("backbones"), str):  # an earlier version kept what it was given
         shown["backbones"] = [old["backbones"]]
+    if old.get("data") == arguments["data"]:  # the same images, however their folder is written
+        shown["dataset"] = arguments["dataset"]
     grown = any(ends_later(arguments[key], old[key]) for key in LIMITS)
     for key in [key for key in arguments if key not in (*FREE, "sfda_tune")]:
         if shown.get(key) != arguments[key] and not (grown and key in LIMITS):

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sfda_tune.backbones.devices import resolve_device
+from sfda_tune.backbones.devices import check_device, resolve_device
+from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.opening import check_form
 from sfda_tune.finetuning.images import own_randomness
 from sfda_tune.pipelines.clock import counting
@@ -202,6 +203,8 @@ def search(
         bands=bands, weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
     check_form(dataset)  # before torch is imported, which takes seconds
+    check_device(device)
+    _check_names(config)
     for run in config.previous:  # what cannot be read is said before any work
         known = SearchResult.open(run).history
         require("previous", run, "the folder of a search with a complete trial", known)
@@ -214,6 +217,14 @@ def search(
     ):
         run_stages(config, shown)
     return SearchResult.open(config.out)
+
+
+def _check_names(config: SearchConfig) -> None:
+    """Refuse unknown backbones; warnings wait until the networks are opened."""
+    if isinstance(config.backbones, (str, list, tuple)):  # others may be read but once
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            resolve_backbones(config.backbones, plugins=config.plugins)
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
     n_seen = len(ranking) - len(ranking.failed) - len(unseen)
     note = f"{n_seen} of {len(inputs.backbones)} backbones ranked"
     if unseen:
-        note += f", then their part of the budget was spent; not looked at: {some(unseen)}"
+        note += f", then their part of the budget was spent; not looked at: {some(unseen, 3)}"
     note += "".join(f"; without {name}: {why}" for name, why in list(excluded.items())[:3])
     note += f"; and {len(excluded) - 3} more" * (len(excluded) > 3)
     folder.leave("rank", note, excluded=excluded)
@@ -190,16 +190,17 @@ def make_shortlist(config: SearchConfig, folder: RunFolder) -> None:
     scored, kept = ranking.shortlist(len(ranking)), choose_survivors(ranking, config.keep)
     doubts = [d.message for d in diagnose(ranking) if d.kind in ("ties", "few_samples")]
     plausible = scored if odds is None else list(map(str, shortlist(odds, 0.95)))
-    names = f"of {len(scored)} backbones, {', '.join(kept)}"
+    names = f"of {len(scored)} backbones, {some(kept, 3)}"
+    are, among = ("is", "this one") if len(kept) == 1 else ("are", "one of them")
     if len(kept) == len(scored):
         decision = f"all {len(scored)} ranked backbones are tuned"
         if len(scored) == 1:
             decision = "the only ranked backbone is tuned"
     elif odds is None:
-        decision = f"{names} are tuned; the scores do not tell how likely the best is one of them"
+        decision = f"{names} {are} tuned; the scores do not tell how likely the best is {among}"
     else:
         share = sum(odds.best[name] for name in kept if name in odds.best)
-        decision = f"{names} are tuned; the best is one of them with probability {share:.2f}"
+        decision = f"{names} {are} tuned; the best is {among} with probability {share:.2f}"
         if not set(plausible) <= set(kept):
             decision += f", and with .95 one of {len(plausible)}: a larger keep tunes more"
     decision = "; ".join([decision, *(doubt.rstrip(".") for doubt in doubts)])

@@ -49,6 +49,12 @@ class Run:
         return _is(self, "regression")
 
     @property
+    def column(self) -> str:
+        """The column of the labels, "" where nobody named one."""
+        given = self.config or self.ranking.info.get("arguments") or {}
+        return str(given.get("label_column") or "")
+
+    @property
     def of_levels(self) -> bool:
         """Whether classes are levels in an order."""
         return _is(self, "ordinal")

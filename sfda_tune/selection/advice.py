@@ -19,7 +19,7 @@ FIRST = {"full": "Fine-tune", "head": "Train a head on"}
 PASSES = 3
 HALF = 0.5
 TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
-NAMED = 8  # names in a sentence
+NAMED = 3  # names in a sentence
 GOOD = 0.95  # average precision of a label of which there is nothing to say
 
 
@@ -87,8 +87,8 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
     if unseen:
         were = "was" if len(unseen) == 1 else "were"
         lines.append(
-            f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen)}; the same "
-            "command, with more time, goes on from there."
+            f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen, NAMED)}; the "
+            "same command, with more time, goes on from there."
         )
     if race := ranking.info.get("race"):
         saved = 1 - race["forward_passes"] / race["full_run"]

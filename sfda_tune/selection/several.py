@@ -106,8 +106,9 @@ def resample_labels(
 ) -> dict[str, np.ndarray]:
     """Return the metrics of `measure_labels` on bootstrap samples of the images, (n_draws,) each.
 
-    Groups are drawn as a whole; the thresholds stay. Of each sample, the labels count that can be
-    judged by it; samples without any do not count.
+    Groups are drawn as a whole; the thresholds stay. A label that a sample cannot judge, for it
+    has lost its few images, has there its value in another sample, so that all are means over
+    the same labels. What is said of a label by two images is rough all the same.
 
     Examples
     --------
@@ -161,10 +162,18 @@ def _measure(
 
 
 def _mean(values: list[np.ndarray]) -> np.ndarray:
-    """Return the mean over the labels that count, NaN where none does."""
+    """Return the mean over the labels, each of which counts in every sample.
+
+    A label of few images is lost in some samples: it has there what it has in one of the others,
+    by turns. Without it these would be the means of other labels, and the interval that of a
+    mixture.
+    """
     found = np.array(values)
-    n = np.isfinite(found).sum(axis=0)
-    return np.where(n > 0, np.nansum(found, axis=0) / np.maximum(n, 1), np.nan)
+    for row in found:
+        lost = np.isnan(row)
+        if lost.any() and not lost.all():
+            row[lost] = np.resize(row[~lost], lost.sum())
+    return found.mean(axis=0)
 
 
 def _average_precision(y: np.ndarray, p: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -384,6 +384,31 @@ def test_a_script_without_main_guard_works_where_processes_are_spawned(
     assert "if __name__ == '__main__'" in done.stderr
 
 
+@pytest.mark.slow
+def test_what_is_imported_once_is_no_price_of_a_network(tmp_path, clean_environment):
+    """A small budget looked at one network only: the import of timm was the price of each."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import importlib.abc, sys, time\n"
+        "now, late = time.perf_counter, 0.0\n"
+        "time.perf_counter = lambda: now() + late\n"
+        "class SlowDisk(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        global late\n"
+        "        late += 1000 * (name == 'timm')\n"
+        "if __name__ == '__main__':\n"
+        "    sys.meta_path.insert(0, SlowDisk())\n"
+        "    import sfda_tune\n"
+        "    r = sfda_tune.rank('digits', 'demo:resnet*', samples=60, budget=600, cache=False)\n"
+        "    print(late, r.info.get('not_looked_at'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True, text=True, check=False, env=clean_environment,
+    )  # fmt: skip
+    assert done.stdout == "1000.0 None\n", done.stderr
+
+
 def test_help_and_typos_are_quick(tmp_path):
     """They load neither torch nor timm, which take seconds; and say what may be meant."""
     calls = {
@@ -398,6 +423,11 @@ def test_help_and_typos_are_quick(tmp_path):
         "rank --top 3": "add race=True",
         "search no/such/folder -o run": "does not exist",
         "search digits -o run --objective acc": "`objective`",
+        "rank digits -b resnet5O": "did you mean resnet50",
+        "search digits -o run -b resnet5O.a1_in1k": "timm knows no model 'resnet5O.a1_in1k'",
+        "search digits -o run -b demo:convnet_glyphs": "did you mean 'demo:convnext_glyphs'?",
+        "rank digits --device cude": "did you mean 'cuda'?",
+        "search digits -o run --device gpu": "'auto' or a device torch can use, such as 'cpu'",
         "predict no/such/run a.jpg": "does not exist",
     }
     code = (

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -411,3 +412,29 @@ def test_the_advice_says_what_is_there_what_it_takes_and_what_helps():
         "a is the best of these 2; how sure that is cannot be told."
     )
     assert "An epoch over these 100 images takes about 5 s here." in said
+
+
+def test_a_sentence_of_advice_names_at_most_three():
+    """Groups are letters in a column; a list of 26 names fills a screen."""
+    rng, names = np.random.default_rng(0), [f"net{i}" for i in range(26)]
+    p = rng.uniform(0.2, 1.0, (26, 40))
+    scores = [Score(n, float(x.mean()), per_sample=x) for n, x in zip(names, p, strict=True)]
+    score = Ranking(scores, "sfda (loo)", np.arange(40) % 2)
+    late = [Score(f"late{i}", error="not looked at: the time was over") for i in range(9)]
+    cut = Ranking(
+        (*scores, *late),
+        "sfda (loo)",
+        np.arange(40) % 2,
+        {"not_looked_at": [s.backbone for s in late]},
+    )
+    for ranking in (score, order_by_forecast(score, "full"), order_by_forecast(cut, "full")):
+        lines = recommend(ranking, find_odds(ranking))
+        assert (
+            max(sum(name in line.replace(",", "").split() for name in ranking) for line in lines)
+            <= 3
+        )
+    assert any(
+        re.search(r"one of: (net\d+, ){2}net\d+ and \d+ more", line)
+        for line in recommend(score, find_odds(score))
+    )
+    assert "late2 and 6 more; the same" in lines[-1]

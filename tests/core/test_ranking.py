@@ -296,6 +296,15 @@ def test_within_a_budget_the_rest_is_not_looked_at(photos, toy_zoo, tmp_path):
         rank(photos, toy_zoo, budget="1m", race=True, **CPU)
 
 
+def test_one_image_per_class_is_refused_before_networks_see_them(toy_zoo):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    images = np.concatenate([images, images[:1]])  # a copy judges nothing
+    labels = list("abcda")
+    for metric in "sfda", "knn":
+        with pytest.raises(ValueError, match=r"a class of two different images, but all 4"):
+            rank((images, labels), toy_zoo, metric=metric, **CPU)
+
+
 def test_the_most_promising_for_their_price_come_first():
     names = ["resnet18.a1_in1k", "resnet50.a1_in1k", "vgg19.tv_in1k", "convnext_large.fb_in1k"]
     order = order_by_promise(look_up_facts(names))

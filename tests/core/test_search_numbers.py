@@ -89,6 +89,8 @@ def test_the_page_speaks_of_numbers(run, tmp_path):
     assert 'id="predicted"' in page
     assert 'id="residuals"' in page
     assert "Largest errors" in text
+    assert "numbers to predict: degrees" in text
+    assert re.search(r">\s*degrees\s*<", page)  # at the axis
     assert page.count('<use class="mark complete"') >= 2 * run.summary["n_images"]["test"]
     assert f"numbers of {run.summary['n_images']['test']} test images with R² " in text
     names = {path.name for path in save_plots(run.folder, tmp_path)}

@@ -14,7 +14,7 @@ from sfda_tune import open_dataset, search
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.pipelines.export import export_onnx
 from sfda_tune.report.html import save_plots
-from sfda_tune.selection.several import measure_labels
+from sfda_tune.selection.several import measure_labels, resample_labels
 
 ONE = "demo:resnet_glyphs"
 
@@ -160,3 +160,18 @@ def test_what_has_no_meaning_is_refused_at_once(options, message, tmp_path):
     with pytest.raises((ValueError, DatasetError), match=message):
         search("digits", ONE, **options)
     assert not (tmp_path / "run" / "search.json").exists()
+
+
+def test_an_interval_is_of_the_labels_of_its_value():
+    """A label of two images is lost in one resample of eight: without it the mean leaps up."""
+    rng = np.random.default_rng(0)
+    y = (rng.random((60, 4)) < 0.4).astype(int)
+    y[:, 3] = np.arange(60) < 2
+    p = np.where(y == 1, 0.9, 0.1)
+    p[:, 3] = np.arange(60) / 60  # the two are found last
+    value, draws = measure_labels(y, p, [0.5] * 4), resample_labels(y, p, [0.5] * 4)
+    assert value["map"] < 0.8
+    for name in ("map", "macro_f1"):
+        low, high = np.quantile(draws[name], (0.025, 0.975))
+        assert low <= value[name] <= high < 0.9
+        assert len(draws[name]) == len(draws["log_loss"])

@@ -201,6 +201,24 @@ def test_python_and_the_command_line_continue_each_other(tmp_path):
     call |= {"dataset": "digits", "out": tmp_path}
     given = [SearchConfig(**call | {"backbones": b}) for b in (ONE, [ONE], (ONE,))]
     assert len({json.dumps(config.to_dict()) for config in given}) == 1
+    given = [
+        SearchConfig(**call | {"objective": o})
+        for o in ("accuracy, params", ("accuracy", "params"))
+    ]
+    assert given[0].objective == given[1].objective == ("accuracy", "params")
+
+
+def test_a_folder_may_be_written_otherwise_when_a_search_goes_on(photos, tmp_path, monkeypatch):
+    """`search photos/` at the command line, `search("photos")` or an absolute path in Python."""
+    monkeypatch.chdir(photos.parent)
+    few = {"trials": 1, "epochs": 1, "cache": False, "out": tmp_path / "run"}
+    first = search(f"{photos.name}/", ONE, **few)
+    for again in (photos.name, photos):
+        assert len(search(again, ONE, **few).trials) == len(first.trials)
+    shutil.copytree(photos, tmp_path / "other")
+    next((tmp_path / "other").rglob("*.*g")).unlink()
+    with pytest.raises(ValueError, match="holds a search with dataset"):
+        search(tmp_path / "other", ONE, **few)
 
 
 def test_the_same_seed_gives_the_same_trials(found, tmp_path, monkeypatch):
