@@ -38,7 +38,7 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
     ValueError
         If another Ray is asked for than the one this process is connected to.
     ConnectionError
-        If there is no cluster at the address.
+        If there is no cluster at the address, or none that answers within ten seconds.
     """
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
@@ -54,8 +54,7 @@ def connect(address: str | None = None, **options: Any) -> Iterator[bool]:
     options = {"log_to_driver": False, "logging_level": "ERROR", **options}
     with _same_signals():
         if address != "local":
-            _knock(address)
-            ray.init(address, **options)
+            ray.init(_knock(address, options), **options)
         else:
             _start(options)
     try:
@@ -74,17 +73,44 @@ def _resolve(address: str) -> str:
     return f"{host}:{port}"
 
 
-def _knock(address: str) -> None:
-    """Find out in seconds that nobody is there; Ray tries for minutes."""
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        except OSError as error:
-            raise ConnectionError(
-                f"`address` is {redact(address)!r} but no cluster answers there ({error}); 'auto' "
-                "finds the one that runs on this machine, 'local' starts one."
-            ) from error
+KNOCK_SECONDS = 10
+
+
+def _knock(address: str, options: Mapping[str, Any]) -> str:
+    """Return an address at which a cluster answers; Ray itself tries dead ones for minutes."""
+    from ray._private.services import get_ray_address_from_environment
+
+    found, source = address, ""
+    try:
+        if address == "auto":
+            found = get_ray_address_from_environment("auto", options.get("_temp_dir"))
+            own = found == os.environ.get("RAY_ADDRESS")
+            source = f", {redact(found)} by {'RAY_ADDRESS' if own else 'the last `ray start`'},"
+        host, _, port = found.rpartition("/")[2].rpartition(":")
+        if found.startswith("ray://") and not port.isdigit():
+            host, port = f"{host}:{port}".strip(":"), "10001"
+        if port.isdigit():
+            with socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS) as line:
+                encrypted = os.environ.get("RAY_USE_TLS", "0") not in ("0", "false")
+                if not encrypted and "_credentials" not in options:
+                    _expect_http2(line)
+    except OSError as error:
+        why = "no Ray runs on this machine" if address == found == "auto" else error
+        raise ConnectionError(
+            f"`address` is {redact(address)!r}{source} but no cluster answers there ({why}); "
+            "start one (`ray start --head`), or leave the address out (where RAY_ADDRESS is set "
+            "take 'local'), which starts a Ray for this run alone."
+        ) from error
+    return found
+
+
+def _expect_http2(line: socket.socket) -> None:
+    """Raise an OSError if who listens does not greet as gRPC does (RFC 9113, section 3.4)."""
+    settings = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # an empty frame of type 4
+    line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+    greeting = line.recv(9, socket.MSG_WAITALL)
+    if greeting[3:4] != settings[3:4]:
+        raise ConnectionError("who listens is no Ray")
 
 
 _BEFORE: dict[str, str | None] = {}

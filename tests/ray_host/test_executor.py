@@ -11,12 +11,14 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import ray
 from executor_lab import FullStore, Item, Load
 from PIL import Image
+from ray._private import services
 from sfda_tune_ray import RayExecutor, cluster
 from sfda_tune_ray import executor as module
 
@@ -483,6 +485,40 @@ def test_an_address_where_nobody_is(monkeypatch):
         with pytest.raises(ConnectionError, match=r"`address` is .* no cluster answers there"), \
                 RayExecutor(given):  # fmt: skip
             pass
+
+
+def greet(server, words):
+    server.settimeout(60)
+    with server.accept()[0] as line:
+        line.sendall(words)
+        line.recv(100)
+
+
+@pytest.mark.parametrize("who", ["dead", "silent", "another", "in RAY_ADDRESS", "nobody"])
+def test_auto_says_in_seconds_that_no_cluster_answers(who, monkeypatch, tmp_path):
+    """Ray itself tries for minutes."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(services, "find_gcs_addresses", set)  # not the cluster of the tests
+    monkeypatch.setattr(cluster, "KNOCK_SECONDS", 1)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    told = "'auto' but no cluster answers there (no Ray runs on this machine)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if who == "another":
+            Thread(target=greet, args=(server, b"SSH-2.0-any"), daemon=True).start()
+        elif who != "silent":
+            server.close()
+        if who == "in RAY_ADDRESS":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            told = f"'auto', {address} by RAY_ADDRESS, but"
+        elif who != "nobody":
+            (tmp_path / "ray").mkdir()
+            (tmp_path / "ray/ray_current_cluster").write_text(address)
+            told = f"'auto', {address} by the last `ray start`, but"
+        with pytest.raises(ConnectionError) as error, RayExecutor("auto"):
+            pass
+    assert f"`address` is {told}" in str(error.value)
+    assert "start one (`ray start --head`), or leave the address out" in str(error.value)
 
 
 def test_another_ray_is_refused_while_connected(ray_cluster):
