@@ -20,7 +20,7 @@ from sfda_tune.finetuning.tasks import Multilabel
 from sfda_tune.values.formats import CLASSIFIER
 from sfda_tune.values.labels import as_indicators, find_varied
 from sfda_tune_sklearn.estimator import BackboneEstimator
-from sfda_tune_sklearn.images import read_images
+from sfda_tune_sklearn.images import as_dataset, read_images
 
 __all__ = ["BackboneClassifier"]
 
@@ -170,7 +170,7 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
                 )
             self.classes_ = np.array(getattr(y, "columns", np.arange(labels.shape[1])))
             names = tuple(map(str, self.classes_))
-            dataset = ImageDataset("X", items, labels, names)
+            dataset = as_dataset(items, X, labels, names)
             return dataset if groups is None else open_dataset(dataset, groups=groups)
         y = check_array(y, ensure_2d=False, dtype=any_type, input_name="y")
         y = column_or_1d(y, warn=True)
@@ -182,7 +182,7 @@ class BackboneClassifier(ClassifierMixin, BackboneEstimator):
                 "`y` must hold two classes or more to choose a backbone but holds one class, "
                 f"{self.classes_[0]!r}."
             )
-        dataset = ImageDataset("X", items, codes, tuple(map(str, self.classes_)))
+        dataset = as_dataset(items, X, codes, tuple(map(str, self.classes_)))
         return dataset if groups is None else open_dataset(dataset, groups=groups)
 
     def __sklearn_tags__(self) -> Any:

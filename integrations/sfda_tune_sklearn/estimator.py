@@ -18,7 +18,7 @@ import sfda_tune
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.finetuning.config import FinetuneConfig
-from sfda_tune.finetuning.models import Model, load_model, predict, write_model
+from sfda_tune.finetuning.models import Model, load_model, predict, read_reading, write_model
 from sfda_tune.finetuning.run import finetune
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check, read_json, write_text
@@ -166,7 +166,8 @@ class BackboneEstimator(BaseEstimator):
     def _predict(self, X: Any) -> np.ndarray:
         """Return what the network predicts, float64, in the order of X."""
         check_is_fitted(self)
-        images = as_dataset(read_images(self, X, fit=False))
+        items = read_images(self, X, fit=False)
+        images = as_dataset(items, X, reading=read_reading(self.model_.provenance))
         p = predict(self.model_, images, device=self.device, precision=self.precision)
         bad = np.flatnonzero(np.isnan(p.reshape(len(p), -1)).any(axis=1))
         if len(bad):

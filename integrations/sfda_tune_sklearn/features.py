@@ -97,14 +97,14 @@ class BackboneFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         backbone = self._open()
         n_dims = loading.describe(backbone).n_dims
         if n_dims is None:  # a network of the user's own
-            n_dims = self._extract(as_dataset(items[:1])).shape[1]
+            n_dims = self._extract(as_dataset(items[:1], X)).shape[1]
         self.backbone_, self._n_features_out = backbone.name, n_dims
         return self
 
     def transform(self, X: Any) -> np.ndarray:
         """Return the features, float32 of shape (n_images, n_dims), in the order of X."""
         check_is_fitted(self)
-        x = self._extract(as_dataset(read_images(self, X, fit=False)))
+        x = self._extract(as_dataset(read_images(self, X, fit=False), X))
         if x.shape[1] != self._n_features_out:
             raise ValueError(
                 f"`backbone` must give {self._n_features_out} features, as in fit, but gives "

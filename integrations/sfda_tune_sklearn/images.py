@@ -3,7 +3,8 @@
 ==============================  ===============================================================
 X                               images
 ==============================  ===============================================================
-(n, h, w), (n, h, w, c)         as they are; c is 1, 3 or 4
+(n, h, w), (n, h, w, c)         as they are; c is 1 (grey), 3 (RGB), 4 (RGB and alpha), or any
+                                other number of bands, to which networks are adapted
 (n, d), also a data frame       rows reshaped to `image_shape`; None: grey or RGB squares
 list, 1-d array, one column     paths, encoded bytes, PIL images, or arrays (h, w[, c])
 str or path                     a folder: all images below it, in order; or an `open_dataset`
@@ -28,16 +29,48 @@ from sklearn.utils.validation import check_array, validate_data
 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.folders import image_files
+from sfda_tune.data.formats import Reading
 from sfda_tune.data.opening import open_dataset
 
 __all__ = ["as_dataset", "read_images"]
 
+COLOURS = (1, 3, 4)
 ITEMS = (str, os.PathLike, bytes, Image.Image)
 
 
-def as_dataset(items: Any) -> ImageDataset:
-    """Give images, whose labels do not matter, to the functions of the core."""
-    return ImageDataset("images", items, np.zeros(len(items), np.int64), ("",))
+def as_dataset(
+    items: Any,
+    X: Any,
+    labels: np.ndarray | None = None,
+    classes: tuple[str, ...] = ("",),
+    reading: Reading | None = None,
+) -> ImageDataset:
+    """Give the items of X, and labels where they matter, to the functions of the core.
+
+    They are read as X says, if it is an `ImageDataset`; arrays by the number of their channels;
+    files as `reading` says.
+    """
+    if isinstance(X, ImageDataset):
+        reading = X.reading
+    elif any(isinstance(item, np.ndarray) for item in items):
+        reading = _find_reading(items)
+    labels = np.zeros(len(items), np.int64) if labels is None else labels
+    return ImageDataset("X", items, labels, classes, reading=reading)
+
+
+def _find_reading(items: Any) -> Reading | None:
+    """Return that all bands are used, where there are others than grey, RGB or RGB and alpha."""
+    found = {i.shape[2] if i.ndim == 3 else 1 for i in items if isinstance(i, np.ndarray)}
+    others = found - set(COLOURS)
+    if not others:
+        return None
+    n = min(others)
+    if len(found) > 1 or not all(isinstance(item, np.ndarray) for item in items):
+        raise ValueError(
+            f"`X` must hold nothing but arrays of {n} channels, if one has so many, but holds "
+            "other images, too; leave them out."
+        )
+    return Reading(bands=tuple(range(1, n + 1)), of=n)
 
 
 def read_images(estimator: Any, X: Any, *, fit: bool) -> Any:
@@ -99,12 +132,16 @@ def _check(image: Any) -> np.ndarray:
 
 def _check_all(images: Any) -> np.ndarray:
     images = check_array(images, allow_nd=True, dtype="numeric")
-    if images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3, 4)):
+    if images.ndim in (3, 4) and not _has_channels_first(images.shape):
         return images
     raise ValueError(
-        "`X` must have shape (n, h, w) or (n, h, w, c) with c = 1, 3 or 4 but has "
-        f"{images.shape}; the channels come last."
+        f"`X` must have shape (n, h, w) or (n, h, w, c) but has {images.shape}; the channels come "
+        "last."
     )
+
+
+def _has_channels_first(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and shape[3] not in COLOURS and shape[1] < min(shape[2:])
 
 
 def _read_numbers(estimator: Any, X: Any, fit: bool) -> np.ndarray:

@@ -13,7 +13,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.values.formats import REGRESSOR
 from sfda_tune_sklearn.estimator import BackboneEstimator
-from sfda_tune_sklearn.images import read_images
+from sfda_tune_sklearn.images import as_dataset, read_images
 
 __all__ = ["BackboneRegressor"]
 
@@ -82,5 +82,5 @@ precision, cache, plugins, random_state
                 "`y` must hold different numbers to choose a backbone but all are "
                 f"{y[0]:g} (n_samples={len(y)})."
             )
-        dataset = ImageDataset("X", items, y, ())
+        dataset = as_dataset(items, X, y, ())
         return dataset if groups is None else open_dataset(dataset, groups=groups)

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -147,7 +147,7 @@ def list_levels(levels: Any) -> list[str] | None:
     """
     if levels is None:
         return None
-    if not isinstance(levels, Iterable):
+    if not isinstance(levels, Iterable) or isinstance(levels, Set):  # which has no order
         raise DatasetError(
             "`levels` must be names from the lowest to the highest, such as ['small', 'large'], "
             f"but is {levels!r}."
@@ -173,8 +173,8 @@ def order_levels(
         if keys is None:
             raise DatasetError(
                 f"{where} must say the order of its levels, for {some(map(repr, classes))} are no "
-                "numbers; pass levels=['small', 'medium', …] (--levels small,medium,…), all of "
-                "them from the lowest to the highest."
+                "different numbers; pass levels=['small', 'medium', …] (--levels small,medium,…), all "
+                "of them from the lowest to the highest."
             )
         order = sorted(range(len(classes)), key=lambda c: keys[c])
         return tuple(classes[c] for c in order), np.argsort(order)
@@ -203,7 +203,7 @@ def _level_key(name: str) -> Any:
 def _find_order(names: Sequence[str]) -> list[float] | None:
     """Return the number in each name that orders them, if there is one."""
     numbers = [_as_number(name) for name in names]
-    if None not in numbers:
+    if None not in numbers and len(set(numbers)) == len(names):  # not "1" and "01"
         return numbers  # type: ignore[return-value]
     parts = [re.match(r"(\D*)(\d+(?:\.\d+)?)", name) for name in names]
     if None in parts or len({part[1] for part in parts if part}) > 1:

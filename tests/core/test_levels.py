@@ -84,6 +84,8 @@ def test_levels_have_the_order_that_people_mean(labels, options, classes, codes)
         (["a1", "a1b"], {}, "must say the order"),
         (["small", "huge"], {"levels": SIZES}, r"nothing but `levels` \(small, .* has 'huge'"),
         ([0, 1], {"levels": [0, 0, 1]}, "`levels` must be two or more different names"),
+        (["a", "b"], {"levels": {"a", "b"}}, "`levels` must be names from the lowest"),
+        (["1", "01"], {}, "are no different numbers; pass levels"),
         ([0, 1], {"levels": "0"}, "`levels` must be two or more different names"),
         ([0, 1], {"levels": 3}, "`levels` must be a text that is not empty"),
         ([0, 0], {}, "at least 2 classes"),

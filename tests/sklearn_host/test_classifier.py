@@ -283,3 +283,16 @@ def test_several_labels_are_fine_tuned():
         label["threshold"] for label in model.result_.best["labels"]
     ]
     assert model.score(X[TEST], SMALL_ODD[TEST]) > 0.5
+
+
+def test_arrays_of_many_bands(tmp_path):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 128, (40, 16, 16, 5), np.uint8), np.arange(40) % 2
+    images[labels == 1, :, 8:, 4] += 127
+    model = BackboneClassifier("demo:resnet_glyphs", **COMMON).fit(images, labels)
+    assert model.score(images, labels) > 0.9
+    with pytest.raises(ValueError, match="must have 5 channels"):
+        model.predict(images[..., :3])
+    model.save(tmp_path / "model")
+    again = BackboneClassifier.load(tmp_path / "model")
+    np.testing.assert_array_equal(again.predict(images[:4]), model.predict(images[:4]))

@@ -146,3 +146,18 @@ def test_backbone_is_tuned_like_any_parameter(tmp_path):
     scores = search.cv_results_["mean_test_score"]
     assert scores[1] > scores[0] + 0.2
     assert cross_val_score(search.best_estimator_, X, Y, cv=2).mean() == pytest.approx(scores[1])
+
+
+def test_arrays_may_have_any_number_of_bands():
+    rng = np.random.default_rng(0)
+    X = rng.integers(0, 256, (24, 16, 16, 5), np.uint8)
+    x = BackboneFeatures(**COMMON).fit_transform(X)
+    changed = X.copy()
+    changed[..., 4] = 0  # the last one counts
+    assert np.abs(BackboneFeatures(**COMMON).fit_transform(changed) - x).max() > 0.01
+    np.testing.assert_array_equal(BackboneFeatures(**COMMON).fit_transform(list(X)), x)
+    dataset = open_dataset(X, labels=np.arange(24) % 2, bands="all")
+    np.testing.assert_array_equal(BackboneFeatures(**COMMON).fit_transform(dataset), x)
+    for mixed in ([*X, X[0, ..., :3]], [*X, X[0, ..., 0]]):
+        with pytest.raises(ValueError, match="nothing but arrays of 5 channels"):
+            BackboneFeatures(**COMMON).fit_transform(mixed)
