@@ -173,8 +173,8 @@ def order_levels(
         if keys is None:
             raise DatasetError(
                 f"{where} must say the order of its levels, for {some(map(repr, classes))} are no "
-                "different numbers; pass levels=['small', 'medium', …] (--levels small,medium,…), all "
-                "of them from the lowest to the highest."
+                "different numbers; pass levels=['small', 'medium', …] (--levels small,medium,…), "
+                "all of them from the lowest to the highest."
             )
         order = sorted(range(len(classes)), key=lambda c: keys[c])
         return tuple(classes[c] for c in order), np.argsort(order)
