@@ -31,6 +31,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction import plan
 from sfda_tune.extraction.plan import BackboneJob
+from sfda_tune.extraction.pixels import forget_pixels
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
@@ -609,7 +610,10 @@ def test_a_unit_costs_what_it_computes_not_what_it_waits_for(tmp_path):
     jobs = {"a": BackboneJob(describe(Backbone("a", load=Load("late"))), None, None, ~everything)}
     made = plan.Plan("run", dataset, jobs, dataset.digests(), 0, {"a": everything})
     units = list(made.units(["a"], [0], 0))
-    result = actor.run(Worker(CPU, FeatureStore(tmp_path)), units, None, [], None)
+    try:
+        result = actor.run(Worker(CPU, FeatureStore(tmp_path)), units, None, [], None)
+    finally:
+        forget_pixels(made.run)  # as the end of a run does
     assert result.outcomes[0].error is None
     assert 0 < result.computing < result.seconds - 0.4
 
