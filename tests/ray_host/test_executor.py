@@ -30,8 +30,8 @@ from sfda_tune.data.copies import CopiesWarning
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction import plan
-from sfda_tune.extraction.plan import BackboneJob
 from sfda_tune.extraction.pixels import forget_pixels
+from sfda_tune.extraction.plan import BackboneJob
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
 from sfda_tune.extraction.store import FeatureStore, open_store
