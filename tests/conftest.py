@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ZOO = ROOT.parent / "shared" / "zoo"
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # `--import-mode=importlib` does not
-for _sign, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+for _sign in USUAL:
     if signal.getsignal(_sign) is signal.SIG_IGN:  # by `nohup`, or a shell's &
-        signal.signal(_sign, _usual)
+        signal.signal(_sign, USUAL[_sign])
 LOOPBACK = ("hub", "optuna_host", "ray_host")  # folders of tests that need servers on this machine
 
 
