@@ -189,7 +189,7 @@ def check_device(device: str) -> None:
     if not re.fullmatch(rf"auto|({'|'.join(KINDS)})(:\d+)?", device):
         raise ValueError(
             f"`device` must be 'auto' or a device torch can use, such as 'cpu', 'cuda', 'cuda:1' "
-            f"or 'mps', but is {device!r}{did_you_mean(device, KINDS)}."
+            f"or 'mps', but is {device!r}{did_you_mean(device, KINDS) or '.'}"
         )
 
 

@@ -103,16 +103,19 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
 
 def _expect(ranking: Ranking, first: str) -> list[str]:
     """Say what the first reaches as it is, and what it will take to train it."""
+    of_task = {
+        "regression": _expect_numbers, "ordinal": _expect_levels, "multilabel": _expect_labels,
+    }  # fmt: skip
+    expect = of_task.get(ranking.info.get("task", ""), _expect_classes)
+    return [*expect(ranking, first), *_cost(ranking, first)]
+
+
+def _expect_classes(ranking: Ranking, first: str) -> list[str]:
+    """Say how many new images a head on the features of the first is right on."""
     details = ranking.score(first).details
     accuracy, n = _number(details.get("accuracy")), _number(details.get("n_samples"))
-    if ranking.info.get("task") == "regression":
-        return _expect_numbers(ranking, first)
-    if ranking.info.get("task") == "ordinal":
-        return _expect_levels(ranking, first)
-    if ranking.info.get("task") == "multilabel":
-        return _expect_labels(ranking, first)
     if accuracy is None or not n:
-        return _cost(ranking, first)
+        return []
     low, high = accuracy_interval(round(accuracy * n), int(n))
     # where groups are left out, the images are fewer than they look
     sure = "" if "groups" in ranking.info else f" (95 %: {low:.2f} to {high:.2f})"
@@ -120,7 +123,7 @@ def _expect(ranking: Ranking, first: str) -> list[str]:
     line = f"As it is, a head on its features is right on {right}"
     if ranking.info.get("train") == "full":
         line += "; training usually adds to that"
-    return [f"{line}.", *_cost(ranking, first)]
+    return [f"{line}."]
 
 
 def _cost(ranking: Ranking, first: str) -> list[str]:
@@ -143,8 +146,7 @@ def _expect_numbers(ranking: Ranking, first: str) -> list[str]:
         return []
     return [
         f"As it is, a linear model on its features predicts numbers from {low:g} to {high:g} with "
-        f"an error of {rmse:.3g} (root mean square; R² {value:.2f}).",
-        *_cost(ranking, first),
+        f"an error of {rmse:.3g} (root mean square; R² {value:.2f})."
     ]
 
 
@@ -168,8 +170,7 @@ def _expect_labels(ranking: Ranking, first: str) -> list[str]:
         return []
     return [
         f"As it is, a linear model on its features finds the images of {len(counts)} labels with "
-        f"a mean average precision of {value:.2f}.",
-        *_cost(ranking, first),
+        f"a mean average precision of {value:.2f}."
     ]
 
 

@@ -426,7 +426,7 @@ def test_help_and_typos_are_quick(tmp_path):
         "rank digits -b resnet5O": "did you mean resnet50",
         "search digits -o run -b resnet5O.a1_in1k": "timm knows no model 'resnet5O.a1_in1k'",
         "search digits -o run -b demo:convnet_glyphs": "did you mean 'demo:convnext_glyphs'?",
-        "rank digits --device cude": "did you mean 'cuda'?",
+        "rank digits --device cude": "but is 'cude'; did you mean 'cuda'?\n",
         "search digits -o run --device gpu": "'auto' or a device torch can use, such as 'cpu'",
         "predict no/such/run a.jpg": "does not exist",
     }

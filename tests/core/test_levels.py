@@ -134,6 +134,7 @@ def test_digits_as_levels(tmp_path, capsys):
     title = "digits: 300 images, 10 levels (0 < 1 < 2 < 3 < 4 < 5 < 6 < 7 and 2 more)"
     assert title in " ".join(shown.out.split())
     assert "rank correlation (Spearman) of 0." in " ".join(shown.out.split())
+    assert "An epoch over these" in shown.out  # whatever the labels are
     assert "--task ordinal --out run" in " ".join(shown.err.split())
     ranking = Ranking.from_json(out)
     assert ranking.info["task"] == "ordinal"
