@@ -18,18 +18,21 @@ imagenet    (d) the 4 configurations of the backbone with the best published Ima
 
 Of a data set of the zoo its validation part is the test part here.
 
-Seconds are CPU seconds of one process and one thread, so that a busy machine does not matter much;
-those of Ray are what its trials took, without the start of their processes. Finished arms are kept
-in `--out` and not repeated.
+Seconds are CPU seconds of one process and one thread, so that a busy machine does not matter much
+(with ``--device cuda`` of the clock; of work that `--jobs` processes share, the sum); those of Ray
+are what its trials took, without the start of their processes. Finished arms are kept in `--out`
+and not repeated; of "everything", which takes hours, finished backbones are, too.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,10 @@ import sfda_tune
 from sfda_tune.backbones.loading import describe
 from sfda_tune.data.splits import join, split_images
 from sfda_tune.finetuning.models import predict
-from sfda_tune.finetuning.run import finetune
+from sfda_tune.finetuning.run import SharedWork, finetune
 from sfda_tune.pipelines.spaces import default_space
 from sfda_tune.pipelines.training import FixedLengthFineTuning
+from sfda_tune.values.files import write_text
 
 ZOO = Path(__file__).resolve().parents[3] / "shared" / "zoo"
 ARMS = ("search", "everything", "imagenet", "optuna")
@@ -53,9 +57,13 @@ class Bench:
     """One data set and seed."""
 
     def __init__(
-        self, dataset: str, seed: int, samples: int | None, epochs: int | None, largest: float
-    ) -> None:
+        self, dataset: str, seed: int, samples: int | None, epochs: int | None, largest: float,
+        device: str, jobs: int,
+    ) -> None:  # fmt: skip
         is_demo = dataset == "demo"
+        self.settings = (dataset, seed, samples, epochs, largest, device)
+        self.device, self.jobs, self.shared = device, jobs, SharedWork()
+        self.clock = time.process_time if device == "cpu" else time.perf_counter
         self.dataset: Any = "digits" if is_demo else str(ZOO / "datasets" / dataset / "train")
         self.held_out: Any = None if is_demo else str(ZOO / "datasets" / dataset / "val")
         self.specs: Any = "demo:*" if is_demo else str(ZOO / "models")
@@ -75,17 +83,21 @@ class Bench:
 
     def train(self, name: str, params: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
         config = self.space.config(params, epochs=self.epochs, seed=self.seed)
-        run = finetune(self.backbones[name], self.parts["train"], config, val=self.parts["val"])
+        run = finetune(
+            self.backbones[name], self.parts["train"], config, val=self.parts["val"],
+            device=self.device, workers=0, shared=self.shared,
+        )  # fmt: skip
         for epoch in run:
             yield epoch, run
 
-    def test(self, name: str, params: Mapping[str, Any], last: int) -> float:
-        """Train once more with the validation images, and return the test accuracy."""
+    def test(self, name: str, params: Mapping[str, Any], last: int, part: float) -> float:
+        """Train once more with the validation images, as `search`; return the test accuracy."""
         parts, config = self.parts, self.space.config(params, epochs=self.epochs, seed=self.seed)
         both = (join(parts["train"], parts["val"]), parts["val"])
-        run = FixedLengthFineTuning(self.backbones[name], both, config, None, True, "cpu", None)
+        run = FixedLengthFineTuning(self.backbones[name], both, config, None, True, self.device, 0)
+        run.interpolate(part)
         next(epoch for epoch in run if epoch.number == last)
-        p = predict(run.model(), parts["test"])
+        p = predict(run.model(), parts["test"], device=self.device)
         return float(np.mean(p.argmax(1) == parts["test"].labels))
 
     def configurations(self) -> list[dict[str, Any]]:
@@ -104,46 +116,66 @@ class Bench:
 
     # The arms -----------------------------------------------------------------------------------
     def search(self) -> dict[str, Any]:
-        started = time.process_time()
+        started = self.clock()
         with tempfile.TemporaryDirectory() as folder:
             result = sfda_tune.search(
                 self.dataset, self.specs, trials=12, samples=self.samples, seed=self.seed,
-                epochs=self.epochs, plugins=self.plugins, cache=False, device="cpu", out=folder,
-                test=self.held_out,
+                epochs=self.epochs, plugins=self.plugins, cache=False, device=self.device,
+                out=folder, test=self.held_out, decoders=0,
             )  # fmt: skip
         return {
             "test": result.test["accuracy"],
             "val": result.best["val"]["accuracy"],
             "backbone": result.best["backbone"],
-            "seconds": time.process_time() - started,
+            "seconds": self.clock() - started,
             "trials": len(result.trials),
         }
 
-    def full(self, names: list[str]) -> dict[str, Any]:
-        """Train every configuration of every named backbone to the end."""
-        started, trials = time.process_time(), []
-        for name in names:
-            for k, params in enumerate(self.configurations()):
-                before = time.process_time()
-                *_, (last, _) = self.train(name, params)
-                spent = time.process_time() - before
-                trials.append((last.best, last.best_number, name, params, k, spent))
-        best = max(trials, key=lambda t: t[0])
-        result = self.finish(best[2], best[3], best[1], best[0], started)
-        first = [t for t in trials if t[4] == 0]
-        top, begun = max(first, key=lambda t: t[0]), time.process_time()
-        test = self.test(top[2], top[3], top[1])
-        seconds = sum(t[5] for t in first) + time.process_time() - begun
-        only = {"test": test, "val": top[0], "backbone": top[2], "seconds": seconds}
-        return result | {"trials": len(trials), "defaults": only}
+    def tune(self, name: str) -> list[tuple[Any, ...]]:
+        """Train every configuration of a backbone to the end."""
+        trials = []
+        for k, params in enumerate(self.configurations()):
+            started = self.clock()
+            epochs = [epoch for epoch, _ in self.train(name, params)]
+            last = epochs[-1]
+            part = next(e.interpolation for e in epochs if e.number == last.best_number)
+            spent = self.clock() - started
+            trials.append((last.best, last.best_number, part, name, params, k, spent))
+        return trials
 
-    def finish(self, name: str, params: Any, last: int, val: float, started: float) -> Any:
-        test = self.test(name, params, last)
-        seconds = time.process_time() - started
+    def full(self, names: list[str], kept: Path | None = None) -> dict[str, Any]:
+        """Train every configuration of every named backbone to the end."""
+        known = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+        for name, trials in self.tune_all([name for name in names if name not in known]):
+            known[name] = trials
+            if kept:
+                write_text(kept, json.dumps(known) + "\n")
+        trials = [trial for name in names for trial in known[name]]
+        found = []
+        for some in (trials, [t for t in trials if t[5] == 0]):
+            val, last, part, name, params, *_ = max(some, key=lambda t: t[0])
+            spent = sum(t[6] for t in some)
+            found.append(self.finish(name, params, last, part, val, spent))
+        return found[0] | {"trials": len(trials), "defaults": found[1]}
+
+    def tune_all(self, names: list[str]) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+        if self.jobs == 1 or len(names) < 2:
+            yield from ((name, self.tune(name)) for name in names)
+            return
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        with ProcessPoolExecutor(self.jobs, context, open_bench, self.settings) as pool:
+            yield from zip(names, pool.map(tune_one, names), strict=True)
+
+    def finish(
+        self, name: str, params: Any, last: int, part: float, val: float, spent: float
+    ) -> dict[str, Any]:
+        started = self.clock()
+        test = self.test(name, params, last, part)
+        seconds = spent + self.clock() - started
         return {"test": test, "val": val, "backbone": name, "seconds": seconds}
 
-    def everything(self) -> dict[str, Any]:
-        return self.full(list(self.backbones))
+    def everything(self, kept: Path) -> dict[str, Any]:
+        return self.full(list(self.backbones), kept)
 
     def imagenet(self) -> dict[str, Any]:
         if self.is_demo:
@@ -154,7 +186,7 @@ class Bench:
         return self.full([max(prior, key=lambda name: prior[name])])
 
     def optuna(self, target: float, patience: int) -> dict[str, Any]:
-        started, best = time.process_time(), (-1.0, 0, "", {})
+        started, best = self.clock(), (-1.0, 0, 1.0, "", {})
 
         def objective(trial: optuna.Trial) -> float:
             nonlocal best
@@ -169,7 +201,7 @@ class Bench:
             for epoch, _ in self.train(name, params):
                 value = epoch.best
                 if value > best[0]:
-                    best = (value, epoch.best_number, name, params)
+                    best = (value, epoch.number, epoch.interpolation, name, params)
                 trial.report(epoch.accuracy, epoch.number)
                 if value >= target:
                     trial.study.stop()
@@ -185,7 +217,8 @@ class Bench:
         )
         study.optimize(objective, n_trials=patience)
         found = {"trials": len(study.trials), "reached": best[0] >= target}
-        return self.finish(best[2], best[3], best[1], best[0], started) | found
+        val, last, part, name, params = best
+        return self.finish(name, params, last, part, val, self.clock() - started) | found
 
     def ray(self, target: float, patience: int) -> dict[str, Any]:
         from ray import tune
@@ -194,9 +227,14 @@ class Bench:
         def objective(config: dict[str, Any]) -> None:
             begun = time.process_time()
             params = {d.name: config[d.name] for d in self.space.dimensions}
+            parts = {}
             for epoch, _ in self.train(config["backbone"], params):
+                parts[epoch.number] = epoch.interpolation
                 spent = time.process_time() - begun
-                tune.report({"best": epoch.best, "number": epoch.best_number, "spent": spent})
+                tune.report({
+                    "best": epoch.best, "number": epoch.best_number, "spent": spent,
+                    "part": parts[epoch.best_number],
+                })  # fmt: skip
 
         class Reached(tune.Stopper):
             is_done = False
@@ -227,16 +265,41 @@ class Bench:
         top: Any = results.get_best_result("best", "max")
         params = {d.name: top.config[d.name] for d in self.space.dimensions}
         started = time.process_time()
-        test = self.test(top.config["backbone"], params, top.metrics["number"])
+        last, part = top.metrics["number"], top.metrics["part"]
+        test = self.test(top.config["backbone"], params, last, part)
         seconds = time.process_time() - started + sum((r.metrics or {})["spent"] for r in results)
         found = {"backbone": top.config["backbone"], "trials": len(results)}
         return {"test": test, "val": top.metrics["best"], "seconds": seconds, **found}
+
+
+BENCH: Any = None  # of a process that tunes for another
+
+
+def open_bench(*settings: Any) -> None:
+    global BENCH
+    prepare()
+    BENCH = Bench(*settings, jobs=1)
+
+
+def tune_one(name: str) -> list[tuple[Any, ...]]:
+    return BENCH.tune(name)
+
+
+def prepare() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", default="demo", help="demo, or a data set of the zoo")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="backbones of everything at a time")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--largest", type=float, default=math.inf, help="millions of parameters")
@@ -244,24 +307,24 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--out", type=Path, default=Path("end_to_end.json"))
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    prepare()
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    for seed in range(options.seeds):
+    for seed in range(options.first, options.first + options.seeds):
         sizes = (options.samples, options.epochs, options.largest)
-        bench = Bench(options.dataset, seed, *sizes)
+        bench = Bench(options.dataset, seed, *sizes, options.device, options.jobs)
         key = f"{options.dataset}, {options.samples or 'all'} images, seed {seed}"
         done = known.setdefault(key, {})
         for arm in options.arms:
             if arm not in done:
                 call: Callable[..., Any] = getattr(bench, arm)
                 is_rival = arm in ("optuna", "ray")
-                done[arm] = call(done["search"]["val"], options.patience) if is_rival else call()
-                if arm == "everything":
+                if is_rival:
+                    done[arm] = call(done["search"]["val"], options.patience)
+                elif arm == "everything":
+                    done[arm] = call(options.out.with_suffix(f".{options.dataset}{seed}.json"))
                     done["defaults"] = done[arm].pop("defaults")
+                else:
+                    done[arm] = call()
                 done[arm].pop("defaults", None)
                 options.out.write_text(json.dumps(known, indent=1) + "\n")
             r = done[arm]

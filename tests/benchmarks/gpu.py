@@ -396,7 +396,7 @@ def overlap(part: Part) -> None:
         worker.LANES = switch.get("LANES", lanes)
         pixels.PIN, worker.SIDE_STREAM = "PIN" not in switch, "SIDE_STREAM" not in switch
         if "build" in switch:
-            loading._build = lambda name: timm.create_model(name, pretrained=True)
+            loading._build = lambda name, **of: timm.create_model(name, pretrained=True, **of)
         try:
             r = extract_all(dataset, backbones, settings)
         finally:

@@ -1,6 +1,7 @@
 """The truth on real input: fine-tune the zoo's backbones on its data sets.
 
     python tests/benchmarks/real_zoo.py [--device cuda] [--jobs 6] [--minutes 60] [--out FILE]
+                                        [--seed 1]
     python tests/benchmarks/real_zoo.py --merge FILE [FILE ...]
     python tests/benchmarks/real_zoo.py --report [--cache DIR] [--truth FILE]
 
@@ -11,6 +12,9 @@ images (stratified, seed 0), 100 of them held out (stratified again), `FinetuneC
 with five epochs; the accuracy is that of the last epoch on the data set's whole validation part.
 Learning rate 0 leaves the network as it is: the linear probe, epoch 0. "Frozen or fine-tuned"
 takes of the two what is better on the 100. "score" is SFDA (loo) of the 500 images.
+
+``real_zoo_seed1.json`` and ``…2.json`` are the same by other seeds, of the images, the split and
+the training: how far would another have found the same truth?
 
 ``real_zoo_sgd.json`` is the truth by the recipe before (``--truth FILE`` reports on it): a random
 head, SGD, six epochs, the learning rate of .003, .01 and .05 chosen on the 100. Six epochs of that
@@ -70,14 +74,19 @@ N_SETTINGS = 8  # backbones, the cheapest
 logger = logging.getLogger("real_zoo")
 
 
-def read_results(file: Path = RESULTS) -> dict:
+def seed_file(seed: int) -> Path:
+    """Return the file of a seed."""
+    return RESULTS.with_name(f"real_zoo_seed{seed}.json") if seed else RESULTS
+
+
+def read_results(file: Path = RESULTS, recipe: dict = RECIPE) -> dict:
     """Return ``{"recipe": …, "accuracies": {dataset: {backbone: {…}}}}``."""
     if file.is_file():
         results = json.loads(file.read_text())
-        if results["recipe"] == RECIPE:
+        if results["recipe"] == recipe:
             return results
         sys.exit(f"{file} was made with another recipe; move it away first")
-    return {"recipe": RECIPE, "accuracies": {}}
+    return {"recipe": recipe, "accuracies": {}}
 
 
 def is_complete(entry: dict) -> bool:
@@ -85,34 +94,40 @@ def is_complete(entry: dict) -> bool:
     return {run["lr"] for run in entry["runs"]} >= set(RECIPE["learning_rates"])
 
 
-def merge(files: list[Path]) -> None:
-    """Add the pairs of other files to ``real_zoo.json``; what is complete there stays."""
-    results, new = read_results(), 0
+def seeded(seed: int) -> dict:
+    """Return the recipe with a seed."""
+    return RECIPE | ({"seed": seed} if seed else {})
+
+
+def merge(files: list[Path], seed: int) -> None:
+    """Add the pairs of other files to that of the seed; what is complete there stays."""
+    mine_file, recipe = seed_file(seed), seeded(seed)
+    results, new = read_results(mine_file, recipe), 0
     for file in files:
         if not file.is_file():
             sys.exit(f"{file} is no file; pass one that --out has written")
-        for name, found in read_results(file)["accuracies"].items():
+        for name, found in read_results(file, recipe)["accuracies"].items():
             mine = results["accuracies"].setdefault(name, {})
             for backbone, entry in found.items():
                 if not is_complete(mine.get(backbone, {"runs": []})):
                     new += is_complete(entry)
                     mine[backbone] = entry
-    write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-    print(f"{new} complete pairs are new in {RESULTS}")
+    write_text(mine_file, json.dumps(results, indent=1) + "\n")
+    print(f"{new} complete pairs are new in {mine_file}")
 
 
 class Tuning:
     """Fine-tune one backbone on one data set; what settings have in common is done once."""
 
-    def __init__(self, backbone, name: str, device: str) -> None:
+    def __init__(self, backbone, name: str, device: str, seed: int = 0) -> None:
         self.backbone, self.device, self.shared = backbone, device, SharedWork()
-        self.images = open_dataset(ZOO / "datasets" / name).sample(RECIPE["images"], seed=0)
+        self.images = open_dataset(ZOO / "datasets" / name).sample(RECIPE["images"], seed=seed)
         self.test = open_dataset(ZOO / "datasets" / name, split="val")
         rows, held_out = train_test_split(
             np.arange(len(self.images)),
             test_size=RECIPE["chosen_on"],
             stratify=self.images.labels,
-            random_state=0,
+            random_state=seed,
         )
         self.train, self.val = self.images.subset(rows), self.images.subset(held_out)
 
@@ -131,12 +146,13 @@ class Tuning:
         return {"held_out": last.accuracy, "accuracy": correct}
 
 
-def measure(backbone, name: str, device: str, runs: list[dict]) -> dict:
+def measure(backbone, name: str, device: str, runs: list[dict], seed: int = 0) -> dict:
     """Fine-tune one backbone on one data set with every learning rate that `runs` lacks."""
     started = time.perf_counter()
-    tune = Tuning(backbone, name, device)
+    tune = Tuning(backbone, name, device, seed)
     for lr in sorted(set(RECIPE["learning_rates"]) - {run["lr"] for run in runs}):
-        config = FinetuneConfig(epochs=RECIPE["epochs"], lr=lr) if lr else FinetuneConfig(epochs=0)
+        length = {"epochs": RECIPE["epochs"], "lr": lr} if lr else {"epochs": 0}
+        config = FinetuneConfig(**length, seed=seed)
         runs = [*runs, {"lr": lr, **tune(config)}]
     (found,) = extract(tune.images, [backbone], Settings(device=device, workers=0))
     runs = sorted(runs, key=lambda run: run["lr"])
@@ -183,9 +199,14 @@ def _cost(backbone) -> int:
     return height * width * about.n_params
 
 
-def fill(device: str, minutes: float, jobs: int, out: Path) -> None:
-    """Measure every pair that neither ``real_zoo.json`` nor `out` has."""
-    results, known = read_results(out), read_results()["accuracies"]
+def fill(device: str, minutes: float, jobs: int, out: Path, seed: int) -> None:
+    """Measure every pair that neither the file of the seed nor `out` has.
+
+    Of another seed than 0 those are measured that ``real_zoo.json`` has.
+    """
+    recipe = seeded(seed)
+    results, known = read_results(out, recipe), read_results(seed_file(seed), recipe)["accuracies"]
+    first = read_results()["accuracies"]
     deadline = time.monotonic() + 60 * minutes
     plugins = [str(ZOO / "zoo_models.py")]
     backbones = sorted(resolve_backbones(str(ZOO / "models"), plugins=plugins), key=_cost)
@@ -194,7 +215,7 @@ def fill(device: str, minutes: float, jobs: int, out: Path) -> None:
         for backbone in backbones:
             entries = (a.get(name, {}).get(backbone.name) for a in (results["accuracies"], known))
             entry = next(filter(None, entries), {"runs": []})
-            if not is_complete(entry):
+            if not is_complete(entry) and (not seed or backbone.name in first.get(name, {})):
                 todo.append((name, backbone, entry["runs"]))
     left = {name: sum(n == name for n, *_ in todo) for name in DATASETS}
     todo.sort(key=lambda pair: (left[pair[0]], DATASETS.index(pair[0]), _cost(pair[1])))
@@ -205,7 +226,7 @@ def fill(device: str, minutes: float, jobs: int, out: Path) -> None:
         while todo or running:
             while todo and len(running) < jobs and time.monotonic() < deadline:
                 name, backbone, runs = todo.pop(0)
-                running[pool.submit(measure, backbone, name, device, runs)] = name, backbone
+                running[pool.submit(measure, backbone, name, device, runs, seed)] = name, backbone
             if not running:
                 return
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -332,7 +353,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=600)
     parser.add_argument("--jobs", type=int, default=1, help="pairs at a time, a process each")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="by default that of the seed")
     parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--settings", nargs="+", metavar="DATASET", help="see fill_settings")
     parser.add_argument("--report", action="store_true")
@@ -345,11 +367,12 @@ def main() -> None:
     if options.report:
         report(options.cache, options.truth)
     elif options.merge:
-        merge(options.merge)
+        merge(options.merge, options.seed)
     elif options.settings:
-        fill_settings(options.device, options.settings, options.out)
+        fill_settings(options.device, options.settings, options.out or SETTINGS_FILE)
     else:
-        fill(options.device, options.minutes, options.jobs, options.out)
+        out = options.out or seed_file(options.seed)
+        fill(options.device, options.minutes, options.jobs, out, options.seed)
 
 
 if __name__ == "__main__":
