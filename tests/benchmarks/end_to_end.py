@@ -14,7 +14,7 @@ imagenet    (d) the 4 configurations of the backbone with the best published Ima
 ==========  ======================================================================================
 
     python tests/benchmarks/end_to_end.py --dataset demo --seeds 3
-    python tests/benchmarks/end_to_end.py --dataset trashnet --seeds 1 --samples 400 --epochs 3
+    python tests/benchmarks/end_to_end.py --dataset trashnet --samples 400 --epochs 3 --cheapest 16
 
 Of a data set of the zoo its validation part is the test part here.
 
@@ -26,7 +26,6 @@ and not repeated; of "everything", which takes hours, finished backbones are, to
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import tempfile
@@ -41,7 +40,7 @@ import optuna
 import real_zoo
 
 import sfda_tune
-from sfda_tune.backbones.loading import describe
+from sfda_tune.backbones.loading import describe, measure_cost
 from sfda_tune.data.splits import join, split_images
 from sfda_tune.finetuning.models import predict
 from sfda_tune.finetuning.run import SharedWork, finetune
@@ -57,11 +56,11 @@ class Bench:
     """One data set and seed."""
 
     def __init__(
-        self, dataset: str, seed: int, samples: int | None, epochs: int | None, largest: float,
+        self, dataset: str, seed: int, samples: int | None, epochs: int | None, cheapest: int | None,
         device: str, jobs: int,
     ) -> None:  # fmt: skip
         is_demo = dataset == "demo"
-        self.settings = (dataset, seed, samples, epochs, largest, device)
+        self.settings = (dataset, seed, samples, epochs, cheapest, device)
         self.device, self.jobs, self.shared = device, jobs, SharedWork()
         self.clock = time.process_time if device == "cpu" else time.perf_counter
         self.dataset: Any = "digits" if is_demo else str(ZOO / "datasets" / dataset / "train")
@@ -73,8 +72,8 @@ class Bench:
         given |= dict.fromkeys(("split", "image_column", "label_column"))
         self.parts = split_images(given)[0]
         found = sfda_tune.resolve_backbones(self.specs, plugins=self.plugins)
-        if largest < math.inf:
-            found = [b for b in found if describe(b).n_params <= 1e6 * largest]
+        if cheapest is not None:
+            found = sorted(found, key=measure_cost)[:cheapest]
             self.specs = [b.spec for b in found]
         self.backbones = {b.name: b for b in found}
         self.space = default_space(len(self.parts["train"]))
@@ -302,7 +301,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="backbones of everything at a time")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--epochs", type=int)
-    parser.add_argument("--largest", type=float, default=math.inf, help="millions of parameters")
+    parser.add_argument("--cheapest", type=int, help="so many backbones, by GMACs")
     parser.add_argument("--patience", type=int, default=40)
     parser.add_argument("--arms", nargs="+", default=ARMS)
     parser.add_argument("--out", type=Path, default=Path("end_to_end.json"))
@@ -310,7 +309,7 @@ def main() -> None:
     prepare()
     known = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for seed in range(options.first, options.first + options.seeds):
-        sizes = (options.samples, options.epochs, options.largest)
+        sizes = (options.samples, options.epochs, options.cheapest)
         bench = Bench(options.dataset, seed, *sizes, options.device, options.jobs)
         key = f"{options.dataset}, {options.samples or 'all'} images, seed {seed}"
         done = known.setdefault(key, {})
