@@ -56,8 +56,8 @@ class Bench:
     """One data set and seed."""
 
     def __init__(
-        self, dataset: str, seed: int, samples: int | None, epochs: int | None, cheapest: int | None,
-        device: str, jobs: int,
+        self, dataset: str, seed: int, samples: int | None, epochs: int | None,
+        cheapest: int | None, device: str, jobs: int,
     ) -> None:  # fmt: skip
         is_demo = dataset == "demo"
         self.settings = (dataset, seed, samples, epochs, cheapest, device)
