@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sfda_tune.backbones.devices import few_threads
-from sfda_tune.backbones.identity import files_behind, identify, is_installed, version_of
+from sfda_tune.backbones.identity import files_behind, identify, is_foreign, version_of
 from sfda_tune.backbones.loading import create, files_in, is_weights, load, read_config, timm_name
 from sfda_tune.backbones.plugins import load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing
@@ -100,7 +99,7 @@ def _own_architecture(backbone: Backbone, architecture: str) -> str:
         return ""  # opening it will say so
     build = model_entrypoint(architecture)
     package = build.__module__.partition(".")[0]
-    if is_installed(getattr(sys.modules.get(package), "__file__", None)):
+    if is_foreign(build.__module__):
         return f"{package} {version_of(package)}"
     with torch.random.fork_rng(devices=[]):  # of a tensor that is no weight the numbers count
         torch.manual_seed(0)

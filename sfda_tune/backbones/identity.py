@@ -25,6 +25,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -34,14 +35,16 @@ import warnings
 import weakref
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Set
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from sfda_tune.values.files import digest_file, read_text
 
-__all__ = ["files_behind", "identify", "is_installed", "version_of"]
+__all__ = ["files_behind", "identify", "is_foreign", "version_of"]
 
+LIBRARIES = ("timm", "torch")
 PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, type(...), range, slice)
 PASSIVE = (type(threading.Lock()), type(threading.RLock()), logging.Logger, logging.LoggerAdapter)
 _PROCESS = uuid.uuid4().hex
@@ -84,15 +87,39 @@ def is_installed(path: str | None) -> bool:
     if not path:
         return False
     real = os.path.realpath(path)
-    return real.startswith(_homes()) or not {"site-packages", "dist-packages"}.isdisjoint(
+    if real.startswith(_homes()) or not {"site-packages", "dist-packages"}.isdisjoint(
         real.split(os.sep)
-    )
+    ):
+        return True
+    tops = ((root, real[len(root) :].split(os.sep)[0]) for root in map(_realpath, sys.path)
+            if real.startswith(root))  # fmt: skip
+    return any(_is_recorded(root, top) for root, top in tops)
 
 
 @functools.cache
-def _is_foreign(module: str | None) -> bool:
-    """Tell whether a module is of Python or an installed package."""
+def _realpath(place: str) -> str:
+    return os.path.join(os.path.realpath(place), "")
+
+
+@functools.cache
+def _is_recorded(root: str, top: str) -> bool:
+    """Tell whether a file or folder was installed elsewhere, as by ``pip install --target``."""
+    for distribution in importlib.metadata.distributions(path=[root]):
+        record = distribution.read_text("RECORD") or ""  # what is only linked here has none
+        if any(re.split("[/,]", line, maxsplit=1)[0] == top for line in record.splitlines()):
+            return True
+    return False
+
+
+@functools.cache
+def is_foreign(module: str | None) -> bool:
+    """Tell whether a module is of Python or an installed package: it counts by its version.
+
+    So do PyTorch and timm where they run from a checkout: to walk through them takes a minute.
+    """
     top = (module or "").partition(".")[0]
+    if top in LIBRARIES:
+        return True
     for loaded in (sys.modules.get(module or ""), sys.modules.get(top)):
         if file := getattr(loaded, "__file__", None):  # may be the user's, called like Python's
             return top != "__main__" and is_installed(file)
@@ -103,10 +130,24 @@ def version_of(package: str) -> str:
     """Return the version of an installed package, of PyTorch the major one; else no text.
 
     What a layer of PyTorch computes changes with a major version; between others it may change in
-    its last bits, as between devices, which share their features, too.
+    its last bits, as between devices, which share their features, too. Of timm that runs from a
+    checkout the text counts, too.
     """
     version = getattr(sys.modules.get(package), "__version__", None) or _installed_version(package)
-    return str(version).partition(".")[0] if package == "torch" else str(version)
+    if package == "torch":
+        return str(version).partition(".")[0]
+    return f"{version} {_sources(package)}".strip() if package in LIBRARIES else str(version)
+
+
+@functools.cache
+def _sources(package: str) -> str:
+    """Return a digest of all files of a package, if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin or is_installed(spec.origin):
+        return ""
+    folder = Path(spec.origin).parent
+    files = {str(file.relative_to(folder)): str(file) for file in folder.rglob("*.py")}
+    return _digest_files(files, ())
 
 
 @functools.cache
@@ -220,7 +261,7 @@ class _Walk:
     # Code
     def add_function(self, value: types.FunctionType) -> None:
         self.say("function", value.__qualname__)
-        if _is_foreign(value.__module__):
+        if is_foreign(value.__module__):
             self.add_reference(value)
         else:
             self.add_code(value.__code__, value.__globals__)
@@ -266,7 +307,7 @@ class _Walk:
     def add_module(self, module: types.ModuleType, used: Iterable[str] | None = None) -> None:
         """Add of a module of the user's all, or what code with the names `used` takes from it."""
         self.say("module")
-        if _is_foreign(module.__name__):
+        if is_foreign(module.__name__):
             self.add_reference(module)
             return
         names = [n for n in vars(module) if not n.startswith("__")] if used is None else used
@@ -280,7 +321,7 @@ class _Walk:
 
     def add_class(self, value: type) -> None:
         self.say("class", value.__qualname__)
-        foreign = _is_foreign(value.__module__)
+        foreign = is_foreign(value.__module__)
         if foreign:
             self.add_reference(value)
         else:
@@ -418,7 +459,7 @@ def _is_patch(item: Any) -> bool:
     """Tell whether a member of an installed class is a function of the user's, put there since."""
     function = getattr(item, "__func__", item)
     return isinstance(function, types.FunctionType) and not (
-        _is_foreign(function.__module__) or function.__code__.co_filename.startswith("<")
+        is_foreign(function.__module__) or function.__code__.co_filename.startswith("<")
     )
 
 
@@ -466,7 +507,7 @@ def _follow(
         name, file = todo.pop()
         if name not in files:
             files[name] = file
-            for target in _imports(name, file):
+            for target in _imports(name, file, *_stamp([file])):
                 todo += _locate(target, places, own, packages)
     return files, packages
 
@@ -479,7 +520,11 @@ def _locate(name: str, places: Any, own: str, packages: set[str]) -> Iterator[tu
     for k in range(len(parts)):
         full = ".".join(parts[: k + 1])
         spec = importlib.machinery.PathFinder.find_spec(full, places)
-        if k == 0 and full != own and (spec is None or is_installed(_home(spec))):
+        if (
+            k == 0
+            and full != own
+            and (spec is None or full in LIBRARIES or is_installed(_home(spec)))
+        ):
             packages.add(full)
             return
         if spec is None:
@@ -495,7 +540,8 @@ def _home(spec: importlib.machinery.ModuleSpec) -> str | None:
     return spec.origin or next(iter(spec.submodule_search_locations or ()), None)
 
 
-def _imports(name: str, file: str) -> list[str]:
+@functools.lru_cache(4096)
+def _imports(name: str, file: str, *stamp: Any) -> list[str]:
     """Return what a file imports, at its top or inside a function; none if it is no source."""
     if not file.endswith(".py"):
         return []

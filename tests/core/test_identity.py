@@ -3,15 +3,18 @@ import dataclasses
 import enum
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision.transforms as tv
+from timm.models import save_for_hf
 from torch import nn
 
 from sfda_tune.backbones.identity import files_behind, identify
@@ -214,3 +217,54 @@ def test_a_plug_in_is_its_text_and_all_that_it_imports(tmp_path, monkeypatch):
     by_name = files_behind("a_plugin", a_plugin)
     (tmp_path / "parts" / "deep.py").write_text("X = 333\n")
     assert files_behind("a_plugin", a_plugin) != by_name
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_what_was_installed_elsewhere_counts_by_its_version(tmp_path, monkeypatch, is_recorded):
+    """As by ``pip install --target``; what is only developed there counts by its text."""
+    name = f"elsewhere_{is_recorded}"
+    package, information = (tmp_path / "site" / f"{name}{end}" for end in ("", "-1.0.dist-info"))
+    package.mkdir(parents=True)
+    information.mkdir()
+    (package / "__init__.py").write_text("X = 1\n")
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    if is_recorded:
+        (information / "RECORD").write_text(f"{name}/__init__.py,,\n")
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(f"import {name}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    first = files_behind(str(plugin), None)
+    (package / "__init__.py").write_text("X = 22\n")
+    os.utime(plugin, ns=(1, 1))  # it is looked at again
+    assert (files_behind(str(plugin), None) == first) == is_recorded
+
+
+def test_timm_in_a_checkout_is_its_files_and_not_walked_through(tmp_path):
+    """That takes a minute, at every run."""
+    where = tmp_path / "checkout" / "timm"
+    shutil.copytree(Path(timm.__file__).parent, where, ignore=shutil.ignore_patterns("*.pyc"))
+    save_for_hf(timm.create_model("test_vit"), tmp_path / "vit", safe_serialization=True)
+    script = (
+        "import sys, timm\n"
+        "from sfda_tune import resolve_backbones\n"
+        "from sfda_tune.backbones import fingerprints\n"
+        "fingerprints.identify = None\n"
+        "(backbone,) = resolve_backbones(sys.argv[1])\n"
+        "print(timm.__file__)\n"
+        "print(fingerprints.fingerprint(backbone))\n"
+    )
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "vit")],
+            capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(where.parent), *sys.path])},
+        )  # fmt: skip
+        file, found = done.stdout.split()
+        assert file.startswith(str(where))
+        return found
+
+    first = run()
+    with (where / "models" / "vision_transformer.py").open("a") as file:
+        file.write("\nX = 1\n")
+    assert run() != first
