@@ -10,7 +10,7 @@ import torch
 
 from sfda_tune import open_dataset
 from sfda_tune.backbones.specs import resolve_backbones
-from sfda_tune.extraction import plan, settings
+from sfda_tune.extraction import plan, settings, worker
 from sfda_tune.extraction import run as extraction
 from sfda_tune.extraction.run import extract
 from sfda_tune.extraction.settings import Settings
@@ -58,13 +58,17 @@ def test_precisions(dataset, zoo, on_cpu, precision):
         assert found[name].dtype == np.float32
 
 
-@pytest.mark.parametrize("switch", ["LANES", "PIN", "SIDE_STREAM"])
+SWITCHES = {"LANES": extraction, "PIN": worker, "SIDE_STREAM": worker}
+assert all(hasattr(module, name) for name, module in SWITCHES.items())  # seen without a GPU, too
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
 def test_what_is_fast_changes_nothing(dataset, zoo, switch, monkeypatch):
     """Each alone, and in shards so small that several are under way."""
     monkeypatch.setattr(plan, "SHARD", 8)
     settings = replace(CUDA, batch_size=3)
     expected = run(dataset, zoo, settings)
-    monkeypatch.setattr(extraction, switch, 1 if switch == "LANES" else False)
+    monkeypatch.setattr(SWITCHES[switch], switch, 1 if switch == "LANES" else False)
     for name, x in run(dataset, zoo, settings).items():
         assert np.array_equal(x, expected[name])
 
