@@ -92,12 +92,12 @@ def rank(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample that --samples draws.")] = 0,
     race: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--race",
-            help="Show few images to all, more only to those that may still be in the top.",
+            help="Show few images to all, more only to those that may still be in the top. "
+            "Default: where a --budget does not suffice for all images."
         ),
-    ] = False,
+    ] = None,
     top: Annotated[
         int | None, typer.Option(metavar="K", help="The top that a race is to find. Default: 5.")
     ] = None,
@@ -105,7 +105,8 @@ def rank(
         str | None,
         typer.Option(
             help="Time for the images, such as `10m`: the most promising candidates for their "
-            "price come first; what there is no time for is ranked by what is known of it."
+            "price come first, and race where it does not suffice for all; what saw no image is "
+            "ranked by what is known of it."
         ),
     ] = None,
     dry_run: Annotated[

@@ -19,8 +19,8 @@ from sfda_tune.pipelines.trials import best_epoch, find_best, of_backbone
 from sfda_tune.values.text import parse_bytes
 
 __all__ = [
-    "Budget", "RankingWatch", "Workload", "ends_later", "parse_budget", "parse_weights_disk",
-    "time_decoding",
+    "Budget", "Pace", "RankingWatch", "Workload", "ends_later", "parse_budget",
+    "parse_weights_disk", "time_decoding",
 ]  # fmt: skip
 
 RANK_SHARE, RETRAIN_SHARE = 0.5, 0.3  # at most so much of a budget
@@ -112,6 +112,53 @@ def time_decoding(
         if now() - begun > most:
             break
     return (now() - begun) / n
+
+
+class Pace:
+    """What networks will take, by what others took: so long to open, and so long for an image.
+
+    The second in proportion to `price`.
+
+    >>> pace = Pace(60, {"small": 1.0, "large": 4.0})
+    >>> pace.note(["small"], 100, seconds=3.0, opening=0.5)
+    >>> pace.cost("large", 100), pace.cost("large", 200)
+    (10.5, 20.5)
+    """
+
+    def __init__(self, seconds: float, price: Mapping[str, float]) -> None:
+        self._begun, self._seconds, self._price = time.perf_counter(), seconds, price
+        self._opening = self._computing = self._work = 0.0
+        self._n = 0
+
+    @property
+    def room(self) -> float:
+        """Return the seconds that are left."""
+        return self._seconds - (time.perf_counter() - self._begun)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything has been measured."""
+        return self._n > 0
+
+    def note(self, names: Sequence[str], n_images: int, seconds: float, opening: float) -> None:
+        """Take down what networks took for so many images each, and how much of that to open."""
+        self._n += len(names)
+        self._opening += opening
+        self._computing += seconds - opening
+        self._work += n_images * sum(self._price[name] for name in names)
+
+    def open(self, names: Sequence[str]) -> float:
+        """Return the seconds to open networks."""
+        return len(names) * self._opening / self._n if self._n else 0.0
+
+    def compute(self, names: Sequence[str], n_images: int) -> float:
+        """Return the seconds that opened networks take for so many images each."""
+        rate = self._computing / self._work if self._work else 0.0
+        return rate * n_images * sum(self._price[name] for name in names)
+
+    def cost(self, name: str, n_images: int) -> float:
+        """Return the seconds for a network and so many images."""
+        return self.open([name]) + self.compute([name], n_images)
 
 
 class RankingWatch:

@@ -37,7 +37,7 @@ from sfda_tune.extraction.store import FeatureStore, open_cache
 from sfda_tune.extraction.worker import Executor, OnDemand
 from sfda_tune.metrics.priors import Facts, look_up_facts
 from sfda_tune.metrics.scoring import Metric, Scorer, default_metric
-from sfda_tune.pipelines.budget import RankingWatch, parse_budget, parse_weights_disk
+from sfda_tune.pipelines.budget import Pace, RankingWatch, parse_budget, parse_weights_disk
 from sfda_tune.pipelines.noting import NotingScorer
 from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
 from sfda_tune.selection.ensembles import select_ensemble
@@ -99,7 +99,7 @@ def rank(
     map_fn: Map | None = None,
     executor: Executor | None = None,
     progress: Any = None,
-    race: bool = False,
+    race: bool | None = None,
     top: int | None = None,
     budget: str | float | None = None,
     ensemble: int | None = None,
@@ -165,18 +165,20 @@ def rank(
     progress : bool or object, optional
         Whether to show a progress bar (by default in notebooks only); or an object that takes its
         part (see `extract`).
-    race : bool, default False
+    race : bool, optional
         Show few images to all backbones and more only to those that still have a chance to be in
         the `top`, see `sfda_tune.selection.racing`: the same top as without, with probability .95.
-        The features are cached stage by stage, apart from those of a full run.
+        By default only where a `budget` does not suffice for all images and backbones, and the
+        metric is a mean over images.
     top : int, optional
         How many backbones a race is to find; 5 by default.
     budget : str or float, optional
         A time such as "10m", or seconds, from the first image on: the most promising candidates
-        for their price come first (by what is known of them before), and where the time is over
-        the others are ranked by that alone; ``info["not_looked_at"]`` names them. A later call
-        goes on from there. What is done in time depends on the machine. A `map_fn` is stopped
-        only when a unit is done, which is one backbone.
+        for their price come first (by what is known of them before). Where it does not suffice
+        for all, they race: as many as possible see few images, the best of them ever more; those
+        that no image was shown to are ranked by what is known, and ``info["not_looked_at"]`` names
+        them. A later call goes on from there. What is done in time depends on the machine. A
+        `map_fn` is stopped only when a unit is done, which is one backbone.
     ensemble : int, optional
         Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
         ``info["ensemble"]`` has them. All features are then held in memory.
@@ -237,7 +239,7 @@ def rank(
         device=None if device == "auto" else device,
         precision=None if precision == "float32" else precision,
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
-        plugins=(plugins := list(plugins)) or None, race=race or None, top=top, budget=budget,
+        plugins=(plugins := list(plugins)) or None, race=race, top=top, budget=budget,
         ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
         label_delimiter=label_delimiter, levels=list_levels(levels),
         label_columns=label_columns if isinstance(label_columns, str | None) else [*label_columns],
@@ -288,14 +290,10 @@ def rank(
             f"it, but is {weights_disk!r} with {'`map_fn`' if bounded else f'{executor!r}'}; "
             "leave one out."
         )
-    if top is not None and not race:
+    may_race = race or (race is None and seconds is not None and not scorer.combined)
+    if top is not None and not may_race:
         raise ValueError(f"`top` is for a race but is {top!r} without one; add race=True.")
     top = TOP if top is None else top
-    if race and seconds is not None:
-        raise ValueError(
-            "`race` shows few images to all candidates and `budget` all images to few: both are "
-            "given; leave one out."
-        )
     check_form(dataset)
     if executor is None:
         check_device(device)
@@ -341,18 +339,22 @@ def rank(
         copies = _Copies(whole, codes, twins)
         run = _RankingRun(
             images, candidates, settings, store, map_fn, demand, scorer, copies, fetcher,
-            [digests[row] for row in twins.kept],
+            [digests[row] for row in twins.kept], ensemble is not None,
         )  # fmt: skip
         try:
-            if race:
+            pace, order = None, []
+            if seconds is not None:
+                facts = find_candidate_facts(candidates)
+                order, prices = order_by_promise(facts), find_prices(facts)
+                pace = Pace(seconds - (time.perf_counter() - started), prices)
+            if may_race:
                 judge = None
                 if forecasts:
-                    facts = find_candidate_facts(candidates)
+                    facts = facts or find_candidate_facts(candidates)
                     judge = partial(simulate_forecast, facts=facts, train=train or "full")
-                result = run.race(RaceConfig(top, seed=seed), bar, judge)
-            elif seconds is not None:
-                facts = find_candidate_facts(candidates)
-                run.measure_within(seconds, facts, bar, None if ensemble is None else run.seen)
+                result = run.race(RaceConfig(top, seed=seed), bar, judge, pace, order, bool(race))
+            elif pace is not None:
+                run.measure_within(pace, order, bar, None if ensemble is None else run.seen)
             else:
                 run.measure(candidates, None, bar, None if ensemble is None else run.seen)
         except KeyboardInterrupt:
@@ -387,12 +389,14 @@ def rank(
         info["not_looked_at"] = unseen
     if report is not None:
         info["executor"] = report
-    if result is not None:
+    if result is not None and result.rungs and (race or len(result.rungs) > 1):
         info["race"] = {
             "top": top,
             "stages": list(result.rungs),
             "forward_passes": result.n_forward,
             "full_run": result.n_full,
+            "images": len(images),
+            "late": sorted(name for name, out in result.dropped.items() if out.get("late")),
         }
     if facts is None and not interrupted:
         facts = find_candidate_facts(candidates)
@@ -619,11 +623,12 @@ class _RankingRun:
     copies: _Copies
     fetcher: Fetcher
     digests: Sequence[str]  # of the images
+    keeps: bool  # features of all images: an ensemble is chosen of them
     scores: dict[str, Score] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     unreadable: dict[int, str] = field(default_factory=dict)
     rows: Any = None  # of the data set, behind the latest scores
-    seen: dict[str, Extraction] = field(default_factory=dict)  # a race or ensemble needs it again
+    seen: dict[str, Extraction] = field(default_factory=dict)  # that is needed again
 
     def measure(
         self,
@@ -653,6 +658,9 @@ class _RankingRun:
                 name = extraction.backbone.name
                 if seen is not None:
                     extraction = seen[name] = _join(before.get(name), extraction)
+                    n = len(extraction.rows) + len(extraction.unreadable)
+                    if not self.keeps and n == len(self.images):
+                        del seen[name]
                 extraction = self.copies.leave_out(extraction)
                 begun = time.perf_counter()
                 result = _score(extraction, self.noting, self.device, self.find_groups)
@@ -669,79 +677,142 @@ class _RankingRun:
             self.scores[name] = replace(self.scores[name], error=error)
 
     def measure_within(
-        self, seconds: float, facts: Mapping[str, Facts], bar: Any, seen: Any = None
-    ) -> None:
-        """Extract and score as many candidates as there is time for, the most promising first.
+        self,
+        pace: Pace,
+        order: Sequence[str],
+        bar: Any,
+        seen: dict[str, Extraction] | None = None,
+        rows: np.ndarray | None = None,
+        share: float = 1.0,
+    ) -> list[str]:
+        """Extract and score as many candidates as a share of the time suffices for, in `order`.
 
-        Some at a time, for at most `SLICE` of the time that is left, so that a wrong estimate of
-        their price costs little: seconds are taken to be proportional to `find_prices`, by what
-        those before have taken. An executor gets at least as many as it runs at a time.
+        Return which. Some at a time, for at most `SLICE` of the time that is left, so that a wrong
+        estimate of their price costs little. An executor gets at least as many as it runs at a
+        time. What is not done when all time is over is stopped.
         """
-        begun = time.perf_counter()
-        order, price = order_by_promise(facts), find_prices(facts)
         left, by_name = list(order), {b.name: b for b in self.candidates}
-        spent = paid = 0.0
-        demand = self.executor
-
-        def is_over() -> bool:
-            return time.perf_counter() - begun >= seconds
-
-        watch = RankingWatch(bar, is_over)
+        n = len(self.images) if rows is None else len(rows)
+        before, reserve, demand = dict(self.scores), (1 - share) * pace.room, self.executor
+        watch = RankingWatch(bar, lambda: pace.room <= 0)
         if demand is not None:
             backbones = [by_name[name] for name in left]
             precision = self.settings.precision
             if is_pending(self.images, backbones, self.store, precision, self.digests):
                 demand.enter()  # else the first would be one, and all other places idle
-        while left and not is_over():
-            room, rate = seconds - (time.perf_counter() - begun), spent / paid if paid else 0.0
-            some, total, least = [], 0.0, 1 if demand is None else demand.n_places
+        least = 1 if demand is None else demand.n_places
+        while left and (room := pace.room - reserve) > 0:
+            some, total = [], 0.0
             for name in left:
-                cost = rate * price[name]
-                if cost < room and (len(some) < least or (paid and total + cost < SLICE * room)):
+                cost = pace.cost(name, n)
+                fits = pace.is_known and total + cost < SLICE * room
+                if cost < room and (len(some) < least or fits):
                     some.append(name)
                     total += cost
             if not some:
-                return
+                break
             left = [name for name in left if name not in some]
-            started, rows = time.perf_counter(), self.rows
+            started, last, parts = time.perf_counter(), self.rows, dict(self.seconds)
             waited = 0.0 if demand is None else demand.waited
             try:
-                self.measure([by_name[name] for name in some], None, watch, seen)
+                self.measure([by_name[name] for name in some], rows, watch, seen)
             except KeyboardInterrupt:
                 if not watch.is_over:
                     raise
-                self.rows = rows if self.rows is None else self.rows
-                self.scores = self.finished()
-                return
-            new = [n for n in some if not self.scores[n].details.get("cached")]
+                self.rows = last if self.rows is None else self.rows
+                break
+            new = [name for name in some if not self.scores[name].details.get("cached")]
             if new:
-                spent += time.perf_counter() - started
+                spent = time.perf_counter() - started
                 spent -= 0.0 if demand is None else demand.waited - waited  # but once, to start
-                paid += sum(price[name] for name in new)
+                took = {part: self.seconds[part] - parts[part] for part in PARTS}
+                took["decode_work"] = 0.0  # while others wait for it
+                opening = took["load"] / (sum(took.values()) or 1.0)
+                pace.note(new, n, max(spent, 0.0), opening * max(spent, 0.0))
+        return [name for name in order if self.scores.get(name) is not before.get(name)]
 
-    def race(self, config: RaceConfig, bar: Any, judge: Judge | None = None) -> RaceResult:
-        """Score all candidates on few images, and ever fewer of them on more."""
+    def race(
+        self,
+        config: RaceConfig,
+        bar: Any,
+        judge: Judge | None = None,
+        pace: Pace | None = None,
+        order: Sequence[str] = (),
+        is_asked: bool = True,
+    ) -> RaceResult | None:
+        """Score all candidates on few images, and ever fewer of them on more.
+
+        Within a `pace`, as many on each rung as the time suffices for, the most promising first:
+        in this `order`, and then by their scores. Each of the rungs ahead has the same share of
+        the time; where to open networks would take longer than to show them a rung's images, that
+        rung is left out. Unless a race `is_asked` for, all go on to all images as soon as the time
+        suffices for that, and there is none (but None) where the metric is no mean over images.
+        """
         by_name = {backbone.name: backbone for backbone in self.candidates}
         past = dict.fromkeys(by_name, np.empty(0, np.int64))
+        rungs, N = make_rungs(self.images, config.seed), len(self.images)
+        readable = self.rows
 
-        def measure(names: list[str], rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        def sort(names: list[str]) -> list[str]:
+            known = [name for name in names if name in self.scores]
+            values = np.array([self.scores[name].value for name in known], np.float64)
+            if judge is not None and known:
+                values = judge(known, values[None])[0]
+            best = dict(zip(known, values, strict=True))
+            return sorted(names, key=lambda name: -best.get(name, math.inf))
+
+        def measure(
+            names: list[str], rows: np.ndarray
+        ) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
+            nonlocal readable
+            done: list[str] = []
+            ahead = sum(len(other) >= len(rows) for other in rungs)
             for n in {len(past[name]) for name in names}:  # one, unless somebody comes back
                 group = [name for name in names if len(past[name]) == n]
                 new = np.setdiff1d(rows, past[group[0]])
-                self.measure([by_name[name] for name in group], new, bar, self.seen)
-                past.update(dict.fromkeys(group, rows))
-            good = {name: self.scores[name].per_sample for name in names}
+                if not len(new):
+                    done += group
+                elif pace is None:
+                    self.measure([by_name[name] for name in group], new, bar, self.seen)
+                    done += group
+                else:
+                    done += self.measure_within(pace, sort(group), bar, self.seen, new, 1 / ahead)
+            past.update(dict.fromkeys(done, rows))
+            readable = self.rows if done else readable
+            good: dict[str, Any] = {name: self.scores[name].per_sample for name in done}
             good = {name: p for name, p in good.items() if self.scores[name].error is None}
             if any(p is None for p in good.values()):
                 raise ValueError(
                     f"`race` needs a metric that is a mean over images but `metric` is "
                     f"{self.scorer.label!r}; leave race out, or take 'sfda'."
                 )
-            return self.rows, good
+            return readable, good | dict.fromkeys(name for name in names if name not in done)
 
-        rungs = make_rungs(self.images, config.seed)
+        def skip(names: list[str], rows: np.ndarray) -> bool:
+            is_whole = len(names) <= config.top
+            if pace is None:
+                return is_whole
+            if (
+                is_whole
+                and sum(pace.cost(name, N - len(past[name])) for name in names) < pace.room
+            ):
+                return True
+            return pace.compute(names, len(rows)) < pace.open(names)
+
+        names = list(by_name)
+        if pace is not None:  # what the most promising takes tells what the others will
+            names, name = list(order), ""
+            for name in names:
+                done = self.measure_within(pace, [name], bar, self.seen, rungs[0])
+                past.update(dict.fromkeys(done, rungs[0]))
+                if not done or self.scores[name].error is None:
+                    break
+            if not is_asked and name in self.scores and self.scores[name].per_sample is None:
+                self.measure_within(pace, names, bar, self.seen if self.keeps else None)
+                return None
         labels, groups = find_strata(self.images), self.images.group_codes
-        result = run(list(by_name), rungs, labels, measure, config, judge, groups)
+        result = run(names, rungs, labels, measure, config, judge, groups, skip)
+        self.rows = readable
         final = [
             s.value
             for n, s in self.scores.items()
@@ -749,7 +820,8 @@ class _RankingRun:
         ]
         for name, out in result.dropped.items():
             value = min([out["value"] + out["gain"], *final])
-            note = f"left the race after {out['images']} images"
+            what = "no time for more than" if out.get("late") else "left the race after"
+            note = f"{what} {out['images']} images"
             old = self.scores[name]
             details = {**old.details, "race": out, "note": note}
             self.scores[name] = replace(old, value=value, per_sample=None, details=details)

@@ -20,6 +20,7 @@ PASSES = 3
 HALF = 0.5
 TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
 NAMED = 3  # names in a sentence
+WITH_MORE_TIME = "the same command, with more time, goes on from there"
 GOOD = 0.95  # average precision of a label of which there is nothing to say
 
 
@@ -86,16 +87,19 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
             )
     if unseen:
         were = "was" if len(unseen) == 1 else "were"
-        lines.append(
-            f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen, NAMED)}; the "
-            "same command, with more time, goes on from there."
-        )
+        line = f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen, NAMED)}"
+        lines.append(f"{line}; {WITH_MORE_TIME}.")
     if race := ranking.info.get("race"):
         saved = 1 - race["forward_passes"] / race["full_run"]
         lines.append(
             f"Race for the top {race['top']}: {race['forward_passes']} forward passes instead of "
             f"{race['full_run']}, {saved:.0%} saved."
         )
+        if late := race.get("late"):
+            line = f"For {len(late)} there was no time to see as many images: {some(late, NAMED)}"
+            lines.append(f"{line}; {WITH_MORE_TIME}.")
+        if (most := race["stages"][-1]["images"]) < race.get("images", 0):
+            lines.append(f"The time sufficed for {most} of {race['images']} images.")
     if ensemble := ranking.info.get("ensemble"):
         lines.append(f"To fine-tune together: {', '.join(ensemble['backbones'])}.")
     return lines

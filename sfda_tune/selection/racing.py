@@ -106,16 +106,19 @@ def run(
     names: Sequence[str],
     rungs: Sequence[np.ndarray],
     labels: np.ndarray,
-    measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray]]],
+    measure: Callable[[list[str], np.ndarray], tuple[np.ndarray, Mapping[str, np.ndarray | None]]],
     config: RaceConfig,
     judge: Judge | None = None,
     groups: np.ndarray | None = None,
+    skip: Callable[[list[str], np.ndarray], bool] | None = None,
 ) -> RaceResult:
     """Score `names` on the rungs of `make_rungs`, fewer of them on each.
 
     ``measure(names, rows)`` scores backbones on rows; it returns the rows that could be read and,
-    for each backbone that could be scored, their contributions. ``judge(names, scores)`` makes of
-    scores (R, n) what the top is a top of; by default they are it.
+    for each backbone that could be scored, their contributions; None where there was no time for
+    it: such a one leaves, and the race ends where nobody had any. ``judge(names, scores)`` makes
+    of scores (R, n) what the top is a top of; by default they are it. ``skip(names, rows)`` says
+    whether a rung but the last is left out; by default where nobody can leave any more.
 
     >>> rng = np.random.default_rng(0)
     >>> terms = dict(zip("abcd", rng.normal(size=(4, 800)) + [[1.0], [0.9], [0.1], [0.0]]))
@@ -129,25 +132,34 @@ def run(
     (['c', 'd'], 0.5625)
     """
     N, active, n_forward = len(labels), list(names), 0
+    skip = skip or (lambda names, rows: len(names) <= config.top)
     seen = dict.fromkeys(active, 0)
     values: list[dict[str, float]] = []
     log: list[dict[str, Any]] = []
     dropped: dict[str, dict[str, Any]] = {}
     for rows in rungs:
-        if len(active) <= config.top and len(rows) < N:
-            continue  # nobody can leave any more: on to all images
+        if len(rows) < N and skip(active, rows):
+            continue
         terms: dict[str, np.ndarray] = {}
-        readable = rows
-        while active:
-            n_forward += sum(len(rows) - seen[name] for name in active)
-            seen |= dict.fromkeys(active, len(rows))
+        readable, late = rows, []
+        while active and not late:
             readable, new = measure(active, rows)
-            terms |= new
+            late = [name for name, term in new.items() if term is None]
+            for name in set(active) - set(late):
+                n_forward += len(rows) - seen[name]
+                seen[name] = len(rows)
+                dropped.pop(name, None)
+            terms |= {name: term for name, term in new.items() if term is not None}
             # Where somebody failed, the best of those that left take the places.
             free = config.top - len(terms)
             active = sorted(dropped, key=lambda name: -dropped[name]["p_top"])[: max(free, 0)]
-            for name in active:
-                del dropped[name]
+        if late and not terms:  # what was before is the end
+            active = [name for name in values[-1] if name not in dropped] if values else []
+            break
+        for name in late:
+            if seen[name] and name not in dropped:
+                stay = {"images": seen[name], "p_top": 0.0, "value": values[-1][name]}
+                dropped[name] = {**stay, "rung": len(log) - 1, "late": True}
         values.append({name: float(np.mean(term)) for name, term in terms.items()})
         out: dict[str, float] = {}
         if len(values) > 1 and len(rows) < N and len(terms) > config.top:
