@@ -389,7 +389,8 @@ def rank(
         info["not_looked_at"] = unseen
     if report is not None:
         info["executor"] = report
-    if result is not None and result.rungs and (race or len(result.rungs) > 1):
+    rungs = () if result is None else result.rungs
+    if result is not None and rungs and (race or [r["images"] for r in rungs] != [len(images)]):
         info["race"] = {
             "top": top,
             "stages": list(result.rungs),
@@ -792,10 +793,8 @@ class _RankingRun:
             is_whole = len(names) <= config.top
             if pace is None:
                 return is_whole
-            if (
-                is_whole
-                and sum(pace.cost(name, N - len(past[name])) for name in names) < pace.room
-            ):
+            to_all = sum(pace.cost(name, N - len(past[name])) for name in names)
+            if (is_whole or not is_asked) and to_all < 0.9 * pace.room:
                 return True
             return pace.compute(names, len(rows)) < pace.open(names)
 

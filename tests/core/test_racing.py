@@ -3,8 +3,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sfda_tune import RankingInterruptedError, open_dataset, rank
+from sfda_tune import RankingInterruptedError, open_dataset, rank, resolve_backbones
 from sfda_tune.pipelines.progress import NullProgress
+from sfda_tune.pipelines.ranking import find_candidate_facts, find_prices
+from sfda_tune.selection.advice import recommend
+from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.racing import RaceConfig, make_rungs, run
 from sfda_tune.selection.racing import simulate as simulate_final
 
@@ -177,3 +180,74 @@ def test_metrics_that_cannot_race(photos, toy_zoo):
     for metric in ("sfda + params", "ncti", "logme"):
         with pytest.raises(ValueError, match="`race` needs a metric that is a mean over images"):
             rank(photos, toy_zoo, race=True, metric=metric, **CPU)
+
+
+def test_who_has_no_time_leaves_and_the_race_ends_where_nobody_has_any():
+    labels, (_, terms) = np.arange(640) % 4, simulate(6, spread=0.1)
+    rungs = make_rungs(open_dataset((np.zeros((640, 2, 2), np.uint8), labels.tolist())))
+    fit = {40: 5, 80: 3, 160: 2, 320: 0}  # how many there is time for
+
+    def measure(active, rows):
+        late = dict.fromkeys(active[fit[len(rows)] :])
+        return rows, {n: terms[int(n)][rows] for n in active[: fit[len(rows)]]} | late
+
+    def never(names, rows):
+        return False
+
+    result = run([*"012345"], rungs, labels, measure, RaceConfig(top=6), skip=never)
+    assert [stage["images"] for stage in result.rungs] == [40, 80, 160]
+    assert {n: out["images"] for n, out in result.dropped.items() if out["late"]} == {"3": 40, "4": 40, "2": 80}
+    assert "5" not in result.dropped  # it saw no image
+    assert result.n_forward == 5 * 40 + 3 * 40 + 2 * 80
+    for out in result.dropped.values():
+        assert np.isfinite(out["gain"])
+
+
+class Clock:
+    """Time that goes by with the images that networks see: all see 200 in 1600 seconds."""
+
+    def __init__(self, monkeypatch):
+        price = find_prices(find_candidate_facts(resolve_backbones("demo:*")))
+        self.now = 1000.0
+        self.per_image = {name: 8 * p / sum(price.values()) for name, p in price.items()}
+        monkeypatch.setattr("sfda_tune.pipelines.budget.time.perf_counter", lambda: self.now)
+
+    def start(self, *_):
+        pass
+
+    def finish(self, score):
+        pass
+
+    def advance(self, backbone, n_images):
+        self.now += self.per_image[backbone] * n_images
+
+
+@pytest.mark.parametrize(("budget", "whole"), [(2000.0, True), (700.0, False), (60.0, False)])
+def test_a_budget_that_does_not_suffice_makes_them_race(monkeypatch, budget, whole):
+    options = {"samples": 200, "seed": 0, "device": "cpu", "workers": 0, "cache": False}
+    clock = Clock(monkeypatch)
+    found = rank("digits", "demo:*", budget=budget, progress=clock, **options)
+    assert clock.now - 1000 <= 1.05 * budget + 16  # a batch
+    unseen = found.info.get("not_looked_at", [])
+    assert not found.failed
+    if whole:
+        assert {**found} == {**rank("digits", "demo:*", **options)}
+        assert "race" not in found.info
+        return
+    stages = [(stage["images"], stage["backbones"]) for stage in found.info["race"]["stages"]]
+    assert stages[0][1] + len(unseen) == 8
+    assert found.info["n_samples"] == stages[-1][0]
+    said = recommend(found, find_odds(found))
+    assert any("with more time, goes on from there" in line for line in said)
+    if stages[-1][0] < 200:
+        assert f"The time sufficed for {stages[-1][0]} of 200 images." in said
+    assert sum(find_odds(found).best.values()) == pytest.approx(1)
+
+
+def test_a_metric_that_is_no_mean_over_images_sees_all_within_a_budget(monkeypatch):
+    clock = Clock(monkeypatch)
+    options = {"samples": 200, "device": "cpu", "workers": 0, "cache": False}
+    found = rank("digits", "demo:*", metric="logme", budget=700.0, progress=clock, **options)
+    assert found.info["n_samples"] == 200
+    assert "race" not in found.info
+    assert 0 < len(found.info["not_looked_at"]) < 8

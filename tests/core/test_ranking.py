@@ -276,7 +276,7 @@ def test_within_a_budget_the_rest_is_not_looked_at(photos, toy_zoo, tmp_path):
     options = {**CPU, "cache": tmp_path}
     rank(photos, toy_zoo / "vit", device="cpu", workers=0, cache=False)  # what is imported once
     end = time.perf_counter() + 4
-    cut = rank(photos, toy_zoo, budget=3.0, progress=Slow(), **options)
+    cut = rank(photos, toy_zoo, budget=3.0, race=False, progress=Slow(), **options)
     unseen = cut.info["not_looked_at"]
     assert len(unseen) == 2
     assert not cut.failed
@@ -292,8 +292,6 @@ def test_within_a_budget_the_rest_is_not_looked_at(photos, toy_zoo, tmp_path):
     assert set(scored.failed.values()) == {"not looked at: the 0.0001 s were over"}
     with pytest.raises(ValueError, match="`budget` must be a time"):
         rank(photos, toy_zoo, budget="soon", **CPU)
-    with pytest.raises(ValueError, match="`race` shows few images"):
-        rank(photos, toy_zoo, budget="1m", race=True, **CPU)
 
 
 def test_one_image_per_class_is_refused_before_networks_see_them(toy_zoo):
