@@ -61,7 +61,9 @@ logger = logging.getLogger(__name__)
 TOP = 5
 N_HARD = 24  # images that a ranking names as the hardest
 SLICE = 0.15  # of the time that is left: candidates that are extracted together
+PAYS = 1.5  # a race looks at so many times as many backbones, or there is none
 PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
+PER_IMAGE = ("decode", "forward", "copy", "score")  # of them; the rest is to open networks
 
 
 class RankingInterruptedError(KeyboardInterrupt):
@@ -347,7 +349,7 @@ def rank(
                 facts = find_candidate_facts(candidates)
                 order, prices = order_by_promise(facts), find_prices(facts)
                 pace = Pace(seconds - (time.perf_counter() - started), prices)
-            if may_race:
+            if race or (may_race and len(candidates) > 1):
                 judge = None
                 if forecasts:
                     facts = facts or find_candidate_facts(candidates)
@@ -539,6 +541,28 @@ def find_prices(facts: Mapping[str, Facts]) -> dict[str, float]:
     return {name: p if math.isfinite(p) else middle for name, p in price.items()}
 
 
+def find_first_rung(pace: Pace, names: Sequence[str], n_images: Sequence[int]) -> int:
+    """Return the rung to begin at: of R rungs each has 1/R of the time, for ever more images.
+
+    That is where most networks can be looked at, which opening them limits, too; or the last, all
+    images, unless there are `PAYS` times as many.
+
+    >>> pace = Pace(60, {"a": 1.0, "b": 1.0})
+    >>> pace.note(["a"], 100, seconds=2.0, opening=0.1)
+    >>> find_first_rung(pace, ["a", "b"], [100, 200, 400, 800])
+    0
+    >>> pace.note(["b"], 100, seconds=20.0, opening=18.0)
+    >>> find_first_rung(pace, ["a", "b"], [100, 200, 400, 800])
+    3
+    """
+    R = len(n_images)
+    seconds = [
+        (R - k) * (pace.open(names) + pace.compute(names, n)) for k, n in enumerate(n_images)
+    ]
+    first = int(np.argmin(seconds))
+    return first if pace.is_known and PAYS * seconds[first] < seconds[-1] else R - 1
+
+
 def order_by_promise(facts: Mapping[str, Facts]) -> list[str]:
     """Return the candidates by P(best) for their price, before any image was seen.
 
@@ -696,12 +720,7 @@ class _RankingRun:
         n = len(self.images) if rows is None else len(rows)
         before, reserve, demand = dict(self.scores), (1 - share) * pace.room, self.executor
         watch = RankingWatch(bar, lambda: pace.room <= 0)
-        if demand is not None:
-            backbones = [by_name[name] for name in left]
-            precision = self.settings.precision
-            if is_pending(self.images, backbones, self.store, precision, self.digests):
-                demand.enter()  # else the first would be one, and all other places idle
-        least = 1 if demand is None else demand.n_places
+        least = self.count_places(left, rows)
         while left and (room := pace.room - reserve) > 0:
             some, total = [], 0.0
             for name in left:
@@ -726,11 +745,24 @@ class _RankingRun:
             if new:
                 spent = time.perf_counter() - started
                 spent -= 0.0 if demand is None else demand.waited - waited  # but once, to start
-                took = {part: self.seconds[part] - parts[part] for part in PARTS}
-                took["decode_work"] = 0.0  # while others wait for it
-                opening = took["load"] / (sum(took.values()) or 1.0)
-                pace.note(new, n, max(spent, 0.0), opening * max(spent, 0.0))
+                of_images = sum(self.seconds[part] - parts[part] for part in PER_IMAGE)
+                spent = max(spent, 0.0)
+                pace.note(new, n, spent, max(spent - of_images / least, 0.0))
         return [name for name in order if self.scores.get(name) is not before.get(name)]
+
+    def count_places(self, names: Sequence[str], rows: np.ndarray | None) -> int:
+        """Return how many candidates are computed at a time, once an executor has been entered.
+
+        If there is something to compute; else the first would be one, and other places idle.
+        """
+        if self.executor is None:
+            return 1
+        backbones = [b for b in self.candidates if b.name in names]
+        images = self.images if rows is None else self.images.subset(rows)
+        digests = self.digests if rows is None else [self.digests[int(row)] for row in rows]
+        if is_pending(images, backbones, self.store, self.settings.precision, digests):
+            self.executor.enter()
+        return self.executor.n_places
 
     def race(
         self,
@@ -745,9 +777,9 @@ class _RankingRun:
 
         Within a `pace`, as many on each rung as the time suffices for, the most promising first:
         in this `order`, and then by their scores. Each of the rungs ahead has the same share of
-        the time; where to open networks would take longer than to show them a rung's images, that
-        rung is left out. Unless a race `is_asked` for, all go on to all images as soon as the time
-        suffices for that, and there is none (but None) where the metric is no mean over images.
+        the time, and the first is where most are looked at (`find_first_rung`). Unless a race
+        `is_asked` for, all go on to all images as soon as the time suffices for that, and there is
+        none (but None) where the metric is no mean over images.
         """
         by_name = {backbone.name: backbone for backbone in self.candidates}
         past = dict.fromkeys(by_name, np.empty(0, np.int64))
@@ -794,21 +826,23 @@ class _RankingRun:
             if pace is None:
                 return is_whole
             to_all = sum(pace.cost(name, N - len(past[name])) for name in names)
-            if (is_whole or not is_asked) and to_all < 0.9 * pace.room:
-                return True
-            return pace.compute(names, len(rows)) < pace.open(names)
+            return (is_whole or not is_asked) and to_all < 0.9 * pace.room
 
         names = list(by_name)
         if pace is not None:  # what the most promising takes tells what the others will
-            names, name = list(order), ""
-            for name in names:
-                done = self.measure_within(pace, [name], bar, self.seen, rungs[0])
+            names, at = list(order), self.count_places(order, rungs[0])
+            found: list[Score] = []
+            while (some := names[len(found) : len(found) + at]) and all(s.error for s in found):
+                done = self.measure_within(pace, some, bar, self.seen, rungs[0])
                 past.update(dict.fromkeys(done, rungs[0]))
-                if not done or self.scores[name].error is None:
+                found += [self.scores[name] for name in done]
+                if len(done) < len(some):
                     break
-            if not is_asked and name in self.scores and self.scores[name].per_sample is None:
+            good = [score for score in found if score.error is None]
+            if not is_asked and good and good[0].per_sample is None:
                 self.measure_within(pace, names, bar, self.seen if self.keeps else None)
                 return None
+            rungs = rungs[find_first_rung(pace, names, list(map(len, rungs))) :]
         labels, groups = find_strata(self.images), self.images.group_codes
         result = run(names, rungs, labels, measure, config, judge, groups, skip)
         self.rows = readable

@@ -196,7 +196,11 @@ def test_who_has_no_time_leaves_and_the_race_ends_where_nobody_has_any():
 
     result = run([*"012345"], rungs, labels, measure, RaceConfig(top=6), skip=never)
     assert [stage["images"] for stage in result.rungs] == [40, 80, 160]
-    assert {n: out["images"] for n, out in result.dropped.items() if out["late"]} == {"3": 40, "4": 40, "2": 80}
+    assert {n: out["images"] for n, out in result.dropped.items() if out["late"]} == {
+        "3": 40,
+        "4": 40,
+        "2": 80,
+    }
     assert "5" not in result.dropped  # it saw no image
     assert result.n_forward == 5 * 40 + 3 * 40 + 2 * 80
     for out in result.dropped.values():
@@ -225,6 +229,7 @@ class Clock:
 @pytest.mark.parametrize(("budget", "whole"), [(2000.0, True), (700.0, False), (60.0, False)])
 def test_a_budget_that_does_not_suffice_makes_them_race(monkeypatch, budget, whole):
     options = {"samples": 200, "seed": 0, "device": "cpu", "workers": 0, "cache": False}
+    options["batch_size"] = 10
     clock = Clock(monkeypatch)
     found = rank("digits", "demo:*", budget=budget, progress=clock, **options)
     assert clock.now - 1000 <= 1.05 * budget + 16  # a batch
