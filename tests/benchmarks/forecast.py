@@ -315,9 +315,11 @@ def report(tasks: list[Task]) -> None:
         shown = ("" if c is None else f"{c[0]:.2f} {c[1]:.4f} {c[2]:.4f}" for c in cells)
         print(f"{name:12}" + "".join(f"{text:>20}" for text in shown))
     print("\nWeighted tau, regret of the first, of the best of three")
-    print(
-        "Zoo, what the truth says of itself: {:.2f} {:.4f} {:.4f}\n".format(*find_ceiling(tasks))
-    )
+    print("Zoo, what the truth says of itself: {:.2f} {:.4f} {:.4f}".format(*find_ceiling(tasks)))
+    again = (compare_seeds(0, 1) + compare_seeds(1, 0)) / 2
+    print("Zoo, what another seed says of it: {:.2f} {:.4f} {:.4f}".format(*again))
+    print("Zoo, the forecast of the mean of both: {:.2f} {:.4f} {:.4f}\n".format(
+        *judge_mean(tasks)))  # fmt: skip
     print("            90% ranks    hit      P  in .95     of")
     for name in [*names, "mean"]:
         all_ = [np.mean(odds[b], axis=0) for b in names]
@@ -342,6 +344,38 @@ def find_ceiling(tasks: list[Task], n_draws: int = 200) -> np.ndarray:
             truth = dict(zip(known, (seen / n_test[task.name]).tolist(), strict=True))
             regrets = (regret_at_k(known, truth, k) for k in (1, 3))
             rows_.append((weighted_tau(known, truth), *regrets))
+    return np.mean(rows_, axis=0)
+
+
+def read_seed(seed: int) -> dict[str, dict[str, float]]:
+    results = json.loads(real_zoo.seed_file(seed).read_text())
+    return real_zoo.read_truths(results, results["recipe"]["learning_rates"][1:])
+
+
+def compare_seeds(first: int, second: int) -> np.ndarray:
+    """Return the figures of who has fine-tuned all by the first seed, of the second's truth."""
+    said, truths, rows_ = read_seed(first), read_seed(second), []
+    for name in said.keys() & truths.keys():
+        both = said[name].keys() & truths[name].keys()
+        rows_.append(figures_of(said[name], {n: truths[name][n] for n in sorted(both)}))
+    return np.mean(rows_, axis=0)
+
+
+def figures_of(scores: dict[str, float], truth: dict[str, float]) -> tuple[float, float, float]:
+    scores = {name: scores[name] for name in truth}
+    return weighted_tau(scores, truth), *(regret_at_k(scores, truth, k) for k in (1, 3))
+
+
+def judge_mean(tasks: list[Task]) -> np.ndarray:
+    """Return the figures of the forecast against the mean accuracy of both seeds."""
+    ours, rows_ = fit([task for task in tasks if task.benchmark != "zoo"]), []
+    seeds = [read_seed(0), read_seed(1)]
+    for task in [task for task in tasks if task.benchmark == "zoo"]:
+        scores = dict(zip(task.names, expect(task, ours).tolist(), strict=True))
+        both = set.intersection(*(set(seed[task.name]) for seed in seeds)) & set(scores)
+        rows_.append(
+            figures_of(scores, {n: float(np.mean([s[task.name][n] for s in seeds])) for n in both})
+        )
     return np.mean(rows_, axis=0)
 
 
