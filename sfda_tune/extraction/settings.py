@@ -37,7 +37,8 @@ class Settings:
         Any torch device; ``"auto"`` is CUDA, else MPS, else the CPU.
     precision : {"float32", "tf32", "bfloat16", "float16"}
         Of the forward pass, see `sfda_tune.backbones.devices.compute`; ``"tf32"`` is for CUDA
-        devices. Features are always returned as float32.
+        devices. Features are always returned as float32. Halves move the scores of networks for
+        phones by up to .02 (``tests/benchmarks/gpu.md``).
     batch_size : int, optional
         Default: by input size and device. Halved for as long as the memory does not suffice.
     workers : int, optional
