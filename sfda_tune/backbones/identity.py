@@ -141,12 +141,14 @@ def version_of(package: str) -> str:
 
 @functools.cache
 def _sources(package: str) -> str:
-    """Return a digest of all files of a package, if it is not installed."""
+    """Return a digest of all files of a package, or of the archive it is in, if not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin or is_installed(spec.origin):
         return ""
     folder = Path(spec.origin).parent
     files = {str(file.relative_to(folder)): str(file) for file in folder.rglob("*.py")}
+    if not files:
+        files = {"": str(next(place for place in folder.parents if place.is_file()))}
     return _digest_files(files, ())
 
 

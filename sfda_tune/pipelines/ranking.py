@@ -800,7 +800,8 @@ class _RankingRun:
             nonlocal readable
             done: list[str] = []
             ahead = sum(len(other) >= len(rows) for other in rungs)
-            for n in {len(past[name]) for name in names}:  # one, unless somebody comes back
+            # One number, unless the first of a pace are among them, or somebody comes back.
+            for n in sorted({len(past[name]) for name in names}, reverse=True):
                 group = [name for name in names if len(past[name]) == n]
                 new = np.setdiff1d(rows, past[group[0]])
                 if not len(new):
@@ -828,24 +829,35 @@ class _RankingRun:
             to_all = sum(pace.cost(name, N - len(past[name])) for name in names)
             return (is_whole or not is_asked) and to_all < 0.9 * pace.room
 
-        names = list(by_name)
+        names, first, few = list(by_name), [], len(rungs[0])
         if pace is not None:  # what the most promising takes tells what the others will
-            names, at = list(order), self.count_places(order, rungs[0])
-            found: list[Score] = []
-            while (some := names[len(found) : len(found) + at]) and all(s.error for s in found):
+            at, found = self.count_places(order, rungs[0]), list[Score]()
+            while (some := order[len(found) : len(found) + at]) and all(s.error for s in found):
                 done = self.measure_within(pace, some, bar, self.seen, rungs[0])
                 past.update(dict.fromkeys(done, rungs[0]))
                 found += [self.scores[name] for name in done]
                 if len(done) < len(some):
                     break
-            good = [score for score in found if score.error is None]
-            if not is_asked and good and good[0].per_sample is None:
+            first, readable = [score for score in found if score.error is None], self.rows
+            names = [
+                name for name in order if name not in self.scores or not self.scores[name].error
+            ]
+            if not is_asked and first and first[0].per_sample is None:
+                self.seen.clear()
                 self.measure_within(pace, names, bar, self.seen if self.keeps else None)
                 return None
             rungs = rungs[find_first_rung(pace, names, list(map(len, rungs))) :]
         labels, groups = find_strata(self.images), self.images.group_codes
         result = run(names, rungs, labels, measure, config, judge, groups, skip)
         self.rows = readable
+        if first and not result.rungs:  # there was no time for more
+            stage = {"images": few, "backbones": len(first), "dropped": []}
+            result = replace(result, rungs=(stage,), n_forward=few * len(first))
+        elif first and few < result.rungs[-1]["images"]:
+            late = {"images": few, "p_top": 0.0, "gain": 0.0, "late": True}
+            stale = [score for score in first if self.scores[score.backbone] is score]
+            left = {score.backbone: {**late, "value": score.value} for score in stale}
+            result = replace(result, dropped={**left, **result.dropped})
         final = [
             s.value
             for n, s in self.scores.items()

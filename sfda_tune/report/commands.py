@@ -155,4 +155,6 @@ def _line(command: str, options: Mapping[str, Any], specs: Sequence[Any]) -> str
             words += [option, value]
         elif value and key != "cache":
             words.append(option)
+        elif key == "race":  # which a budget may need
+            words.append("--no-race")
     return shlex.join(words)

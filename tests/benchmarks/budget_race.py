@@ -8,7 +8,6 @@ accuracy. Times are those of this machine: compare rows of one run.
 """
 
 import argparse
-import json
 import tempfile
 import time
 import warnings
@@ -25,10 +24,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[20, 40, 80])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    truths = real_zoo.read_truths(real_zoo.read_results(), real_zoo.RECIPE["learning_rates"][1:])
     for name in options.datasets:
-        results = json.loads(real_zoo.RESULTS.read_text())
-        rates = results["recipe"]["learning_rates"][1:]
-        truth = real_zoo.read_truths(results, rates)[name]
+        truth = truths[name]
         specs = [str(real_zoo.ZOO / "models" / backbone) for backbone in truth]
         for budget in options.budgets:
             for race in (False, None):

@@ -298,8 +298,7 @@ def report(tasks: list[Task]) -> None:
                     v = np.array(values, np.float64)
                     v[~np.isfinite(v)] = np.nanmedian(v)
                     s = dict(zip(task.names, v.tolist(), strict=True))
-                    regrets = (regret_at_k(s, truth, k) for k in (1, 3))
-                    figures[name][benchmark].append((weighted_tau(s, truth), *regrets))
+                    figures[name][benchmark].append(figures_of(s, truth))
             n = len(task.names)
             hubs = [np.arange(n)]
             if n > 60:
@@ -342,14 +341,13 @@ def find_ceiling(tasks: list[Task], n_draws: int = 200) -> np.ndarray:
         known = dict(zip(task.names, task.truth.tolist(), strict=True))
         for seen in rng.binomial(n_test[task.name], task.truth, (n_draws, len(known))):
             truth = dict(zip(known, (seen / n_test[task.name]).tolist(), strict=True))
-            regrets = (regret_at_k(known, truth, k) for k in (1, 3))
-            rows_.append((weighted_tau(known, truth), *regrets))
+            rows_.append(figures_of(known, truth))
     return np.mean(rows_, axis=0)
 
 
 def read_seed(seed: int) -> dict[str, dict[str, float]]:
-    results = json.loads(real_zoo.seed_file(seed).read_text())
-    return real_zoo.read_truths(results, results["recipe"]["learning_rates"][1:])
+    results = real_zoo.read_results(real_zoo.seed_file(seed), real_zoo.seeded(seed))
+    return real_zoo.read_truths(results, real_zoo.RECIPE["learning_rates"][1:])
 
 
 def compare_seeds(first: int, second: int) -> np.ndarray:
@@ -362,6 +360,7 @@ def compare_seeds(first: int, second: int) -> np.ndarray:
 
 
 def figures_of(scores: dict[str, float], truth: dict[str, float]) -> tuple[float, float, float]:
+    """Return weighted tau, regret of the first, of the best of three."""
     scores = {name: scores[name] for name in truth}
     return weighted_tau(scores, truth), *(regret_at_k(scores, truth, k) for k in (1, 3))
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torchvision.transforms as tv
 from timm.models import save_for_hf
 from torch import nn
 
+from sfda_tune.backbones import identity
 from sfda_tune.backbones.identity import files_behind, identify
 
 
@@ -268,3 +270,17 @@ def test_timm_in_a_checkout_is_its_files_and_not_walked_through(tmp_path):
     with (where / "models" / "vision_transformer.py").open("a") as file:
         file.write("\nX = 1\n")
     assert run() != first
+
+
+def test_a_library_in_an_archive_is_the_archive(tmp_path, monkeypatch):
+    found = []
+    for text in ("X = 1", "X = 2"):
+        archive = tmp_path / f"{text}.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("a_zipped_library/__init__.py", text)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(archive)
+            identity._sources.cache_clear()
+            found.append(identity._sources("a_zipped_library"))
+    identity._sources.cache_clear()
+    assert len({"", *found}) == 3

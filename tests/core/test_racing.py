@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from sfda_tune import RankingInterruptedError, open_dataset, rank, resolve_backbones
 from sfda_tune.pipelines.progress import NullProgress
@@ -256,3 +257,42 @@ def test_a_metric_that_is_no_mean_over_images_sees_all_within_a_budget(monkeypat
     assert found.info["n_samples"] == 200
     assert "race" not in found.info
     assert 0 < len(found.info["not_looked_at"]) < 8
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        raise RuntimeError("broken")
+
+
+def shrink(image):
+    return torch.from_numpy(np.array(image.convert("RGB").resize((8, 8)))).permute(2, 0, 1) / 255
+
+
+@pytest.mark.parametrize("begin", [0, 1, 3])
+@pytest.mark.parametrize("budget", [31.0, 140.0, 400.0, 1000.0])
+def test_scores_within_a_budget_are_of_the_same_images(monkeypatch, begin, budget):
+    """Wherever the race begins, whenever the time is over, and though the first one fails."""
+    monkeypatch.setattr("sfda_tune.pipelines.ranking.find_first_rung", lambda *_: begin)
+    clock = Clock(monkeypatch)
+    clock.per_image["broken"] = 0.1
+    backbones = [*resolve_backbones({"broken": (Broken(), shrink)}), *resolve_backbones("demo:*")]
+    options = {"samples": 200, "batch_size": 10, **CPU}
+    found = rank("digits", backbones, budget=budget, progress=clock, **options)
+    assert set(found.failed) == {"broken"}
+    n = found.info["n_samples"]
+    whole = [s for s in found.scores if s.per_sample is not None]
+    assert whole
+    assert {len(s.per_sample) for s in whole} == {s.n_samples for s in whole} == {n}
+    assert len(found.labels) == n
+    others = [s for s in found.scores if s.n_samples and s not in whole]
+    for score in others:  # of fewer images, and said so
+        assert f"{score.n_samples} images" in score.details["note"]
+    recommend(found, find_odds(found))
+
+
+def test_an_ensemble_within_a_budget_by_a_metric_that_cannot_race(monkeypatch):
+    clock, options = Clock(monkeypatch), {"samples": 200, "batch_size": 10, **CPU}
+    found = rank(
+        "digits", "demo:*", metric="logme", ensemble=2, budget=900.0, progress=clock, **options
+    )
+    assert found.info["ensemble"]["details"]["n_samples"] == 200

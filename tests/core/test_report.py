@@ -771,6 +771,16 @@ def test_a_ranking_shows_its_classes_and_hardest_images(ranked, tmp_path):
     assert "no pictures: they were not asked for, or the files are not here" in again.text
 
 
+@pytest.mark.parametrize(("race", "said"), [(None, ""), (True, " --race"), (False, " --no-race")])
+def test_a_ranking_is_repeated_with_its_race_or_without(race, said):
+    options = {"samples": 100, "device": "cpu", "cache": False, "budget": 60}
+    ranking = sfda_tune.rank("digits", "demo:resnet_*", race=race, **options)
+    line, _ = repeat(Run(ranking))
+    assert re.sub(" --device cpu", "", line) == (
+        f"sfda-tune rank digits --backbones 'demo:resnet_*' --samples 100{said} --budget 60"
+    )
+
+
 def test_a_search_is_repeated_with_each_earlier_run_it_learned_from():
     config = {"dataset": "digits", "backbones": ["demo:*"], "previous": ["a b", "c"]}
     run = Run(Ranking([]), {"dataset": "digits", "candidates": []}, config=config)
