@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["check_device", "check_precision", "compute", "is_working", "pin", "use_channels_last"]
+__all__ = ["check_device", "check_precision", "compute", "is_working", "lay_out", "pin"]
 
 logger = logging.getLogger(__name__)
 KINDS = (
@@ -129,18 +129,37 @@ def is_working(device: Any) -> bool:
 SMALL = 5e5  # parameters × (pixels / 224²): below, one thread computes
 
 
-def use_channels_last(module: Any) -> Any:
-    """Lay out the weights of 2-D convolutions as channels_last, in place; return the module.
+def lay_out(module: Any) -> torch.memory_format:
+    """Lay out the weights of 2-D convolutions as they are fast there, in place; return how.
 
-    As ``module.to(memory_format=torch.channels_last)``, which refuses networks that hold a 3-D
-    convolution, too (timm's lambda networks).
+    That is channels_last, but for networks with depthwise convolutions on a GPU: those cuDNN
+    compiles there, one by one, when they are first used in a process. On an H200, batch of 256:
+    EfficientNet-B0 3.5 s instead of .4, a training step 14 s instead of 1.1, the later ones as
+    fast within .7 to 2 times. Kernels of 7 × 7 (ConvNeXt) are compiled in either layout.
+
+    ``module.to(memory_format=…)`` refuses networks that hold a 3-D convolution, too (timm's lambda
+    networks).
     """
     import torch
 
+    layout = torch.channels_last
+    if any(p.is_cuda for p in module.parameters()) and any(map(_is_compiled, module.modules())):
+        layout = torch.contiguous_format
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-    return module
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+    return layout
+
+
+def _is_compiled(module: Any) -> bool:
+    """Whether it is a depthwise convolution that only channels_last has compiled."""
+    import torch
+
+    return (
+        isinstance(module, torch.nn.Conv2d)
+        and module.groups == module.in_channels > 1
+        and max(module.kernel_size) < 7
+    )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from sfda_tune.backbones.devices import (
     compute,
     few_threads,
     is_out_of_memory,
-    use_channels_last,
+    lay_out,
     use_threads,
 )
 from sfda_tune.backbones.preprocessing import Preprocessing
@@ -44,6 +44,7 @@ __all__ = ["Executor", "OnDemand", "Worker"]
 # What lets a GPU compute all the time; `tests/benchmarks/gpu.py` measures each of them alone.
 LANES = 2  # units under way: while one computes, the next one's network is opened
 SIDE_STREAM = True  # and are read while it computes
+WARM_UP = True  # the next network's kernels are chosen and loaded while this one computes
 
 
 class Turn:
@@ -259,8 +260,11 @@ class Worker:
             weights = self._fingerprint(unit, module, fetched or came)
         n_params = sum(p.numel() for p in module.parameters())
         with _MOVES, use_threads(1):
-            module = use_channels_last(module.to(device))
-        loaded = _Forward(module, preprocessing, device, self.settings), weights, n_params
+            module = module.to(device)
+            forward = _Forward(module, preprocessing, device, self.settings)
+            if device.type == "cuda" and self.turn is not None and WARM_UP:
+                forward.warm_up()
+        loaded = forward, weights, n_params
         if self.resident is not None:
             self.resident[name] = loaded
         return loaded
@@ -306,6 +310,7 @@ class _Forward:
         import torch
 
         self.module, self.preprocessing = module, preprocessing
+        self.layout = lay_out(module)
         self.device, self.precision = device, settings.precision
         self.batch_size = settings.batch_size or _default_batch(preprocessing, device)
         self._paces: dict[int, list[float]] = {}  # seconds of batches, by number of threads
@@ -315,6 +320,16 @@ class _Forward:
         self._copies = None
         if device.type == "cuda" and SIDE_STREAM:
             self._copies = torch.cuda.Stream(device)
+
+    def warm_up(self) -> None:
+        """Compute a batch of nothing on a GPU: kernels are chosen and loaded with the first."""
+        import torch
+
+        if self.preprocessing.input_size is None:
+            return
+        size = (self.batch_size, *self.preprocessing.input_size)
+        with contextlib.suppress(Exception), torch.cuda.device(self.device):  # as if not tried
+            self._compute(torch.zeros(size, dtype=torch.uint8, device=self.device))
 
     def begin(self) -> None:
         """Begin to measure the time that the device computes."""
@@ -430,7 +445,7 @@ class _Forward:
                 rest = pixels[-1:].expand(self.batch_size - n, *pixels.shape[1:])
                 pixels = torch.cat([pixels, rest])
             batch = self.preprocessing.normalize(pixels)
-            features = self.module(batch.contiguous(memory_format=torch.channels_last))
+            features = self.module(batch.contiguous(memory_format=self.layout))
             if isinstance(features, torch.Tensor) and features.ndim == 4:
                 features = features.mean((2, 3))
             if not isinstance(features, torch.Tensor) or features.ndim != 2:

@@ -42,7 +42,7 @@ import numpy as np
 
 import sfda_tune
 from sfda_tune.backbones import devices
-from sfda_tune.backbones.devices import check_precision, compute, use_channels_last
+from sfda_tune.backbones.devices import check_precision, compute, lay_out
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing
@@ -397,7 +397,7 @@ class FineTuning(Iterator[Epoch]):
         self._check_time()
         seed_streams(2, self.config.seed)
         self.module, self.preprocessing, self.head = with_head(self.backbone, self.task.n_outputs)
-        use_channels_last(self.module.to(self.device))
+        self.layout = lay_out(self.module.to(self.device))
 
     def _begin(self, started: float) -> Epoch | None:
         """Open the images, go back to the checkpoint or start the head; return epoch 0."""
@@ -715,7 +715,7 @@ class FineTuning(Iterator[Epoch]):
         for start in range(0, len(x), self._micro):
             self._check_time()
             part = slice(start, start + self._micro)
-            some = x[part].contiguous(memory_format=torch.channels_last)
+            some = x[part].contiguous(memory_format=self.layout)
             with compute(self.device, self.config.precision, exact=False), self._lone(len(some)):
                 outputs = self.module(some).float()
             losses = self.task.loss(outputs, y[part], self.config, self._class_weights)

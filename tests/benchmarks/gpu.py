@@ -375,10 +375,10 @@ def overlap(part: Part) -> None:
     settings = Settings(part.device, precision)
     for backbone in backbones[:4]:  # kernels are chosen and loaded with the first
         model, preprocessing = loading.load(backbone)
-        model = devices.use_channels_last(model.to(part.device))
+        layout = devices.lay_out(model.to(part.device))
         size = preprocessing.geometry.input_size
         x = torch.rand(8 if part.tiny else 256, *size, device=part.device)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=layout)
         for what in ("first", "second", "third"):
             started = time.perf_counter()
             with torch.inference_mode(), devices.compute(part.device, precision):
@@ -390,16 +390,19 @@ def overlap(part: Part) -> None:
     lanes, build = run.LANES, loading._build
     switches: dict[str, dict] = {
         "all": {},
+        "kernels not loaded meanwhile": {"WARM_UP": False},
         "no network opened meanwhile": {"LANES": 1},
         "pixels not pinned": {"PIN": False},
         "pixels copied in between": {"SIDE_STREAM": False},
         "networks with random weights first": {"build": True},
         "nothing of it": {"LANES": 1, "PIN": False, "SIDE_STREAM": False, "build": True},
         "all, again": {},
+        "four lanes": {"LANES": 4},
     }
     for name, switch in switches.items():
         run.LANES = switch.get("LANES", lanes)  # in the modules that read them
-        worker.PIN, worker.SIDE_STREAM = "PIN" not in switch, "SIDE_STREAM" not in switch
+        for of in ("PIN", "SIDE_STREAM", "WARM_UP"):
+            setattr(worker, of, of not in switch)
         if "build" in switch:
             loading._build = lambda name, **of: timm.create_model(name, pretrained=True, **of)
         try:
