@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 import sys
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["check_device", "check_precision", "compute", "is_working", "lay_out", "pin"]
+__all__ = [
+    "check_device", "check_precision", "choose_layout", "compute", "is_working", "lay_out", "pin",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 KINDS = (
@@ -129,26 +132,21 @@ def is_working(device: Any) -> bool:
 SMALL = 5e5  # parameters × (pixels / 224²): below, one thread computes
 
 
-def lay_out(module: Any) -> torch.memory_format:
-    """Lay out the weights of 2-D convolutions as they are fast there, in place; return how.
+def choose_layout(module: Any) -> torch.memory_format:
+    """Return the layout in which the 2-D convolutions of a network are fast where it is.
 
-    That is channels_last, but for networks with depthwise convolutions on a GPU: those cuDNN
-    compiles there, one by one, when they are first used in a process. On an H200, batch of 256:
-    EfficientNet-B0 3.5 s instead of .4, a training step 14 s instead of 1.1, the later ones as
-    fast within .7 to 2 times. Kernels of 7 × 7 (ConvNeXt) are compiled in either layout.
-
-    ``module.to(memory_format=…)`` refuses networks that hold a 3-D convolution, too (timm's lambda
-    networks).
+    That is channels_last, but on a GPU for networks with depthwise convolutions: cuDNN compiles
+    those in that layout, one by one, when a process first uses them. On an H200 the first batch of
+    256 took EfficientNet-B0 3.5 s instead of .4 and the first training step 14 s instead of 1.1;
+    the later ones are up to twice as fast, which pays after some 50,000 images. Kernels of 7 × 7
+    (ConvNeXt) are compiled in either layout.
     """
     import torch
 
-    layout = torch.channels_last
-    if any(p.is_cuda for p in module.parameters()) and any(map(_is_compiled, module.modules())):
-        layout = torch.contiguous_format
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=layout)
-    return layout
+    on_gpu = any(p.is_cuda for p in itertools.islice(module.parameters(), 1))
+    if on_gpu and any(map(_is_compiled, module.modules())):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _is_compiled(module: Any) -> bool:
@@ -160,6 +158,19 @@ def _is_compiled(module: Any) -> bool:
         and module.groups == module.in_channels > 1
         and max(module.kernel_size) < 7
     )
+
+
+def lay_out(module: Any) -> torch.memory_format:
+    """Lay out the weights of 2-D convolutions as `choose_layout` says, in place; return how.
+
+    As ``module.to(memory_format=…)``, which refuses networks that hold a 3-D convolution, too
+    (timm's lambda networks).
+    """
+    layout = choose_layout(module)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
+    return layout
 
 
 @contextlib.contextmanager

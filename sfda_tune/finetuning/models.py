@@ -16,6 +16,7 @@ import numpy as np
 from sfda_tune.backbones import loading
 from sfda_tune.backbones.devices import (
     check_precision,
+    choose_layout,
     compute,
     few_threads,
     resolve_device,
@@ -320,7 +321,7 @@ def forward(
 
     with torch.inference_mode(), compute(device, precision, exact=False):
         batch = preprocessing.normalize(torch.stack(pixels).to(device))
-        return module(batch.contiguous(memory_format=torch.channels_last)).float().cpu()
+        return module(batch.contiguous(memory_format=choose_layout(module))).float().cpu()
 
 
 def write_model(backbone: Backbone, model: Model, folder: Path) -> None:

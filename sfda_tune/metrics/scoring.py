@@ -350,7 +350,7 @@ def _compute(function: Callable[..., Any], features: Features, device: str) -> A
         import torch
 
         try:
-            return function(torch.as_tensor(x, device=device), y)
+            return function(torch.tensor(x, device=device), y)
         except RuntimeError as error:  # too little memory, or lost to another's fault
             why = " ".join(str(error).split())[:200]
             logger.warning("%s is scored on the CPU (%s)", features.backbone, why)

@@ -173,6 +173,29 @@ def test_a_network_with_a_3d_convolution_is_ranked_and_trained():
         backbone, images[0], FinetuneConfig(epochs=1), val=images[1], device="cpu", workers=0
     )
     assert [epoch.number for epoch in run] == [0, 1]
-    plain, laid_out = open_lambda()[0].second, devices.use_channels_last(open_lambda()[0])
+    plain, laid_out = open_lambda()[0].second, open_lambda()[0]
+    assert devices.lay_out(laid_out) == torch.channels_last
     assert laid_out.first.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(laid_out.second.weight, plain.weight)
+
+
+DEPTHWISE = torch.nn.Conv2d(8, 8, 3, groups=8)
+
+
+@pytest.mark.parametrize(
+    ("module", "on_gpu"),
+    [
+        (DEPTHWISE, torch.contiguous_format),
+        (torch.nn.Conv2d(8, 16, (1, 5), groups=8), torch.contiguous_format),
+        (torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), DEPTHWISE), torch.contiguous_format),
+        (torch.nn.Conv2d(8, 8, 7, groups=8), torch.channels_last),
+        (torch.nn.Conv2d(8, 8, 3, groups=4), torch.channels_last),
+        (torch.nn.Conv2d(1, 8, 3), torch.channels_last),
+        (torch.nn.Linear(3, 3), torch.channels_last),
+        (torch.nn.Flatten(), torch.channels_last),
+    ],
+)
+def test_what_a_gpu_would_have_to_compile_is_not_channels_last(module, on_gpu, monkeypatch):
+    assert devices.choose_layout(module) == torch.channels_last
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert devices.choose_layout(module) == on_gpu

@@ -58,7 +58,7 @@ def test_precisions(dataset, zoo, on_cpu, precision):
         assert found[name].dtype == np.float32
 
 
-SWITCHES = {"LANES": extraction, "PIN": worker, "SIDE_STREAM": worker}
+SWITCHES = {"LANES": extraction, "PIN": worker, "SIDE_STREAM": worker, "WARM_UP": worker}
 assert all(hasattr(module, name) for name, module in SWITCHES.items())  # seen without a GPU, too
 
 
