@@ -117,18 +117,22 @@ def time_decoding(
 class Pace:
     """What networks will take, by what others took: so long to open, and so long for an image.
 
-    The second in proportion to `price`.
+    The second in proportion to `price`, until it has been seen.
 
     >>> pace = Pace(60, {"small": 1.0, "large": 4.0})
     >>> pace.note(["small"], 100, seconds=3.0, opening=0.5)
     >>> pace.cost("large", 100), pace.cost("large", 200)
     (10.5, 20.5)
+    >>> pace.note(["large"], 100, seconds=20.5, opening=0.5, speeds={"large": 5.0})
+    >>> pace.cost("large", 100)
+    20.5
     """
 
     def __init__(self, seconds: float, price: Mapping[str, float]) -> None:
         self._begun, self._seconds, self._price = time.perf_counter(), seconds, price
         self._opening = self._computing = self._work = 0.0
         self._n = 0
+        self._seen: dict[str, float] = {}  # seconds for an image
 
     @property
     def room(self) -> float:
@@ -140,12 +144,25 @@ class Pace:
         """Whether anything has been measured."""
         return self._n > 0
 
-    def note(self, names: Sequence[str], n_images: int, seconds: float, opening: float) -> None:
-        """Take down what networks took for so many images each, and how much of that to open."""
+    def note(
+        self,
+        names: Sequence[str],
+        n_images: int,
+        seconds: float,
+        opening: float,
+        speeds: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take down what networks took for so many images each, and how much of that to open.
+
+        The rest is shared out by their `speeds`, images per second of the forward passes alone.
+        """
         self._n += len(names)
         self._opening += opening
         self._computing += seconds - opening
         self._work += n_images * sum(self._price[name] for name in names)
+        if speeds and speeds.keys() >= set(names):
+            unit = (seconds - opening) / n_images / sum(1 / speeds[name] for name in names)
+            self._seen |= {name: unit / speeds[name] for name in names}
 
     def open(self, names: Sequence[str]) -> float:
         """Return the seconds to open networks."""
@@ -154,7 +171,7 @@ class Pace:
     def compute(self, names: Sequence[str], n_images: int) -> float:
         """Return the seconds that opened networks take for so many images each."""
         rate = self._computing / self._work if self._work else 0.0
-        return rate * n_images * sum(self._price[name] for name in names)
+        return n_images * sum(self._seen.get(name, rate * self._price[name]) for name in names)
 
     def cost(self, name: str, n_images: int) -> float:
         """Return the seconds for a network and so many images."""

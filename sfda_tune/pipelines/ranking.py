@@ -747,7 +747,9 @@ class _RankingRun:
                 spent -= 0.0 if demand is None else demand.waited - waited  # but once, to start
                 of_images = sum(self.seconds[part] - parts[part] for part in PER_IMAGE)
                 spent = max(spent, 0.0)
-                pace.note(new, n, spent, max(spent - of_images / least, 0.0))
+                speeds = {name: self.scores[name].details.get("images_per_second") for name in new}
+                speeds = {name: speed for name, speed in speeds.items() if speed}
+                pace.note(new, n, spent, max(spent - of_images / least, 0.0), speeds)
         return [name for name in order if self.scores.get(name) is not before.get(name)]
 
     def count_places(self, names: Sequence[str], rows: np.ndarray | None) -> int:
