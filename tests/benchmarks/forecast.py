@@ -342,6 +342,7 @@ def report(tasks: list[Task]) -> None:
         all_ = [np.mean(odds[b], axis=0) for b in names]
         found = np.mean(all_, axis=0) if name == "mean" else np.mean(odds[name], axis=0)
         print(f"{name:12}   {found[0]:6.2f} " + " ".join(f"{v:6.2f}" for v in found[1:]))
+    report_disagreement(tasks)
     report_head(to_head(tasks))
     print("\nP(best)      of   said   true")
     for low, high in ((0, 0.05), (0.05, 0.1), (0.1, 0.2), (0.2, 0.4), (0.4, 1.01)):
@@ -364,6 +365,30 @@ def figures_of(scores: dict[str, float], truth: dict[str, float]) -> tuple[float
     """Return weighted tau, regret of the first, of the best of three."""
     scores = {name: scores[name] for name in truth}
     return weighted_tau(scores, truth), *(regret_at_k(scores, truth, k) for k in (1, 3))
+
+
+def report_disagreement(tasks: list[Task]) -> None:
+    """Let scores of the images, or the truth, contradict what is known of the networks."""
+    print("\nOdds where they disagree        90% ranks    hit      P  in .95     of")
+    rng = np.random.default_rng(0)
+    for benchmark in ("zoo", "group1"):
+        ours = fit([task for task in tasks if task.benchmark != benchmark])
+        mine = [task for task in tasks if task.benchmark == benchmark]
+        orders = [[rng.permutation(len(task.names)) for _ in range(5)] for task in mine]
+        for what in ("as they are", "scores permuted", "scores reversed", "truth permuted"):
+            found = []
+            for task, some in zip(mine, orders, strict=True):
+                for order in some if "permuted" in what else some[:1]:
+                    changed = task
+                    if what.startswith("scores"):
+                        of = task.evidence
+                        assert of is not None
+                        changed = replace(task, evidence=-of if "reversed" in what else of[order])
+                    elif "permuted" in what:
+                        changed = replace(task, truth=task.truth[order])
+                    found.append(judge(changed, ours, []))
+            figures = np.mean(found, axis=0)
+            print(f"{benchmark + ', ' + what:32}" + " ".join(f"{v:6.2f} " for v in figures))
 
 
 def report_head(tasks: list[Task]) -> None:
