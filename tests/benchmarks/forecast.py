@@ -263,6 +263,27 @@ def fit(tasks: list[Task]) -> dict[str, dict[str, float]]:
     return {"full": full, "unseen": rest}
 
 
+def fit_head(tasks: list[Task]) -> dict[str, float]:
+    """Return the coefficients of a head on frozen features, fitted to data sets of the zoo.
+
+    The least squares are of all networks, and the bad ones are easy: what is left of them makes
+    odds too sure of the best. So σ is the least by which the .95 list holds the best in .95 of the
+    data sets, each judged by the coefficients of the others.
+    """
+    names = dict.fromkeys(task.name for task in tasks)
+    without = {name: solve([t for t in tasks if t.name != name], True) for name in names}
+    of = solve(tasks, True)
+    for times in np.arange(1, 4, 0.1):
+        held = [
+            judge(task, {"full": o | {"residual": times * o["residual"]}}, [])[3]
+            for task in tasks
+            for o in [without[task.name]]
+        ]
+        if np.mean(held) >= 0.95:
+            break
+    return of | {"residual": of["residual"] * float(times)}
+
+
 def to_head(tasks: list[Task]) -> list[Task]:
     """Return the tasks whose truth is a head on frozen features."""
     known = [task for task in tasks if task.frozen is not None]
@@ -283,7 +304,7 @@ def coefficients(tasks: list[Task]) -> dict[str, Any]:
         "scales": SCALES,
         "correlations": CORRELATIONS,
         "full": rounded(fit(tasks)["full"]),
-        "head": rounded(solve(to_head(tasks), True)),
+        "head": rounded(fit_head(to_head(tasks))),
     }
 
 
@@ -393,14 +414,14 @@ def report_disagreement(tasks: list[Task]) -> None:
 
 def report_head(tasks: list[Task]) -> None:
     """Leave one data set out."""
-    print("\nA head on frozen features (zoo)   tau  regret  90% ranks  in .95  of")
-    rows = []
+    print("\nA head on frozen features (zoo)   tau  regret  90% ranks   hit      P  in .95  of")
+    names, rows = dict.fromkeys(task.name for task in tasks), []
+    without = {name: fit_head([t for t in tasks if t.name != name]) for name in names}
     for task in tasks:
-        ours = {"full": solve([t for t in tasks if t.name != task.name], True)}
+        ours = {"full": without[task.name]}
         truth = dict(zip(task.names, task.truth.tolist(), strict=True))
         scores = dict(zip(task.names, expect(task, ours).tolist(), strict=True))
-        inside, _, _, held, of = judge(task, ours, [])
-        row = (weighted_tau(scores, truth), regret_at_k(scores, truth, 1), inside, held, of)
+        row = (weighted_tau(scores, truth), regret_at_k(scores, truth, 1), *judge(task, ours, []))
         rows.append(row)
         print(f"{task.name:30}" + "".join(f"{v:8.3f}" for v in row))
     print(f"{'mean':30}" + "".join(f"{v:8.3f}" for v in np.mean(rows, axis=0)))
