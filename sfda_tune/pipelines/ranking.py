@@ -62,6 +62,7 @@ TOP = 5
 N_HARD = 24  # images that a ranking names as the hardest
 SLICE = 0.15  # of the time that is left: candidates that are extracted together
 PAYS = 1.5  # a race looks at so many times as many backbones, or there is none
+PRICING = 0.1  # of a budget, at most: to see how large networks are that no table has
 PARTS = ("load", "decode", "decode_work", "forward", "copy", "score")  # of the seconds
 PER_IMAGE = ("decode", "forward", "copy", "score")  # of them; the rest is to open networks
 
@@ -346,8 +347,9 @@ def rank(
         try:
             pace, order = None, []
             if seconds is not None:
-                facts = find_candidate_facts(candidates)
-                order, prices = order_by_promise(facts), find_prices(facts)
+                facts, end = find_candidate_facts(candidates), started + PRICING * seconds
+                prices = find_prices(measure_sizes(candidates, facts, end))
+                order = order_by_promise(facts, prices)
                 pace = Pace(seconds - (time.perf_counter() - started), prices)
             if race or (may_race and len(candidates) > 1):
                 judge = None
@@ -523,11 +525,16 @@ def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:
     return measure_sizes(candidates, facts) if is_known(facts) else facts
 
 
-def measure_sizes(candidates: list[Backbone], facts: Mapping[str, Facts]) -> dict[str, Facts]:
-    """Return the facts with the sizes of networks that timm's tables lack."""
+def measure_sizes(
+    candidates: list[Backbone], facts: Mapping[str, Facts], end: float = math.inf
+) -> dict[str, Facts]:
+    """Return the facts with the sizes of networks that timm's tables lack, as long as it is time.
+
+    A tenth of a second for each.
+    """
     sized = dict(facts)
     for backbone in candidates:
-        if not math.isfinite(facts[backbone.name].gmacs):
+        if not math.isfinite(facts[backbone.name].gmacs) and time.perf_counter() < end:
             gmacs, macts = measure_cost(backbone)
             sized[backbone.name] = replace(facts[backbone.name], gmacs=gmacs, macts=macts)
     return sized
@@ -563,16 +570,18 @@ def find_first_rung(pace: Pace, names: Sequence[str], n_images: Sequence[int]) -
     return first if pace.is_known and PAYS * seconds[first] < seconds[-1] else R - 1
 
 
-def order_by_promise(facts: Mapping[str, Facts]) -> list[str]:
+def order_by_promise(
+    facts: Mapping[str, Facts], price: Mapping[str, float] | None = None
+) -> list[str]:
     """Return the candidates by P(best) for their price, before any image was seen.
 
     >>> order_by_promise(look_up_facts(["resnet18.a1_in1k", "resnet50.a1_in1k", "vgg19.tv_in1k"]))
     ['resnet50.a1_in1k', 'resnet18.a1_in1k', 'vgg19.tv_in1k']
     """
-    if not is_known(facts):
-        return list(facts)
-    first, *rest = facts
-    best, price = forecast({first: 0.0}, unseen=rest, facts=facts).best, find_prices(facts)
+    price, best = price or find_prices(facts), dict.fromkeys(facts, 1.0)
+    if is_known(facts):
+        first, *rest = facts
+        best = forecast({first: 0.0}, unseen=rest, facts=facts).best
     return sorted(facts, key=lambda name: -best[name] / price[name])
 
 

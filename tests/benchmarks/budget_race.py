@@ -4,7 +4,7 @@
 
 Ranks the backbones of the zoo that ``real_zoo.json`` knows within a budget, from an empty cache,
 with a race and without; what the first, and the best of the first three, lose of fine-tuned
-accuracy. Times are those of this machine: compare rows of one run.
+accuracy, the mean of three seeds. Times are those of this machine: compare rows of one run.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 import warnings
 
 import real_zoo
+from forecast import read_seed
 
 from sfda_tune import rank
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[20, 40, 80])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    truths = real_zoo.read_truths(real_zoo.read_results(), real_zoo.RECIPE["learning_rates"][1:])
+    truths = real_zoo.average([read_seed(seed) for seed in real_zoo.SEEDS])
     for name in options.datasets:
         truth = truths[name]
         specs = [str(real_zoo.ZOO / "models" / backbone) for backbone in truth]

@@ -308,7 +308,9 @@ def test_the_most_promising_for_their_price_come_first():
     order = order_by_promise(look_up_facts(names))
     assert order[0] == "resnet50.a1_in1k"
     assert order[-1] == "vgg19.tv_in1k"  # large, old
-    assert order_by_promise(look_up_facts(["mine", "yours"])) == ["mine", "yours"]
+    nothing = look_up_facts(["mine", "yours"])
+    assert order_by_promise(nothing) == ["mine", "yours"]
+    assert order_by_promise(nothing, {"mine": 2.0, "yours": 1.0}) == ["yours", "mine"]
     prices = find_prices(look_up_facts([*names, "mine"]))
     assert min(prices.values()) < prices["mine"] < max(prices.values())
 
