@@ -223,7 +223,7 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _in_figures(value: float, trained: bool) -> str:
-    return f"{value:+.2f}" if trained else f"{value:.4f}"
+    return f"{value:+z.2f}" if trained else f"{value:.4f}"
 
 
 def _diagnostics(run: Run, sure: Confidence | None) -> list[tuple[str, str, str]]:

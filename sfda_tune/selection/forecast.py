@@ -163,7 +163,7 @@ class Forecast:
         'images +0.33'
         """
         k = self._row[name]
-        return ", ".join(f"{what} {part[k]:+.2f}" for what, part in self.parts.items())
+        return ", ".join(f"{what} {part[k]:+z.2f}" for what, part in self.parts.items())
 
     def records(self) -> list[dict[str, Any]]:
         """Return one flat record per backbone, best first."""

@@ -364,7 +364,7 @@ def _cells(r: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         "–" if r["rank"] is None else str(r["rank"]),
         printable(r["backbone"]),
-        "" if r["forecast"] is None else f"{r['forecast']:+.2f}",
+        "" if r["forecast"] is None else f"{r['forecast']:+z.2f}",
         _name_failure(r) if r["score"] is None else f"{r['score']:.4f}",
         " to ".join(ends),
         "" if low is None else f"{low}" if low == high else f"{low}–{high}",
