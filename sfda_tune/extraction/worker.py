@@ -69,7 +69,7 @@ class Turn:
 
 
 # Held while a network comes to a device or leaves it, and while a batch's memory is measured.
-_MOVES = threading.Lock()
+_MOVES = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,18 +352,22 @@ class _Forward:
         import torch
 
         parts, start = [], 0
+        alone: Any = contextlib.nullcontext()
         while start < len(pixels):
             size = min(self.batch_size, len(pixels) - start)
             try:
-                with self._in_threads():
+                with alone, self._in_threads():
                     parts.append(self._run(pixels[start : start + size]))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.batch_size == 1:
+                if alone is not _MOVES:  # the next network's first batch may have taken it
+                    alone = _MOVES
+                elif self.batch_size == 1:
                     raise MemoryError("out of memory with a single image") from error
-                self.batch_size //= 2  # so large was this one, too, with what filled it up
-                logger.info("out of memory: batches of %d now", self.batch_size)
+                else:
+                    self.batch_size //= 2  # so large was this one, too, with what filled it up
+                    logger.info("out of memory: batches of %d now", self.batch_size)
             else:
                 start += size
                 continue
