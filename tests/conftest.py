@@ -58,9 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
 
     for item in items:
-        if "zoo" in item.keywords and not ZOO.is_dir():
+        if item.get_closest_marker("zoo") and not ZOO.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no real weights and images at {ZOO}"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
