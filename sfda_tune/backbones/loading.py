@@ -241,6 +241,12 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
         raise
     except Exception as error:
         raise BackboneError(_explain(backbone, error)) from error
+    if not hasattr(module, "reset_classifier"):
+        raise BackboneError(
+            f"it makes no features of an image but tokens, for a language model "
+            f"({type(module).__name__}); take timm's network of that name without `_enc`, or in "
+            "Python Backbone(name, load=…) with a module that returns its features"
+        )
     module.reset_classifier(0)
     return module
 

@@ -245,6 +245,14 @@ def test_bad_plugins(tmp_path, text, message):
         plugins.load_plugin("no_such_module_at_all")
 
 
+@pytest.mark.parametrize("name", ["gemma4_vit_167m_enc", "qwen3_vit_88m_enc"])
+def test_a_language_model_s_encoder_is_refused(name):
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    with pytest.raises(BackboneError, match="tokens, for a language model .*without `_enc`"):
+        describe(*resolve_backbones(name))
+
+
 def test_modules_of_ones_own(toy_zoo):
     mine = timm.create_model(f"local-dir:{toy_zoo / 'resnet'}", pretrained=True).train()
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
