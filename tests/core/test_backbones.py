@@ -249,7 +249,7 @@ def test_bad_plugins(tmp_path, text, message):
 def test_a_language_model_s_encoder_is_refused(name):
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
-    with pytest.raises(BackboneError, match="tokens, for a language model .*without `_enc`"):
+    with pytest.raises(BackboneError, match=r"tokens, for a language model .*without `_enc`"):
         describe(*resolve_backbones(name))
 
 
