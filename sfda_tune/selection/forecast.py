@@ -160,7 +160,7 @@ class Forecast:
         """Say what makes the forecast of a backbone.
 
         >>> forecast({"a": 0.1, "b": 0.5}).explain("b")
-        'images +0.33'
+        'images +0.34'
         """
         k = self._row[name]
         return ", ".join(f"{what} {part[k]:+z.2f}" for what, part in self.parts.items())
