@@ -183,7 +183,7 @@ def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
         if backbone.channels != 3:
             _adapt(module, backbone.channels)
         preprocessing = _settle(module, backbone.channels)
-        module.reset_classifier(0)
+        _take_off_classifier(module)
     return module.eval().requires_grad_(False), preprocessing
 
 
@@ -241,14 +241,19 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
         raise
     except Exception as error:
         raise BackboneError(_explain(backbone, error)) from error
+    _take_off_classifier(module)
+    return module
+
+
+def _take_off_classifier(module: Any) -> None:
     if not hasattr(module, "reset_classifier"):
         raise BackboneError(
-            f"it makes no features of an image but tokens, for a language model "
-            f"({type(module).__name__}); take timm's network of that name without `_enc`, or in "
-            "Python Backbone(name, load=…) with a module that returns its features"
+            f"its {type(module).__name__} lacks `reset_classifier`, by which timm's give features; "
+            "one of timm's that makes tokens, for a language model (`…_enc`), is there without "
+            "`_enc`, too; for another pass in Python Backbone(name, load=…) a module that returns "
+            "its features, and a transform"
         )
     module.reset_classifier(0)
-    return module
 
 
 def _pin(name: str, remote: Remote | None, file: str | None) -> tuple[str, dict[str, str]]:

@@ -361,8 +361,8 @@ class _Forward:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if alone is not _MOVES:  # the next network's first batch may have taken it
-                    alone = _MOVES
+                if self.device.type == "cuda" and alone is not _MOVES:
+                    alone = _MOVES  # the next network's first batch may have taken it: once more
                 elif self.batch_size == 1:
                     raise MemoryError("out of memory with a single image") from error
                 else:

@@ -348,7 +348,8 @@ def rank(
             pace, order = None, []
             if seconds is not None:
                 facts, end = find_candidate_facts(candidates), started + PRICING * seconds
-                prices = find_prices(measure_sizes(candidates, facts, end))
+                sized = facts if is_known(facts) else measure_sizes(candidates, facts, end)
+                prices = find_prices(sized)
                 order = order_by_promise(facts, prices)
                 pace = Pace(seconds - (time.perf_counter() - started), prices)
             if race or (may_race and len(candidates) > 1):
@@ -528,10 +529,7 @@ def find_candidate_facts(candidates: list[Backbone]) -> dict[str, Facts]:
 def measure_sizes(
     candidates: list[Backbone], facts: Mapping[str, Facts], end: float = math.inf
 ) -> dict[str, Facts]:
-    """Return the facts with the sizes of networks that timm's tables lack, as long as it is time.
-
-    A tenth of a second for each.
-    """
+    """Return the facts with the sizes of networks that timm's tables lack, while there is time."""
     sized = dict(facts)
     for backbone in candidates:
         if not math.isfinite(facts[backbone.name].gmacs) and time.perf_counter() < end:
@@ -756,8 +754,8 @@ class _RankingRun:
                 spent -= 0.0 if demand is None else demand.waited - waited  # but once, to start
                 of_images = sum(self.seconds[part] - parts[part] for part in PER_IMAGE)
                 spent = max(spent, 0.0)
-                speeds = {name: self.scores[name].details.get("images_per_second") for name in new}
-                speeds = {name: speed for name, speed in speeds.items() if speed}
+                told = ((name, self.scores[name].details.get("images_per_second")) for name in new)
+                speeds = {name: speed for name, speed in told if speed}
                 pace.note(new, n, spent, max(spent - of_images / least, 0.0), speeds)
         return [name for name in order if self.scores.get(name) is not before.get(name)]
 

@@ -274,11 +274,8 @@ def fit_head(tasks: list[Task]) -> dict[str, float]:
     without = {name: solve([t for t in tasks if t.name != name], True) for name in names}
     of = solve(tasks, True)
     for times in np.arange(1, 4, 0.1):
-        held = [
-            judge(task, {"full": o | {"residual": times * o["residual"]}}, [])[3]
-            for task in tasks
-            for o in [without[task.name]]
-        ]
+        wider = {n: o | {"residual": times * o["residual"]} for n, o in without.items()}
+        held = [judge(task, {"full": wider[task.name]}, [])[3] for task in tasks]
         if np.mean(held) >= 0.95:
             break
     return of | {"residual": of["residual"] * float(times)}
