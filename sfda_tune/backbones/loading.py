@@ -248,7 +248,7 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
 def _take_off_classifier(module: Any) -> None:
     if not hasattr(module, "reset_classifier"):
         raise BackboneError(
-            f"its {type(module).__name__} lacks `reset_classifier`, by which timm's give features; "
+            f"its {type(module).__name__} has no `reset_classifier`, so it gives no features; "
             "one of timm's that makes tokens, for a language model (`…_enc`), is there without "
             "`_enc`, too; for another pass in Python Backbone(name, load=…) a module that returns "
             "its features, and a transform"
