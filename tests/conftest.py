@@ -37,7 +37,7 @@ PRELOADED = [
 
 # Files and folders that take long go first, or one process works at them alone at the end.
 LONG = (
-    "ray_host", "chaos", "test_examples.py", "test_real_zoo.py", "test_selection.py",
+    "gpu", "ray_host", "chaos", "test_examples.py", "test_real_zoo.py", "test_selection.py",
     "test_cli.py", "test_extraction.py", "test_finetuning.py", "hub", "optuna_host",
 )  # fmt: skip
 

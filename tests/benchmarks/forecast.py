@@ -39,7 +39,10 @@ and -v2 are from .05 worse to .03 better, -a from .14 worse to .02 better, -r an
 larger correlation of facts that are not known with the images (on the zoo the order gains .01, and
 lists hold the best less often); a weight of the images that falls with their number (the zoo, with
 500 images, has .75 alone, group1 .37, 3D-PC .02; but within group1 it is largest for the data sets
-with the most images a class).
+with the most images a class); ranks of ``sfda``, ``knn`` and ``linear_probe`` averaged as evidence
+(on the zoo a weighted tau higher by .05, by .08 where a head is trained, each with a standard error
+of .04 to .05; without one of the 26 networks nothing is left of the first, less than half of the
+second: ``real_zoo.py --report``; and the probe takes 13 to 41 times as long as the score).
 """
 
 import argparse

@@ -240,8 +240,8 @@ def tests(part: Part) -> None:
     log = part.options.out / "tests.log"
     options = ["-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
     options += ["-o", "filterwarnings=default"]
-    if find_spec("xdist"):
-        options += ["-n", "2" if part.tiny else "6"]
+    if find_spec("xdist") and not part.tiny:
+        options += ["-n", "6"]
     with log.open("w") as out:
         subprocess.run(
             [sys.executable, "-m", "pytest", *options, *files],

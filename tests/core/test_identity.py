@@ -244,7 +244,7 @@ def test_what_was_installed_elsewhere_counts_by_its_version(tmp_path, monkeypatc
 def test_timm_in_a_checkout_is_its_files_and_not_walked_through(tmp_path):
     """That takes a minute, at every run."""
     where = tmp_path / "checkout" / "timm"
-    shutil.copytree(Path(timm.__file__).parent, where, ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copytree(Path(timm.__file__).parent, where)
     save_for_hf(timm.create_model("test_vit"), tmp_path / "vit", safe_serialization=True)
     script = (
         "import sys, timm\n"
