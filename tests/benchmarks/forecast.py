@@ -40,9 +40,9 @@ larger correlation of facts that are not known with the images (on the zoo the o
 lists hold the best less often); a weight of the images that falls with their number (the zoo, with
 500 images, has .75 alone, group1 .37, 3D-PC .02; but within group1 it is largest for the data sets
 with the most images a class); ranks of ``sfda``, ``knn`` and ``linear_probe`` averaged as evidence
-(on the zoo a weighted tau higher by .05, by .08 where a head is trained, each with a standard error
-of .04 to .05; without one of the 26 networks nothing is left of the first, less than half of the
-second: ``real_zoo.py --report``; and the probe takes 13 to 41 times as long as the score).
+(on the zoo a weighted tau higher by .05, where a head is trained by .08, each with a standard
+error of .04 to .05; without one of the 26 networks nothing is left of the first, less than half of
+the second: ``real_zoo.py --report``; the probe takes 13 to 41 times as long as the score).
 """
 
 import argparse
