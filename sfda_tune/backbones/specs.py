@@ -209,6 +209,9 @@ def _expand_timm(spec: str) -> list[tuple[str, str]]:
             raise BackboneError(
                 f"no timm architecture that matches {spec!r} has pretrained weights"
             )
+    elif renamed := timm.models.get_deprecated_models().get(spec):
+        warnings.warn(f"timm calls {spec!r} {renamed!r} now", stacklevel=2)
+        return _expand_timm(renamed)
     elif timm.is_model(spec.partition(".")[0]):
         if timm.models.is_model_pretrained(spec):
             return [(spec, spec)]

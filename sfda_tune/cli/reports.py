@@ -47,7 +47,8 @@ def list_backbones(
     """List the pretrained backbones that match GLOB, with their size.
 
     The weights are not fetched: parameters, megabytes (as float32), feature
-    width and input size come from the architecture, accuracy on ImageNet and
+    width and input size come from the architecture, accuracy on ImageNet (for
+    weights that have not seen its labels: after fine-tuning to them) and
     multiplications (in thousand millions) from a table. Only `hf-hub:` needs
     the hub, for a few lines.
 

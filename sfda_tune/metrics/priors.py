@@ -6,14 +6,16 @@ well as most metrics that look at the target data.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sfda_tune.values.files import read_rows
+from sfda_tune.values.files import read_rows, read_text
 from sfda_tune.values.ranking import Ranking
 
 __all__ = [
@@ -28,7 +30,8 @@ class Facts:
     Parameters
     ----------
     top1 : float
-        ImageNet-1k accuracy in percent.
+        ImageNet-1k accuracy in percent; of weights that have not seen its labels: once they have
+        been fine-tuned to them.
     gmacs, macts : float
         10⁹ multiplications and 10⁶ activations of one image.
     params : float
@@ -67,7 +70,8 @@ def imagenet_prior(
 
     **When it is wrong.** It does not know the target data: the order is the same for all of them.
     On medical images it says little (mean τ_w .38 on three sets), on natural ones it is hard to
-    beat (.74). Models pretrained without labels have none.
+    beat (.74). Weights that have not seen its labels have that of those that timm made of them
+    (``convnext_tiny.fb_in22k``: that of ``convnext_tiny.fb_in22k_ft_in1k``), or none.
 
     Parameters
     ----------
@@ -207,15 +211,32 @@ def _read(file: Path, column: str, img_size: int | None) -> dict[str, float]:
     return table
 
 
-def _known(name: str, table: Mapping[str, Any]) -> str:
-    """Return the name under which the table may know a backbone."""
-    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
-    if bare in table or "." in bare or not any(n.startswith(f"{bare}.") for n in table):
-        return bare
-    import timm
+MADE_OF = re.compile(r"(_in1k)?(_ft_in\d+k)?_(ft_)?in1k")  # what timm appends to such a tag
 
-    config = timm.get_pretrained_cfg(bare, allow_unregistered=True)
-    return f"{bare}.{config.tag}" if config is not None and config.tag else bare
+
+def _known(name: str, table: Mapping[str, Any]) -> str:
+    """Return the name under which the table may know a backbone, or what was made of its weights.
+
+    >>> _known("convnext_tiny_in22k", _shipped())
+    'convnext_tiny.fb_in22k_ft_in1k'
+    """
+    bare = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    bare = bare if bare in table else _renamed().get(bare, bare)
+    if bare not in table and "." not in bare and any(n.startswith(f"{bare}.") for n in table):
+        import timm
+
+        config = timm.get_pretrained_cfg(bare, allow_unregistered=True)
+        bare = f"{bare}.{config.tag}" if config is not None and config.tag else bare
+    if bare in table or "." not in bare:
+        return bare
+    made = (n for n in table if n.startswith(bare) and MADE_OF.fullmatch(n, len(bare)))
+    return min(made, key=lambda n: (len(n), n), default=bare)
+
+
+@cache
+def _renamed() -> dict[str, str]:
+    """Return timm's present names by its former ones."""
+    return json.loads(read_text(Path(__file__).with_name("renamed.json")))
 
 
 PRIORS: dict[str, Callable[[Ranking], dict[str, float]]] = {

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/forecast.py             # leave one benchmark out: order and odds
     python tests/benchmarks/forecast.py --fit       # write sfda_tune/selection/forecast.json
-    python tests/benchmarks/forecast.py --table     # write sfda_tune/metrics/imagenet.csv
+    python tests/benchmarks/forecast.py --table     # write imagenet.csv and renamed.json
 
 Benchmarks, with the evidence that stands for a score of the user's images:
 
@@ -57,6 +57,7 @@ from typing import Any
 
 import numpy as np
 import real_zoo
+import timm
 from scipy.optimize import nnls
 from scipy.stats import rankdata
 
@@ -459,7 +460,7 @@ def judge(task: Task, ours: dict[str, Any], bins: list[tuple[float, float]]) -> 
 
 
 def write_table() -> None:
-    """Put GMACs and activations of timm's benchmarks beside the accuracies."""
+    """Put GMACs and activations of timm's benchmarks beside the accuracies; and former names."""
     size: dict[tuple[str, str], tuple[str, str]] = {}
     for file in sorted((DATA / "timm").glob("benchmark-infer-*.csv")):
         for r in rows(f"timm/{file.name}"):
@@ -472,6 +473,8 @@ def write_table() -> None:
         count = r["param_count"].replace(",", "")
         lines.append(",".join([r["model"], r["img_size"], r["top1"], count, *found]))
     write_text(PACKAGE / "metrics" / "imagenet.csv", "\n".join(lines) + "\n")
+    renamed = {old: new for old, new in sorted(timm.models.get_deprecated_models().items()) if new}
+    write_text(PACKAGE / "metrics" / "renamed.json", json.dumps(renamed, indent=0) + "\n")
 
 
 def main() -> None:

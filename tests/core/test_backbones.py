@@ -22,6 +22,7 @@ from sfda_tune.backbones.loading import describe, load
 from sfda_tune.backbones.plugins import BackboneError
 from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.data.hub import forget_reachable
+from sfda_tune.metrics.priors import look_up_facts
 
 
 def specs(*given, **kwargs):
@@ -186,6 +187,23 @@ def test_pickles_are_not_run(tmp_path, toy_zoo):
     with pytest.raises(BackboneError):
         load(resolve_backbones(folder)[0])
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("tf_efficientnet_b0_ns", "tf_efficientnet_b0.ns_jft_in1k"),
+        ("convnext_tiny_in22k", "convnext_tiny.fb_in22k"),
+        ("xception", "legacy_xception"),
+    ],
+)
+def test_a_former_name_of_timm_is_the_present_one(before, now):
+    with pytest.warns(UserWarning, match=f"timm calls '{before}' '{now}' now"):
+        (backbone,) = resolve_backbones(before)
+    assert (backbone.name, backbone.spec) == (now, now)
+    before, now = look_up_facts([before, now]).values()
+    assert before == now
+    assert before.top1 > 75
 
 
 def test_unknown_architecture_says_how_to_register_it(toy_zoo, tmp_path):

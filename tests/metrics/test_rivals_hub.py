@@ -14,7 +14,7 @@ from scipy.stats import rankdata, weightedtau
 from sfda_tune.metrics.combine import combine, combine_hub
 from sfda_tune.metrics.etran import etran
 from sfda_tune.metrics.ncti import ncti
-from sfda_tune.metrics.priors import imagenet_prior, params_prior
+from sfda_tune.metrics.priors import imagenet_prior, look_up_facts, params_prior
 from sfda_tune.values.features import MetricResult, Score
 from sfda_tune.values.ranking import Ranking
 
@@ -229,6 +229,27 @@ def test_priors_by_name(table):
     sizes = params_prior(["vit_base_patch16_224.augreg_in21k", "no such model"], path=table)
     assert sizes["vit_base_patch16_224.augreg_in21k"] == 1086.57
     assert math.isnan(sizes["no such model"])
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("convnext_base.fb_in22k", "convnext_base.fb_in22k_ft_in1k"),  # not …_384
+        ("hf-hub:timm/convnextv2_tiny.fcmae", "convnextv2_tiny.fcmae_ft_in1k"),  # nor …in22k_in1k
+        ("vit_base_patch16_clip_224.openai", "vit_base_patch16_clip_224.openai_ft_in1k"),
+        ("hiera_tiny_224.mae", "hiera_tiny_224.mae_in1k_ft_in1k"),
+        ("beit_base_patch16_224.in22k_ft_in22k", "beit_base_patch16_224.in22k_ft_in22k_in1k"),
+        ("swin_tiny_patch4_window7_224_in22k", None),  # no such name, today or before
+        ("convnext_base.clip_laion2b", None),  # …_augreg_ft_in1k are other weights
+        ("vit_base_patch16_224.mae", None),
+        ("resnet50.a", None),  # of resnet50.a1_in1k
+        ("resnet50", "resnet50.a1_in1k"),
+    ],
+)
+def test_weights_without_labels_are_known_by_what_was_made_of_them(name, made):
+    facts = look_up_facts([name, made or "mine"])
+    assert len({str(f) for f in facts.values()}) == 1
+    assert math.isnan(facts[name].top1) == (made is None)
 
 
 def test_a_ranking_knows_its_sizes(table):
