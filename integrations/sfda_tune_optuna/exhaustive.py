@@ -27,16 +27,18 @@ def pick_grid_point(
     trial: FrozenTrial,
     param_name: str,
     untried: Collection[int],
-    choose: Callable[[list[str]], str | None],
+    choose: Callable[[list[str], list[str]], str | None],
 ) -> str | None:
-    """Give a trial an `untried` one of the grid's points, of the backbone that `choose` names.
+    """Give a trial one of the grid's points, an `untried` one if there is any.
 
-    Return the backbone; None if the trial keeps what it was given.
+    It is of the backbone that `choose` names: of all, and those with untried points. Return it;
+    None if the trial keeps what it was given.
     """
     by_name: dict[str, list[int]] = {}
-    for number in sorted(untried):
+    for number in sorted(range(len(points)), key=lambda n: (n not in untried, n)):
         by_name.setdefault(backbone_name(points[number][param_name]), []).append(number)
-    backbone = choose(sorted(by_name)) if by_name else None
+    left = sorted(name for name, numbers in by_name.items() if numbers[0] in untried)
+    backbone = choose(sorted(by_name), left) if left else None
     if backbone not in by_name:
         return None
     _compat.mark_trial(study, trial, "grid_id", by_name[backbone][0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sfda_tune.selection.calibration import History, Observation, backbone_name
 from sfda_tune.selection.policy import scalarize
+from sfda_tune.values.ranking import Ranking
 from sfda_tune_optuna._compat import is_feasible
 
 GATED = "sfda:gated"  # user attribute: stopped by `SFDAPruner` or `gate`, for its backbone alone
@@ -23,6 +24,12 @@ ITERATIONS = "sfda:iterations"  # how often it has reported; fewer than others: 
 SECONDS = "sfda:seconds"  # that it took, without waiting
 LOST = "sfda:lost"  # it failed with its machine, or before it began
 REPLACES = "sfda:replaces"  # the number of the failed trial that came back as this one
+
+
+def list_scored(scores: Mapping[Any, float]) -> list[str]:
+    """Return the backbones that could be scored, by name: the choices of a trial."""
+    failed = scores.failed if isinstance(scores, Ranking) else {}
+    return sorted(backbone_name(backbone) for backbone in scores if backbone not in failed)
 
 
 def read_backbone(trial: FrozenTrial, param_name: str) -> str | None:

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -28,6 +29,7 @@ from sfda_tune_optuna.history import (
     TOLD,
     find_choices,
     find_signs,
+    list_scored,
     observe,
     read_backbone,
 )
@@ -82,7 +84,8 @@ class SFDASampler(BaseSampler):
         Draws all other parameters, of all backbones: it lives as long as this sampler, is told of
         every trial, and sees all of them as if made with the trial's backbone. Default:
         ``TPESampler(n_startup_trials=4)``. `GridSampler` (a grid without `param_name` gets all
-        scored backbones) and `BruteForceSampler` try every combination once, good scores first.
+        scored backbones) and `BruteForceSampler` try every combination once, good scores first;
+        of `survivors`, and of those whom a `SFDAPruner` lets pass, if there are such.
     policy : {"calibrated", "prior", "greedy"}, default "calibrated"
         See `sfda_tune.selection.policy.choose`. Only "calibrated" leaves trials to the base
         sampler.
@@ -167,8 +170,7 @@ class SFDASampler(BaseSampler):
         else:
             self._base_name = type(base_sampler).__name__
         if isinstance(base_sampler, GridSampler):
-            names = sorted(self.policy.scores)
-            base_sampler = _compat.make_whole_grid(base_sampler, param_name, names)
+            base_sampler = _compat.make_whole_grid(base_sampler, param_name, list_scored(scores))
         self._base = base_sampler
         self._conditional = bool(conditional)
         self._previous = [read_previous(study, param_name) for study in previous]
@@ -333,6 +335,7 @@ class SFDASampler(BaseSampler):
             _compat.mark_trial(study, trial, TOLD, True)
         with self._lock:
             self._base.after_trial(study, trial, state, values)
+            self._stop_if_done(study, trial)
             self._assignments.pop(_compat.find_trial_id(study, trial), None)
             known = self._find_state(study)
             is_first = not known.is_checked and state in (TrialState.COMPLETE, TrialState.PRUNED)
@@ -378,15 +381,22 @@ class SFDASampler(BaseSampler):
         trial: FrozenTrial,
         trials: Sequence[FrozenTrial],
         choices: Sequence[Any] | None = None,
+        untried: Sequence[str] | None = None,
     ) -> str | None:
-        """Return a backbone; None leaves it to the base sampler, never if `choices` are given."""
+        """Return a backbone; None leaves it to the base sampler, never if `choices` are given.
+
+        `untried` are those of the choices of which a grid has a point left.
+        """
         may_delegate = choices is None  # else the objective asks for one of them now
         if isinstance(_compat.unwrap(self._base), GridSampler):
             may_delegate = False  # the grid's points are taken in our order
         if choices is None:
             choices = find_choices(trials, self._param_name)
-        names = self.policy.scores if choices is None else map(backbone_name, choices)
-        names = self._find_useful(study, trial, trials, list(names))
+        every = self.policy.scores if choices is None else map(backbone_name, choices)
+        kept = self._find_kept(study, list(every))
+        names = self._find_useful(study, trial, trials, kept)
+        if untried is not None:
+            names = [name for name in kept if name in untried] or kept
         if not names:
             return None
         weights = self.policy.sample_weights(trial.number, len(study.directions))
@@ -395,7 +405,7 @@ class SFDASampler(BaseSampler):
         if may_delegate and self.policy.delegates(history, trial.number):
             _logger.info(f"Trial {trial.number}: left to {type(self._base).__name__}")
             return None
-        backbone = self.policy.choose(history, trial.number, names)
+        backbone = self.policy.choose(history, trial.number, names, of=kept)
         _logger.info(f"Trial {trial.number}: backbone {backbone} by score")
         return backbone
 
@@ -403,16 +413,42 @@ class SFDASampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial], names: list[str]
     ) -> list[str]:
         """Return those that no `SFDAPruner` would stop and that have a combination left."""
-        useful = names
-        for pruner in _compat.find_pruners(study):
-            if isinstance(pruner, SFDAPruner) and pruner.param_name == self._param_name:
-                useful = [name for name in useful if name in pruner.survivors] or useful
+        useful = self._find_kept(study, names)
         if isinstance(_compat.unwrap(self._base), BruteForceSampler):
             given = {n: v for n, v in trial.params.items() if n != self._param_name}
             others = [t for t in trials if t.number != trial.number]
             done = exhaustive.find_exhausted(others, self._param_name, given)
             useful = [name for name in useful if name not in done] or useful
         return useful
+
+    def _find_kept(self, study: Study, names: list[str]) -> list[str]:
+        """Return those that no `SFDAPruner` would stop, if there are such."""
+        for pruner in _compat.find_pruners(study):
+            if isinstance(pruner, SFDAPruner) and pruner.param_name == self._param_name:
+                names = [name for name in names if name in pruner.survivors] or names
+        return names
+
+    def _stop_if_done(self, study: Study, trial: FrozenTrial) -> None:
+        """Stop once all combinations of those that may be tried were, if not all backbones may."""
+        if isinstance(self._base, GridSampler):
+            points = _compat.read_grid(self._base)
+            if self._param_name not in points[0]:
+                return
+            names = [backbone_name(point[self._param_name]) for point in points]
+            left = {names[point] for point in _compat.find_untried(self._base, study)}
+        elif isinstance(_compat.unwrap(self._base), BruteForceSampler):
+            trials = _compat.read_trials(study)
+            names = [*map(backbone_name, find_choices(trials, self._param_name) or ())]
+            left = {*names} - exhaustive.find_exhausted(trials, self._param_name, {})
+        else:
+            return
+        kept = self._find_kept(study, sorted({*names}))
+        mask = self.policy.mask(kept)
+        if mask is not None:
+            kept = [name for name in kept if name in mask] or kept
+        if left and not left & {*kept}:
+            with suppress(RuntimeError):  # ask and tell
+                study.stop()
 
     def _find_choice(
         self, study: Study, trial: FrozenTrial, choices: Sequence[Any], given: _Assignment
@@ -453,8 +489,8 @@ class SFDASampler(BaseSampler):
         points = _compat.read_grid(self._base)
         trials = _compat.read_trials(study)
 
-        def choose(names: list[str]) -> str | None:
-            return self._choose(study, trial, trials, names)
+        def choose(names: list[str], untried: list[str]) -> str | None:
+            return self._choose(study, trial, trials, names, untried)
 
         args = (study, trial, self._param_name, untried, choose)
         backbone = exhaustive.pick_grid_point(points, *args)

@@ -13,12 +13,12 @@ from optuna.trial import TrialState
 
 from sfda_tune.selection import calibration
 from sfda_tune.selection import policy as decisions
-from sfda_tune.selection.calibration import Calibration, backbone_name, scores_by_name
+from sfda_tune.selection.calibration import Calibration, scores_by_name
 from sfda_tune.values.features import Score
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer
 from sfda_tune_optuna import _compat
-from sfda_tune_optuna.history import find_choices, observe
+from sfda_tune_optuna.history import find_choices, list_scored, observe
 from sfda_tune_optuna.store import load_ranking, load_record, save_ranking
 
 __all__ = ["calibrate_study", "enqueue_top_k", "extend_backbones", "suggest_backbone"]
@@ -49,8 +49,7 @@ def suggest_backbone(trial: Any, scores: Mapping[Any, float], name: str = "backb
     >>> suggest_backbone(trial, {"vit": 3.1, "resnet": 2.5})
     'vit'
     """
-    failed = scores.failed if isinstance(scores, Ranking) else {}
-    choices = sorted(backbone_name(backbone) for backbone in scores if backbone not in failed)
+    choices = list_scored(scores)
     if not choices:
         raise ValueError("`scores` must hold at least one scored backbone but holds none.")
     try:

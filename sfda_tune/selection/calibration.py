@@ -35,6 +35,7 @@ REST, REST_TRIALS = 1 - SLOPE**2, 2.0  # ω₀² and κ
 WITHIN, WITHIN_TRIALS = 0.6, 2.0  # ν₀² / ω₀² and its weight
 RIDGE = 0.5  # of the effects of parameters, values having variance 1
 RUNS, FAILS = 0.1, 0.02  # Beta prior: a backbone runs or does not, so one failure says much
+CHANCE = 0.1  # of so low a τ, if the scores were of no use
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,11 @@ class Calibration:
 
 
 def calibrate(
-    scores: Mapping[str, float], history: Iterable[Observation], *, prior_strength: float = 1.0
+    scores: Mapping[str, float],
+    history: Iterable[Observation],
+    *,
+    prior_strength: float = 1.0,
+    errors: Mapping[str, float] | None = None,
 ) -> Calibration:
     """Compare the scores with the values of the trials.
 
@@ -137,7 +142,7 @@ def calibrate(
     the scores run against the values of 5 backbones (Kendall's tau -1.00); use other scores
     """
     names = sorted(scores)
-    fit = fit_model(names, scores, history, prior_strength)
+    fit = fit_model(names, scores, history, prior_strength, errors)
     has = fit.valued > 0
     x, y, m = fit.z[has], fit.level[has], int(has.sum())
     test: Any = kendalltau(x, y) if m > 1 and np.ptp(x) and np.ptp(y) else None
@@ -152,7 +157,7 @@ def calibrate(
         row = {"backbone": name, "score": float(scores[name]), "z": z, "n_trials": int(n)}
         table.append(row | {"best": best if n else None, "mean": mean, "sd": sd})
     interval = (fit.slope - 1.645 * fit.slope_sd, fit.slope + 1.645 * fit.slope_sd)
-    n_trials, misleads = int(fit.valued.sum()), m >= 5 and tau < 0
+    n_trials, misleads = int(fit.valued.sum()), m >= 5 and tau < 0 and test.pvalue < CHANCE
     about = (m, n_trials, tuple(table), fit.scale, warning if misleads else None)
     return Calibration(fit.slope, interval, tau, *about)
 
@@ -384,12 +389,13 @@ def _comparable(
     Ridge regression on the parameters; of each backbone's mean the part 1 − √(λ/(λ + n_k)) is
     subtracted first (λ the ridge), as for random effects. A value that is moved by x standard
     deviations counts 1/(1 + x²). Before, diverged values are moved up to three times the distance
-    from the best to the median, so that they do not hide all other differences.
+    from the best to the median (of the trials or of the backbones' best, whichever is lower): so
+    they do not hide all other differences, and many trials of one good backbone do not, either.
     """
     if not len(raw):
         return raw, weight, False
     y = np.where(feasible, raw, raw.min())
-    middle = np.median(y)
+    middle = min(np.median(y), np.median([y[backbone == k].max() for k in np.unique(backbone)]))
     if y.max() > middle:
         y = np.maximum(y, middle - 3 * (y.max() - middle))
     if X is None:

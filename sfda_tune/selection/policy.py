@@ -336,13 +336,17 @@ class BackbonePolicy:
         number: int,
         candidates: Sequence[str],
         *,
-        strict: bool = False,
+        of: Sequence[str] | None = None,
     ) -> str:
-        """Choose; `strict` refuses survivors that are no candidates.
+        """Choose; survivors are the best, or the named ones, `of` these (default: candidates).
 
-        Under "calibrated" every third trial, from the third on, goes by the trials alone.
+        If none of them is a candidate any more, one of them is chosen again. Under "calibrated"
+        every third trial, from the third on, goes by the trials alone.
         """
-        options = self.options
+        options, mask = self.options, self.mask(candidates if of is None else of)
+        if of is not None and mask is not None and not {*mask} & {*candidates}:
+            candidates = sorted({*mask} & {*of}) or candidates
+            mask = None
         if self.policy == "calibrated" and number % BLIND == BLIND - 1:
             options["prior_strength"] = 0.0
         return choose(
@@ -351,7 +355,7 @@ class BackbonePolicy:
             candidates=candidates,
             seed=self.seed,
             number=number,
-            survivors=self.mask(candidates, strict=strict),
+            survivors=mask,
             errors=self.errors,
             **options,
         )
@@ -421,7 +425,9 @@ class BackbonePolicy:
 
     def calibrate(self, history: Iterable[Observation]) -> Calibration:
         """Compare the scores with the values of the trials."""
-        return calibrate(self.scores, history, prior_strength=self.prior_strength)
+        return calibrate(
+            self.scores, history, prior_strength=self.prior_strength, errors=self.errors
+        )
 
 
 def make_seed(seed: int | None) -> int:

@@ -39,6 +39,7 @@ from sfda_tune_optuna import (
     gate,
     load_ranking,
     save_ranking,
+    suggest_backbone,
 )
 from sfda_tune_optuna.history import observe
 
@@ -655,6 +656,60 @@ def test_exhaustive_bases_try_everything_once_best_scores_first(make_base, backb
     first = [t.params["backbone"] for t in study.trials]
     assert first[0] == "a"
     assert first[:12].count("f") < first[:12].count("a")
+
+
+@pytest.mark.parametrize("base", ["brute", "grid", "grid without backbone"])
+@pytest.mark.parametrize(
+    ("options", "kept", "expected"),
+    [
+        ({"survivors": 1, "exploration": 0}, None, "a"),
+        ({"survivors": 2, "exploration": 0}, None, "ab"),
+        ({"survivors": ["d", "b"], "exploration": 0}, None, "bd"),
+        ({"survivors": 3, "exploration": 0}, ["b", "c", "e"], "bce"),
+        ({}, ["a", "d"], "ad"),
+        ({}, None, "abcdef"),
+    ],
+)
+def test_exhaustive_bases_try_what_may_be_tried_once_and_end(base, options, kept, expected):
+    make = {
+        "brute": lambda: BruteForceSampler(seed=0),
+        "grid": lambda: GridSampler({"backbone": NAMES, "n": [1, 2, 3]}, seed=0),
+        "grid without backbone": lambda: GridSampler({"n": [1, 2, 3]}, seed=0),
+    }
+    pruner = None if kept is None else SFDAPruner(kept)
+    sampler = SFDASampler(VALUES, base_sampler=make[base](), seed=0, **options)
+    study = make_study(sampler, pruner=pruner)
+
+    def run(trial):
+        value = VALUES[trial.suggest_categorical("backbone", NAMES)]
+        return value - trial.suggest_int("n", 1, 3) / 100
+
+    study.optimize(run, n_trials=40)
+    tried = [(t.params["backbone"], t.params["n"]) for t in study.trials]
+    assert sorted(tried) == [(name, n) for name in expected for n in (1, 2, 3)]
+    study.optimize(run, n_trials=2)  # again: none of the others
+    assert {t.params["backbone"] for t in study.trials} == {*expected}
+
+
+def test_a_step_outside_the_mask_of_a_grid_is_one():
+    base = GridSampler({"n": [1, 2, 3, 4, 5, 6]}, seed=0)
+    sampler = SFDASampler(VALUES, base_sampler=base, survivors=2, exploration=0.5, seed=0)
+    study = make_study(sampler)
+    study.optimize(
+        lambda t: VALUES[t.suggest_categorical("backbone", NAMES)] + t.suggest_int("n", 1, 6), 60
+    )
+    tried = [(t.params["backbone"], t.params["n"]) for t in study.trials]
+    assert len(tried) == len({*tried}) < 36
+    assert {*tried} > {(name, n) for name in "ab" for n in range(1, 7)}
+
+
+def test_a_grid_leaves_out_backbones_that_failed():
+    scores = [Score(name, VALUES[name]) for name in "abcd"]
+    ranking = Ranking([*scores, Score("e", error="too large"), Score("f", error="no weights")])
+    base = GridSampler({"n": [1, 2, 3]}, seed=0)
+    study = make_study(SFDASampler(ranking, base_sampler=base, seed=0))
+    study.optimize(lambda t: VALUES[suggest_backbone(t, ranking)] - t.suggest_int("n", 1, 3), 40)
+    assert len(study.trials) == 12
 
 
 def test_brute_force_knows_conditional_spaces():
