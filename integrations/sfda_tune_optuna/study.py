@@ -140,6 +140,12 @@ def extend_backbones(
     Study
         Give it a sampler: ``SFDASampler.from_study(copy)``.
 
+    Raises
+    ------
+    ValueError
+        If `new` are no names, or its scores cannot stand beside the saved ones: those of another
+        metric, or a forecast, which is relative to its candidates, without all of the old ones.
+
     Examples
     --------
     >>> import optuna
@@ -155,6 +161,9 @@ def extend_backbones(
     choices = {*(find_choices(trials, param_name) or ()), *new}
     if isinstance(new, str) or not all(isinstance(name, str) for name in choices):
         raise ValueError(f"`new` must be names of backbones but is {new!r}; pass [{new!r}].")
+    record, merged = load_record(study), None
+    if record is not None and isinstance(new, Mapping):
+        merged = _merge(load_ranking(study), new)
     distribution = CategoricalDistribution(sorted(choices))
     extended = optuna.create_study(
         study_name=study_name,
@@ -170,9 +179,8 @@ def extend_backbones(
             if param_name in trial.params:
                 trial.distributions = {**trial.distributions, param_name: distribution}
             extended.add_trial(trial)
-    record = load_record(study)
-    if record is not None and isinstance(new, Mapping):
-        save_ranking(extended, _merge(load_ranking(study), new), settings=record["settings"])
+    if record is not None and merged is not None:
+        save_ranking(extended, merged, settings=record["settings"])
     return extended
 
 
@@ -198,6 +206,15 @@ def find_param_name(study: Study) -> str:
 
 
 def _merge(old: Ranking, new: Mapping[str, float]) -> Ranking:
+    metric = new.metric if isinstance(new, Ranking) else old.metric
+    is_relative = metric.startswith("forecast") and not {*old} <= {*new}
+    if old.metric and (metric != old.metric or is_relative):
+        raise ValueError(
+            f"`new` must be scored as the study's ranking is, by {old.metric!r}, but is by "
+            f"{metric!r}"
+            + (", which is relative to its candidates" if is_relative else "")
+            + "; rank all backbones together, the study's own, too."
+        )
     added = (
         new.scores
         if isinstance(new, Ranking)

@@ -43,7 +43,7 @@ from sfda_tune.selection.diagnostics import find_leak, tell_copies, tell_near
 from sfda_tune.selection.ensembles import select_ensemble
 from sfda_tune.selection.forecast import (
     MODES,
-    forecast,
+    find_promise,
     is_known,
     order_by_forecast,
     simulate_forecast,
@@ -578,8 +578,7 @@ def order_by_promise(
     """
     price, best = price or find_prices(facts), dict.fromkeys(facts, 1.0)
     if is_known(facts):
-        first, *rest = facts
-        best = forecast({first: 0.0}, unseen=rest, facts=facts).best
+        best = find_promise(facts)
     return sorted(facts, key=lambda name: -best[name] / price[name])
 
 

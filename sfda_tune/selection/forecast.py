@@ -21,8 +21,10 @@ The model, whose few coefficients `tests/benchmarks/forecast.py` fits to public 
     x'_k ~ N(ρ t z_k, (1 − ρ²) t²)   where x_k is not known; t² = v/(v + s²)
 
 so that a tenth of a percent of ImageNet accuracy counts for little, and a network that no table
-knows is judged by its images. Draws of z (of the scores, by resampled images) and of ε make draws
-of u, of which all odds are counted: they speak of the error of the score and of that of the model.
+knows is judged by its images. Draws of z (of what the scores would be on ever more images) and of
+ε make draws of u, of which all odds are counted: they speak of the error of the score and of that
+of the model. For the mean of u, z is shrunk to r z, with r the slope of its mean draw in z: few
+images say less.
 
 `rank` orders by it: `order_by_forecast` makes of a `Ranking` by a score one by the mean of u, and
 `find_evidence` gives the first one back.
@@ -32,14 +34,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import log_ndtr, ndtri
 from scipy.stats import rankdata
 
 from sfda_tune.metrics.priors import Facts, look_up_facts
@@ -57,8 +59,9 @@ from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, is_number, require
 
 __all__ = [
-    "MODES", "Forecast", "find_evidence", "find_facts", "forecast", "is_forecast", "is_known",
-    "normal_scores", "order_by_forecast", "scale_facts", "simulate_forecast", "table_facts",
+    "MODES", "Forecast", "find_evidence", "find_facts", "find_promise", "forecast", "is_forecast",
+    "is_known", "normal_scores", "order_by_forecast", "scale_facts", "simulate_forecast",
+    "table_facts",
 ]  # fmt: skip
 
 MODES = ("full", "head")  # what will be trained: all weights, or a head on what stays as it is
@@ -101,16 +104,12 @@ class Forecast:
     @property
     def best(self) -> dict[str, float]:
         """P(best after fine-tuning) of each backbone; sums to 1."""
-        first = self.draws == self.draws.max(axis=1, keepdims=True)
-        share = (first / first.sum(axis=1, keepdims=True)).mean(axis=0)
-        return dict(zip(self.names, share.tolist(), strict=True))
+        return dict(zip(self.names, self.confidence().in_top[:, 0].tolist(), strict=True))
 
     @property
     def rank_interval(self) -> np.ndarray:
         """First and last rank, of shape (n, 2); 1 is the best."""
-        ranks = rankdata(-self.draws, axis=1, method="min")
-        ends = [(1 - self.level) / 2, (1 + self.level) / 2]
-        return np.quantile(ranks, ends, axis=0, method="nearest").astype(np.int64).T
+        return self.confidence().rank_interval
 
     def shortlist(self, probability: float = 0.95) -> list[str]:
         """Return the few backbones of which one is the best with this probability.
@@ -121,7 +120,7 @@ class Forecast:
         >>> f.shortlist(0.1), len(f.shortlist(1.0))
         (['d'], 4)
         """
-        return [str(name) for name in shortlist(self.confidence(), probability)]
+        return [*map(str, shortlist(self.confidence(), probability))]
 
     def confidence(self) -> Confidence:
         """Return the odds in the form of those of a score; `plausible` gives `shortlist`.
@@ -129,11 +128,16 @@ class Forecast:
         Two are told apart where their means differ by more than Φ⁻¹((1 + level)/2) standard
         deviations of the difference.
         """
+        return self._confidence
+
+    @cached_property
+    def _confidence(self) -> Confidence:
         n, cov = len(self.names), np.atleast_2d(np.cov(self.draws, rowvar=False))
         var = np.diag(cov)[:, None] + np.diag(cov) - 2 * cov
         apart = np.abs(self.mean[:, None] - self.mean)
         separable = apart > ndtri((1 + self.level) / 2) * np.sqrt(var.clip(0.0))
         in_top, ends = count_places(self.draws), [(1 - self.level) / 2, (1 + self.level) / 2]
+        ranks = rankdata(-self.draws, axis=1, method="min")
         order = np.argsort(-in_top[:, 0], kind="stable")
         before = np.empty(n)
         before[order] = np.cumsum(in_top[order, 0]) - in_top[order, 0]
@@ -141,7 +145,7 @@ class Forecast:
             self.names,
             self.mean,
             np.quantile(self.draws, ends, axis=0).T,
-            self.rank_interval,
+            np.quantile(ranks, ends, axis=0, method="nearest").astype(np.int64).T,
             in_top,
             np.clip(1 - before, 0.0, 1.0),
             separable,
@@ -217,8 +221,8 @@ def forecast(
     train : {"full", "head"}, default "full"
         What will be trained: all weights, or a head on frozen features.
     unseen : collection of str
-        Further candidates, to which no image was shown: what is known of them is all that speaks
-        for them, and their scores may be any. Of a `Ranking`: those it has not looked at.
+        Candidates to which no image was shown: what is known of them is all that speaks for them,
+        whatever their scores. Those that a `Ranking` has not looked at are among them.
     facts : mapping of str to Facts, optional
         What is known of the networks; by default as `find_facts` finds it.
     resamples : array of shape (R, n), optional
@@ -232,7 +236,8 @@ def forecast(
     Raises
     ------
     ValueError
-        If `scores` are no mapping to numbers, none is finite, or an option is out of range.
+        If `scores` are no mapping to numbers, none is finite, or they are forecasts without the
+        scores behind them; if `coefficients` lack one, or another option is out of range.
 
     Examples
     --------
@@ -243,20 +248,27 @@ def forecast(
     n_draws, seed = integer("n_draws", n_draws, 2), integer("seed", seed, 0)
     require("level", level, "in (0, 1)", is_number(level) and 0 < level < 1)
     require("train", train, f"one of {', '.join(MODES)}", train in MODES)
+    columns = [*scores] if isinstance(scores, Mapping) else []
     if isinstance(scores, Ranking):
         scores = find_evidence(scores)
-        unseen = scores.info.get("not_looked_at", unseen)
+        if scores.metric in [f"forecast ({mode})" for mode in MODES]:
+            raise ValueError(
+                f"`scores` must be scores of images but are a {scores.metric}, without the scores "
+                "behind it; pass the ranking that `rank` gave."
+            )
+        unseen = {*unseen, *scores.info.get("not_looked_at", ())}
     by_name = scores_by_name(scores, "scores")
     scores = scores if isinstance(scores, Ranking) else by_name
-    names = sorted(name for name, value in scores.items() if math.isfinite(value))
+    names = sorted(n for n, value in scores.items() if math.isfinite(value) and n not in unseen)
     if not names:
         raise ValueError(
             "`scores` must have a backbone with a finite score but has none of "
             f"{len(scores)}; see ranking.failed."
         )
     of = read_coefficients() if coefficients is None else coefficients
+    _check_coefficients(of, train)
     z = normal_scores(np.array([scores[name] for name in names]))
-    Z, rng = _draw_scores(scores, names, z, resamples, n_draws, seed)
+    z, Z, rng = _draw_scores(scores, names, columns, z, resamples, n_draws, seed)
     if unseen:
         names += (new := sorted(set(unseen) - set(names)))
         Z = np.broadcast_to(Z, (n_draws, Z.shape[-1]))
@@ -278,6 +290,40 @@ def forecast(
         draws[:, order],
         float(level),
     )
+
+
+def _check_coefficients(of: Mapping[str, Any], train: str) -> None:
+    parts = {part: set(COLUMNS) for part in ("scales", "correlations")}
+    for part, keys in (parts | {train: {*COLUMNS, "images", "residual"}}).items():
+        lacking = sorted(keys - {*of.get(part, ())})
+        if lacking:
+            raise ValueError(
+                f"`coefficients` must have {', '.join(sorted(keys))} in {part!r} but lack "
+                f"{', '.join(lacking)}; see `sfda_tune.selection.forecast.read_coefficients`."
+            )
+
+
+def find_promise(facts: Mapping[str, Facts], train: str = "full") -> dict[str, float]:
+    """Return P(best) of networks of which no image is known yet.
+
+    By quadrature: P_i = ∫ φ_i(u) Π_j≠i Φ_j(u) du, with the mean and the standard deviation of u
+    of each.
+
+    >>> pair = look_up_facts(["resnet18.a1_in1k", "resnet152.a1_in1k"])
+    >>> {name: round(p, 2) for name, p in find_promise(pair).items()}
+    {'resnet18.a1_in1k': 0.09, 'resnet152.a1_in1k': 0.91}
+    """
+    of = read_coefficients()
+    mean, slope, spread, _ = _expect(
+        table_facts([*facts.values()]), np.zeros(len(facts)), of, train
+    )
+    sd = np.sqrt(slope**2 + spread**2 + of[train]["residual"] ** 2)
+    u = np.linspace((mean - 8 * sd).min(), (mean + 8 * sd).max(), 2000)
+    d = (u[:, None] - mean) / sd
+    below = log_ndtr(d)
+    p = np.exp(below.sum(axis=1, keepdims=True) - below - d**2 / 2) / sd
+    p = p.sum(axis=0)
+    return dict(zip(facts, (p / p.sum()).tolist(), strict=True))
 
 
 def simulate_forecast(
@@ -367,7 +413,8 @@ def _without_forecast(score: Score) -> Score:
     del details["forecast"]
     if "evidence" in details:
         return replace(score, value=details.pop("evidence"), details=details)
-    return replace(score, value=math.nan, error=str(details.pop("note")), details=details)
+    note = details.pop("note", "no score")
+    return replace(score, value=math.nan, error=str(note), details=details)
 
 
 def normal_scores(values: np.ndarray) -> np.ndarray:
@@ -394,7 +441,7 @@ def scale_facts(
             known = np.zeros_like(known)
         rho, t = correlations[key], 1.0
         if known.any():
-            width = math.hypot(row[known].std(), scales[key])
+            width = math.hypot(row[known].std(), scales[key]) or 1.0
             t = row[known].std() / width
             # The known ones have their mean where their images put it, seen from all backbones.
             middle = rho * t * z[known].mean() if not known.all() else 0.0
@@ -447,34 +494,36 @@ def table_facts(facts: list[Facts]) -> np.ndarray:
 def _draw_scores(
     scores: Mapping[str, float],
     names: list[str],
+    columns: Sequence[str],
     z: np.ndarray,
     resamples: np.ndarray | None,
     n_draws: int,
     seed: int,
-) -> tuple[np.ndarray, np.random.Generator]:
-    """Return draws of z, (n_draws, n) or z itself, and the generator of the other draws."""
+) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    """Return r z, draws of z (n_draws, n) or itself, and the generator of the other draws."""
     rng = np.random.default_rng([seed, len(names)])
     if resamples is None:
         if not isinstance(scores, Ranking):
-            return z, rng
+            return z, z, rng
         try:
             drawn, draws = draw_true_scores(scores)
         except ValueError:  # no means over images
-            return z, rng
+            return z, z, rng
         # Those that left a race keep the score with which they left.
         of = dict(zip(map(str, drawn), draws.T, strict=True))
         M = np.stack([of.get(n, np.full(len(draws), scores[n])) for n in names], axis=1)
     else:
         M = np.asarray(resamples, np.float64)
-        shape = M.ndim == 2 and len(M) and M.shape[1] == len(scores)
+        shape = M.ndim == 2 and len(M) and M.shape[1] == len(columns)
+        M = M[:, [columns.index(name) for name in names]] if shape else M
         if not shape or not np.isfinite(M).all():
             raise ValueError(
-                f"`resamples` must be finite, of the shape (R, {len(scores)}), but has the shape "
-                f"{M.shape}{' and other numbers' if shape else ''}."
+                f"`resamples` must be finite, of the shape (R, {len(columns)}), but has the shape "
+                f"{np.shape(resamples)}{' and other numbers' if shape else ''}."
             )
-        column = {name: k for k, name in enumerate(scores)}
-        M = M[:, [column[name] for name in names]]
-    return normal_scores(M)[rng.integers(len(M), size=n_draws)], rng
+    Z = normal_scores(M)
+    r = max(Z.mean(axis=0) @ z / (z @ z or 1.0), 0.0)
+    return r * z, Z[rng.integers(len(Z), size=n_draws)], rng
 
 
 @cache

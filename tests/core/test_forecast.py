@@ -20,6 +20,7 @@ from sfda_tune.selection.evaluation import weighted_tau
 from sfda_tune.selection.forecast import (
     COLUMNS,
     find_evidence,
+    find_promise,
     is_forecast,
     normal_scores,
     order_by_forecast,
@@ -149,8 +150,65 @@ def test_doubtful_scores_widen_the_odds():
     scores = [Score(n, t.mean(), t) for n, t in zip(NAMES, terms, strict=True)]
     ranking = Ranking(tuple(scores), "sfda (loo)", np.arange(60) % 3)
     plain = {s.backbone: s.value for s in scores}
-    assert forecast(ranking).names == forecast(plain).names
+    few, many = (abs(forecast(s).parts["images"]).max() for s in (ranking, plain))
+    assert 0.2 * many < few < 0.9 * many  # what is known of the networks counts the more
     assert not np.array_equal(forecast(ranking).draws, forecast(plain).draws)
+
+
+def test_resamples_are_in_the_order_of_the_scores_that_were_given():
+    facts = dict.fromkeys(SCORES, Facts(80.0, 4.0, 10.0))
+    evidence = Ranking([Score(n, v) for n, v in SCORES.items()], "sfda (loo)")
+    by_forecast = order_by_forecast(evidence)
+    assert [*by_forecast] != [*evidence] != [*SCORES]
+    rng = np.random.default_rng(0)
+    resamples = {n: v + 0.01 * rng.normal(size=200) for n, v in SCORES.items()}
+    found = [
+        forecast(s, train="head", facts=facts, resamples=np.stack([resamples[n] for n in s], 1))
+        for s in (SCORES, evidence, by_forecast)
+    ]
+    assert found[0].best == found[1].best == found[2].best
+
+
+def test_promise_is_that_of_many_draws_whatever_the_order():
+    facts = look_up_facts([*NAMES, "vgg19.tv_in1k", "convnext_tiny.fb_in22k", "mine"])
+    p = find_promise(facts)
+    assert sum(p.values()) == pytest.approx(1)
+    again = find_promise(dict(reversed(facts.items())))
+    assert again == pytest.approx(p, rel=1e-9)
+    of, draws = read_coefficients(), 20_000
+    evidence = Ranking([Score("none of them", 0.0)], "sfda (loo)")
+    drawn = forecast(evidence, unseen=facts, facts=facts, n_draws=draws, coefficients=of).best
+    for name, known in facts.items():  # one more candidate, of which nothing is known, takes some
+        if math.isfinite(known.top1):
+            assert drawn[name] <= p[name] + 0.02
+    many = find_promise({f"n{k}": Facts(80.0 + k / 1000, 4.0, 10.0) for k in range(1500)})
+    assert list(many.values()) == sorted(many.values())
+    assert min(many.values()) > 0
+
+
+def test_forecasts_without_scores_behind_them_are_refused():
+    with pytest.raises(ValueError, match="without the scores behind it"):
+        forecast(Ranking([Score("a", 0.3), Score("b", -0.3)], "forecast (full)"))
+
+
+def test_unseen_ones_are_judged_by_facts_whatever_their_scores():
+    f = forecast(SCORES, unseen=[NAMES[3]])
+    without = {n: v for n, v in SCORES.items() if n != NAMES[3]}
+    for score in (-9.0, 9.0):
+        assert forecast(without | {NAMES[3]: score}, unseen=[NAMES[3]]).best == f.best
+
+
+@pytest.mark.parametrize("part", ["scales", "correlations", "full"])
+def test_coefficients_that_lack_one_are_refused(part):
+    of = json.loads(json.dumps(read_coefficients()))
+    del of[part]["gmacs"]
+    with pytest.raises(
+        ValueError, match=f"`coefficients` must have .* in '{part}' but lack gmacs"
+    ):
+        forecast(SCORES, coefficients=of)
+    of = json.loads(json.dumps(read_coefficients())) | {"scales": dict.fromkeys(COLUMNS, 0.0)}
+    same = dict.fromkeys(SCORES, Facts(80.0, 4.0, 10.0))
+    assert sum(forecast(SCORES, facts=same, coefficients=of).best.values()) == pytest.approx(1)
 
 
 def test_failed_backbones_are_left_out_and_nothing_is_refused():

@@ -16,6 +16,28 @@ RIGHT = [Observation(name, "complete", score) for name, score in SCORES.items()]
 WRONG = [Observation(name, "complete", -score) for name, score in SCORES.items()]
 
 
+def test_many_trials_of_one_backbone_hide_nothing_of_the_others():
+    value = {name: 0.5 + 0.05 * SCORES[name] for name in NAMES}
+    best = max(value, key=lambda name: value[name])
+    once = [seen(name, v) for name, v in value.items()]
+    often = [*once, *(seen(best, value[best] - k / 1000) for k in range(1, 30))]
+    told = [calibrate(SCORES, history) for history in (once, often)]
+    assert [c.kendall_tau for c in told] == pytest.approx([1.0, 1.0])
+    assert told[1].slope > 0.8 * told[0].slope
+    worst = min(told[1].table, key=lambda row: row["best"])
+    assert abs(worst["mean"] - worst["best"]) < 2 * worst["sd"] < 0.2
+
+
+def test_a_tau_that_may_be_chance_is_no_warning():
+    rng = np.random.default_rng(0)
+    names = sorted(SCORES)[:6]
+    said = [
+        calibrate(SCORES, [seen(n, v) for n, v in zip(names, rng.normal(size=6), strict=True)])
+        for _ in range(200)
+    ]
+    assert 0 < np.mean([c.warning is not None for c in said]) < 0.1
+
+
 def test_rating_compares_each_value_with_the_range_once():
     class Counted(float):
         count = 0

@@ -159,6 +159,29 @@ def test_extend_backbones_keeps_everything(database, tmp_path):
         extend_backbones(study, "z", study_name="other")
 
 
+def test_extend_backbones_mixes_no_scores():
+    by_sfda = Ranking([Score("a", 0.5), Score("b", 0.4)], "sfda (loo)")
+    other = Ranking([Score("c", -3.0)], "logme")
+    forecasts = [
+        Ranking([Score(n, v) for n, v in values.items()], "forecast (full)")
+        for values in ({"a": 0.5, "b": -0.5}, {"c": 0.1}, {"a": 0.3, "b": -0.6, "c": 0.3})
+    ]
+    for old, new in (
+        (by_sfda, other), (forecasts[0], forecasts[1]), (forecasts[0], {"c": 0.9}),
+        (by_sfda, forecasts[2]),
+    ):  # fmt: skip
+        study = optuna.create_study()
+        save_ranking(study, old)
+        with pytest.raises(ValueError, match="rank all backbones together"):
+            extend_backbones(study, new, study_name="more")
+        with pytest.raises(KeyError):
+            optuna.load_study(study_name="more", storage=study._storage)
+    study = optuna.create_study()
+    save_ranking(study, forecasts[0])
+    extended = extend_backbones(study, forecasts[2], study_name="more")
+    assert dict(load_ranking(extended)) == dict(forecasts[2])
+
+
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_extend_backbones_of_several_objectives(tmp_path):
     study = optuna.create_study(directions=["maximize", "minimize"])
