@@ -157,7 +157,10 @@ def calibrate(
         row = {"backbone": name, "score": float(scores[name]), "z": z, "n_trials": int(n)}
         table.append(row | {"best": best if n else None, "mean": mean, "sd": sd})
     interval = (fit.slope - 1.645 * fit.slope_sd, fit.slope + 1.645 * fit.slope_sd)
-    n_trials, misleads = int(fit.valued.sum()), m >= 5 and tau < 0 and test.pvalue < CHANCE
+    n_trials, misleads = (
+        int(fit.valued.sum()),
+        m >= 5 and test and tau < 0 and test.pvalue < CHANCE,
+    )
     about = (m, n_trials, tuple(table), fit.scale, warning if misleads else None)
     return Calibration(fit.slope, interval, tau, *about)
 
