@@ -452,14 +452,20 @@ class _Forward:
             features = self.module(batch.contiguous(memory_format=self.layout))
             if isinstance(features, torch.Tensor) and features.ndim == 4:
                 features = features.mean((2, 3))
-            if not isinstance(features, torch.Tensor) or features.ndim != 2:
-                got = getattr(features, "shape", type(features).__name__)
-                raise ValueError(
-                    "a backbone must return features (n, n_dims) or (n, n_dims, h, w) but "
-                    f"returned {got}"
-                )
-            self._computed += len(pixels)
-            return features[:n].float()
+            got = type(features).__name__
+            if isinstance(features, torch.Tensor):
+                got = f"{[*features.shape]} {features.dtype}"
+                if (
+                    features.ndim == 2
+                    and len(features) == len(batch)
+                    and not features.is_complex()
+                ):
+                    self._computed += len(pixels)
+                    return features[:n].float()
+            raise ValueError(
+                "a backbone must return real features (n, n_dims) or (n, n_dims, h, w) of its "
+                f"n = {len(batch)} images but returned {got}"
+            )
 
 
 def fingerprint_pixels(preprocessing: Preprocessing) -> str:

@@ -691,7 +691,10 @@ BROKEN = {
     "no memory": (Net(most=0), "out of memory with a single image"),
     "crash": (Net(output=lambda y: 1 / 0), "ZeroDivisionError: division by zero"),
     "nan": (Net(output=lambda y: y * torch.nan), "its features are not finite in float32"),
-    "tokens": (Net(output=lambda y: y[:, None].expand(-1, 4, -1)), r"returned torch.Size"),
+    "tokens": (Net(output=lambda y: y[:, None].expand(-1, 4, -1)), "but returned [8, 4, 3]"),
+    "crops": (Net(output=lambda y: y.repeat(5, 1)), "of its n = 8 images but returned [40, 3]"),
+    "too few": (Net(output=lambda y: y[:1]), "of its n = 8 images but returned [1, 3]"),
+    "complex": (Net(output=lambda y: y + 1j), "returned [8, 3] torch.complex64"),
     "list": (Net(output=lambda y: [y]), "returned list"),
 }
 
