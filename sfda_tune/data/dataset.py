@@ -73,6 +73,9 @@ class ImageDataset:
         How pixels become RGB, where the files leave it open.
     ordered : bool, default False
         Whether `classes` are levels, from the lowest to the highest.
+    contents : sequence of str, optional
+        What `digests` returned: an image that is another by now cannot be read. So what is kept or
+        noted under a digest is never of another image.
 
     >>> from sfda_tune import open_dataset
     >>> data = open_dataset((np.zeros((6, 4, 5, 3), np.uint8), ["dog", "cat"] * 3))
@@ -89,6 +92,7 @@ class ImageDataset:
     times: np.ndarray | None = None
     reading: Reading | None = None
     ordered: bool = False
+    contents: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         labels, n, n_classes = np.asarray(self.labels), len(self.items), len(self.classes)
@@ -113,7 +117,7 @@ class ImageDataset:
         object.__setattr__(self, "labels", labels)
         if self.origin is None:
             object.__setattr__(self, "origin", np.arange(n))
-        for name in ("groups", "times"):
+        for name in ("groups", "times", "contents"):
             if (value := getattr(self, name)) is not None and len(value) != n:
                 raise DatasetError(f"`{name}` must have {n} values but has {len(value)}.")
 
@@ -197,13 +201,16 @@ class ImageDataset:
         """
         item = self.items[row]
         try:
-            return decode(item, reading=self.reading)
+            return decode(item, reading=self.reading, expected=self._content(row))
         except Verdict as verdict:
             error: Any = verdict.__cause__
             raise UnreadableImage(self.item_name(row), explain(error, item)) from error
         except Exception as error:  # of the system, of a foreign data set
             reason = Passing(explain(error, item))
             raise UnreadableImage(self.item_name(row), reason) from error
+
+    def _content(self, row: int) -> str | None:
+        return None if self.contents is None else self.contents[row]
 
     def picture(self, row: int) -> Image.Image:
         """One image as people are shown it: of many bands the first three in colour."""
@@ -234,12 +241,17 @@ class ImageDataset:
         except UnreadableImage:
             return UNREADABLE
 
-    def thumbnail(self, row: int, side: int) -> np.ndarray:
-        """One image as a square in colour; zeros for what is smaller, or cannot be read."""
+    def thumbnail(self, row: int, side: int) -> np.ndarray | None:
+        """One image as a square in colour; zeros for what is smaller, or cannot be read.
+
+        None if it cannot for a reason that may pass.
+        """
         try:
-            image = as_picture(decode(self.items[row], 4 * side, self.reading))
-        except Exception:  # `load` says why
+            image = as_picture(decode(self.items[row], 4 * side, self.reading, self._content(row)))
+        except Verdict:  # `load` says why
             return np.zeros((side, side, 3), np.uint8)
+        except Exception:
+            return None
         if min(image.size) < side:
             return np.zeros((side, side, 3), np.uint8)
         return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
@@ -273,6 +285,7 @@ class ImageDataset:
             origin=self.origin[rows],
             groups=None if self.groups is None else self.groups[rows],
             times=None if self.times is None else self.times[rows],
+            contents=None if self.contents is None else [self.contents[row] for row in rows],
         )
 
     def sample(self, n: int, seed: int = 0) -> ImageDataset:

@@ -184,14 +184,22 @@ def open_picture(path: str, bit_depth: Any = None, bands: Any = None) -> Image.I
     return as_picture(decode(path, reading=parse_reading(bit_depth, bands)))
 
 
-def decode(item: Any, least: int | None = None, reading: Reading | None = None) -> Picture:
+def decode(
+    item: Any,
+    least: int | None = None,
+    reading: Reading | None = None,
+    expected: str | None = None,
+) -> Picture:
     """Item of an `ImageDataset` → RGB image, or its bands; `explain` says why, if it raises.
 
     Where `least` pixels on a side will do, a JPEG is decoded at a fraction of its size.
 
-    A `Verdict` is about the bytes, which were read before; anything else may pass.
+    A `Verdict` is about the bytes, which were read before; anything else may pass. So may what is
+    not of the `expected` digest: that is asked of the very bytes that are decoded.
     """
     content = _read(item)
+    if expected not in (None, UNREADABLE) and digest(content, reading) != expected:
+        raise ValueError("has changed since it was first read")
     try:
         many = reading is not None and is_many(reading)
         if isinstance(content, np.ndarray):  # `as_item` has chosen its bands

@@ -57,25 +57,38 @@ class _Thumbnails:
     def name(self, row: int) -> str:
         return self.images.item_name(row)
 
-    def __getitem__(self, row: int) -> np.ndarray:
+    def __getitem__(self, row: int) -> np.ndarray | None:
         return self.images.thumbnail(row, SIDE)
 
 
-def _read(images: ImageDataset, rows: Sequence[int], workers: int = 8) -> np.ndarray:
-    """Return the thumbnails of some rows, (n, SIDE, SIDE, 3) of 8 bits."""
+def _read(images: ImageDataset, rows: Sequence[int], workers: int = 8) -> tuple[np.ndarray, bool]:
+    """Return the thumbnails of some rows, (n, SIDE, SIDE, 3) of 8 bits; whether that will last.
+
+    Else some could not be read for a reason that may pass, and are zeros.
+    """
     batches = [[rows[i] for i in part] for part in cut(len(rows), 64)]
     loader = Loader(_Thumbnails(images), batches, list, threads=min(workers, len(batches)))
-    found = [np.stack(part) for _, part in loader]
-    return np.concatenate(found) if found else np.empty((0, SIDE, SIDE, 3), np.uint8)
+    out, lasts = np.zeros((len(rows), SIDE, SIDE, 3), np.uint8), True
+    for n, one in enumerate(one for _, part in loader for one in part):
+        if one is None:
+            lasts = False
+        else:
+            out[n] = one
+    return out, lasts
 
 
 def _standardise(
     images: ImageDataset, store: Any = None, digests: Sequence[str] | None = None
-) -> np.ndarray:
-    """Return thumbnails as rows of length 1 and mean 0; zeros where there is nothing to see."""
+) -> tuple[np.ndarray, bool]:
+    """Return thumbnails as rows of length 1 and mean 0; zeros where there is nothing to see.
+
+    And whether that will last.
+    """
     if store is None:
-        return _centre(_read(images, range(len(images))))
-    return _centre(_recall(images, store, images.digests() if digests is None else digests))
+        found, lasts = _read(images, range(len(images)))
+    else:
+        found, lasts = _recall(images, store, images.digests() if digests is None else digests)
+    return _centre(found), lasts
 
 
 def _centre(thumbnails: np.ndarray) -> np.ndarray:
@@ -90,8 +103,8 @@ def _centre(thumbnails: np.ndarray) -> np.ndarray:
     return out
 
 
-def _recall(images: ImageDataset, store: Any, digests: Sequence[str]) -> np.ndarray:
-    """Return thumbnails; those of images that somebody saw of the same data set are noted."""
+def _recall(images: ImageDataset, store: Any, digests: Sequence[str]) -> tuple[np.ndarray, bool]:
+    """Do as `_read` does; what images that somebody saw of the same data set show is noted."""
     about = [SIDE, PIL.__version__, get_switches(), images.name]
     key = hashlib.blake2b(repr(about).encode(), digest_size=20).hexdigest()
     noted, old = store.recall("thumbnails", key, THUMBNAILS), {}
@@ -100,7 +113,7 @@ def _recall(images: ImageDataset, store: Any, digests: Sequence[str]) -> np.ndar
         old = dict(zip(noted["images"].split(), pixels, strict=True))
     new = [row for row, digest in enumerate(digests) if digest not in old]
     found = np.zeros((len(digests), SIDE, SIDE, 3), np.uint8)
-    found[new] = _read(images, new)
+    found[new], lasts = _read(replace(images, contents=digests), new)
     # what shows nothing now may be readable another time
     fresh = {digests[row]: found[row] for row in new if found[row].any()}
     fresh.pop(UNREADABLE, None)
@@ -110,7 +123,7 @@ def _recall(images: ImageDataset, store: Any, digests: Sequence[str]) -> np.ndar
         kept = dict(list((fresh | old).items())[:NOTED])
         text = b64encode(np.stack(list(kept.values())).tobytes()).decode()
         store.note("thumbnails", key, {"images": " ".join(kept), "pixels": text})
-    return found
+    return found, lasts
 
 
 def _pairs(a: np.ndarray, b: np.ndarray | None = None) -> Pairs:
@@ -151,15 +164,17 @@ def find_near(
     key = None
     if store is not None:
         digests = images.digests() if digests is None else digests
+        images = replace(images, contents=digests)
         key = hashlib.blake2b("\n".join([f"{SIDE} {SAME}", *digests]).encode(), digest_size=20)
         noted = store.recall("near", key.hexdigest(), KIND)
         if noted is not None:
             return Near(*([(i, j) for i, j in noted[name]] for name in KIND))
-    pairs = _pairs(_standardise(images, store, digests))
+    thumbnails, lasts = _standardise(images, store, digests)
+    pairs = _pairs(thumbnails)
     rows = sorted({row for pair in pairs for row in pair})
     pixels = dict(zip(rows, images.digests(rows, pixels=True), strict=True))
     found = Near(pairs, [(i, j) for i, j in pairs if pixels[i] == pixels[j] != UNREADABLE])
-    if store is not None and key is not None:
+    if store is not None and key is not None and lasts and UNREADABLE not in pixels.values():
         store.note(
             "near",
             key.hexdigest(),
@@ -227,5 +242,5 @@ def shared_near(
 
     Images are decoded as `find_near` does.
     """
-    ours = _standardise(a, store)
-    return [{row for _, row in _pairs(ours, _standardise(other, store))} for other in others]
+    ours = _standardise(a, store)[0]
+    return [{row for _, row in _pairs(ours, _standardise(other, store)[0])} for other in others]

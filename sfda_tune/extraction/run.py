@@ -4,7 +4,8 @@ What is in the store already is left out. The other rows are cut into *shards* o
 images. As many shards as fit into memory are decoded together, by worker processes: every
 image once, resized once per distinct `Geometry`; the 8-bit result is shared by all backbones with
 that geometry. A *unit* is one backbone over these shards. The units run one after the other, so
-the first backbones can be ranked while the others run, and a kill loses at most the shard at hand.
+the first backbones can be ranked while the others run. A kill loses at most the shard at hand, an
+interrupt the batch.
 
 The first backbone that asks for pixels drives the decoding, so decoding overlaps its forward
 passes. Every batch is as large as the others, and filled up where images are few: on one device,
@@ -186,6 +187,8 @@ def extract_within(
             yield Extraction(backbone, None, np.empty(0, np.int64), describe_error(error))
 
     images = _digest(dataset, store, digests)
+    if store is not None:
+        dataset = replace(dataset, contents=images)
     plan = Plan("", dataset, jobs, images, limit * n)
     plan.crashing.update(_without_content(dataset, images))
     done: list[str] = []

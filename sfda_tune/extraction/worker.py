@@ -29,7 +29,7 @@ from sfda_tune.backbones.weights import is_here
 from sfda_tune.data.checks import DatasetError
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import Passing, get_switches, set_switches
-from sfda_tune.extraction.fetching import Fetcher
+from sfda_tune.extraction.fetching import EndedError, Fetcher
 from sfda_tune.extraction.pixels import PIN, SharedPixels, lend_pixels
 from sfda_tune.extraction.plan import Outcome, Plan, Unit
 from sfda_tune.extraction.settings import Settings
@@ -65,7 +65,7 @@ class Turn:
     def check(self) -> None:
         """Raise if the run has ended; threads cannot be interrupted."""
         if self._stop.is_set():
-            raise RuntimeError("the run has ended")
+            raise EndedError("the run has ended")
 
 
 # Held while a network comes to a device or leaves it, and while a batch's memory is measured.
@@ -124,12 +124,16 @@ class Worker:
                 few_threads(forward.module, unit.preprocessing),
             ):
                 for shard in self._forward_all(unit, outcome, forward):
-                    if not on_gpu:
-                        self._keep(shard, *about)
-                        continue
-                    kept.append(keeper.submit(self._keep, shard, *about))
-                    if len(kept) > 2:
-                        kept.popleft().result()
+                    try:
+                        if on_gpu:
+                            kept.append(keeper.submit(self._keep, shard, *about))
+                        else:
+                            self._keep(shard, *about)
+                        if len(kept) > 2:
+                            kept.popleft().result()
+                    finally:  # whatever became of what was computed before
+                        if shard.stopped is not None:
+                            raise shard.stopped
             for entry in kept:
                 entry.result()
         self._compact(unit, outcome)
@@ -167,7 +171,11 @@ class Worker:
         shard: np.ndarray,
         known: Entry,
     ) -> _Shard:
-        """Compute the rows of a shard beside the known ones; on a GPU only begin to."""
+        """Compute the rows of a shard beside the known ones; on a GPU only begin to.
+
+        What is computed when the run is stopped comes with what stopped it: for a slow network, a
+        shard takes longer than there may be time.
+        """
         seconds = outcome.seconds
         # Who watches may stop the run: also while slow images are decoded.
         tick = None if self.advance is None else partial(self.advance, unit.backbone.name, 0)
@@ -175,35 +183,39 @@ class Worker:
         positions = np.setdiff1d(np.arange(len(shard)), known.known)
         if self.advance is not None and len(positions) < len(shard):
             self.advance(unit.backbone.name, len(shard) - len(positions))
-        parts, good, peak = [], [], {}
+        done: list[tuple[torch.Tensor, np.ndarray]] = []
+        peak, stopped = {}, None
         forward.begin()
-        while len(positions):
-            if self.turn is not None:
-                self.turn.check()
-            some, positions = np.split(positions, [forward.batch_size])
-            rows = shared.rows(shard[some], seconds, tick)
-            if len(shared.unreadable) > unit.max_unreadable:
-                raise too_many_unreadable(
-                    shared.unreadable, unit.dataset, self.settings.max_unreadable
-                )
-            if len(rows):
-                pixels = shared.pixels(unit.preprocessing.key, rows)
-                if forward.device.type == "cuda" and not parts:
-                    with _MOVES:
-                        part, peak = forward.measure(pixels)
-                    parts.append(part)
-                else:
-                    parts.append(forward(pixels))
-                good.append(some[np.isin(shard[some], rows)])
-            if self.advance is not None:
-                self.advance(unit.backbone.name, len(some))
-        features = _to_host(parts)
+        try:
+            while len(positions):
+                if self.turn is not None:
+                    self.turn.check()
+                some, positions = np.split(positions, [forward.batch_size])
+                rows = shared.rows(shard[some], seconds, tick)
+                if len(shared.unreadable) > unit.max_unreadable:
+                    raise too_many_unreadable(
+                        shared.unreadable, unit.dataset, self.settings.max_unreadable
+                    )
+                if len(rows):
+                    pixels = shared.pixels(unit.preprocessing.key, rows)
+                    good = some[np.isin(shard[some], rows)]
+                    if forward.device.type == "cuda" and not done:
+                        with _MOVES:
+                            part, peak = forward.measure(pixels)
+                    else:
+                        part = forward(pixels)
+                    done.append((part, good))  # at once: a signal may come anywhere
+                if self.advance is not None:
+                    self.advance(unit.backbone.name, len(some))
+        except (KeyboardInterrupt, SystemExit, EndedError, DatasetError) as error:
+            stopped = error
+        features = _to_host([part for part, _ in done])
         spent = time.perf_counter() - started - (seconds["decode"] - waited)
-        rows = np.concatenate(good) if good else np.empty(0, np.int64)
+        rows = np.concatenate([good for _, good in done] or [np.empty(0, np.int64)])
         new = np.setdiff1d(np.arange(len(shard)), known.known)
         unreadable = {int(new[p]): why for p, why in shared.reasons(shard[new]).items()}
         clock = forward.clock(spent, len(rows))
-        return _Shard(features, rows, unreadable, peak, forward.batch_size, clock, known)
+        return _Shard(features, rows, unreadable, peak, forward.batch_size, clock, known, stopped)
 
     def _keep(self, done: _Shard, outcome: Outcome, n_params: int, dataset: str) -> None:
         """Wait for the features of a shard and put them into the store."""
@@ -296,6 +308,7 @@ class _Shard:
     batch: int
     seconds: Callable[[], float]
     known: Entry  # what was in the store
+    stopped: BaseException | None  # what ended the run in its midst
     number: int = 0
     key: str = ""
     images: Sequence[str] = ()

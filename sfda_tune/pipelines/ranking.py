@@ -315,6 +315,7 @@ def rank(
     if ensemble is not None:
         images.require_classes("for an `ensemble`")
     digests = images.digests()
+    images = replace(images, contents=digests)  # whose digests are used all along
     whole, codes = images, group_twins(images, digests=digests)
     twins = find_twins(whole, codes)
     if twins.copies:

@@ -370,12 +370,42 @@ def test_after_an_interrupt_only_the_unfinished_is_computed(
         run(dataset, zoo, settings, store=store, progress=stop)
     assert not pixels.SHARED  # the pixels are given back
     kept = int(sum(total["images"] for total in store.summary().values()))
-    assert kept >= after - 16
+    assert kept == sum(stop.seen.values()) > after  # also of the shard at hand
     count = StopAfter(10**9)
     results = run(dataset, zoo, settings, store=store, progress=count)
     assert sum(count.seen.values()) == count.total == 4 * 36 - kept
     for name, x in features(results).items():
         np.testing.assert_array_equal(x, whole[name])
+
+
+def test_an_interrupt_within_a_batch_costs_that_batch(dataset, zoo, tmp_path, monkeypatch):
+    store, settings, left = FeatureStore(tmp_path), replace(CPU, batch_size=4), [3]
+    compute = workers._Forward._compute
+
+    def stop(self, pixels):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return compute(self, pixels)
+
+    monkeypatch.setattr(workers._Forward, "_compute", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, zoo[:1], settings, store=store)
+    monkeypatch.undo()
+    count = StopAfter(10**9)
+    (e,) = run(dataset, zoo[:1], settings, store=store, progress=count).values()
+    assert count.total == 36 - 8
+    np.testing.assert_array_equal(
+        e.features.x, features(run(dataset, zoo[:1], settings))[zoo[0].name]
+    )
+
+
+def test_an_interrupt_goes_on_whatever_was_computed(dataset, tmp_path):
+    broken = resolve_backbones({"nan": (Net(), lambda image: torch.full((3, 8, 8), torch.nan))})
+    store = FeatureStore(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, broken, replace(CPU, batch_size=4), store=store, progress=StopAfter(5))
+    assert not store.summary()
 
 
 def kept_by(store, backbone):
@@ -577,6 +607,42 @@ def test_an_image_whose_content_could_not_be_digested_has_no_features(
     left[0] = times
     again = run(dataset, zoo[:1], store=store)["convnext"]
     assert (again.cached, len(again.rows)) == (True, 35)
+
+
+class Rewrite(StopAfter):
+    """Writes a file anew when all images are known, and before they are decoded."""
+
+    def __init__(self, file):
+        super().__init__(10**9)
+        self.file, self.whole = file, file.read_bytes()
+
+    def start(self, n_images, n_cached):
+        self.file.write_bytes((self.file.parents[1] / "bee" / "07.jpg").read_bytes())
+
+    def finish(self, score):
+        pass
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_are_never_kept_of_an_image_that_has_changed(photos, zoo, tmp_path, workers):
+    shutil.copytree(photos, root := tmp_path / "photos")
+    store, settings = FeatureStore(tmp_path / "cache"), replace(CPU, workers=workers)
+    rewrite = Rewrite(root / "ant" / "05.jpg")
+    for e in run(open_dataset(root), zoo[:2], settings, store=store, progress=rewrite).values():
+        assert e.unreadable == {5: "has changed since it was first read"}
+        assert isinstance(e.unreadable[5], Passing)
+    rewrite.file.write_bytes(rewrite.whole)
+    again = run(open_dataset(root), zoo[:2], settings, store=store)
+    for name, x in features(run(open_dataset(root), zoo[:2])).items():
+        np.testing.assert_array_equal(again[name].features.x, x)
+
+
+def test_a_changed_image_is_left_out_of_a_ranking_without_a_store_too(photos, zoo, tmp_path):
+    shutil.copytree(photos, root := tmp_path / "photos")
+    rewrite = Rewrite(root / "ant" / "05.jpg")
+    with pytest.warns(UserWarning, match=r"05\.jpg; 1 for a .* \(has changed since"):
+        ranking = sfda_tune.rank(root, zoo[:1], cache=False, device="cpu", progress=rewrite)
+    assert ranking.info["n_samples"] == 35
 
 
 def test_what_entries_call_unreadable_is_tried_again(spoilt, zoo, tmp_path, monkeypatch):
@@ -817,7 +883,8 @@ def test_overlapping_units_compute_one_after_the_other(dataset):
     assert "".join(dict.fromkeys(log)) == "abcde"
 
 
-def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
+def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo, tmp_path):
+    store = FeatureStore(tmp_path)
     stop, log = threading.Event(), []
 
     def interrupt(worker, units):
@@ -828,9 +895,10 @@ def test_an_interrupted_overlap_ends_at_the_next_batch(dataset, zoo):
         for unit in units:
             yield replace(worker, turn=workers.Turn(None, stop), advance=advance)(unit)
 
-    results = run(dataset, zoo[:2], replace(CPU, batch_size=4), map_fn=interrupt)
-    assert [e.error for e in results.values()] == ["RuntimeError: the run has ended"] * 2
+    results = run(dataset, zoo[:2], replace(CPU, batch_size=4), map_fn=interrupt, store=store)
+    assert [e.error for e in results.values()] == ["EndedError: the run has ended"] * 2
     assert [step for step in log if step[1]] == [(zoo[0].name, 4)]  # nor the other one at all
+    assert [total["images"] for total in store.summary().values()] == [4]
 
 
 @pytest.mark.slow

@@ -132,13 +132,26 @@ def test_what_was_compared_is_noted(tmp_path, monkeypatch):
     assert find_near(images, store, digests) is None
 
 
+def test_nothing_is_noted_of_a_picture_that_has_changed(tmp_path):
+    files = [tmp_path / f"{k}.png" for k in range(4)]
+    for k, file in enumerate(files):
+        scene(k % 3).resize((48 + k, 40)).save(file)  # the last one is nearly the first
+    images = ImageDataset("x", list(map(str, files)), np.zeros(4, int), ("a",))
+    store, digests, whole = FeatureStore(tmp_path / "cache"), images.digests(), find_near(images)
+    kept = files[3].read_bytes()
+    files[3].write_bytes(files[1].read_bytes())
+    assert find_near(images, store, digests) == ([], [])
+    files[3].write_bytes(kept)
+    assert find_near(images, store, digests) == whole == ([(0, 3)], [])
+
+
 @pytest.mark.filterwarnings("ignore::sfda_tune.data.copies.CopiesWarning")
 def test_a_search_and_a_ranking_decode_each_image_once(tmp_path, monkeypatch):
     images = dataset(40)
     shown: list[str] = []
     read = ImageDataset.thumbnail
 
-    def note(self: ImageDataset, row: int, side: int) -> np.ndarray:
+    def note(self: ImageDataset, row: int, side: int) -> np.ndarray | None:
         shown.append(self.digest(row))
         return read(self, row, side)
 
