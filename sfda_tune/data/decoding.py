@@ -199,7 +199,8 @@ def decode(
     """
     content = _read(item)
     if expected not in (None, UNREADABLE) and digest(content, reading) != expected:
-        raise ValueError("has changed since it was first read")
+        hint = " (is its transform random?)" if isinstance(content, Image.Image) else ""
+        raise ValueError(f"has changed since it was first read{hint}")
     try:
         many = reading is not None and is_many(reading)
         if isinstance(content, np.ndarray):  # `as_item` has chosen its bands
