@@ -57,7 +57,7 @@ def resolve_backbones(specs: Any, *, plugins: Iterable[str] = ()) -> list[Backbo
     Returns
     -------
     list of Backbone
-        In the order of the specs, each once, with unique names.
+        In the order of the specs, with unique names; the same weights once, as first spelt.
 
     Raises
     ------
@@ -98,10 +98,24 @@ def resolve_backbones(specs: Any, *, plugins: Iterable[str] = ()) -> list[Backbo
         raise BackboneError("; ".join(problems))
     distinct: dict[tuple[str, int], Backbone] = {}
     for backbone in found:
-        distinct.setdefault((backbone.spec, id(backbone.load)), backbone)
+        key = _spell_out(backbone.spec), id(backbone.load)
+        if (first := distinct.setdefault(key, backbone)).spec != backbone.spec:
+            warnings.warn(f"{backbone.name!r} is {first.name!r} again", stacklevel=2)
     if not distinct:
         raise BackboneError("`backbones` is empty; pass a spec such as 'resnet*' or 'demo:*'")
     return _with_unique_names(list(distinct.values()))
+
+
+def _spell_out(spec: str) -> str:
+    """Return a spec with its tag, and without the address from which timm fetches it anyway."""
+    timm: Any = sys.modules.get("timm")  # else none of the specs is a name of timm's
+    name = spec.removeprefix("hf-hub:timm/")
+    if timm is None or not timm.models.is_model_pretrained(name):
+        return spec
+    config = timm.get_pretrained_cfg(name)
+    if name != spec:
+        return name if config.hf_hub_id == f"timm/{name}" else spec
+    return f"{config.architecture}.{config.tag}" if config.tag else spec
 
 
 @functools.cache

@@ -187,7 +187,7 @@ def rank(
     Every backbone runs once over the images; nothing is trained. The
     forecast is in standard deviations among the candidates.
     Interrupt with Ctrl-C at any time: what is finished is shown and
-    written, and the same command goes on from there.
+    written, and the same command goes on from there, but for --no-cache.
 
     For example:
 
@@ -215,58 +215,29 @@ def rank(
     specs = ["demo:*"] if backbones is None else split_commas(backbones)
     kept = False if no_cache else cache or True
     told = None if task == "auto" else task
-    if dry_run:
-        from sfda_tune.pipelines.bill import draw_up_bill
-
-        bill = draw_up_bill(
-            dataset, specs, samples=samples, seed=seed, split=split, image_column=image_column,
-            label_column=label_column, groups=read_groups(groups, group_column, group_regex),
-            split_column=split_column, device=device, precision=precision, cache=kept,
-            plugins=imports or (), weights_disk=weights_disk, task=told, bit_depth=bit_depth,
-            label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
-            bands=bands,
-        )  # fmt: skip
-        if as_json:
-            print_json(asdict(bill))
-        for line in () if as_json else str(bill).splitlines():
-            say(output, line)
-        return
+    options: dict[str, Any] = {
+        "metric": metric, "variant": variant, "train": train, "samples": samples, "seed": seed,
+        "split": split, "image_column": image_column, "label_column": label_column,
+        "groups": read_groups(groups, group_column, group_regex), "split_column": split_column,
+        "device": device, "precision": precision, "batch_size": batch_size, "workers": workers,
+        "max_unreadable": max_unreadable, "cache": kept, "plugins": imports or (),
+        "executor": executor, "race": race, "top": top, "budget": budget, "ensemble": ensemble,
+        "weights_disk": weights_disk, "task": told, "label_columns": label_columns,
+        "label_delimiter": label_delimiter, "levels": levels, "bit_depth": bit_depth,
+        "bands": bands, "threads": threads,
+    }  # fmt: skip
     try:
-        ranking = sfda_tune.rank(
-            dataset,
-            specs,
-            metric=metric,
-            variant=variant,
-            train=train,
-            samples=samples,
-            seed=seed,
-            split=split,
-            image_column=image_column,
-            label_column=label_column,
-            groups=read_groups(groups, group_column, group_regex),
-            split_column=split_column,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            workers=workers,
-            max_unreadable=max_unreadable,
-            cache=kept,
-            plugins=imports or (),
-            executor=executor,
-            progress=False if quiet else Bar(messages, leaders=not as_json),
-            race=race,
-            top=top,
-            budget=budget,
-            ensemble=ensemble,
-            weights_disk=weights_disk,
-            task=told,
-            label_columns=label_columns,
-            label_delimiter=label_delimiter,
-            levels=levels,
-            bit_depth=bit_depth,
-            bands=bands,
-            threads=threads,
-        )
+        if dry_run:
+            from sfda_tune.pipelines.bill import draw_up_bill
+
+            bill = draw_up_bill(dataset, specs, **options)
+            if as_json:
+                print_json(asdict(bill))
+            for line in () if as_json else str(bill).splitlines():
+                say(output, line)
+            return
+        bar = False if quiet else Bar(messages, leaders=not as_json)
+        ranking = sfda_tune.rank(dataset, specs, progress=bar, **options)
     except sfda_tune.RankingInterruptedError as stop:
         ranking, interrupted = stop.ranking, True
     except sfda_tune.BackboneError as error:
@@ -281,7 +252,8 @@ def rank(
     if problem:
         fail(problem)
     if interrupted:
-        say(messages, "Interrupted: the same command goes on from here.")
+        then = "begins anew, for nothing was kept" if no_cache else "goes on from here"
+        say(messages, f"Interrupted: the same command {then}.")
         raise typer.Exit(130)
     if len(ranking) > len(ranking.failed) + 1:
         from sfda_tune.report.commands import propose_search

@@ -335,6 +335,7 @@ def find_pending(
     backbones: Sequence[Backbone],
     store: FeatureStore | None,
     precision: str = "float32",
+    digests: Sequence[str] | None = None,
 ) -> tuple[dict[str, Pending], dict[str, str]]:
     """Return what an extraction would have to do, by backbone, and who cannot be opened, and why.
 
@@ -346,7 +347,7 @@ def find_pending(
     """
     pending: dict[str, Pending] = {}
     failed: dict[str, str] = {}
-    for name, found in _look_for_pending(dataset, backbones, store, precision):
+    for name, found in _look_for_pending(dataset, backbones, store, precision, digests):
         if isinstance(found, Pending):
             pending[name] = found
         else:

@@ -433,8 +433,11 @@ class FeatureStore:
         larger_than : float, optional
             Only those of networks whose features take more bytes than that.
         outdated : bool, default False
-            Only what earlier versions have left.
+            Only what earlier versions have left; not with `larger_than`, for they did not keep
+            apart what belongs to one network.
         """
+        if outdated and larger_than is not None:
+            raise ValueError("`outdated` and `larger_than` exclude each other; leave one out.")
         files = [] if outdated else list(self.entries())
         if larger_than is not None:
             sizes: dict[Path, int] = {}

@@ -29,7 +29,7 @@ from sfda_tune.metrics.regression import ORDINAL, REGRESSION
 from sfda_tune.metrics.sfda import VARIANTS, sfda
 from sfda_tune.values.features import Features, MetricResult, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import did_you_mean
+from sfda_tune.values.text import DECIMAL, did_you_mean
 
 __all__ = [
     "Metric", "Scorer", "default_metric", "has_fast_float64", "score", "scores_faster",
@@ -84,7 +84,7 @@ class Scorer:
         self, metric: Metric = "sfda", variant: str | None = None, task: str = "classification"
     ) -> None:
         needs = {info.name: info.needs for info in describe_metrics()}
-        texts = [metric]
+        self.task, texts = task, [metric]
         if isinstance(metric, str) and metric not in needs:
             texts = [text.strip() for text in metric.split("+")]
         if variant is not None and task == "multilabel":
@@ -118,6 +118,17 @@ class Scorer:
     def combined(self) -> bool:
         """Whether a value depends on the other backbones."""
         return len(self.terms) > 1 or self.terms[0].hub
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the value is a mean over images, by a trial; True where that cannot be told."""
+        if self.combined:
+            return False
+        y = np.arange(24) % 3
+        y = y[:, None] == np.arange(3) if self.task == "multilabel" else y
+        x = np.random.default_rng(0).normal(size=(len(y), 2))
+        trial = self.score(Features(x, y, task=self.task))
+        return trial.per_sample is not None or trial.error is not None
 
     def score(self, features: Features, device: str = "cpu") -> Score:
         """Score the features of one backbone; a metric that fails gives a score with its error.
@@ -247,7 +258,7 @@ def score(
 def _parse(text: Metric) -> tuple[str, Metric, float]:
     """Return what a term is called, the term, and its weight."""
     weight = 1.0
-    if isinstance(text, str) and (match := re.fullmatch(r"([\d.]+)\s*\*\s*(.+)", text)):
+    if isinstance(text, str) and (match := re.fullmatch(rf"({DECIMAL})\s*\*\s*(.+)", text)):
         weight, text = float(match[1]), match[2]
     name = text if isinstance(text, str) else getattr(text, "__name__", "score")
     return name, text, weight

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sfda_tune.backbones.devices import check_device, compute, resolve_device
+from sfda_tune.backbones.devices import compute, resolve_device
 from sfda_tune.backbones.loading import Description, create, find_license, load
-from sfda_tune.backbones.specs import resolve_backbones
 from sfda_tune.backbones.weights import Told, free_space, look_up
-from sfda_tune.data.opening import open_dataset
 from sfda_tune.extraction.run import find_pending
 from sfda_tune.extraction.settings import Settings
-from sfda_tune.extraction.store import open_cache
 from sfda_tune.metrics.priors import look_up_facts
-from sfda_tune.pipelines.budget import parse_weights_disk, time_decoding
+from sfda_tune.pipelines.budget import time_decoding
 from sfda_tune.pipelines.latency import time_forward
-from sfda_tune.pipelines.ranking import find_prices, measure_sizes
+from sfda_tune.pipelines.ranking import find_prices, measure_sizes, prepare
 from sfda_tune.values.text import format_bytes, format_duration, some
 
 __all__ = ["Bill", "draw_up_bill"]
@@ -33,7 +29,8 @@ class Bill:
 
     Parameters
     ----------
-    n_backbones, n_images : int
+    n_backbones, n_images, n_copies : int
+        Copies of files are no images more.
     n_computed, n_kept : int
         Images × backbones to compute, and those whose features are kept already.
     to_download : mapping of str to int
@@ -55,10 +52,13 @@ class Bill:
     licenses : mapping of str to str
         Under which licence the weights of each other one come, as timm, the checkpoint's folder or
         its card on the hub tells; "unknown" where nobody does.
+    without : tuple of str
+        Of `budget` and `race` what was given: all figures are those without it.
     """
 
     n_backbones: int
     n_images: int
+    n_copies: int
     n_computed: int
     n_kept: int
     to_download: Mapping[str, int]
@@ -72,11 +72,13 @@ class Bill:
     weights_disk: int | None
     failed: Mapping[str, str]
     licenses: Mapping[str, str]
+    without: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [
-            f"{self.n_backbones} backbones, {self.n_images} images: {self.n_computed} forward "
-            f"passes, {self.n_kept} more are kept from before",
+            f"{self.n_backbones} backbones, {self.n_images} images"
+            + f" (and {self.n_copies} copies, left out)" * bool(self.n_copies)
+            + f": {self.n_computed} forward passes, {self.n_kept} more are kept from before",
             f"about {format_duration(self.forward)} of forward passes, "
             f"{format_duration(self.decode)} of decoding beside them; measured here just now, on "
             "the machine as it is",
@@ -85,6 +87,9 @@ class Bill:
         ]
         if self.to_download:
             lines += self._say_download()
+        if self.without:
+            given = " and ".join(f"--{name}" for name in self.without)
+            lines.append(f"these are the figures without {given}: of all backbones on all images")
         if self.licenses:
             lines.append(f"licences of the weights: {self._say_licenses()}")
         lines += [f"{name} cannot be opened: {why}" for name, why in self.failed.items()]
@@ -118,30 +123,10 @@ class Bill:
             yield f"larger than --weights-disk, so that they will fail: {some(large)}"
 
 
-def draw_up_bill(
-    dataset: Any,
-    backbones: Any = "demo:*",
-    *,
-    samples: int | None = None,
-    seed: int = 0,
-    split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    groups: Any = None,
-    split_column: str | None = None,
-    device: str = "auto",
-    precision: str = "float32",
-    cache: bool | str | os.PathLike[str] | None = True,
-    plugins: Iterable[str] = (),
-    weights_disk: str | int | None = None,
-    task: str | None = None,
-    label_columns: str | Sequence[str] | None = None,
-    label_delimiter: str | None = None,
-    levels: str | Sequence[Any] | None = None,
-    bit_depth: str | int | None = None,
-    bands: str | Sequence[int] | None = None,
-) -> Bill:
+def draw_up_bill(dataset: Any, backbones: Any = "demo:*", **options: Any) -> Bill:
     """Find out what `rank` with these arguments will cost; no weights are fetched.
+
+    The `options` are those of `rank`, which are refused as there, without `progress`.
 
     Examples
     --------
@@ -149,18 +134,11 @@ def draw_up_bill(
     >>> bill.n_backbones, bill.n_computed, bill.n_kept, bill.to_download
     (2, 100, 0, {})
     """
-    check_device(device)
-    settings = Settings(resolve_device(device), precision)
-    store = open_cache(cache)
-    candidates = resolve_backbones(backbones, plugins=plugins)
-    images = open_dataset(
-        dataset, samples=samples, seed=seed, split=split, image_column=image_column,
-        label_column=label_column,
-        groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
-        label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
-    )  # fmt: skip
-    candidates = [backbone.taking(images.channels) for backbone in candidates]
-    pending, failed = find_pending(images, candidates, store, precision)
+    ready = prepare(dataset, backbones, **options)
+    settings = replace(ready.settings, device=resolve_device(ready.settings.device))
+    candidates, images = ready.candidates, ready.images
+    digests = [ready.digests[row] for row in ready.twins.kept]
+    pending, failed = find_pending(images, candidates, ready.store, settings.precision, digests)
     missing = {name: p for name, p in pending.items() if p.n_images}
     todo = [p.description.backbone for p in missing.values()]
     found = look_up_facts(backbone.spec for backbone in todo)
@@ -178,6 +156,7 @@ def draw_up_bill(
     return Bill(
         len(candidates),
         len(images),
+        len(ready.twins.copies),
         n_computed,
         len(images) * len(pending) - n_computed,
         download,
@@ -189,9 +168,10 @@ def draw_up_bill(
         _time_forward({name: p.description for name, p in missing.items()}, prices, settings)
         * sum(prices[name] * p.n_images for name, p in missing.items()),
         free_space(),
-        parse_weights_disk(weights_disk),
+        ready.limit,
         failed,
         licenses,
+        tuple(name for name in ("budget", "race") if options.get(name)),
     )
 
 

@@ -16,7 +16,7 @@ from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UnreadableImage
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.pipelines.trials import best_epoch, find_best, of_backbone
-from sfda_tune.values.text import parse_bytes
+from sfda_tune.values.text import DECIMAL, is_number, parse_bytes, require
 
 __all__ = [
     "Budget", "Pace", "RankingWatch", "Workload", "ends_later", "parse_budget",
@@ -200,14 +200,17 @@ def parse_budget(budget: str | float | None) -> float | None:
     >>> parse_budget("1h30m"), parse_budget("90s"), parse_budget(5)
     (5400.0, 90.0, 5.0)
     """
-    seconds = budget
+    if budget is None:
+        return None
+    seconds: Any = budget
     if isinstance(budget, str):
-        found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", budget.strip())
+        one = f"({DECIMAL})"
+        found = re.fullmatch(rf"(?:{one}h)?(?:{one}m)?(?:{one}s?)?", budget.strip())
         parts = [float(part or 0) for part in found.groups()] if found else [0.0]
         seconds = float(np.dot(parts, [3600, 60, 1][: len(parts)]))
-    if seconds is not None and not 0 < float(seconds) < math.inf:
-        raise ValueError(f"`budget` must be a time such as '2h', '45m' or 90 but is {budget!r}.")
-    return None if seconds is None else float(seconds)
+    is_time = is_number(seconds) and 0 < seconds < math.inf
+    require("budget", budget, "a time such as '2h', '45m' or 90", is_time)
+    return float(seconds)
 
 
 def parse_weights_disk(text: str | int | None) -> int | None:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,7 +54,7 @@ from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import integer, require, some
 
-__all__ = ["RankingInterruptedError", "rank"]
+__all__ = ["Prepared", "RankingInterruptedError", "prepare", "rank"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ PER_IMAGE = ("decode", "forward", "copy", "score")  # of them; the rest is to op
 
 
 class RankingInterruptedError(KeyboardInterrupt):
-    """`rank` was interrupted; what was finished is in `ranking` (and in the cache).
+    """`rank` was interrupted; what was finished is in `ranking` (and in the cache, if any).
 
     A `KeyboardInterrupt`, so that a program that knows nothing of it stops as usual.
     """
@@ -180,8 +180,8 @@ def rank(
         for their price come first (by what is known of them before). Where it does not suffice
         for all, they race: as many as possible see few images, the best of them ever more; those
         that no image was shown to are ranked by what is known, and ``info["not_looked_at"]`` names
-        them. A later call goes on from there. What is done in time depends on the machine. A
-        `map_fn` is stopped only when a unit is done, which is one backbone.
+        them. With a `cache` a later call goes on from there. What is done in time depends on the
+        machine. A `map_fn` is stopped only when a unit is done, which is one backbone.
     ensemble : int, optional
         Also choose so many backbones to fine-tune together, see `sfda_tune.select_ensemble`;
         ``info["ensemble"]`` has them. All features are then held in memory.
@@ -246,80 +246,21 @@ def rank(
         ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
         label_delimiter=label_delimiter, levels=list_levels(levels),
         label_columns=label_columns if isinstance(label_columns, str | None) else [*label_columns],
-        bands=list_bands(bands), **describe_options(groups),
+        bands=list_bands(bands), cache=None if cache else False, **describe_options(groups),
     )  # fmt: skip
-    settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
-    if isinstance(executor, type):
-        raise ValueError(
-            f"`executor` must be an executor but is the class {executor.__name__}; call it: "
-            f"{executor.__name__}()."
-        )
-    if executor is not None and (map_fn is not None or not cache):
-        raise ValueError(
-            "`executor` needs a `cache`, where its workers leave the features, and no `map_fn`; "
-            "pass cache=True or a folder that all machines share."
-        )
-    store = open_cache(cache)
-    told = settle_task(task, label_columns, label_delimiter, levels)
-    if told is None:
-        told = dataset.task if isinstance(dataset, ImageDataset) else "classification"
-    if metric is None:
-        metric = "forecast" if variant is None else "sfda"
-    forecasts = isinstance(metric, str) and metric == "forecast"
-    require("train", train, f"one of {', '.join(MODES)}", train in (None, *MODES))
-    if train is not None and not forecasts:
-        raise ValueError(
-            f"`train` is for the metric 'forecast' but `metric` is {metric!r}; leave one out."
-        )
-    if variant is not None and forecasts:
-        raise ValueError(
-            f"`variant` belongs to the metric 'sfda' but `metric` is 'forecast' and `variant` "
-            f"{variant!r}; pass metric='sfda', or leave it out."
-        )
-    for plugin in plugins:  # may register the metric
-        load_plugin(plugin)
-    scorer = Scorer(default_metric(told) if forecasts else metric, variant, told)
-    if race and scorer.combined:
-        raise ValueError(
-            f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
-            "leave race out, or take 'sfda'."
-        )
-    seconds = parse_budget(budget)
-    limit = parse_weights_disk(weights_disk)
-    bounded = executor is None or getattr(executor, "bounds_weights", False)
-    if limit is not None and (map_fn is not None or not bounded):
-        raise ValueError(
-            f"`weights_disk` is for downloads of this process, or of an executor that keeps to "
-            f"it, but is {weights_disk!r} with {'`map_fn`' if bounded else f'{executor!r}'}; "
-            "leave one out."
-        )
-    may_race = race or (race is None and seconds is not None and not scorer.combined)
-    if top is not None and not may_race:
-        raise ValueError(f"`top` is for a race but is {top!r} without one; add race=True.")
-    top = TOP if top is None else top
-    check_form(dataset)
-    if executor is None:
-        check_device(device)
-    candidates = resolve_backbones(backbones, plugins=plugins)  # timm's, and torch: seconds
-    if executor is None:
-        settings = replace(settings, device=resolve_device(device))
-    if ensemble is not None:
-        ensemble = integer("ensemble", ensemble, 1, len(candidates))
-    images = open_dataset(
-        dataset, samples=samples, seed=seed, split=split, image_column=image_column,
-        label_column=label_column,
-        groups=groups, split_column=split_column, task=task, bit_depth=bit_depth, bands=bands,
-        label_columns=label_columns, label_delimiter=label_delimiter, levels=levels,
+    (
+        settings, store, scorer, forecasts, seconds, limit, may_race, top, ensemble, candidates,
+        whole, codes, twins, images, digests,
+    ) = prepare(
+        dataset, backbones, metric=metric, variant=variant, train=train, samples=samples,
+        seed=seed, split=split, image_column=image_column, label_column=label_column,
+        groups=groups, split_column=split_column, device=device, precision=precision,
+        batch_size=batch_size, workers=workers, max_unreadable=max_unreadable, cache=cache,
+        plugins=plugins, map_fn=map_fn, executor=executor, race=race, top=top, budget=budget,
+        ensemble=ensemble, weights_disk=weights_disk, task=task, label_columns=label_columns,
+        label_delimiter=label_delimiter, levels=levels, bit_depth=bit_depth, bands=bands,
+        threads=threads,
     )  # fmt: skip
-    candidates = [backbone.taking(images.channels) for backbone in candidates]
-    if ensemble is not None:
-        images.require_classes("for an `ensemble`")
-    digests = images.digests()
-    images = replace(images, contents=digests)  # whose digests are used all along
-    whole, codes = images, group_twins(images, digests=digests)
-    twins = find_twins(whole, codes)
-    if twins.copies:
-        images = images.subset(twins.kept)
     near = find_near(images, store, [digests[row] for row in twins.kept])
     if near is not None and near.equal:
         images, twins, near = _leave_out_equal(whole, codes, twins, near)
@@ -435,6 +376,137 @@ def rank(
             text = "`ensemble` knows no groups: what they give away counts in its choice"
             warnings.warn(text, stacklevel=2)
     return ranking
+
+
+class Prepared(NamedTuple):
+    """What a ranking is made with, once its arguments are checked."""
+
+    settings: Settings
+    store: FeatureStore | None
+    scorer: Scorer
+    forecasts: bool
+    seconds: float | None  # of a `budget`
+    limit: int | None  # bytes of downloaded weights
+    may_race: bool
+    top: int
+    ensemble: int | None
+    candidates: list[Backbone]
+    whole: ImageDataset
+    codes: np.ndarray  # of its rows: equal for copies
+    twins: Twins
+    images: ImageDataset  # the whole without copies of files
+    digests: list[str]  # of the whole
+
+
+def prepare(
+    dataset: Any,
+    backbones: Any = "demo:*",
+    *,
+    metric: Metric | None = None,
+    variant: str | None = None,
+    train: str | None = None,
+    device: str = "auto",
+    precision: str = "float32",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    max_unreadable: float = 0.1,
+    cache: bool | str | os.PathLike[str] | None = True,
+    plugins: Iterable[str] = (),
+    map_fn: Map | None = None,
+    executor: Executor | None = None,
+    race: bool | None = None,
+    top: int | None = None,
+    budget: str | float | None = None,
+    ensemble: int | None = None,
+    weights_disk: str | int | None = None,
+    threads: int | None = None,
+    task: str | None = None,
+    label_columns: str | Sequence[str] | None = None,
+    label_delimiter: str | None = None,
+    levels: str | Sequence[Any] | None = None,
+    **opening: Any,
+) -> Prepared:
+    """Check the arguments of `rank`, open its images and leave out copies of files.
+
+    `opening` are further arguments of `open_dataset`.
+    """
+    plugins = list(plugins)
+    settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
+    if isinstance(executor, type):
+        raise ValueError(
+            f"`executor` must be an executor but is the class {executor.__name__}; call it: "
+            f"{executor.__name__}()."
+        )
+    if executor is not None and (map_fn is not None or not cache):
+        raise ValueError(
+            "`executor` needs a `cache`, where its workers leave the features, and no `map_fn`; "
+            "pass cache=True or a folder that all machines share."
+        )
+    store = open_cache(cache)
+    told = settle_task(task, label_columns, label_delimiter, levels)
+    if told is None:
+        told = dataset.task if isinstance(dataset, ImageDataset) else "classification"
+    if metric is None:
+        metric = "forecast" if variant is None else "sfda"
+    forecasts = isinstance(metric, str) and metric == "forecast"
+    require("train", train, f"one of {', '.join(MODES)}", train in (None, *MODES))
+    if train is not None and not forecasts:
+        raise ValueError(
+            f"`train` is for the metric 'forecast' but `metric` is {metric!r}; leave one out."
+        )
+    if variant is not None and forecasts:
+        raise ValueError(
+            f"`variant` belongs to the metric 'sfda' but `metric` is 'forecast' and `variant` "
+            f"{variant!r}; pass metric='sfda', or leave it out."
+        )
+    for plugin in plugins:  # may register the metric
+        load_plugin(plugin)
+    scorer = Scorer(default_metric(told) if forecasts else metric, variant, told)
+    if race and not scorer.is_mean:
+        raise ValueError(
+            f"`race` needs a metric that is a mean over images but `metric` is {scorer.label!r}; "
+            "leave race out, or take 'sfda'."
+        )
+    seconds = parse_budget(budget)
+    limit = parse_weights_disk(weights_disk)
+    bounded = executor is None or getattr(executor, "bounds_weights", False)
+    if limit is not None and (map_fn is not None or not bounded):
+        raise ValueError(
+            f"`weights_disk` is for downloads of this process, or of an executor that keeps to "
+            f"it, but is {weights_disk!r} with {'`map_fn`' if bounded else f'{executor!r}'}; "
+            "leave one out."
+        )
+    may_race = race or (race is None and seconds is not None and not scorer.combined)
+    if top is not None and not may_race:
+        raise ValueError(f"`top` is for a race but is {top!r} without one; add race=True.")
+    top = integer("top", TOP if top is None else top, 1)
+    check_form(dataset)
+    if executor is None:
+        check_device(device)
+    candidates = resolve_backbones(backbones, plugins=plugins)  # timm's, and torch: seconds
+    if executor is None:
+        settings = replace(settings, device=resolve_device(device))
+    if ensemble is not None:
+        ensemble = integer("ensemble", ensemble, 1, len(candidates))
+    images = open_dataset(
+        dataset, task=task, label_columns=label_columns, label_delimiter=label_delimiter,
+        levels=levels, **opening,
+    )  # fmt: skip
+    candidates = [backbone.taking(images.channels) for backbone in candidates]
+    if ensemble is not None:
+        images.require_classes("for an `ensemble`")
+    digests = images.digests()
+    images = replace(images, contents=digests)  # whose digests are used all along
+    whole, codes = images, group_twins(images, digests=digests)
+    twins = find_twins(whole, codes)
+    if twins.copies:
+        images = images.subset(twins.kept)
+    if not callable(metric):
+        _require_pair(images)
+    return Prepared(
+        settings, store, scorer, forecasts, seconds, limit, may_race, top, ensemble, candidates,
+        whole, codes, twins, images, digests,
+    )  # fmt: skip
 
 
 def _record_arguments(dataset: Any, **options: Any) -> dict[str, Any]:

@@ -242,8 +242,8 @@ def fetch_survivors(folder: RunFolder, inputs: Inputs) -> None:
     if needed > limit:
         raise ValueError(
             f"`weights_disk` allows {format_bytes(limit)} but the weights to be tuned, of "
-            f"{some([b.name for b in survivors])}, take {format_bytes(needed)}; the same call "
-            "goes on from here with more."
+            f"{some([b.name for b in survivors])}, take {format_bytes(needed)}; with more "
+            f"and out={str(folder.path)!r} the same call goes on from here."
         )
     for backbone in absent:
         file, fetched = fetch(backbone)

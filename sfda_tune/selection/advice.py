@@ -20,7 +20,10 @@ PASSES = 3
 HALF = 0.5
 TRAINED = {"full": "after fine-tuning", "head": "once a head is trained"}
 NAMED = 3  # names in a sentence
-WITH_MORE_TIME = "the same command, with more time, goes on from there"
+WITH_MORE_TIME = {
+    True: "the same command, with more time, goes on from there",
+    False: "the same command, with more time, begins anew, for nothing was kept",
+}  # by whether there was a cache
 GOOD = 0.95  # average precision of a label of which there is nothing to say
 
 
@@ -38,6 +41,7 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
     """
     lines, trained = [], is_forecast(ranking)
     unseen = ranking.info.get("not_looked_at") or ()
+    more = WITH_MORE_TIME[(ranking.info.get("arguments") or {}).get("cache") is not False]
     if odds is not None and trained and len(odds.names) > 1:
         first, best = str(odds.names[0]), list(odds.best.values())
         seen = [str(name) for name in odds.names if name not in unseen]
@@ -88,7 +92,7 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
     if unseen:
         were = "was" if len(unseen) == 1 else "were"
         line = f"{len(unseen)} of {len(ranking)} {were} not looked at: {some(unseen, NAMED)}"
-        lines.append(f"{line}; {WITH_MORE_TIME}.")
+        lines.append(f"{line}; {more}.")
     if race := ranking.info.get("race"):
         saved = 1 - race["forward_passes"] / race["full_run"]
         lines.append(
@@ -97,7 +101,7 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
         )
         if late := race.get("late"):
             line = f"For {len(late)} there was no time to see as many images: {some(late, NAMED)}"
-            lines.append(f"{line}; {WITH_MORE_TIME}.")
+            lines.append(f"{line}; {more}.")
         if (most := race["stages"][-1]["images"]) < race.get("images", 0):
             lines.append(f"The time sufficed for {most} of {race['images']} images.")
     if ensemble := ranking.info.get("ensemble"):

@@ -18,14 +18,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "capitalize", "csv_line", "describe_images", "did_you_mean", "format_count",
+    "DECIMAL", "capitalize", "csv_line", "describe_images", "did_you_mean", "format_count",
     "format_duration", "integer", "is_integer", "is_number", "json_text", "letters",
     "one_line", "parse_bytes", "printable", "read_csv_cell", "require", "some", "without_nan",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full width
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+DECIMAL = r"(?:\d+\.?\d*|\.\d+)"  # a number without a sign
+_NUMBER = re.compile(rf"[+-]?{DECIMAL}([eE][+-]?\d+)?")
 _LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 
 
@@ -167,7 +168,7 @@ def parse_bytes(name: str, text: str) -> int:
     >>> parse_bytes("size", "20GB"), parse_bytes("size", "1.5 MiB"), parse_bytes("size", "0")
     (20000000000, 1572864, 0)
     """
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
+    found = re.fullmatch(rf"({DECIMAL})\s*(?:([kmgt]?)(i?)b?)", text.strip().lower())
     if found is None or (found[3] and not found[2]):
         raise ValueError(f"{name} must be a size such as 500MB or 20GB but is {text!r}.")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))

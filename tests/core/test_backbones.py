@@ -45,6 +45,16 @@ def test_each_backbone_once():
     ]
 
 
+def test_the_same_weights_once_however_they_are_spelt():
+    names = ["resnet18.a1_in1k", "resnet18", "hf-hub:timm/resnet18.a1_in1k"]
+    for k, first in enumerate(names):
+        with pytest.warns(UserWarning, match=f"is {first!r} again") as said:
+            assert list(specs(first, *names[:k], *names[k + 1 :])) == [first]
+        assert len(said) == 2
+    others = ["resnet18", "resnet18.fb_swsl_ig1b_ft_in1k", "hf-hub:timm/resnet18", "hf-hub:me/net"]
+    assert list(specs(*others)) == others
+
+
 def test_hub_names_are_not_looked_up():
     assert specs("hf-hub:me/mine@v2") == {"hf-hub:me/mine@v2": "hf-hub:me/mine@v2"}
 

@@ -1,6 +1,7 @@
 """What a ranking will cost, told before it begins, against what it takes."""
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -69,3 +70,50 @@ def test_the_command_line_tells_and_does_nothing(photos, toy_zoo, tmp_path, caps
     out = capsys.readouterr().out
     assert out.startswith("4 backbones, 36 images: 144 forward passes, 0 more are kept")
     assert not list(cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "nonsense"}, "`budget` must be a time"),
+        ({"budget": 0}, "`budget` must be a time"),
+        ({"metric": "nosuch"}, "`metric` must be a sum of some of"),
+        ({"metric": "sfda", "variant": "foo"}, "`variant` must be one of"),
+        ({"train": "foo"}, "`train` must be one of"),
+        ({"ensemble": 99}, "`ensemble` must be an integer in 1 … 4"),
+        ({"top": 3}, "`top` is for a race"),
+        ({"top": 0, "race": True}, "`top` must be an integer ≥ 1"),
+        ({"threads": -3}, "`threads` must be an integer"),
+        ({"batch_size": -1}, "`batch_size` must be an integer"),
+        ({"workers": -2}, "`workers` must be an integer"),
+        ({"max_unreadable": 7}, "`max_unreadable` must lie in"),
+        ({"metric": "transrate", "race": True}, "`race` needs a metric that is a mean"),
+    ],
+)
+def test_what_rank_refuses_has_no_bill(toy_zoo, options, message):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    for call in rank, draw_up_bill:
+        with pytest.raises(ValueError, match=message):
+            call((images, list("aabbcc")), toy_zoo, **CPU, **options)
+
+
+def test_classes_of_one_image_have_no_bill(toy_zoo):
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="a class of two different images, but all 4"):
+        draw_up_bill((images, list("abcd")), toy_zoo, **CPU)
+
+
+def test_copies_are_not_billed(photos, toy_zoo, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    for file in sorted((tmp_path / "photos").rglob("*.jpg"))[:5]:
+        shutil.copy(file, file.with_name(f"copy of {file.name}"))
+    bill = draw_up_bill(tmp_path / "photos", toy_zoo, cache=False, **CPU)
+    assert (bill.n_images, bill.n_copies, bill.n_computed) == (36, 5, 4 * 36)
+    assert "36 images (and 5 copies, left out): 144 forward passes" in str(bill)
+
+
+def test_a_bill_says_that_it_is_without_budget_and_race(photos, toy_zoo):
+    bill = draw_up_bill(photos, toy_zoo, budget="10m", race=True, cache=False, **CPU)
+    assert bill.n_computed == 4 * 36
+    assert "figures without --budget and --race: of all backbones on all" in str(bill)
+    assert "without" not in str(draw_up_bill(photos, toy_zoo, cache=False, **CPU))

@@ -2,6 +2,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -661,6 +662,47 @@ def test_ctrl_c_before_anything_is_finished_is_heard(cli_here, monkeypatch):
     assert "Interrupted." in cli_here("rank", *RANK, code=130)
 
 
+def test_a_dry_run_refuses_what_a_run_refuses(cli_here, photos, toy_zoo):
+    words = ["rank", photos, "-b", toy_zoo, "--budget", "nonsense", *RANK]
+    assert cli_here(*words, "--dry-run", code=1) == cli_here(*words, code=1)
+    words = ["rank", "-b", "demo:*", photos, *RANK]
+    assert cli_here(*words, "--dry-run", code=1) == cli_here(*words, code=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "then", "more"),
+    [
+        ([], "goes on from here", "goes on from there"),
+        (["--no-cache"], "begins anew, for nothing was kept", "begins anew, for nothing was kept"),
+    ],
+)
+def test_interrupted_it_says_what_is_kept(
+    cli_here, photos, toy_zoo, monkeypatch, options, then, more
+):
+    def finish(self, score):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sfda_tune.pipelines.progress.Bar.finish", finish)
+    words = ["rank", photos, "-b", toy_zoo, "--device", "cpu", *options]
+    out, err = cli_here(*words, code=130, both=True)
+    assert f"Interrupted: the same command {then}." in err
+    assert f"the same command, with more time, {more}." in " ".join(out.split())
+
+
+def test_ctrl_c_during_the_imports_is_heard(monkeypatch, capsys):
+    class Interrupting:
+        def find_spec(self, name, *arguments):
+            if name == "sfda_tune.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "sfda_tune.cli.main")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("sfda_tune", run_name="__main__")
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 def test_a_search_that_is_refused_leaves_the_options_of_the_run(cli_here, tmp_path):
     for name in ("config.json", "config.yaml"):
         (tmp_path / name).write_text("of the run")
@@ -793,8 +835,8 @@ def test_the_command_asks_what_numbers_are(cli_here, tmp_path):
     assert re.search("Next: sfda-tune search .* --task regression --out run", err)
     info = Ranking.from_json(tmp_path / "r.json").info
     assert info["arguments"]["task"] == "regression"
-    out, err = cli_here(*words, "--task", "classification", "--dry-run", both=True)
-    assert "40 images" in out + err
+    told = cli_here(*words, "--task", "classification", "--dry-run", code=1)
+    assert "all 40 classes have one" in told
     search = ["search", tmp_path / "t.csv", "-o", tmp_path / "run", "--task", "regression"]
     told = cli_here(*search, "--monitor", "accuracy", code=1)
     assert "must be one of ('r2', 'spearman', 'rmse', 'mae') for regression" in told

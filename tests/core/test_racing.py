@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -245,6 +246,9 @@ def test_a_budget_that_does_not_suffice_makes_them_race(monkeypatch, budget, who
     assert stages[0][1] + len(unseen) == 8
     assert found.info["n_samples"] == stages[-1][0]
     said = recommend(found, find_odds(found))
+    assert any("with more time, begins anew, for nothing was kept" in line for line in said)
+    kept = replace(found, info={**found.info, "arguments": {}})
+    said = recommend(kept, find_odds(kept))
     assert any("with more time, goes on from there" in line for line in said)
     if stages[-1][0] < 200:
         assert f"The time sufficed for {stages[-1][0]} of 200 images." in said

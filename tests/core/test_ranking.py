@@ -1,6 +1,7 @@
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -22,6 +23,7 @@ from sfda_tune.extraction.settings import Settings
 from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.metrics.sfda import sfda
 from sfda_tune.pipelines import progress
+from sfda_tune.pipelines.budget import parse_budget
 from sfda_tune.pipelines.progress import NullProgress
 from sfda_tune.pipelines.ranking import find_prices, order_by_promise
 from sfda_tune.selection.forecast import find_evidence, order_by_forecast
@@ -292,6 +294,15 @@ def test_within_a_budget_the_rest_is_not_looked_at(photos, toy_zoo, tmp_path):
     assert set(scored.failed.values()) == {"not looked at: the 0.0001 s were over"}
     with pytest.raises(ValueError, match="`budget` must be a time"):
         rank(photos, toy_zoo, budget="soon", **CPU)
+
+
+@pytest.mark.parametrize(
+    "budget", ["1.2.3", ".", "1..s", "", "-1s", "nan", True, [90], b"90", timedelta(minutes=2)]
+)
+def test_what_is_no_time_is_no_budget(budget):
+    with pytest.raises(ValueError, match="`budget` must be a time such as '2h', '45m' or 90"):
+        parse_budget(budget)
+    assert parse_budget(" 1.5h.5m ") == 5430
 
 
 def test_one_image_per_class_is_refused_before_networks_see_them(toy_zoo):

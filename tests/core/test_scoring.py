@@ -97,6 +97,7 @@ def test_a_failed_backbone_stays_failed_and_does_not_shift_the_others():
         ("imagenet + params", "must have a term that looks at the images"),
         ("sfda + leep", r"logits.*sfda_tune.metrics.leep.leep\(None, labels, logits=…\)"),
         (nce, "'nce' needs logits, which `rank` does not have; choose one of etran"),
+        ("1.2.3*sfda", "`metric` must be a sum of"),
         ("sfda +", "`metric` must be a sum of"),
         (7, "`metric` must be a sum of"),
     ],

@@ -381,6 +381,8 @@ def test_what_an_earlier_version_kept_is_left_alone_and_said(tmp_path):
     path = put(store)
     assert store.has_outdated
     assert store.summary()["(of an earlier version, not used)", ""]["bytes"] == 1000
+    with pytest.raises(ValueError, match="`outdated` and `larger_than` exclude each other"):
+        store.clear(larger_than=10, outdated=True)
     assert store.clear(outdated=True) == (1, 1000)
     assert path.exists()
     assert not (tmp_path / "features").exists()
