@@ -235,12 +235,10 @@ def describe_near(images: ImageDataset, pairs: Pairs | None) -> dict[str, Any]:
     }
 
 
-def shared_near(
-    a: ImageDataset, others: Sequence[ImageDataset], store: Any = None
-) -> list[set[int]]:
-    """Return of each other data set the rows that are near duplicates of an image of `a`.
+def shared_near(parts: Sequence[ImageDataset], store: Any = None) -> list[list[set[int]]]:
+    """Return of each data set the rows that are near duplicates of an image of each one before.
 
     Images are decoded as `find_near` does.
     """
-    ours = _standardise(a, store)[0]
-    return [{row for _, row in _pairs(ours, _standardise(other, store)[0])} for other in others]
+    z = [_standardise(images, store)[0] for images in parts]
+    return [[{row for _, row in _pairs(a, b)} for a in z[:k]] for k, b in enumerate(z)]

@@ -269,40 +269,58 @@ def tell_shared(
     pixels: Mapping[str, Sequence[str]] | None = None,
     store: Any = None,
 ) -> list[str]:
-    """Say which validation and test images are training images as well.
+    """Say which validation images are training images as well, and which test images either.
 
-    Where they are known, by the digests of their `pixels`; what they show in the small is taken
-    from the `store`, or noted there.
+    For the winner is chosen by the former, and trained on both at the end. Where they are known,
+    by the digests of their `pixels`; what they show in the small is taken from the `store`, or
+    noted there.
     """
     said = []
-    alike = [set(), set()]
-    if sum(map(len, parts.values())) <= MOST:
-        alike = shared_near(parts["train"], [parts["val"], parts["test"]], store)
-    for key, name in (("val", "validation"), ("test", "test")):
-        images = parts[key]
-        both = None if pixels is None else (pixels["train"], pixels[key])
-        if shared := shared_images(parts["train"], images, both):
+    names = {"train": "training", "val": "validation", "test": "test"}
+    few = sum(map(len, parts.values())) <= MOST
+    alike = shared_near([parts[key] for key in names], store) if few else []
+    for k, (key, name) in enumerate(names.items()):
+        images, before = parts[key], [*names][:k]
+        found: dict[str, set[Any]] = {}
+        for other in before:
+            both = None if pixels is None else (pixels[other], pixels[key])
+            found[names[other]] = set(shared_images(parts[other], images, both))
+        shared, where = _gather(found)
+        if shared:
             said.append(
                 f"{len(shared)} of {len(images)} {name} images "
-                f"{'is' if len(shared) == 1 else 'are'} among the training images, too "
+                f"{'is' if len(shared) == 1 else 'are'} among the {where} images, too "
                 f"({images.item_name(shared[0])}{', …' * (len(shared) > 1)}): numbers on them are "
                 "too good; remove them from one side"
             )
-        if near := alike.pop(0) - set(shared):
+        near, where = _gather(
+            {names[o]: alike[k][i] - {*shared} for i, o in enumerate(before) if few}
+        )
+        if near:
             said.append(
-                f"{len(near)} of {len(images)} {name} images nearly equal training images "
-                f"({some(images.item_name(j) for j in sorted(near))}): numbers on them are too "
-                "good; remove them from one side, or name groups"
+                f"{len(near)} of {len(images)} {name} images nearly equal {where} images "
+                f"({some(map(images.item_name, near))}): numbers on them are too good; remove "
+                "them from one side, or name groups"
             )
-        ours, theirs = parts["train"].groups, images.groups
-        if ours is not None and theirs is not None and (both := set(ours) & set(theirs)):
-            n = int(np.isin(theirs, list(both)).sum())
+        groups, where = _gather({names[o]: _shared_groups(parts[o], images) for o in before})
+        if groups:
+            assert images.groups is not None
+            n = int(np.isin(images.groups, groups).sum())
             said.append(
                 f"{n} of {len(images)} {name} images {'is' if n == 1 else 'are'} of groups that "
-                f"the training images have, too ({some(sorted(both))}): numbers on them are too "
-                "good; keep each group on one side"
+                f"the {where} images have, too ({some(groups)}): numbers on them are too good; "
+                "keep each group on one side"
             )
     return said
+
+
+def _shared_groups(a: ImageDataset, b: ImageDataset) -> set[Any]:
+    return set() if a.groups is None or b.groups is None else {*a.groups} & {*b.groups}
+
+
+def _gather(found: Mapping[str, set[Any]]) -> tuple[list[Any], str]:
+    """Return all that is found, and the names of the parts where something is."""
+    return sorted(set().union(*found.values())), " or ".join(o for o in found if found[o])
 
 
 def tell_gaps(parts: Mapping[str, ImageDataset]) -> list[str]:

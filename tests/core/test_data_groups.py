@@ -240,6 +240,11 @@ def test_groups_in_two_given_parts_are_said():
     said = tell_shared(parts | {"test": data.subset(range(220, 240))})
     assert sum("of groups that the training images have" in text for text in said) == 1
     assert any("6 of 22 validation images" in text for text in said)
+    said = tell_shared(parts | {"test": data.subset(range(212, 240))})
+    assert any(
+        "10 of 28 test images are of groups that the validation images have, too (35, 36)" in text
+        for text in said
+    )
 
 
 # Uncertainty ------------------------------------------------------------------------------------

@@ -178,6 +178,9 @@ def test_a_search_keeps_them_on_one_side_and_names_those_in_given_parts():
     parts = {"train": images.subset(range(40)), "val": images.subset(range(40, 43))}
     said = tell_shared(parts | {"test": images.subset(range(30, 32))})
     assert any("3 of 3 validation images nearly equal training images" in text for text in said)
+    parts = {"train": images.subset(range(3, 20)), "val": images.subset(range(3))}
+    said = tell_shared(parts | {"test": images.subset(range(len(images) - 9, len(images)))})
+    assert any("9 of 9 test images nearly equal validation images" in text for text in said)
 
 
 @pytest.mark.slow

@@ -181,7 +181,17 @@ def test_own_test_images_among_the_training_images_are_said():
     assert sources["test"] == "given"
     (note,) = tell_shared(parts)
     assert "of 23 test images" in note
-    assert "among the training images, too (row " in note
+    assert "among the training or validation images, too (row " in note
+
+
+def test_test_images_that_the_winner_is_chosen_by_are_said():
+    x = pixels(60)
+    train, val = data(x[:30], np.arange(30) % 3), data(x[30:50], np.arange(20) % 3)
+    both = {"train": train, "val": val}
+    (note,) = tell_shared(both | {"test": val})
+    assert note.startswith("20 of 20 test images are among the validation images, too (row 0, …)")
+    (note,) = tell_shared(both | {"test": data(x[25:60], np.arange(35) % 3)})
+    assert note.startswith("25 of 35 test images are among the training or validation images")
 
 
 def test_parts_that_say_little_are_named():
