@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from sfda_tune.values.files import check_folder, read_json, replacing, write_jso
 from sfda_tune.values.formats import SPLITS
 from sfda_tune.values.labels import NOUNS
 from sfda_tune.values.metrics import call
+from sfda_tune.values.text import one_line, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +54,8 @@ class Export:
         Of the metric, on these images; None where they have no labels.
     metric : str, default "accuracy"
         Of numbers "r2", of levels "spearman", of several labels "map".
+    why : str, default ""
+        Why it is noise, if it is.
     """
 
     folder: Path
@@ -62,15 +65,17 @@ class Export:
     value: float | None
     value_torch: float | None
     metric: str = "accuracy"
+    why: str = ""
 
     def __str__(self) -> str:
         what = "numbers" if self.metric == "r2" else "probabilities"
         name, same = call(self.metric), ""
         if self.value is not None:
             same = f", {name} {self.value:.4f} (torch {self.value_torch:.4f})"
+        why = f" ({self.why})" if self.why else ""
         return (
-            f"{self.folder / 'model.onnx'}: on {self.n_images} {self.images} its {what} differ by "
-            f"at most {self.max_difference:.1e} from those of torch{same}"
+            f"{self.folder / 'model.onnx'}: on {self.n_images} {self.images}{why} its {what} "
+            f"differ by at most {self.max_difference:.1e} from those of torch{same}"
         )
 
 
@@ -97,7 +102,8 @@ def export_onnx(
         Folder to write to; default: ``RUN/export``.
     images : ImageDataset, optional
         On which both are compared. Default: the test images of the search, opened again; noise,
-        which the result says, if the search was given images in memory, or they are others now.
+        which the result says with the reason, if the search was given images in memory, or they
+        are others now.
     plugins : iterable of str
         As for `load_model`.
 
@@ -132,10 +138,9 @@ those of torch, accuracy 0.9500 (torch 0.9500)
             f"{found.best['backbone']} has a transform of your own, which ONNX cannot hold; call "
             "torch.onnx.export with `load_model(...).module`."
         )
+    what, why = "images that were given", ""
     if images is None:
-        images, what = _test_images(found, read_reading(model.provenance))
-    else:
-        images, what = images, "images that were given"
+        images, what, why = _test_images(found, read_reading(model.provenance))
     if what != "images of noise" and images.task != model.task.name:
         raise ValueError(
             f"`images` must have labels for {model.task.name} but are {images!r}; open them with "
@@ -158,7 +163,7 @@ those of torch, accuracy 0.9500 (torch 0.9500)
     pair: tuple[float | None, float | None] = (None, None)
     if what != "images of noise":
         pair = _score(model, images, theirs, seen), _score(model, images, ours, seen)
-    export = Export(folder, what, int(seen.sum()), difference, *pair, model.task.monitors[0])
+    export = Export(folder, what, int(seen.sum()), difference, *pair, model.task.monitors[0], why)
     about = _describe(model)
     write_json(folder / "preprocessing.json", about)
     write_text(folder / "README.md", _write_card(found, model, export, about))
@@ -181,24 +186,48 @@ def _score(model: Model, images: ImageDataset, p: np.ndarray, seen: Any) -> floa
     return float(np.mean(p[seen].argmax(1) == labels[seen]))
 
 
-def _test_images(found: SearchResult, reading: Reading | None) -> tuple[ImageDataset, str]:
-    """Open the test images again, or make some noise."""
-    config = read_json(found.folder / "config.json", {})
+def _test_images(found: SearchResult, reading: Reading | None) -> tuple[ImageDataset, str, str]:
+    """Open the test images again, or make some noise and say why."""
+    config = read_json(found.folder / "config.json", {"directory?": str})
     splits = read_json(found.folder / "splits.json", SPLITS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            given = config | {"groups": read_options(config)}
-            parts, _, _ = split_images(given, partial(read_usable, splits))
-        if fingerprint(parts) == splits["fingerprint"]:
-            return parts["test"], "test images"
-    except (OSError, ValueError, TypeError, KeyError):  # moved away since, or an object in memory
-        pass
+    # from where the search was started; from here, if it was moved together with its images
+    places = dict.fromkeys([config.get("directory", os.getcwd()), os.getcwd()])
+    named = [{name: _find(config.get(name), at) for name in ("dataset", "test")} for at in places]
+    said = [
+        f"the search was given `{name}` in memory"
+        for name in ("dataset", "test", "groups")
+        if str(config.get(name)).startswith("<")
+    ]
+    for paths in [] if said else named if named[0] != named[-1] else named[:1]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                given = config | {"groups": read_options(config)} | paths
+                parts, _, _ = split_images(given, partial(read_usable, splits))
+            if fingerprint(parts) == splits["fingerprint"]:
+                return parts["test"], "test images", ""
+            said.append(f"the images or labels of {paths['dataset']} are others now")
+        except KeyError as error:
+            said.append(f"the folder of the search does not say {error}")
+        except (OSError, ValueError, TypeError) as error:  # moved away since, perhaps
+            texts = [path for path in paths.values() if isinstance(path, str)]
+            gone = [path for path in texts if os.path.isabs(path) and not os.path.exists(path)]
+            said.append(f"there is nothing at {gone[0]}" if gone else one_line(error))
     rng, channels = np.random.default_rng(0), 3 if reading is None else reading.channels
     items = list(rng.integers(0, 256, (N_NOISE, 97, 131, channels), np.uint8))
     labels = np.zeros(N_NOISE, np.int64)
     kept = None if channels == 3 else reading
-    return ImageDataset("noise", items, labels, ("",), reading=kept), "images of noise"
+    noise = ImageDataset("noise", items, labels, ("",), reading=kept)
+    return noise, "images of noise", printable(said[0])
+
+
+def _find(spec: Any, place: str) -> Any:
+    """Return what a data set was called, a path as it is called from elsewhere."""
+    if not isinstance(spec, str) or spec == "digits":
+        return spec
+    prefix = "hf:" if spec.startswith("hf:") else ""
+    path = os.path.join(place, os.path.expanduser(spec.removeprefix(prefix)))
+    return spec if prefix and not os.path.exists(path) else prefix + path  # a name on the hub
 
 
 def _write_graph(model: Model, file: Path) -> None:
@@ -413,5 +442,5 @@ def _write_card(found: SearchResult, model: Model, export: Export, about: dict[s
         spec=spec,
         licence=licence,
         shape=" × ".join(map(str, about["input"]["shape"])),
-        parity=f"{export}.".replace(f"{export.folder}{os.sep}", ""),
+        parity=f"{replace(export, why='')}.".replace(f"{export.folder}{os.sep}", ""),
     )

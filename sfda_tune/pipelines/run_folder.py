@@ -3,7 +3,7 @@
 ==================  ==========================================================================
 file                what it holds
 ==================  ==========================================================================
-config.json         the arguments; another call must have the same
+config.json         the arguments, and where their paths begin; another call must have the same
 splits.json         the rows of the parts, what was left out, which images are copies
 environment.json    versions and device
 search.json         all state: stages, decision, trials, costs, result
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 # may differ when a search goes on
 FREE = (
     "workers", "decoders", "threads", "progress", "out", "cache", "device", "max_unreadable",
-    "previous", "weights_disk",
+    "previous", "weights_disk", "directory",
 )  # fmt: skip
 LIMITS = ("trials", "budget")  # may grow
 LOCAL = ("dataset", "storage", "plugins", "sfda_tune")  # may differ between machines
@@ -209,7 +209,7 @@ def begin(folder: RunFolder, inputs: Inputs, measure: Callable[[], Costs]) -> No
     if isinstance(old.get("backbones"), str):  # an earlier version kept what it was given
         shown["backbones"] = [old["backbones"]]
     if old.get("data") == arguments["data"]:  # the same images, however their folder is written
-        shown["dataset"] = arguments["dataset"]
+        shown |= {key: arguments[key] for key in ("dataset", "directory")}
     grown = any(ends_later(arguments[key], old[key]) for key in LIMITS)
     for key in [key for key in arguments if key not in (*FREE, "sfda_tune")]:
         if shown.get(key) != arguments[key] and not (grown and key in LIMITS):
@@ -229,8 +229,8 @@ def begin(folder: RunFolder, inputs: Inputs, measure: Callable[[], Costs]) -> No
 
 def _describe(inputs: Inputs) -> dict[str, Any]:
     """Return what config.json holds."""
-    values = inputs.config.to_dict()
-    return {"format": 1, "sfda_tune": version("sfda-tune"), **values, "data": inputs.fingerprint}
+    values = inputs.config.to_dict() | {"directory": os.getcwd(), "data": inputs.fingerprint}
+    return {"format": 1, "sfda_tune": version("sfda-tune"), **values}
 
 
 def name_study(inputs: Inputs) -> str:

@@ -143,7 +143,8 @@ def _line(command: str, options: Mapping[str, Any], specs: Sequence[Any]) -> str
     words = ["sfda-tune", command, str(options.pop("dataset"))]
     words += ["--backbones", *map(str, specs)]
     for key, value in options.items():
-        if key in ("format", "sfda_tune", "data", "progress") or value is None or value == []:
+        no_option = key in ("format", "sfda_tune", "data", "directory", "progress")
+        if no_option or value is None or value == []:
             continue
         option = "--" + key.replace("_", "-")
         if command == "search" and key == "metric":  # so it is called in Python

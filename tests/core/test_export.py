@@ -1,6 +1,7 @@
 """The winner of a search as ONNX: the same answers without torch, and what a user needs for it."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from sfda_tune.cli.main import main
 from sfda_tune.finetuning.models import load_model
 from sfda_tune.pipelines import export as module
 from sfda_tune.pipelines.export import export_onnx
+from sfda_tune.values.files import read_json, write_json
 
 onnxruntime = pytest.importorskip("onnxruntime")
 QUICK = {"trials": 1, "epochs": 1, "samples": 60, "cache": False}
@@ -93,11 +95,38 @@ def test_without_the_images_it_compares_on_noise_and_says_so(tmp_path):
     found = sfda_tune.search(data, "demo:resnet_glyphs", **quick, out=tmp_path)
     made = export_onnx(found)
     assert made.images == "images of noise"
+    assert "images of noise (the search was given `dataset` in memory) its" in str(made)
     assert made.value is None
     assert made.max_difference < 1e-5
     mine = export_onnx(found, images=data)
     assert (mine.images, mine.n_images) == ("images that were given", 60)
     assert mine.value == mine.value_torch > 0.3
+
+
+def test_the_test_images_are_found_from_any_directory(photos, tmp_path, monkeypatch):
+    shutil.copytree(photos, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    quick = {"trials": 1, "epochs": 1, "cache": False, "out": tmp_path / "run"}
+    found = sfda_tune.search("photos", "demo:resnet_glyphs", **quick)
+    monkeypatch.chdir("/")
+    images, *told = module._test_images(found, None)
+    assert (len(images), told) == (found.summary["n_images"]["test"], ["test images", ""])
+    goes_on = sfda_tune.search(str(tmp_path / "photos"), "demo:resnet_glyphs", **quick)
+    assert len(goes_on.trials) == 1
+    config = read_json(found.folder / "config.json")
+    assert (config["dataset"], config["directory"]) == (str(tmp_path / "photos"), "/")
+    write_json(found.folder / "config.json", config | {"dataset": "photos"})
+    (moved := tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "photos", moved)
+    *_, what, why = module._test_images(found, None)
+    assert (what, why) == ("images of noise", "there is nothing at /photos")
+    monkeypatch.chdir(moved)
+    assert module._test_images(found, None)[1:] == ("test images", "")
+    next(moved.rglob("*.jpg")).unlink()
+    write_json(found.folder / "config.json", config | {"dataset": str(moved / "photos")})
+    assert "are others now" in module._test_images(found, None)[2]
+    write_json(found.folder / "config.json", config | {"test": "<ndarray>"})
+    assert module._test_images(found, None)[2] == "the search was given `test` in memory"
 
 
 @pytest.mark.slow
