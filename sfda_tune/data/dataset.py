@@ -26,7 +26,7 @@ from sfda_tune.data.decoding import (
     explain,
 )
 from sfda_tune.data.formats import Reading
-from sfda_tune.values.labels import NOUNS, as_indicators, find_rarest
+from sfda_tune.values.labels import NOUNS, as_indicators, find_rarest, tell_unit
 from sfda_tune.values.text import is_integer, one_line, printable
 
 __all__ = ["ImageDataset"]
@@ -103,6 +103,8 @@ class ImageDataset:
         numbers = labels.shape == (n,) and labels.dtype.kind == "f" and not n_classes
         if numbers and not np.isfinite(labels).all():
             raise DatasetError("`labels` that are numbers to predict must be finite but are not.")
+        if numbers and (told := tell_unit(labels)):
+            raise DatasetError(f"`labels` that are numbers to predict {told}.")
         if not numbers and not (integers and np.all((labels >= 0) & (labels < n_classes))):
             raise DatasetError(
                 f"`labels` must be {n} integers in 0 … {n_classes - 1} (positions in `classes`), "

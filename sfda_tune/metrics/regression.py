@@ -32,6 +32,7 @@ from sfda_tune.metrics.knn import GRID as NEIGHBOURS
 from sfda_tune.metrics.knn import find_neighbours
 from sfda_tune.metrics.logme import find_spectrum, maximise_evidence
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.labels import tell_unit
 from sfda_tune.values.text import integer, require
 
 __all__ = [
@@ -387,6 +388,8 @@ def _load(features: Any, targets: Any) -> tuple[np.ndarray, np.ndarray, str]:
             f"`targets` must be finite but {len(bad)} are not, the first in row {bad[0]}; drop "
             "these rows, of the features too."
         )
+    if told := tell_unit(y):
+        raise ValueError(f"`targets` {told}.")
     if not y.std() > EPS * np.abs(y).max():
         raise ValueError(
             f"`targets` must differ but all {len(y)} are {y[0]:g}: nothing is left to predict; "

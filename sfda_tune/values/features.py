@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sfda_tune.values.files import LARGEST_NUMBER
 from sfda_tune.values.labels import NOUNS, as_indicators, encode_labels
 from sfda_tune.values.text import format_count, integer, one_line, printable
 
@@ -285,7 +286,7 @@ class Score(Value):
 
     def __post_init__(self) -> None:
         _freeze(self)
-        if self.error is None and not math.isfinite(self.value):
+        if self.error is None and not abs(self.value) < LARGEST_NUMBER:  # or NaN
             object.__setattr__(self, "error", f"the metric's value is {self.value}")
         if self.error is not None:
             object.__setattr__(self, "value", math.nan)

@@ -36,7 +36,7 @@ __all__ = [
 PREFIX, SUFFIX = ".sfda_tune-", ".tmp"  # of the names of what is not whole yet
 AGE = 86400.0  # seconds after which that is of a process that was killed
 LARGEST = 1 << 32  # bytes; nothing that is read as a whole has more
-LARGEST_NUMBER = 1e30  # nothing that is measured is larger, and sums of such are finite
+LARGEST_NUMBER = 1e150  # nothing that is measured is larger, and sums of squares are finite
 
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO"),

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["NOUNS", "as_indicators", "encode_labels", "find_rarest", "find_varied"]
+__all__ = ["NOUNS", "as_indicators", "encode_labels", "find_rarest", "find_varied", "tell_unit"]
 
 # What names are called by task, if they are not classes
 NOUNS = {"ordinal": "levels", "multilabel": "labels"}
+LARGEST = 1e75  # of numbers to predict, and 1/LARGEST their range: squares are finite, and not 0
 
 
 def encode_labels(labels: Any) -> tuple[np.ndarray, tuple[Hashable, ...]]:
@@ -134,6 +135,22 @@ def find_varied(indicators: np.ndarray, least: int = 1) -> np.ndarray:
     [True, False, False]
     """
     return np.all([(indicators == k).sum(axis=0) >= least for k in (0, 1)], axis=0)
+
+
+def tell_unit(numbers: np.ndarray) -> str:
+    """Tell what numbers to predict must be like, if they need another unit; else "".
+
+    >>> tell_unit(np.array([1e-200, 2e-200]))
+    'must be within ±1e+75 and range over 1e-75 or more but go from 1e-200 to 2e-200; change the \
+unit'
+    """
+    low, high = numbers.min(initial=np.inf), numbers.max(initial=-np.inf)
+    if not len(numbers) or (max(-low, high) <= LARGEST and not 0 < high - low < 1 / LARGEST):
+        return ""
+    return (
+        f"must be within ±{LARGEST:g} and range over {1 / LARGEST:g} or more but go from {low:g} "
+        f"to {high:g}; change the unit"
+    )
 
 
 def _is_missing(label: Any) -> bool:

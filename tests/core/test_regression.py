@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sfda_tune.metrics.regression import ridge
 from sfda_tune.report.html import write_report
 from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.uncertainty import confidence
-from sfda_tune.values.features import Features
+from sfda_tune.values.features import Features, Score
 
 THREE = ["demo:resnet_glyphs", "demo:resnet_noise", "demo:vit_untrained"]
 
@@ -57,6 +58,23 @@ def test_digits_as_numbers(cache, tmp_path):
     assert "sfda-tune search digits --backbones demo:resnet_glyphs" in page
     assert "--task regression --out run" in page
     assert "predicts numbers from 0 to 9" in page
+
+
+def test_numbers_are_in_any_unit_that_can_be_squared(cache, tmp_path):
+    images = open_dataset("digits", task="regression", samples=100)
+    small = rank(images, THREE[:1], cache=cache)
+    large = rank(replace(images, labels=images.labels * 1e44), THREE[:1], cache=cache)
+    assert [*large.values()] == pytest.approx([*small.values()])
+    large.to_json(tmp_path / "r.json")
+    again = Ranking.from_json(tmp_path / "r.json")
+    assert again.info["target"]["max"] == pytest.approx(9e44)
+    for scale in (1e76, 1e200, 1e-200):
+        with pytest.raises(DatasetError, match=r"must be within .* change the unit"):
+            replace(images, labels=images.labels * scale)
+        with pytest.raises(ValueError, match=r"`targets` must be within .* change the unit"):
+            ridge(np.eye(100), images.labels * scale)
+    score = Score("a", 1e200)  # which could be written, but not read
+    assert score.error == "the metric's value is 1e+200"
 
 
 def test_scores_of_numbers_do_not_depend_on_how_they_come(cache):
