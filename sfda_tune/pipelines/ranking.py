@@ -8,8 +8,8 @@ import numbers
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -227,7 +227,8 @@ def rank(
     DatasetError, BackboneError, ValueError
         If an argument cannot be understood; before any image is read.
     RankingInterruptedError
-        On Ctrl-C, with the ranking of what is finished.
+        On Ctrl-C, with the ranking of what is finished; a race ends as it does when a budget is
+        over.
 
     Examples
     --------
@@ -274,7 +275,7 @@ def rank(
         import timm  # noqa: F401 - takes seconds, which are no network's price
 
     started = time.perf_counter()
-    result, facts, interrupted = None, None, False
+    result, facts, why = None, None, "interrupted"
     demand = None if executor is None else OnDemand(executor)
     with (
         demand or nullcontext(),
@@ -304,13 +305,15 @@ def rank(
                 run.measure_within(pace, order, bar, None if ensemble is None else run.seen)
             else:
                 run.measure(candidates, None, bar, None if ensemble is None else run.seen)
+            if pace is not None and not run.interrupted:
+                how = "did not suffice for it" if pace.room > 0 else "were over"
+                why = f"the {seconds:g} s {how}"
         except KeyboardInterrupt:
-            interrupted = True
+            run.interrupted = True
             run.scores = run.finished()
         report = None if demand is None else demand.report()
     specs = {b.name: b.spec for b in candidates if b.name not in run.scores}
     unseen = list(specs)
-    why = "interrupted" if interrupted else f"the {seconds or 0:g} s were over"
     run.scores |= {
         name: Score(name, error=f"not looked at: {why}", details={"spec": spec})
         for name, spec in specs.items()
@@ -345,8 +348,9 @@ def rank(
             "full_run": result.n_full,
             "images": len(images),
             "late": sorted(name for name, out in result.dropped.items() if out.get("late")),
+            "interrupted": run.interrupted,
         }
-    if facts is None and not interrupted:
+    if facts is None and not run.interrupted:
         facts = find_candidate_facts(candidates)
     if facts is not None:
         known = [b for b in candidates if b.name in unseen or run.scores[b.name].error is None]
@@ -367,7 +371,7 @@ def rank(
         ranking = replace(ranking, info={**ranking.info, "groups": with_drop})
     if forecasts:
         ranking = order_by_forecast(ranking, train or "full")
-    if interrupted:
+    if run.interrupted:
         raise RankingInterruptedError(ranking)
     if ensemble is not None:
         chosen = run.ensemble(ensemble, ranking if forecasts else None)
@@ -622,23 +626,36 @@ def find_prices(facts: Mapping[str, Facts]) -> dict[str, float]:
 def find_first_rung(pace: Pace, names: Sequence[str], n_images: Sequence[int]) -> int:
     """Return the rung to begin at: of R rungs each has 1/R of the time, for ever more images.
 
-    That is where most networks can be looked at, which opening them limits, too; or the last, all
-    images, unless there are `PAYS` times as many.
+    That is where most networks can be looked at, which opening them limits, too; or the last,
+    unless there are `PAYS` times as many. Rungs that no network fits into do not count.
 
     >>> pace = Pace(60, {"a": 1.0, "b": 1.0})
     >>> pace.note(["a"], 100, seconds=2.0, opening=0.1)
     >>> find_first_rung(pace, ["a", "b"], [100, 200, 400, 800])
     0
     >>> pace.note(["b"], 100, seconds=20.0, opening=18.0)
-    >>> find_first_rung(pace, ["a", "b"], [100, 200, 400, 800])
+    >>> find_first_rung(pace, ["a", "b"], [100, 200, 400, 800, 6400])
     3
     """
+    fitting = [n for n in n_images if any(pace.cost(name, n) < pace.room for name in names)]
+    n_images = fitting or n_images[:1]
     R = len(n_images)
     seconds = [
         (R - k) * (pace.open(names) + pace.compute(names, n)) for k, n in enumerate(n_images)
     ]
     first = int(np.argmin(seconds))
     return first if pace.is_known and PAYS * seconds[first] < seconds[-1] else R - 1
+
+
+def find_share(room: float, costs: Sequence[float]) -> float:
+    """Return the share of the time for the first of the rungs ahead; `costs` of one network each.
+
+    The same for each that it fits into, but so much that it fits into the first.
+
+    >>> find_share(60, [10, 20, 70]), find_share(60, [40, 50]), find_share(60, [70, 80])
+    (0.5, 1.0, 1.0)
+    """
+    return 1 / max(1, sum(cost < room and k * costs[0] < room for k, cost in enumerate(costs, 1)))
 
 
 def order_by_promise(
@@ -733,6 +750,7 @@ class _RankingRun:
     unreadable: dict[int, str] = field(default_factory=dict)
     rows: Any = None  # of the data set, behind the latest scores
     seen: dict[str, Extraction] = field(default_factory=dict)  # that is needed again
+    interrupted: bool = False  # by Ctrl-C
 
     def measure(
         self,
@@ -748,7 +766,7 @@ class _RankingRun:
             images, candidates, self.settings, self.store, self.map_fn, self.executor, bar,
             self.fetcher, digests,
         )  # fmt: skip
-        self.rows = None
+        last, self.rows = self.rows, None
         of: dict[str, Any] = {}  # rows of each; one that comes again has fewer
         before = dict(seen or {})  # one that comes again takes the place of what came first
         try:
@@ -774,11 +792,22 @@ class _RankingRun:
                 self.scores[name] = result
                 logger.info("%s: %s", name, result.error or f"score {result.value:.4f}")
                 bar.finish(result)
+        except KeyboardInterrupt:  # by somebody, or since the time is over
+            self.rows = last if self.rows is None else self.rows
+            raise
         finally:
             found.close()
-        for name in [name for name, rows in of.items() if not _same(self.rows, rows)]:
-            error = "its images are not those of the other backbones; rank again"
-            self.scores[name] = replace(self.scores[name], error=error)
+            for name in [name for name, rows in of.items() if not _same(self.rows, rows)]:
+                error = "its images are not those of the other backbones; rank again"
+                self.scores[name] = replace(self.scores[name], error=error)
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """End at Ctrl-C what is within; it is noted, and what was scored stays."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted = True
 
     def measure_within(
         self,
@@ -811,14 +840,13 @@ class _RankingRun:
             if not some:
                 break
             left = [name for name in left if name not in some]
-            started, last, parts = time.perf_counter(), self.rows, dict(self.seconds)
+            started, parts = time.perf_counter(), dict(self.seconds)
             waited = 0.0 if demand is None else demand.waited
             try:
                 self.measure([by_name[name] for name in some], rows, watch, seen)
             except KeyboardInterrupt:
                 if not watch.is_over:
                     raise
-                self.rows = last if self.rows is None else self.rows
                 break
             new = [name for name in some if not self.scores[name].details.get("cached")]
             if new:
@@ -858,14 +886,15 @@ class _RankingRun:
 
         Within a `pace`, as many on each rung as the time suffices for, the most promising first:
         in this `order`, and then by their scores. Each of the rungs ahead has the same share of
-        the time, and the first is where most are looked at (`find_first_rung`). Unless a race
-        `is_asked` for, all go on to all images as soon as the time suffices for that, and there is
-        none (but None) where the metric is no mean over images.
+        the time (`find_share`), and the first is where most are looked at (`find_first_rung`).
+        Unless a race `is_asked` for, all go on to all images as soon as the time suffices for
+        that, and there is none (but None) where the metric is no mean over images. At Ctrl-C it
+        ends as it does when the time is over.
         """
         by_name = {backbone.name: backbone for backbone in self.candidates}
         past = dict.fromkeys(by_name, np.empty(0, np.int64))
         rungs, N = make_rungs(self.images, config.seed), len(self.images)
-        readable = self.rows
+        readable, cut = self.rows, set[str]()
 
         def sort(names: list[str]) -> list[str]:
             known = [name for name in names if name in self.scores]
@@ -879,19 +908,25 @@ class _RankingRun:
             names: list[str], rows: np.ndarray
         ) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
             nonlocal readable
-            done: list[str] = []
-            ahead = sum(len(other) >= len(rows) for other in rungs)
-            # One number, unless the first of a pace are among them, or somebody comes back.
-            for n in sorted({len(past[name]) for name in names}, reverse=True):
-                group = [name for name in names if len(past[name]) == n]
-                new = np.setdiff1d(rows, past[group[0]])
-                if not len(new):
-                    done += group
-                elif pace is None:
-                    self.measure([by_name[name] for name in group], new, bar, self.seen)
-                    done += group
-                else:
-                    done += self.measure_within(pace, sort(group), bar, self.seen, new, 1 / ahead)
+            if self.interrupted:
+                return readable, dict.fromkeys(names)
+            before = dict(self.scores)
+            todo = [name for name in names if len(past[name]) < len(rows)]
+            with self.stopping():
+                # One number, unless the first of a pace are among them, or somebody comes back.
+                for n in sorted({len(past[name]) for name in todo}, reverse=True):
+                    group = [name for name in todo if len(past[name]) == n]
+                    new = np.setdiff1d(rows, past[group[0]])
+                    if pace is None:
+                        self.measure([by_name[name] for name in group], new, bar, self.seen)
+                        continue
+                    sizes = [len(other) - n for other in rungs if len(other) >= len(rows)]
+                    costs = [min(pace.cost(name, m) for name in group) for m in sizes]
+                    share = find_share(pace.room, costs)
+                    self.measure_within(pace, sort(group), bar, self.seen, new, share)
+            late = [name for name in todo if self.scores.get(name) is before.get(name)]
+            done = [name for name in names if name not in late]
+            cut.update(late if self.interrupted else ())
             past.update(dict.fromkeys(done, rows))
             readable = self.rows if done else readable
             good: dict[str, Any] = {name: self.scores[name].per_sample for name in done}
@@ -901,7 +936,7 @@ class _RankingRun:
                     f"`race` needs a metric that is a mean over images but `metric` is "
                     f"{self.scorer.label!r}; leave race out, or take 'sfda'."
                 )
-            return readable, good | dict.fromkeys(name for name in names if name not in done)
+            return readable, good | dict.fromkeys(late)
 
         def skip(names: list[str], rows: np.ndarray) -> bool:
             is_whole = len(names) <= config.top
@@ -912,25 +947,30 @@ class _RankingRun:
 
         names, first, few = list(by_name), [], len(rungs[0])
         if pace is not None:  # what the most promising takes tells what the others will
-            at, found = self.count_places(order, rungs[0]), list[Score]()
-            while (some := order[len(found) : len(found) + at]) and all(s.error for s in found):
-                done = self.measure_within(pace, some, bar, self.seen, rungs[0])
-                past.update(dict.fromkeys(done, rungs[0]))
-                found += [self.scores[name] for name in done]
-                if len(done) < len(some):
-                    break
-            first, readable = [score for score in found if score.error is None], self.rows
+            with self.stopping():
+                at, found = self.count_places(order, rungs[0]), self.scores
+                while (some := order[len(found) :][:at]) and all(s.error for s in found.values()):
+                    if len(self.measure_within(pace, some, bar, self.seen, rungs[0])) < len(some):
+                        break
+            past.update(dict.fromkeys(self.scores, rungs[0]))
+            first = [score for score in self.scores.values() if score.error is None]
+            readable = self.rows
             names = [
                 name for name in order if name not in self.scores or not self.scores[name].error
             ]
             if not is_asked and first and first[0].per_sample is None:
                 self.seen.clear()
-                self.measure_within(pace, names, bar, self.seen if self.keeps else None)
+                for score in first:  # of few images, which others are not to be compared with
+                    del self.scores[score.backbone]
+                self.rows = None
+                if not self.interrupted:
+                    self.measure_within(pace, names, bar, self.seen if self.keeps else None)
                 return None
             rungs = rungs[find_first_rung(pace, names, list(map(len, rungs))) :]
         labels, groups = find_strata(self.images), self.images.group_codes
         result = run(names, rungs, labels, measure, config, judge, groups, skip)
         self.rows = readable
+        self.interrupted |= result.interrupted
         if first and not result.rungs:  # there was no time for more
             stage = {"images": few, "backbones": len(first), "dropped": []}
             result = replace(result, rungs=(stage,), n_forward=few * len(first))
@@ -947,6 +987,7 @@ class _RankingRun:
         for name, out in result.dropped.items():
             value = min([out["value"] + out["gain"], *final])
             what = "no time for more than" if out.get("late") else "left the race after"
+            what = "interrupted after" if name in cut else what
             note = f"{what} {out['images']} images"
             old = self.scores[name]
             details = {**old.details, "race": out, "note": note}

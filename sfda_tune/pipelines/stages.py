@@ -119,11 +119,7 @@ def _begin(config: SearchConfig, folder: RunFolder, budget: Budget) -> Inputs:
     end = budget.end_of_share(RANK_SHARE, budget.begun)
 
     def check() -> None:
-        if budget.now() > end:
-            raise ValueError(
-                "the images could not be read within the time that a ranking may take, "
-                f"{100 * RANK_SHARE:g} % of the budget{budget.hint}"
-            )
+        _require_time(budget, end, "the images could not be read")
 
     inputs = open_inputs(config, folder.splits, check)
     if config.weights_disk is not None and getattr(inputs.engine, "spreads", False):
@@ -137,6 +133,15 @@ def _begin(config: SearchConfig, folder: RunFolder, budget: Budget) -> Inputs:
     costs = partial(measure_costs, inputs.backbones, inputs.device, timed=timed, **limits)
     begin(folder, inputs, costs)
     return inputs
+
+
+def _require_time(budget: Budget, end: float, what: str) -> None:
+    """Refuse when the time of the ranking is over; `what` was not done in it."""
+    if budget.now() >= end:
+        raise ValueError(
+            f"{what} within the time that a ranking may take, {100 * RANK_SHARE:g} % of the "
+            f"budget{budget.hint}"
+        )
 
 
 def _measure_workload(folder: RunFolder, budget: Budget, inputs: Inputs) -> Workload:
@@ -158,6 +163,7 @@ def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
     config, excluded = inputs.config, folder.state["excluded"]
     admitted = [b for name, b in inputs.backbones.items() if name not in excluded]
     end = budget.end_of_share(RANK_SHARE, budget.begun)
+    _require_time(budget, end, "what comes before the ranking was not done")
     ranking = rank(
         inputs.parts["train"], admitted, seed=config.seed, device=inputs.device,
         precision=config.precision, cache=config.cache, plugins=config.plugins,
@@ -175,7 +181,7 @@ def rank_backbones(folder: RunFolder, budget: Budget, inputs: Inputs) -> None:
     n_seen = len(ranking) - len(ranking.failed) - len(unseen)
     note = f"{n_seen} of {len(inputs.backbones)} backbones ranked"
     if unseen:
-        note += f", then their part of the budget was spent; not looked at: {some(unseen, 3)}"
+        note += f"; their part of the budget did not suffice for {some(unseen, 3)}"
     note += "".join(f"; without {name}: {why}" for name, why in list(excluded.items())[:3])
     note += f"; and {len(excluded) - 3} more" * (len(excluded) > 3)
     folder.leave("rank", note, excluded=excluded)

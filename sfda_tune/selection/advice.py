@@ -95,15 +95,19 @@ def recommend(ranking: Ranking, odds: Confidence | None) -> list[str]:
         lines.append(f"{line}; {more}.")
     if race := ranking.info.get("race"):
         saved = 1 - race["forward_passes"] / race["full_run"]
-        lines.append(
-            f"Race for the top {race['top']}: {race['forward_passes']} forward passes instead of "
-            f"{race['full_run']}, {saved:.0%} saved."
-        )
+        most = race["stages"][-1]["images"]
+        is_whole = most >= race.get("images", 0)
+        if is_whole and any(stage["dropped"] for stage in race["stages"]):
+            lines.append(
+                f"Race for the top {race['top']}: {race['forward_passes']} forward passes instead "
+                f"of {race['full_run']}, {saved:.0%} saved."
+            )
         if late := race.get("late"):
-            line = f"For {len(late)} there was no time to see as many images: {some(late, NAMED)}"
-            lines.append(f"{line}; {more}.")
-        if (most := race["stages"][-1]["images"]) < race.get("images", 0):
-            lines.append(f"The time sufficed for {most} of {race['images']} images.")
+            lines.append(f"{len(late)} saw fewer images: {some(late, NAMED)}; {more}.")
+        if not is_whole:
+            cut = race.get("interrupted")
+            what = "The race was interrupted after" if cut else "The time sufficed for"
+            lines.append(f"{what} {most} of {race['images']} images.")
     if ensemble := ranking.info.get("ensemble"):
         lines.append(f"To fine-tune together: {', '.join(ensemble['backbones'])}.")
     return lines

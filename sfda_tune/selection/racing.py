@@ -89,6 +89,7 @@ class RaceResult:
     dropped: dict[str, dict[str, Any]]
     n_forward: int  # images × backbones of this run,
     n_full: int  # and of the full one
+    interrupted: bool = False  # while it was simulated who may leave
 
 
 def make_rungs(images: ImageDataset, seed: int = 0) -> list[np.ndarray]:
@@ -131,14 +132,14 @@ def run(
     >>> sorted(result.dropped), result.n_forward / result.n_full
     (['c', 'd'], 0.5625)
     """
-    N, active, n_forward = len(labels), list(names), 0
+    N, active, n_forward, interrupted = len(labels), list(names), 0, False
     skip = skip or (lambda names, rows: len(names) <= config.top)
     seen = dict.fromkeys(active, 0)
     values: list[dict[str, float]] = []
     log: list[dict[str, Any]] = []
     dropped: dict[str, dict[str, Any]] = {}
     for rows in rungs:
-        if len(rows) < N and skip(active, rows):
+        if interrupted or (len(rows) < N and skip(active, rows)):
             continue
         terms: dict[str, np.ndarray] = {}
         readable, late = rows, []
@@ -166,8 +167,13 @@ def run(
             gains = {name: v - values[-2].get(name, v) for name, v in values[-1].items()}
             gone = {name: left["value"] for name, left in dropped.items()}
             of = None if groups is None else groups[readable]
-            known, in_top = simulate(terms, gains, labels[readable], N, config, judge, gone, of)
-            out = _losers(known, in_top, config.threshold)
+            try:
+                known, in_top = simulate(
+                    terms, gains, labels[readable], N, config, judge, gone, of
+                )
+                out = _losers(known, in_top, config.threshold)
+            except KeyboardInterrupt:  # nobody leaves, and nobody goes on
+                interrupted = True
         for name, p in out.items():
             stay = {"images": len(rows), "p_top": p, "value": values[-1][name]}
             dropped[name] = {**stay, "rung": len(log)}
@@ -177,7 +183,7 @@ def run(
         then = values[left.pop("rung")]
         gains = [values[-1][name] - then[name] for name in active if name in then]
         left["gain"] = float(np.median(gains or [0.0]))
-    return RaceResult(tuple(log), dropped, n_forward, len(names) * N)
+    return RaceResult(tuple(log), dropped, n_forward, len(names) * N, interrupted)
 
 
 def simulate(

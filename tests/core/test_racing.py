@@ -159,23 +159,51 @@ def test_a_race_skips_what_it_cannot_read_and_what_fails(photos, toy_zoo, tmp_pa
     assert ranking.score(ranking.shortlist(1)[0]).n_samples == 35
 
 
-def test_an_interrupted_race_goes_on(photos, toy_zoo, tmp_path):
+@pytest.mark.parametrize("budget", [None, "1h"])
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_an_interrupted_race_ranks_what_saw_images_and_goes_on(
+    photos, toy_zoo, tmp_path, monkeypatch, after, budget
+):
+    monkeypatch.setattr("sfda_tune.pipelines.ranking.find_first_rung", lambda *_: 0)
+
     class Impatient(NullProgress):
         def __init__(self):
             self.finished = 0
 
         def finish(self, score):
             self.finished += 1
-            if self.finished == 6:
+            if self.finished == after:
                 raise KeyboardInterrupt
 
     options = {**CPU, "cache": tmp_path, "race": True, "top": 1, "samples": 36}
     with pytest.raises(RankingInterruptedError) as stop:
-        rank(photos, toy_zoo, progress=Impatient(), **options)
-    assert set(stop.value.ranking.failed) == {"vit", "resnet", "convnext", "efficientnet"}
+        rank(photos, toy_zoo, progress=Impatient(), budget=budget, **options)
+    ranking = stop.value.ranking
+    assert len(ranking.info.get("not_looked_at", ())) == max(4 - after, 0)
+    n = ranking.info["n_samples"]
+    seen = [score for score in ranking.scores if score.n_samples]
+    assert len(seen) == min(after, 4)
+    for score in seen:
+        assert (score.n_samples == n) is (score.per_sample is not None)
+        if score.n_samples < n:
+            assert score.details["note"] == f"interrupted after {score.n_samples} images"
+    assert any(score.n_samples < n for score in seen) is (after == 6)
+    said = recommend(ranking, find_odds(ranking))
+    assert f"The race was interrupted after {n} of 36 images." in said
+    assert not any("saved" in line for line in said)
     ranking = rank(photos, toy_zoo, **options)
     assert not ranking.failed
     assert dict(ranking) == dict(rank(photos, toy_zoo, **{**options, "cache": False}))
+
+
+def test_a_race_that_is_interrupted_while_it_judges_keeps_everybody(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sfda_tune.selection.racing.simulate", stop)
+    with pytest.raises(RankingInterruptedError) as caught:
+        rank("digits", "demo:*", samples=200, race=True, top=1, **CPU)
+    assert {score.n_samples for score in caught.value.ranking.scores} == {60}
 
 
 def test_metrics_that_cannot_race(photos, toy_zoo):
@@ -262,6 +290,38 @@ def test_a_metric_that_is_no_mean_over_images_sees_all_within_a_budget(monkeypat
     assert found.info["n_samples"] == 200
     assert "race" not in found.info
     assert 0 < len(found.info["not_looked_at"]) < 8
+
+
+@pytest.mark.parametrize("metric", ["logme", "transrate"])
+@pytest.mark.parametrize("budget", [30.0, 120.0])
+def test_scores_of_few_images_are_not_among_those_of_all(monkeypatch, metric, budget):
+    order = ["demo:resnet_noise", "demo:regnet_shapes", "demo:vit_untrained"]
+    monkeypatch.setattr("sfda_tune.pipelines.ranking.order_by_promise", lambda *_: order)
+    clock, options = Clock(monkeypatch), {"samples": 200, "batch_size": 10, **CPU}
+    found = rank(
+        "digits", order, metric=metric, ensemble=2, budget=budget, progress=clock, **options
+    )
+    scored = {score.backbone: score.n_samples for score in found.scores if score.error is None}
+    assert scored == ({} if budget == 30 else {"demo:regnet_shapes": 200})
+    assert set(found.info["not_looked_at"]) == set(order) - set(scored)
+
+
+def test_a_budget_too_small_for_all_images_of_anybody_is_used(monkeypatch):
+    """Opening a network takes 10 s, an image .1 s: all of 200 do not fit, 120 do."""
+    clock = Clock(monkeypatch)
+    clock.per_image = dict.fromkeys(clock.per_image, 0.1)
+    clock.start = lambda *_: setattr(clock, "now", clock.now + 10)
+    options = {"samples": 200, "batch_size": 10, **CPU}
+    found = rank("digits", "demo:*", budget=40.0, progress=clock, **options)
+    assert clock.now - 1000 == pytest.approx(10 + 30 * 0.1 + 10 + 90 * 0.1)
+    assert found.info["n_samples"] == 120
+    (score,) = [score for score in found.scores if score.n_samples]
+    assert score.n_samples == 120
+    unseen = [score.details["note"] for score in found.scores if not score.n_samples]
+    assert unseen == ["not looked at: the 40 s did not suffice for it"] * 7
+    said = recommend(found, find_odds(found))
+    assert "The time sufficed for 120 of 200 images." in said
+    assert not any("saved" in line for line in said)
 
 
 class Broken(torch.nn.Module):

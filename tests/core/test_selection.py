@@ -32,6 +32,7 @@ from sfda_tune.finetuning import run as finetuning
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.finetuning.run import finetune
+from sfda_tune.pipelines import stages
 from sfda_tune.pipelines.budget import Budget, Workload
 from sfda_tune.pipelines.clock import Beat, Clock, counting
 from sfda_tune.pipelines.config import SearchConfig
@@ -285,6 +286,20 @@ def test_images_that_take_the_whole_budget_to_be_read_end_the_search_early(tmp_p
     with pytest.raises(ValueError, match=r"could not be read.*`budget` was 0.2 s: give more"):
         search(tmp_path / "data", ONE, budget=0.2, out=tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()  # another budget may follow
+
+
+def test_a_ranking_that_no_time_is_left_for_is_refused(tmp_path, monkeypatch):
+    late = []
+
+    def open_late(config, progress):
+        folder = RunFolder.open(config.out, progress)
+        return folder, Budget(50.0, lambda: 40.0 * len(late))
+
+    monkeypatch.setattr(stages, "_open", open_late)
+    monkeypatch.setattr(stages, "measure_costs", lambda *x, **y: late.append(1) or ({}, {}))
+    said = "what comes before the ranking was not done within .* 50 % of the budget; `budget` was"
+    with pytest.raises(ValueError, match=said):
+        search("digits", ONE, budget=50, samples=120, epochs=1, out=tmp_path)
 
 
 def test_a_winner_that_training_made_worse_is_a_linear_probe(tmp_path):

@@ -635,7 +635,7 @@ def test_a_budget_is_kept_and_what_it_left_is_told(executor, tmp_path):
     assert 0 < len(unseen) < 16
     names = [net.name for net in nets]
     assert unseen == [name for name in names if name in unseen]
-    assert {cut.failed[name] for name in unseen} == {"not looked at: the 2 s were over"}
+    assert all(cut.failed[name].startswith("not looked at: the 2 s ") for name in unseen)
     seen = [net for net in nets if net.name not in unseen]
     assert seen
     again = sfda_tune.rank(dataset, seen, budget=60, executor=Asleep(num_gpus=0), **options)
