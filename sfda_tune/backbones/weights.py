@@ -247,6 +247,7 @@ def _download(repo: str, filename: str, revision: str | None, tell: Tell | None)
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
+            self.update(0)  # so that the size is known before the first piece is here
 
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0

@@ -258,14 +258,7 @@ class Fetcher:
         backbone = item.backbone
         name = loading.timm_name(backbone.spec)
         if self.limit is not None:
-            size = weights.look_up_sizes([name])[name]
-            if size is not None and size > self.limit:
-                among = f" to each of {self.share} actors on a machine" * (self.share > 1)
-                raise loading.BackboneError(
-                    f"its weights take {format_bytes(size)}, and `weights_disk` allows "
-                    f"{format_bytes(self.limit)}{among}"
-                )
-            self._make_room(item, size)
+            self._make_room(item, weights.look_up_sizes([name])[name])
             self._remove_cut(name)
 
         def tell(done: int, total: int | None) -> None:
@@ -273,6 +266,8 @@ class Fetcher:
                 item.moved = time.monotonic()
                 if self._stop or item.state != "coming":
                     raise EndedError
+            if self.limit is not None and total and total != item.size:
+                self._make_room(item, total)  # the hub had not told it, or something else
             if self.tell is not None:
                 self.tell(backbone.name, done, total)
 
@@ -306,6 +301,12 @@ class Fetcher:
 
     def _make_room(self, item: _Item, size: int | None) -> None:
         """Wait until there is room on the disk, and remove what was used for it."""
+        if (size or 0) > (self.limit or 0):
+            among = f" to each of {self.share} actors on a machine" * (self.share > 1)
+            raise loading.BackboneError(
+                f"its weights take {format_bytes(size or 0)}, and `weights_disk` allows "
+                f"{format_bytes(self.limit or 0)}{among}"
+            )
         with self._change:
             while not self._stop:
                 taken = sum(i.size or 0 for i in self._items.values() if i is not item)

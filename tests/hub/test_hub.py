@@ -274,6 +274,38 @@ def test_weights_take_no_more_disk_than_they_may_and_none_in_the_end(
     assert "`weights_disk` allows 0.0 MB" in few.failed[specs(hub)[-1]]
 
 
+@pytest.mark.parametrize("xet", [False, True])
+def test_a_hub_that_tells_no_sizes_before_bounds_the_disk_when_the_download_begins(
+    hub, photos, tmp_path, monkeypatch, xet
+):
+    """A mirror may have no API; what a download says of itself is all there is."""
+    if xet:
+        connect_xet(hub, monkeypatch)
+    sizes, most = look_up_sizes(specs(hub)), []
+
+    def watch(name, done, total):
+        taken = [p for p in tmp_path.joinpath("hub").rglob("blobs/*") if p.is_file()]
+        most.append(sum({p.resolve(): p.stat().st_size for p in taken}.values()))
+
+    for repo in hub.repos:
+        hub.trouble[repo, ""] += [("status", 503)] * 100
+    hub.rate = 2e6  # so that what is under way is not the whole
+    failed = rank(photos, specs(hub), metric="sfda", weights_disk=1000, **CPU).failed
+    assert set(failed) == set(specs(hub))
+    assert all("`weights_disk` allows 0.0 MB" in why for why in failed.values())
+    assert sum(hub.sent.values()) < sum(sizes.values()) / 2
+    hub.rate = None
+    limit = max(sizes.values()) + 1000
+    assert sum(sizes.values()) > limit
+    with Fetcher(limit, tell=watch) as fetcher:
+        for backbone in resolve_backbones(specs(hub)):
+            with fetcher.opening(backbone) as came:
+                assert came
+            fetcher.want(resolve_backbones(specs(hub)))
+    assert max(most) <= limit + 20_000
+    assert not np.any([find_cached(spec) for spec in specs(hub)])
+
+
 def test_weights_that_come_by_xet_are_checked_and_removed_unless_others_share_them(
     hub, photos, tmp_path, monkeypatch, toy_zoo
 ):
