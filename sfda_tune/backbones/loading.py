@@ -17,11 +17,20 @@ from sfda_tune.backbones import demo
 from sfda_tune.backbones.devices import use_threads
 from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.backbones.preprocessing import Preprocessing, check_input_size
-from sfda_tune.backbones.weights import Remote, Tell, fetch_file, find_remote, read_license
+from sfda_tune.backbones.weights import (
+    Remote,
+    Tell,
+    fetch_file,
+    find_remote,
+    find_source,
+    is_here,
+    read_license,
+)
 from sfda_tune.backbones.weights import fetch as fetch_weights
 from sfda_tune.data.hub import cache_only_if_unreachable
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import read_json, say_kind
+from sfda_tune.values.redaction import hide_secrets
 from sfda_tune.values.text import one_line, printable
 
 if TYPE_CHECKING:
@@ -29,7 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Description", "describe", "fetch", "find_license", "load", "measure_cost"]
+__all__ = [
+    "Description", "check_bounded", "describe", "fetch", "find_license", "load", "measure_cost",
+]  # fmt: skip
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".tar", ".npz")
 
@@ -203,6 +214,21 @@ def fetch(backbone: Backbone, tell: Tell | None = None) -> tuple[str | None, boo
         raise
     except Exception as error:
         raise BackboneError(_explain(backbone, error)) from error
+
+
+def check_bounded(backbone: Backbone) -> None:
+    """Refuse weights that timm would fetch past what `weights_disk` counts and removes.
+
+    Raises
+    ------
+    BackboneError
+    """
+    name = timm_name(backbone.spec)
+    if find_source(name)[0] == "url" and not is_here(name):
+        raise BackboneError(
+            f"timm fetches the weights of {backbone.spec} by their address, not from the hub, and "
+            "keeps them, which `weights_disk` cannot bound; take another, or fetch them without it"
+        )
 
 
 def create(backbone: Backbone, *, pretrained: bool) -> Any:
@@ -408,9 +434,10 @@ def find_license(backbone: Backbone) -> str | None:
 
 def _explain(backbone: Backbone, error: Exception) -> str:
     """Say in one line why a backbone cannot be opened, and what to do."""
+    from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    text = " ".join(str(error).split())
+    text = hide_secrets(" ".join(str(error).split()), constants.ENDPOINT)
     if isinstance(error, hub.GatedRepoError):
         return f"{backbone.spec} is gated on the hub: ask for access, then `hf auth login`"
     if isinstance(error, hub.RepositoryNotFoundError):
@@ -423,10 +450,11 @@ def _explain(backbone: Backbone, error: Exception) -> str:
         elif said == 429 or said >= 500:
             hint = "also when asked again; try later"
         else:
-            hint = one_line(str(cause), 200)
+            hint = one_line(hide_secrets(str(cause), str(cause.response.url)), 200)
         return f"the hub answers {said} to the request for {backbone.spec}: {hint}"
     if isinstance(error, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)):
-        why = f" ({one_line(cause, 100)})" if cause is not None and cause is not error else ""
+        known = cause is not None and cause is not error
+        why = f" ({one_line(hide_secrets(str(cause), constants.ENDPOINT), 100)})" if known else ""
         return (
             f"the weights of {backbone.spec} are not in the local cache and the hub cannot be "
             f"reached{why}; connect once, or pass a checkpoint folder as local-dir:PATH"

@@ -24,16 +24,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
 from sfda_tune.data.hub import forget_reachable, reachable
+from sfda_tune.values.redaction import hide_secrets
 from sfda_tune.values.text import one_line
 
 __all__ = [
     "Remote", "Told", "fetch", "find_blobs", "find_cached", "find_cut", "find_remote",
-    "free_space", "hold", "is_here", "look_up", "look_up_sizes", "read_license", "remove",
-    "remove_cut", "remove_unused", "version",
+    "find_source", "free_space", "hold", "is_here", "look_up", "look_up_sizes", "read_license",
+    "remove", "remove_cut", "remove_unused", "version",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -67,24 +69,34 @@ class DamagedError(OSError):
     """What came is not what the hub announced."""
 
 
+def find_source(name: str) -> tuple[str, Any]:
+    """Return where timm takes the weights of what it opens from, and what they are called there.
+
+    "hf-hub", "url" (kept in torch's cache), "local-dir", "file", "state_dict"; "" for nowhere.
+
+    >>> find_source("legacy_seresnet18.in1k")[0]
+    'url'
+    """
+    import timm
+    from timm.models._builder import _resolve_pretrained_source
+
+    kind, _, rest = name.partition(":")
+    if kind in ("hf-hub", "local-dir"):
+        return kind, rest
+    config = timm.get_pretrained_cfg(name)
+    return _resolve_pretrained_source(config.to_dict()) if config else ("", None)
+
+
 def find_remote(name: str) -> Remote | None:
     """Return where the weights of what timm opens lie on the hub; None if not there.
 
     >>> find_remote("resnet18.a1_in1k").repo
     'timm/resnet18.a1_in1k'
     """
-    import timm
-
-    own = None
-    if name.startswith("hf-hub:"):
-        hub_id = name.partition(":")[2]
-    elif name.startswith("local-dir:"):
+    source, at = find_source(name)
+    if source != "hf-hub":
         return None
-    else:
-        config = timm.get_pretrained_cfg(name)
-        hub_id, own = (config.hf_hub_id or "", config.hf_hub_filename) if config else ("", None)
-    if not hub_id:
-        return None
+    hub_id, own = at if isinstance(at, tuple) else (at, None)
     names = [re.sub(r"\.bin$", ".safetensors", own), own] if own else []
     names += [] if own else ["model.safetensors", "pytorch_model.bin"]
     repo, _, revision = hub_id.partition("@")
@@ -92,18 +104,17 @@ def find_remote(name: str) -> Remote | None:
 
 
 def find_cached(name: str) -> str | None:
-    """Find the weights of a remote backbone in the caches that timm uses."""
-    import timm
+    """Find the weights of a remote backbone in the cache that timm takes them from."""
     import torch
 
-    remote = find_remote(name)
-    if remote is not None and (file := find_file(remote, remote.names)):
-        return file
-    config = None if name.startswith(("hf-hub:", "local-dir:")) else timm.get_pretrained_cfg(name)
-    if config is not None and isinstance(config.url, str) and config.url:
-        file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(config.url))
-        if os.path.isfile(file):
-            return file
+    if (remote := find_remote(name)) is not None:
+        return find_file(remote, remote.names)
+    source, at = find_source(name)
+    if source == "url":
+        file = os.path.join(
+            torch.hub.get_dir(), "checkpoints", os.path.basename(urlsplit(at).path)
+        )
+        return file if os.path.isfile(file) else None
     return None
 
 
@@ -205,7 +216,7 @@ def _license_of(about: Any) -> str | None:
 
 def fetch_file(remote: Remote, filename: str, tell: Tell | None = None) -> str | None:
     """Return the path of a file of a repository, after a download; None if there is none."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if file := find_file(remote, [filename]):
         return file
@@ -233,7 +244,8 @@ def fetch_file(remote: Remote, filename: str, tell: Tell | None = None) -> str |
             if tries == TRIES or not _may_pass(error):
                 raise
             wait = max(WAIT * 2 ** (tries - 1), _asked_to_wait(error))
-            logger.warning("%s of %s: %s; again in %.0f s", filename, remote.repo, error, wait)
+            said = hide_secrets(str(error), constants.ENDPOINT)
+            logger.warning("%s of %s: %s; again in %.0f s", filename, remote.repo, said, wait)
             time.sleep(wait)
     return None
 

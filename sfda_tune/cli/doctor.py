@@ -153,8 +153,9 @@ def _hub() -> Iterator[Fact]:
 
     from sfda_tune.backbones.weights import find_cut
     from sfda_tune.data.hub import reachable
+    from sfda_tune.values.redaction import redact
 
-    yield "endpoint", constants.ENDPOINT, ""
+    yield "endpoint", redact(constants.ENDPOINT) or "", ""
     started = time.perf_counter()
     answers = reachable()
     spent = time.perf_counter() - started

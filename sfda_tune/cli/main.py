@@ -28,6 +28,7 @@ from sfda_tune.cli.terminal import (
     PrintableFormatter,
     Told,
     UsageError,
+    hide,
     messages,
     output,
     print_error,
@@ -151,7 +152,7 @@ def _run(arguments: list[str]) -> NoReturn:
         sys.exit(130)
     except Exception as error:
         if debug:
-            for line in traceback.format_exc().splitlines():
+            for line in hide(traceback.format_exc()).splitlines():
                 say(messages, line)
         known = str(error) if isinstance(error, (ValueError, OSError)) else ""
         hint = "" if debug else " (--debug shows the traceback)"

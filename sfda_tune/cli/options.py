@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo
 
-from sfda_tune.cli.terminal import PrintableFormatter
+from sfda_tune.cli.terminal import DiscreetFormatter, PrintableFormatter
 from sfda_tune.data.groups import FOLDERS
 
 Imports = Annotated[
@@ -183,7 +183,7 @@ def _log_to_file(ctx: typer.Context, path: Path | None) -> Path | None:
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise typer.BadParameter(f"{path}: {error.strerror}") from None
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        handler.setFormatter(DiscreetFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
         _log_to(handler, logging.DEBUG, ctx)
     return path
 

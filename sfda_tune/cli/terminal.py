@@ -17,6 +17,7 @@ from sfda_tune.pipelines.terminal import Terminal, say, text
 from sfda_tune.values.files import say_kind
 from sfda_tune.values.labels import NOUNS
 from sfda_tune.values.ranking import Ranking
+from sfda_tune.values.redaction import hide_secrets
 from sfda_tune.values.text import capitalize, printable, some, without_nan
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ def fail(message: str) -> NoReturn:
 
 def print_error(message: str) -> None:
     """Print an error as one line."""
-    Told.error = " ".join(message.split())
+    Told.error = hide(" ".join(message.split()))
     say(messages, "error:", style="bold red", end=" ")
     say(messages, Told.error)  # one line, whatever a plug-in or a library says
 
@@ -287,7 +288,20 @@ def show_warning(message: Any, category: Any, *args: Any, **kwargs: Any) -> None
         say(messages, message)
 
 
-class PrintableFormatter(logging.Formatter):
+def hide(text: str) -> str:
+    """Return a text of whomever without the password that the address of the hub may have."""
+    return hide_secrets(text, os.environ.get("HF_ENDPOINT"))
+
+
+class DiscreetFormatter(logging.Formatter):
+    """What libraries log holds addresses."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record, without secrets."""
+        return hide(super().format(record))
+
+
+class PrintableFormatter(DiscreetFormatter):
     """What libraries log holds names, too."""
 
     def format(self, record: logging.LogRecord) -> str:

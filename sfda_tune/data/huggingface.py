@@ -18,6 +18,7 @@ from sfda_tune.data.labels import encode
 from sfda_tune.data.parts import choose, choose_rows, part_of, read_column, read_parts
 from sfda_tune.data.several import check_labels, read_columns
 from sfda_tune.data.tables import add_columns, as_cell, find_column
+from sfda_tune.values.redaction import hide_secrets
 from sfda_tune.values.text import one_line, printable, some
 
 BUFFER = 10_000  # rows of a stream that are held to be shuffled
@@ -30,6 +31,8 @@ _LISTS = ("Sequence", "List", "LargeList")  # features that hold several values
 def open_hub(spec: str, split: str | None, **options: Any) -> ImageDataset:
     """Open "hf:NAME", "hf:NAME:CONFIG" or "hf:" and a folder; "hf-stream:" draws from a stream."""
     datasets = need("datasets", "'hf:'")
+    from huggingface_hub import constants
+
     prefix = STREAM if spec.startswith(STREAM) else "hf:"
     text = spec.removeprefix(prefix)
     if not text:
@@ -54,7 +57,7 @@ def open_hub(spec: str, split: str | None, **options: Any) -> ImageDataset:
     except Exception as error:  # of network, file system, data set script, …
         raise DatasetError(
             f"`spec` '{prefix}{printable(text)}' cannot be loaded: {type(error).__name__}: "
-            f"{one_line(error)}"
+            f"{one_line(hide_secrets(str(error), constants.ENDPOINT))}"
         ) from error
     return open_hf(data, split, name=shown, **options)
 

@@ -258,6 +258,7 @@ class Fetcher:
         backbone = item.backbone
         name = loading.timm_name(backbone.spec)
         if self.limit is not None:
+            loading.check_bounded(backbone)
             self._make_room(item, weights.look_up_sizes([name])[name])
             self._remove_cut(name)
 
@@ -370,8 +371,8 @@ def _find_file(backbone: Backbone) -> str | None:
 
 
 def _is_remote(backbone: Backbone) -> bool:
-    """Whether weights are to be fetched from the hub."""
+    """Whether weights are to be fetched: from the hub, or by timm from an address."""
     if backbone.load is not None:
         return False
-    remote = weights.find_remote(loading.timm_name(backbone.spec))
-    return remote is not None and _find_file(backbone) is None
+    source, _ = weights.find_source(loading.timm_name(backbone.spec))
+    return source in ("hf-hub", "url") and _find_file(backbone) is None

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.backbones.loading import fetch, timm_name
+from sfda_tune.backbones.loading import check_bounded, fetch, timm_name
+from sfda_tune.backbones.plugins import BackboneError
 from sfda_tune.backbones.weights import is_here, look_up_sizes, remove_unused
 from sfda_tune.data.decoding import get_switches, open_picture, set_switches
 from sfda_tune.pipelines.budget import RANK_SHARE, Budget, Workload
@@ -242,18 +243,24 @@ def fetch_survivors(folder: RunFolder, inputs: Inputs) -> None:
         return
     survivors = [inputs.backbones[name] for name in folder.state["survivors"]]
     absent = [b for b in survivors if b.load is None and not is_here(timm_name(b.spec))]
-    sizes = look_up_sizes(timm_name(b.spec) for b in absent).values()
-    there = sum(os.path.getsize(file) for file in known if os.path.exists(file))
-    needed = there + sum(size or 0 for size in sizes)
-    if needed > limit:
-        raise ValueError(
-            f"`weights_disk` allows {format_bytes(limit)} but the weights to be tuned, of "
-            f"{some([b.name for b in survivors])}, take {format_bytes(needed)}; with more "
-            f"and out={str(folder.path)!r} the same call goes on from here."
-        )
     for backbone in absent:
-        file, fetched = fetch(backbone)
+        check_bounded(backbone)
+    there = sum(os.path.getsize(file) for file in known if os.path.exists(file))
+
+    def allow(size: int | None) -> None:
+        if there + (size or 0) > limit:
+            raise BackboneError(
+                f"`weights_disk` allows {format_bytes(limit)} but the weights to be tuned, of "
+                f"{some([b.name for b in survivors])}, take {format_bytes(there + (size or 0))}; "
+                f"with more and out={str(folder.path)!r} the same call goes on from here."
+            )
+
+    sizes = look_up_sizes(timm_name(b.spec) for b in absent).values()
+    allow(sum(size or 0 for size in sizes))
+    for backbone in absent:
+        file, fetched = fetch(backbone, lambda _, size: allow(size))  # which knows it in any case
         if file is not None and fetched:
+            there += os.path.getsize(file)
             with folder.edit() as state:
                 state["fetched"] = [*state.get("fetched", []), file]
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -304,6 +306,9 @@ def test_a_hub_that_tells_no_sizes_before_bounds_the_disk_when_the_download_begi
             fetcher.want(resolve_backbones(specs(hub)))
     assert max(most) <= limit + 20_000
     assert not np.any([find_cached(spec) for spec in specs(hub)])
+    how = {"keep": 4, "device": "cpu", "decoders": 0, "weights_disk": limit}
+    with pytest.raises(ValueError, match=r"`weights_disk` allows .* to be tuned, of hf-hub:toy/"):
+        search(photos, specs(hub), out=tmp_path / "run", **how)
 
 
 def test_weights_that_come_by_xet_are_checked_and_removed_unless_others_share_them(
@@ -567,6 +572,72 @@ def test_names_of_timm_and_old_formats(hub, monkeypatch, make_checkpoint, tmp_pa
     assert fingerprint(backbone) == fingerprint(backbone, module) is not None
 
 
+@pytest.fixture
+def addresses(tmp_path, monkeypatch, make_checkpoint):
+    """Give networks of timm another place for their weights: an address, or none on the hub.
+
+    Returns a function that does so, and lays the file into torch's cache.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from timm.models import _registry
+
+    folder = make_checkpoint(tmp_path / "old", "test_resnet", seed=1, num_classes=1000)
+    file = Path(torch.hub.get_dir(), "checkpoints", "old.pth")
+
+    def give(name, **more):
+        known = _registry._model_pretrained_cfgs
+        changed = replace(known[name], url="http://127.0.0.1:9/old.pth", **more)
+        monkeypatch.setitem(known, name, changed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(load_file(folder / FILE), file)
+        return file
+
+    return give
+
+
+def test_old_weights_of_torch_s_cache_are_not_those_of_the_hub(
+    hub, photos, monkeypatch, make_checkpoint, tmp_path, addresses
+):
+    import timm
+
+    name = "test_resnet.r160_in1k"
+    folder = make_checkpoint(tmp_path / "x", "test_resnet", num_classes=1000)
+    hub.publish(timm.get_pretrained_cfg(name).hf_hub_id, {FILE: folder / FILE})
+    old = addresses(name)
+    assert find_cached(name) is None
+    assert list(draw_up_bill(photos, name, device="cpu").to_download) == [name]
+    few = rank(photos, name, metric="sfda", weights_disk=1000, **CPU)
+    assert "`weights_disk` allows 0.0 MB" in few.failed[name]
+    (backbone,) = resolve_backbones(name)
+    module, _ = load(backbone)
+    assert fingerprint(backbone) == fingerprint(backbone, module)
+    assert find_cached(name) != str(old)
+    weights.remove(find_cached(name))
+    monkeypatch.setattr("timm.models._builder._USE_OLD_CACHE", True)  # TIMM_USE_OLD_CACHE=1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find_cached(name) == str(old)
+    module, _ = load(backbone)
+    assert fingerprint(backbone) == fingerprint(backbone, module)
+
+
+def test_weights_that_timm_fetches_by_an_address_are_refused_where_the_disk_is_bounded(
+    hub, photos, addresses, tmp_path
+):
+    name = "test_resnet.r160_in1k"
+    file = addresses(name, hf_hub_id=None)
+    assert find_cached(name) == str(file)
+    assert rank(photos, name, metric="sfda", weights_disk="1GB", cache=False, **CPU).failed == {}
+    how = {"keep": 1, "trials": 1, "device": "cpu", "decoders": 0, "weights_disk": "1GB"}
+    rank(photos, name, **CPU)
+    file.unlink()
+    failed = rank(photos, name, metric="sfda", weights_disk="1GB", cache=False, **CPU).failed
+    assert "which `weights_disk` cannot bound" in failed[name]
+    with pytest.raises(ValueError, match="which `weights_disk` cannot bound"):
+        search(photos, [name], out=tmp_path / "run", **how)
+    assert not file.exists()
+
+
 def test_the_command_line_over_a_hub(hub, photos, tmp_path, capsys, toy_zoo):
     names = [word for spec in specs(hub) for word in ("-b", spec)]
     hub.gated.add("toy/vit")
@@ -583,6 +654,37 @@ def test_the_command_line_over_a_hub(hub, photos, tmp_path, capsys, toy_zoo):
     assert re.search(r"weights of 3 backbones are to be downloaded, about \d\.\d MB", shown.err)
     assert [n for n in ("resnet", "convnext", "efficientnet") if n not in shown.out] == []
     assert not np.any([find_cached(spec) for spec in specs(hub)])
+
+
+def test_a_password_in_the_address_of_the_hub_is_shown_nowhere(
+    hub, photos, tmp_path, capsys, monkeypatch
+):
+    """On its way to a mirror or a proxy."""
+    address = SimpleNamespace(url=hub.url.replace("//", "//anna:s3cretpw@"))
+    connect(address, tmp_path / "hub", monkeypatch)
+    hub.trouble["toy/vit", FILE] += [("status", 418)] * 9
+    hub.trouble["toy/resnet", "config.json"] += [("status", 503)] * 99
+    names = ["hf-hub:toy/vit", "hf-hub:toy/resnet"]
+    told = []
+    for arguments in (
+        ["rank", photos, "-b", *names, "--json", "--device", "cpu", "--decoders", "0",
+         "--log", tmp_path / "log", "--debug"],
+        ["rank", "hf:toy/photos", "-b", "demo:*", "--debug"],
+        ["backbones", *names],
+        ["doctor"],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main(list(map(str, arguments)))
+        told += capsys.readouterr()
+    told.append((tmp_path / "log").read_text())
+    assert [text for text in told if "s3cretpw" in text] == []
+    assert "418" in told[0]
+    assert "418" in told[-1]
+    assert "//anna:***@" in told[0]
+    assert "//anna:***@" in told[-3]  # doctor
+    with pytest.raises(BackboneError, match="418") as caught:
+        load(one("vit"))
+    assert "s3cretpw" not in str(caught.value)
 
 
 def test_backbones_are_listed_with_and_without_a_hub(hub, capsys, monkeypatch):
