@@ -181,13 +181,16 @@ def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
     BackboneError
         If it cannot be opened; the message says why and what to do.
     """
+    import torch
+
     if backbone.load is None:
         module = create(backbone, pretrained=True)
         return module.eval().requires_grad_(False), _settle(module, backbone.channels)
     for plugin in backbone.plugins:
         load_plugin(plugin)
     module, transform = backbone.load()
-    module = copy.deepcopy(module)  # the caller's stays in its mode, on its device
+    with torch.no_grad():  # or the parameters of TorchScript would be results
+        module = copy.deepcopy(module)  # the caller's stays in its mode, on its device
     if transform is not None:
         preprocessing = Preprocessing(None, transform=transform, channels=backbone.channels)
     else:
@@ -195,7 +198,9 @@ def load(backbone: Backbone) -> tuple[nn.Module, Preprocessing]:
             _adapt(module, backbone.channels)
         preprocessing = _settle(module, backbone.channels)
         _take_off_classifier(module)
-    return module.eval().requires_grad_(False), preprocessing
+    for parameter in module.parameters():  # not `module.requires_grad_`: TorchScript has none
+        parameter.requires_grad_(False)
+    return module.eval(), preprocessing
 
 
 def fetch(backbone: Backbone, tell: Tell | None = None) -> tuple[str | None, bool]:

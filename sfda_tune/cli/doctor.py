@@ -53,17 +53,21 @@ def diagnose(cache: CacheDir = None, as_json: AsJson = False, debug: Debug = Fal
         ("settings", _settings()),
     ):
         told[title] = {}
-        for what, value, problem in facts:
-            told[title][what] = _without_home(value)
-            if problem:
-                problems.append(f"{what}: {_without_home(problem)}")
+        try:
+            for what, value, problem in facts:
+                told[title][what] = _without_home(value)
+                if problem:
+                    problems.append(f"{what}: {_without_home(problem)}")
+        except (OSError, ValueError) as error:  # of a library that reads its settings
+            problems.append(f"{title}: {_without_home(error)}")
     if as_json:
         print_json({**told, "problems": problems})
     else:
+        width = max(len(what) for values in told.values() for what in values) + 1
         for title, values in told.items():
             say(output, title)
             for what, value in values.items() or [("none", "")]:
-                say(output, f"  {what:<18}{value}")
+                say(output, f"  {what:<{width}}{value}")
         for line in ["problems", *(f"  {p}" for p in problems)] if problems else ["no problems"]:
             say(output, line)
     if problems:
@@ -120,15 +124,18 @@ def _devices() -> Iterator[Fact]:
 def _cache(cache: str | None) -> Iterator[Fact]:
     from sfda_tune.extraction.store import FeatureStore, open_store, size_limit
     from sfda_tune.values.files import unfinished
+    from sfda_tune.values.redaction import hide_secrets, redact
 
     try:
         store, limit = open_store(cache), size_limit()
     except ValueError as error:
-        yield "folder", "none", str(error)
+        address = cache or os.environ.get("SFDA_TUNE_CACHE")
+        yield "folder", "none", hide_secrets(str(error), address)
+        return
+    if type(store) is not FeatureStore:
+        yield "folder", redact(str(store.root)) or "", ""
         return
     yield "folder", str(store.root), ""
-    if type(store) is not FeatureStore:
-        return
     wrong = ""
     try:
         store.root.mkdir(parents=True, exist_ok=True)
@@ -153,6 +160,7 @@ def _hub() -> Iterator[Fact]:
 
     from sfda_tune.backbones.weights import find_cut
     from sfda_tune.data.hub import reachable
+    from sfda_tune.values.files import say_kind
     from sfda_tune.values.redaction import redact
 
     yield "endpoint", redact(constants.ENDPOINT) or "", ""
@@ -161,19 +169,27 @@ def _hub() -> Iterator[Fact]:
     spent = time.perf_counter() - started
     said = f"yes, after {spent:.1f} s" if answers else "no: only weights that are here already"
     yield "reachable", said, ""
-    yield "token", "yes" if get_token() else "no", ""
-    yield "weights", f"{constants.HF_HUB_CACHE}, {torch.hub.get_dir()}", ""
+    try:
+        yield "token", "yes" if get_token() else "no", ""
+    except OSError as error:
+        yield "token", "none", f"cannot be read ({error}); see HF_HOME and HF_TOKEN_PATH"
+    here = Path(constants.HF_HUB_CACHE).absolute()
+    above = next(path for path in (here, *here.parents) if path.exists())
+    wrong = "" if above.is_dir() else f"must be in a folder but {above} {say_kind(above)}"
+    yield "weights", f"{here}, {torch.hub.get_dir()}", wrong
     if left := [stat.st_size for stat in find_cut().values()]:
         said = f"{len(left)} cut downloads, {sum(left) / 1e6:.1f} MB: `sfda-tune cache clear`"
         yield "leftovers", said, ""
 
 
 def _settings() -> Iterator[Fact]:
+    from sfda_tune.data.loader import patience
     from sfda_tune.values.redaction import redact
 
     for name in SETTINGS:
         if (value := os.environ.get(name)) is not None:
             yield name, redact(value) or "", ""
+    patience()
 
 
 def _without_home(text: Any) -> str:

@@ -154,6 +154,11 @@ class FeatureStore:
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root).expanduser())
         check_folder("cache", self.root)
+        if re.match(r"[\w+.-]{2,}:/", self.root.as_posix()):  # what is left of "://" in a path
+            raise ValueError(
+                f"`cache` must be a folder but {str(self.root)!r} is an address; `open_store` "
+                "opens it."
+            )
 
     # Look up, and keep -------------------------------------------------------------------------
     def get(self, key: str, images: Sequence[str]) -> Entry:
@@ -484,7 +489,7 @@ def open_store(root: str | os.PathLike[str] | None = None) -> FeatureStore:
     """
     size_limit()  # refused before anything is computed, should it be none
     if root is None:
-        return FeatureStore()
+        root = os.environ.get("SFDA_TUNE_CACHE") or default_root()
     return RemoteStore(root) if "://" in str(root) else FeatureStore(Path(root))  # type: ignore
 
 

@@ -127,9 +127,29 @@ def test_doctor(cli_here, tmp_path, monkeypatch):
     ):
         assert word in " ".join(told.split())
     assert "secret" not in told
+    pytest.importorskip("fsspec")
+    monkeypatch.setenv("SFDA_TUNE_CACHE", "memory://me:secret@there")
+    told = cli_here("doctor")
+    assert re.search(r"folder +memory://me:\*{3}@there", told)
+    assert "secret" not in told
     monkeypatch.setenv("SFDA_TUNE_CACHE_SIZE", "plenty")
     told, _ = cli_here("doctor", code=1, both=True)
     assert "SFDA_TUNE_CACHE_SIZE must be a size" in told
+
+
+def test_doctor_tells_what_then_fails(cli_here, tmp_path, monkeypatch):
+    """HF_HOME is a file, HF_TOKEN_PATH a folder, and rank would not start."""
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))
+    monkeypatch.setenv("SFDA_TUNE_PATIENCE", "-3")
+    told = " ".join(cli_here("doctor", code=1, both=True)[0].split())
+    problems = told.partition(" problems ")[2]
+    assert "token: cannot be read" in problems
+    assert "weights: must be in a folder but" in problems
+    assert "SFDA_TUNE_PATIENCE must be a positive number of seconds but is '-3'" in problems
+    assert "SFDA_TUNE_PATIENCE -3" in told  # a name longer than most
 
 
 def test_backbones_in_every_spelling(cli_here, photos, toy_zoo, tmp_path):

@@ -177,6 +177,26 @@ def test_a_metric_of_ones_own(photos, toy_zoo):
     assert dict(named) == dict(rank(photos, toy_zoo, variant="paper", **CPU))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_networks_of_torchscript_are_those_they_are_made_of(photos):
+    from torch import nn
+
+    def transform(image):
+        return torch.from_numpy(np.asarray(image.resize((16, 16)), np.float32)).permute(2, 0, 1)
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 4), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    script = torch.jit.script(plain)
+    traced = torch.jit.trace(plain.eval(), torch.zeros(2, 3, 16, 16))
+    given = {"plain": plain, "script": script, "traced": traced}
+    ranking = rank(photos, {k: (m, transform) for k, m in given.items()}, metric="sfda", **CPU)
+    assert ranking.failed == {}
+    assert ranking["script"] == pytest.approx(ranking["plain"], abs=1e-4)
+    assert ranking["traced"] == pytest.approx(ranking["plain"], abs=1e-4)
+    assert script.training  # the caller's is left as it is
+    assert all(p.requires_grad for p in script.parameters())
+
+
 def test_a_metric_that_fails_is_recorded(photos, toy_zoo):
     def picky(x, y):
         if x.shape[1] == 96:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from sfda_tune.extraction import store as store_module
 from sfda_tune.extraction.store import (
     Entry,
     FeatureStore,
+    RemoteStore,
     default_root,
     make_key,
+    open_cache,
     open_store,
 )
 
@@ -48,6 +51,23 @@ def test_what_goes_in_comes_out(tmp_path):
     assert again.unreadable == {2: "truncated"}
     assert again.info == entry().info
     assert [p.suffix for p in (tmp_path / "new").rglob("*") if p.is_file()] == [".safetensors"]
+
+
+def test_the_variable_may_name_a_bucket_and_a_folder_is_no_bucket(tmp_path, monkeypatch):
+    pytest.importorskip("fsspec")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SFDA_TUNE_CACHE", "memory://bucket/x")
+    for store in (open_store(), open_cache(True)):
+        assert (type(store), store.root) == (RemoteStore, "memory://bucket/x")
+        store.put(KEY, IMAGES, entry())
+    with pytest.raises(ValueError, match="`cache` must be a folder but 'memory:/bucket/x' is an"):
+        FeatureStore()
+    for given in ("s3://bucket/x", Path("s3://bucket/x")):
+        with pytest.raises(ValueError, match="is an address; `open_store` opens it"):
+            FeatureStore(given)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("SFDA_TUNE_CACHE", str(tmp_path / "y"))
+    assert (type(open_store()), open_store().root) == (FeatureStore, tmp_path / "y")
 
 
 def test_images_are_found_in_any_order_and_company(tmp_path):
