@@ -7,6 +7,7 @@ import copy
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from sfda_tune.backbones.weights import (
     Remote,
     Tell,
     fetch_file,
+    find_cached,
     find_remote,
     find_source,
     is_here,
     read_license,
+    remove_damaged,
 )
 from sfda_tune.backbones.weights import fetch as fetch_weights
 from sfda_tune.data.hub import cache_only_if_unreachable
@@ -271,6 +274,8 @@ def create(backbone: Backbone, *, pretrained: bool) -> Any:
     except BackboneError:
         raise
     except Exception as error:
+        if pretrained and remove_damaged(timm_name(backbone.spec)):
+            return create(backbone, pretrained=True)
         raise BackboneError(_explain(backbone, error)) from error
     _take_off_classifier(module)
     return module
@@ -466,15 +471,26 @@ def _explain(backbone: Backbone, error: Exception) -> str:
         )
     if "Unknown model" in text:
         return f"{text}: register the architecture with --import FILE (`plugins=` in Python)"
+    source, _, rest = (name := timm_name(backbone.spec)).partition(":")
+    local = source == "local-dir"
+    if "weights_only" in text:  # torch's advice is to open it all the same
+        needs = re.search(r"Unsupported globals: (.*?)\. ", text)
+        return (
+            "its weights are a pickle of more than tensors"
+            f"{f' ({one_line(needs[1], 100)})' if needs else ''}, which may run anything when it "
+            f"is opened, and is refused; save them as model.safetensors{f'; check {rest}' * local}"
+        )
+    where = f"; check {rest}" if local else ""
+    if not local and (file := find_cached(name)):
+        beside = " or the config.json beside it" if source == "hf-hub" else ""
+        where = f"; if {file}{beside} is damaged, delete it: the next run fetches it again"
     text = text if len(text) <= 300 else f"{text[:300]} …"  # a list of all missing keys
-    where = f"; check {timm_name(backbone.spec).partition(':')[2]}"
-    local = timm_name(backbone.spec).startswith("local-dir:")
     if local and isinstance(error, FileNotFoundError) and not text:  # timm's own says nothing
-        folder = Path(timm_name(backbone.spec).partition(":")[2])
+        folder = Path(rest)
         odd = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_FILES and not f.is_file()]
         text = "; ".join(f"{printable(f.name)} {say_kind(f)}" for f in odd)
         text = text or "its weights are missing"
-    return f"{type(error).__name__}: {text}" + (where if local else "")
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def _settle(module: Any, channels: int) -> Preprocessing:

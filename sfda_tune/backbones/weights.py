@@ -35,7 +35,7 @@ from sfda_tune.values.text import one_line
 __all__ = [
     "Remote", "Told", "fetch", "find_blobs", "find_cached", "find_cut", "find_remote",
     "find_source", "free_space", "hold", "is_here", "look_up", "look_up_sizes", "read_license",
-    "remove", "remove_cut", "remove_unused", "version",
+    "remove", "remove_cut", "remove_damaged", "remove_unused", "version",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -271,16 +271,35 @@ def _download(repo: str, filename: str, revision: str | None, tell: Tell | None)
 
     _remove_at_exit()
     path = hf_hub_download(repo, filename, revision=revision, tqdm_class=Told)
-    blob = _follow(Path(path))
-    if re.fullmatch("[0-9a-f]{64}", blob.name):  # large files are called by their checksum
-        with blob.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != blob.name:
-            remove(path)
-            raise DamagedError(
-                f"it came damaged: its checksum is {found[:8]}…, not {blob.name[:8]}…"
-            )
+    if wrong := _find_damage(path):
+        remove(path)
+        raise DamagedError(f"it came damaged: {wrong}")
     return path
+
+
+def _find_damage(path: str) -> str:
+    """Return what is wrong with a file in the hub's cache; large ones are called by checksums."""
+    blob = _follow(Path(path))
+    if not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return ""
+    with blob.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    same = found == blob.name
+    return "" if same else f"its checksum is {found[:8]}…, not {blob.name[:8]}…"
+
+
+def remove_damaged(name: str) -> bool:
+    """Delete the weights of what timm opens if they are damaged and the hub has them whole.
+
+    Return whether they were: a disk was full, a copy was cut.
+    """
+    file = find_cached(name)
+    if file is None or find_remote(name) is None or not reachable():
+        return False
+    if wrong := _find_damage(file):
+        logger.warning("%s is damaged (%s) and is fetched again", file, wrong)
+        remove(file)
+    return bool(wrong)
 
 
 def _may_pass(error: Exception) -> bool:

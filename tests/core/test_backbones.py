@@ -494,6 +494,17 @@ def test_hf_hub_spec_from_the_cache(hub, toy_zoo):
         describe(resolve_backbones("hf-hub:me/other")[0])
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_that_is_refused_is_not_advised_to_be_opened(make_checkpoint, tmp_path, old):
+    folder = make_checkpoint(tmp_path / "x", "test_resnet")
+    (folder / "model.safetensors").unlink()
+    content = {"weight": torch.ones(2), "more": Path("x")}
+    torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+    with pytest.raises(BackboneError, match=r"save them as model\.safetensors; check ") as caught:
+        load(resolve_backbones(str(folder))[0])
+    assert "weights_only" not in str(caught.value)
+
+
 FAMILIES = [
     "resnet10t", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "convnext_atto",
     "mobilenetv3_small_050", "mobilenetv4_conv_small", "efficientnet_b0", "vgg11", "levit_128s",

@@ -638,6 +638,26 @@ def test_weights_that_timm_fetches_by_an_address_are_refused_where_the_disk_is_b
     assert not file.exists()
 
 
+def test_damaged_weights_in_the_cache_are_fetched_again(hub, photos, toy_zoo, monkeypatch, caplog):
+    whole = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
+    file = Path(find_cached("hf-hub:toy/vit"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-5000])  # through the link
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    offline = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
+    assert f"; if {file} or the config.json beside it is dam" in offline.failed["hf-hub:toy/vit"]
+    assert file.exists()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    again = rank(photos, specs(hub), metric="sfda", cache=False, **CPU)
+    assert scores(again) == scores(whole)
+    assert file.read_bytes() == content
+    assert "is damaged (its checksum is" in caplog.text
+    file.write_bytes(content[:-5000])
+    hub.trouble["toy/vit", FILE] += [("wrong",)] * 30
+    failed = rank(photos, specs(hub), metric="sfda", cache=False, **CPU).failed
+    assert "it came damaged" in failed["hf-hub:toy/vit"]
+
+
 def test_the_command_line_over_a_hub(hub, photos, tmp_path, capsys, toy_zoo):
     names = [word for spec in specs(hub) for word in ("-b", spec)]
     hub.gated.add("toy/vit")
