@@ -157,8 +157,11 @@ def _expand(spec: str) -> list[tuple[str, str]]:
         return [pair for name in presets[name]["names"] for pair in _expand_timm(name)]
     if spec.startswith(("hf-hub:", "hf_hub:")):
         owner_and_name = spec.partition(":")[2]
-        if "/" not in owner_and_name:
-            raise BackboneError(f"{spec!r} must look like 'hf-hub:owner/name'")
+        if not _is_repo(owner_and_name.partition("@")[0]):
+            raise BackboneError(
+                f"{spec!r} must look like 'hf-hub:owner/name': letters, digits, '_', and single "
+                "'-' or '.' between them"
+            )
         return [(f"hf-hub:{owner_and_name}", f"hf-hub:{owner_and_name}")]
     if spec.startswith("local-dir:"):
         return _expand_folder(spec, spec.partition(":")[2])
@@ -175,17 +178,29 @@ def _expand(spec: str) -> list[tuple[str, str]]:
         raise
 
 
+def _is_repo(text: str) -> bool:
+    """Whether the hub may have a repository of this name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
+
+
 def _expand_folder(spec: str, path: str) -> list[tuple[str, str]]:
     path = os.path.expanduser(path)
     literal = os.path.isdir(path) or not globbing.has_magic(path)  # "runs [v1]" may be there
     folders = [path] if literal else sorted(globbing.glob(path))
     folders = [Path(os.path.abspath(folder)) for folder in folders if os.path.isdir(folder)]
-    if not folders and (os.path.exists(spec) or spec.endswith(WEIGHT_FILES)):
+    if not folders and (os.path.lexists(path) or spec.endswith(WEIGHT_FILES)):
         raise BackboneError(
-            f"{spec!r} {say_kind(spec)}; pass the folder that holds config.json and weights"
+            f"{spec!r} {say_kind(path)}; pass the folder that holds config.json and weights"
         )
     if not folders:
-        hub = f", or hf-hub:{spec} for one on the hub" if spec.count("/") == 1 else ""
+        repo = re.sub("^hf[-_]hub:", "", spec, flags=re.IGNORECASE)
+        hub = f", or hf-hub:{repo} for one on the hub" if _is_repo(repo) else ""
         raise BackboneError(
             f"{spec!r} names no folder; pass a folder that holds a config.json{hub}"
         )

@@ -37,9 +37,11 @@ def list_backbones(
         list[str], typer.Argument(metavar="GLOB", help="As for `rank --backbones`.")
     ],
     sort: Annotated[
-        str,
-        typer.Option(help=f"By what: {', '.join(SORTS)} (best first), or name."),
-    ] = "name",
+        str | None,
+        typer.Option(
+            help=f"By what: {', '.join(SORTS)} (best first), or name. Default: as given."
+        ),
+    ] = None,
     imports: Imports = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -62,7 +64,7 @@ def list_backbones(
     from sfda_tune.backbones.specs import resolve_backbones
     from sfda_tune.metrics.priors import look_up_facts
 
-    if sort not in ("name", *SORTS):
+    if sort not in (None, "name", *SORTS):
         fail(f"--sort must be name, {', '.join(SORTS)} but is {sort!r}.")
     found = resolve_backbones(split_commas(patterns), plugins=imports or ())
     facts = look_up_facts(backbone.spec for backbone in found)
@@ -82,8 +84,10 @@ def list_backbones(
         about |= {"top1": fact.top1, "gmacs": fact.gmacs}
         keys = {"imagenet": -fact.top1, "gmacs": fact.gmacs, "params": float(d.n_params),
                 "width": float(d.n_dims or math.nan), "input": float(height * width)}  # fmt: skip
-        key = keys.get(sort, 0.0)
+        key = keys.get(sort or "", 0.0)
         rows.append((math.inf if math.isnan(key) else key, {"backbone": backbone.name, **about}))
+    if sort == "name":
+        rows.sort(key=lambda row: row[1]["backbone"])
     rows.sort(key=lambda row: row[0])
     if as_json:
         print_json([row for _, row in rows])

@@ -91,6 +91,10 @@ def test_demo():
         ("test_byobnet_*", "no model"),
         ("demo:nothing", r"'demo:nothing' matches none of \['demo:"),
         ("hf-hub:nothing", "must look like 'hf-hub:owner/name'"),
+        ("hf-hub:toy/", "must look like 'hf-hub:owner/name'"),
+        ("HF-HUB:me/mine", r"config\.json, or hf-hub:me/mine for one"),
+        ("./mine", r"'\./mine' names no folder; pass a folder that holds a config\.json$"),
+        ("local-dir:me/mine", r"holds a config\.json$"),
         ("local-dir:/no/such/place", "names no folder"),
         ("./no/such/place", "names no folder"),
         (3, "no str, Backbone or mapping"),
@@ -108,8 +112,16 @@ def test_refused(spec, message):
 
 
 def test_all_bad_specs_are_named_at_once():
-    with pytest.raises(BackboneError, match=r"resnet5O.*; .*hf-hub:nothing"):
-        resolve_backbones(["resnet5O", "resnet18", "hf-hub:nothing"])
+    with pytest.raises(BackboneError, match=r"resnet5O.*; .*hf-hub:nothing.*; .*hf-hub:a/b/c"):
+        resolve_backbones(["resnet5O", "resnet18", "hf-hub:nothing", "hf-hub:a/b/c"])
+
+
+def test_a_link_to_nothing_is_said_to_be_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dang").symlink_to("gone")
+    for spec in ("./dang", "local-dir:dang"):
+        with pytest.raises(BackboneError, match="is a link to nothing; pass the folder"):
+            resolve_backbones(spec)
 
 
 def test_weights_without_a_config_are_named(toy_zoo, tmp_path):

@@ -472,8 +472,12 @@ def test_backbones_lists_what_is_there(cli_here, toy_zoo):
     assert "11.2M" in out  # without the classifier
     assert "512" in out
     assert "no model" in cli_here("backbones", "zzz*", code=1)
-    names = "resnet18.a1_in1k", "resnet50.a1_in1k", toy_zoo
-    for key, order in (("imagenet", "resnet50 resnet18 vit"), ("params", "vit resnet18 resnet50")):
+    names = "resnet50.a1_in1k", "resnet18.a1_in1k", toy_zoo
+    for key, order in (
+        ("imagenet", "resnet50 resnet18 vit"),
+        ("params", "vit resnet18 resnet50"),
+        ("name", "resnet18 resnet50 vit"),
+    ):
         shown = cli_here("backbones", *names, "--sort", key)
         assert sorted(order.split(), key=shown.index) == order.split(), shown
     assert "--sort must be name, imagenet" in cli_here("backbones", toy_zoo, "--sort", "x", code=1)
