@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -233,7 +234,8 @@ def search(
         raise
     finally:  # of a call that the folder refused nothing is kept
         if done or _read(out / "config.json") != before:
-            write_config(ctx, out / "config.yaml")
+            with suppress(*[] if done else [OSError]):  # the disk that ended the search is full
+                write_config(ctx, out / "config.yaml")
     if as_json:
         print_json({"folder": str(found.folder), **found.summary})
     else:

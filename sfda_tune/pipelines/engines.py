@@ -21,7 +21,7 @@ from typing import Any, Literal
 from sfda_tune.finetuning.epochs import OutOfTimeError
 from sfda_tune.pipelines.spaces import Space
 from sfda_tune.selection.calibration import Observation
-from sfda_tune.values.files import read_json
+from sfda_tune.values.files import find_disk_fault, read_json
 from sfda_tune.values.formats import TRIAL
 
 __all__ = [
@@ -136,7 +136,8 @@ def run_trial(
     """Train until the end, an error, the end of the time, or until the engine loses hope.
 
     `train` is that of the `Job`; `is_hopeless` is called after every epoch, with the trial as it
-    is then.
+    is then. What ails the disk is raised: it says nothing of the trial, which goes on another time
+    as that of a dead worker does.
     """
     state, error, begun = "complete", None, time.monotonic()
     steps = train(trial)
@@ -148,6 +149,8 @@ def run_trial(
     except OutOfTimeError:
         state, error = ("pruned", None) if trial.epochs else ("failed", NO_TIME)
     except Exception as problem:  # one bad trial never ends a search
+        if find_disk_fault(problem):
+            raise
         text = " ".join(str(problem).split())[:300]
         state, error = "failed", f"{type(problem).__name__}: {text}"
     finally:

@@ -56,6 +56,7 @@ from sfda_tune.selection.diagnostics import diagnose
 from sfda_tune.selection.forecast import find_evidence, forecast, is_forecast
 from sfda_tune.selection.odds import find_odds
 from sfda_tune.selection.uncertainty import shortlist
+from sfda_tune.values.files import find_disk_fault
 from sfda_tune.values.metrics import call, tell
 from sfda_tune.values.ranking import Ranking
 from sfda_tune.values.text import format_bytes, some
@@ -98,6 +99,13 @@ def run_stages(config: SearchConfig, progress: Any = None, number: int = 0) -> N
         except KeyboardInterrupt:
             with suppress(FileNotFoundError), folder.edit() as state:  # or it had not begun
                 state["status"] = "interrupted"
+            raise
+        except Exception as error:
+            if fault := find_disk_fault(error):
+                raise OSError(
+                    f"the disk of {str(folder.path)!r} fails: {os.strerror(fault)}; make room, or "
+                    "mend it, and the same call goes on from here."
+                ) from error
             raise
         finally:
             for worker in workers:

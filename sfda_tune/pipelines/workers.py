@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -96,7 +96,8 @@ def work_as(config: SearchConfig, number: int) -> Iterator[SearchConfig]:
         except KeyboardInterrupt:
             return
         except Exception as error:  # its traceback follows on standard error
-            write_text(note, hide_secrets(f"{type(error).__name__}: {error}", config.storage))
+            with suppress(OSError):  # perhaps it is the disk that is full
+                write_text(note, hide_secrets(f"{type(error).__name__}: {error}", config.storage))
             raise
 
 

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import reprlib
 import shutil
 import stat
@@ -28,9 +29,10 @@ from typing import IO, Any
 from sfda_tune.values.text import csv_line, json_text, printable
 
 __all__ = [
-    "AtLeast", "Table", "check", "check_folder", "clear_leftovers", "digest_file", "open_regular",
-    "parse_csv", "parse_json", "read_json", "read_rows", "read_text", "replacing", "say_kind",
-    "unfinished", "write_bytes", "write_csv", "write_json", "write_text",
+    "AtLeast", "Table", "check", "check_folder", "clear_leftovers", "digest_file",
+    "find_disk_fault", "open_regular", "parse_csv", "parse_json", "read_json", "read_rows",
+    "read_text", "replacing", "say_kind", "unfinished", "write_bytes", "write_csv", "write_json",
+    "write_text",
 ]  # fmt: skip
 
 PREFIX, SUFFIX = ".sfda_tune-", ".tmp"  # of the names of what is not whole yet
@@ -43,6 +45,8 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
     (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
 )
+# A full disk, one that cannot be written to, one that fails; Windows has no EDQUOT.
+_DISK = {getattr(errno, n, errno.ENOSPC) for n in ("ENOSPC", "EDQUOT", "EROFS", "EIO")}
 _CLEARED: set[str] = set()  # folders that this process has looked through
 _LOCK = threading.Lock()
 
@@ -385,3 +389,22 @@ def write_json(path: Path, value: Any) -> None:
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Write a table, atomically."""
     write_text(path, "".join(map(csv_line, rows)))
+
+
+def find_disk_fault(error: BaseException | None) -> int | None:
+    """Return the number of the error if it, or one behind it, is one of the disk.
+
+    Those of safetensors, of SQLite, and of other processes on Ray have it in their text only.
+
+    >>> find_disk_fault(RuntimeError("I/O error (os error 28)")), find_disk_fault(KeyError())
+    (28, None)
+    """
+    while error is not None:
+        text = str(error)
+        codes = [int(n) for n in re.findall(r"(?:\(os error |\[Errno )(\d+)", text)]
+        codes += [errno.ENOSPC] * ("database or disk is full" in text)
+        for code in [getattr(error, "errno", None), *codes]:
+            if code in _DISK:
+                return code
+        error = error.__cause__ or error.__context__
+    return None

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors import SafetensorError
 
 import sfda_tune
 from sfda_tune import Ranking, __version__
@@ -772,6 +773,26 @@ def test_what_fails_after_its_document_is_still_one(cli_here, tmp_path, monkeypa
     told = json.loads(cli_here(*words, code=1, both=True)[0])
     assert list(told["failed"]) == ["net"]
     assert "error" not in told
+
+
+def test_a_full_disk_is_one_line_and_the_same_search_goes_on(cli_here, tmp_path, monkeypatch):
+    words = ["digits", "-b", "demo:resnet_glyphs", "--samples", "90", "--epochs", "1"]
+    words = ["search", *words, "--trials", "2", "-o", tmp_path / "run"]
+
+    def fill(path, *content):
+        if path.suffix == ".safetensors":
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device", path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sfda_tune.finetuning.checkpoints.write_tensors", fill)
+        patch.setattr("sfda_tune.cli.config.write_text", fill)
+        err = cli_here(*words, "-q", code=1)
+    assert re.fullmatch(r"error: the disk of '.*run' fails: No space left.*; make room.*\n", err)
+    cli_here(*words)
+    trials = SearchResult.open(tmp_path / "run").trials
+    assert [t["state"] for t in trials] == ["complete", "complete"]
+    assert (tmp_path / "run" / "config.yaml").is_file()
 
 
 def test_a_search_writes_its_options_without_secrets(tmp_path, monkeypatch):

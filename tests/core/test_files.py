@@ -1,6 +1,8 @@
 import dataclasses
+import errno
 import os
 import socket
+import sqlite3
 import stat
 import threading
 import time
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from sfda_tune.extraction.store import FeatureStore
 from sfda_tune.finetuning.checkpoints import write_tensors
@@ -21,6 +24,7 @@ from sfda_tune.selection.tables import read_scores
 from sfda_tune.values.files import (
     check,
     clear_leftovers,
+    find_disk_fault,
     open_regular,
     read_json,
     read_rows,
@@ -64,6 +68,23 @@ def test_an_error_leaves_the_old_file(tmp_path):
     with pytest.raises(ArithmeticError):
         fail()
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_full_disk_is_known_however_it_is_told(tmp_path):
+    pages = sqlite3.connect(tmp_path / "x.db")
+    pages.execute("PRAGMA max_page_count = 2")
+    pages.execute("CREATE TABLE t (x)")
+    with pytest.raises(sqlite3.OperationalError) as full:
+        pages.execute("INSERT INTO t VALUES (zeroblob(1000000))")
+    pages.close()
+    told = "Traceback …\nOSError: [Errno 30] Read-only file system: 'x'"
+    rust = SafetensorError("I/O error: No space left on device (os error 28)")
+    for error in (full.value, rust, OSError(errno.EDQUOT, "quota"), RuntimeError(told)):
+        assert find_disk_fault(error)
+        behind, unsaid = ValueError("other"), ValueError("other")
+        behind.__cause__, unsaid.__context__ = error, error
+        assert find_disk_fault(behind) == find_disk_fault(unsaid) == find_disk_fault(error)
+    assert find_disk_fault(FileNotFoundError(2, "not there")) is None
 
 
 def test_names_in_other_encodings_come_back(tmp_path):

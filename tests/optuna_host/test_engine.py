@@ -1,5 +1,6 @@
 """The Optuna engine by itself: which trials it asks for, and what becomes of those of the dead."""
 
+import errno
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ import optuna
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
+from safetensors import SafetensorError
 from sfda_tune_optuna import engine
 from sfda_tune_optuna.engine import BEAT, FOLDER, RECORD, open_study, read_trials, tune
 from sfda_tune_optuna.history import observe
@@ -116,6 +118,24 @@ def test_no_time_is_no_evidence(job):
     study = open_study(limited)
     assert study.trials[0].state == TrialState.FAIL
     assert observe(study, study.trials[:1], "backbone") == ()
+
+
+@pytest.mark.parametrize("fault", [
+    SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+    OSError(errno.EROFS, "Read-only file system"),
+])  # fmt: skip
+def test_a_full_disk_ends_the_search_and_costs_no_trial(job, fault):
+    def fail(trial):
+        yield next(one_value(learn(trial)))
+        raise RuntimeError("the epoch could not be kept") from fault
+
+    with pytest.raises(RuntimeError, match="could not be kept"):
+        tune(job(train=fail))
+    seen = []
+    trials = tune(job(train=lambda t: seen.append(t) or one_value(learn(t))))
+    assert {t.state for t in trials} == {"complete", "pruned"}
+    assert len(seen) == len(trials) == 8
+    assert "00000" in {t.folder for t in trials}
 
 
 def test_the_trial_of_a_dead_worker_goes_on_in_its_folder(job):
