@@ -11,6 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from sfda_tune.values.files import read_rows
+from sfda_tune.values.text import as_tuple
 
 try:
     from optunahub.benchmarks import BaseProblem
@@ -78,6 +79,7 @@ class BackboneSelectionProblem(BaseProblem):
         where: Mapping[str, Any] | None = None,
         proxy_scores: Mapping[str, float] | None = None,
     ) -> None:
+        params = as_tuple("params", params)
         runs: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
         columns = (backbone, *params, value, *([seconds] if seconds else []), *(where or {}))
         for row in read_rows(table, ()) if isinstance(table, (str, os.PathLike)) else table:

@@ -23,7 +23,7 @@ from sfda_tune.finetuning.run import finetune
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check, read_json, write_text
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import json_text
+from sfda_tune.values.text import as_tuple, json_text
 from sfda_tune_sklearn.images import as_dataset, read_images
 
 __all__ = ["BackboneEstimator"]
@@ -237,6 +237,7 @@ class BackboneEstimator(BaseEstimator):
         """
         folder = Path(folder)
         file = folder / f"{cls._kind}.json"
+        plugins = as_tuple("plugins", plugins)
         try:
             state = read_json(file, {str: object})
         except FileNotFoundError:
@@ -248,7 +249,7 @@ class BackboneEstimator(BaseEstimator):
             )
         try:
             check(state, cls._state)
-            params = {**state["params"], "plugins": tuple(plugins)}
+            params = {**state["params"], "plugins": plugins}
             arguments: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
             self = cls(**arguments)
             for name in _FITTED:
@@ -263,7 +264,7 @@ class BackboneEstimator(BaseEstimator):
         self.ranking_ = Ranking.from_json(folder / "ranking.json")
         self.model_ = load_model(folder / "model", plugins=plugins)
         spec = f"local-dir:{folder.absolute() / 'model'}"
-        self._backbone = Backbone(state["backbone"], spec, plugins=tuple(plugins))
+        self._backbone = Backbone(state["backbone"], spec, plugins=plugins)
         self.backbone_, self.result_ = state["backbone"], None
         return self
 

@@ -39,7 +39,7 @@ from sfda_tune.backbones.loading import WEIGHT_FILES, files_in, is_weights
 from sfda_tune.backbones.plugins import BackboneError, load_plugin
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import say_kind
-from sfda_tune.values.text import did_you_mean, printable
+from sfda_tune.values.text import as_tuple, did_you_mean, printable
 
 __all__ = ["resolve_backbones"]
 
@@ -69,7 +69,8 @@ def resolve_backbones(specs: Any, *, plugins: Iterable[str] = ()) -> list[Backbo
     >>> [b.name for b in resolve_backbones("demo:*noise*")]
     ['demo:resnet_noise']
     """
-    plugins = tuple(os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in plugins)
+    given = as_tuple("plugins", plugins)
+    plugins = tuple(os.path.abspath(p) if os.path.exists(p) else os.fspath(p) for p in given)
     for plugin in plugins:
         load_plugin(plugin)
     if isinstance(specs, (str, os.PathLike, Backbone, Mapping)) or not isinstance(specs, Iterable):

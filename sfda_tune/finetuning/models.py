@@ -35,7 +35,7 @@ from sfda_tune.finetuning.tasks import Task, read_task
 from sfda_tune.values import formats
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import digest_file, read_json, replacing, unfinished, write_text
-from sfda_tune.values.text import integer, one_line
+from sfda_tune.values.text import as_tuple, integer, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,9 @@ def load_model(
             f"{PROVENANCE}."
         )
     if (folder / CONFIG).is_file():
-        backbone = Backbone(folder.name, f"local-dir:{folder}", plugins=tuple(plugins))
+        backbone = Backbone(
+            folder.name, f"local-dir:{folder}", plugins=as_tuple("plugins", plugins)
+        )
     elif backbone is None:
         raise BackboneError(
             f"`backbone` must be given for {str(folder)!r}: its {provenance['backbone']!r} is no "

@@ -11,7 +11,7 @@ from typing import Any
 
 from sfda_tune.values.features import Backbone
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, some
+from sfda_tune.values.text import as_tuple, integer, some
 
 __all__ = ["ModelInit", "TrainerSpace"]
 
@@ -93,7 +93,7 @@ class TrainerSpace:
     ) -> ModelInit:
         """Return the ``model_init`` of the Trainer, see `ModelInit`."""
         names = [str(c) for c in (range(classes) if isinstance(classes, int) else classes)]
-        return ModelInit(self, tuple(names), rescale, tuple(plugins))
+        return ModelInit(self, tuple(names), rescale, as_tuple("plugins", plugins))
 
 
 @dataclass(frozen=True, eq=False)

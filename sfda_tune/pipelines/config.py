@@ -19,7 +19,7 @@ from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check_folder
 from sfda_tune.values.metrics import LOWER
 from sfda_tune.values.redaction import redact
-from sfda_tune.values.text import integer, require
+from sfda_tune.values.text import as_tuple, integer, require
 
 __all__ = ["SearchConfig"]
 
@@ -90,10 +90,11 @@ class SearchConfig:
         self._set("out", Path(self.out).absolute())
         if isinstance(objective, str):
             objective = objective.replace(" ", "").split(",")
-        self._set("objective", tuple(objective))
-        self._set("plugins", tuple(self.plugins))
+        self._set("objective", as_tuple("objective", objective))
+        self._set("plugins", as_tuple("plugins", self.plugins))
         self._set("bands", list_bands(self.bands))
-        self._set("previous", tuple(str(Path(run).absolute()) for run in self.previous or ()))
+        runs = as_tuple("previous", self.previous or ())
+        self._set("previous", tuple(str(Path(run).absolute()) for run in runs))
         if self.trials is None and self.budget is None:
             self._set("trials", TRIALS)
         if self.keep is None:

@@ -52,7 +52,7 @@ from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, require, some
+from sfda_tune.values.text import as_tuple, integer, require, some
 
 __all__ = ["Prepared", "RankingInterruptedError", "prepare", "rank"]
 
@@ -243,7 +243,8 @@ def rank(
         device=None if device == "auto" else device,
         precision=None if precision == "float32" else precision,
         max_unreadable=None if max_unreadable == 0.1 else max_unreadable,
-        plugins=(plugins := list(plugins)) or None, race=race, top=top, budget=budget,
+        plugins=(plugins := [*as_tuple("plugins", plugins)]) or None,
+        race=race, top=top, budget=budget,
         ensemble=ensemble, split_column=split_column, task=task, bit_depth=bit_depth,
         label_delimiter=label_delimiter, levels=list_levels(levels),
         label_columns=label_columns if isinstance(label_columns, str | None) else [*label_columns],

@@ -68,7 +68,7 @@ def search(
     plugins: Iterable[str] = (),
     cache: bool | str | os.PathLike[str] | None = True,
     weights_disk: str | int | None = None,
-    previous: Sequence[str | os.PathLike[str]] = (),
+    previous: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     progress: Any = None,
@@ -155,7 +155,7 @@ def search(
         "50GB" (or bytes): those of networks that are ranked make room for the next, those of the
         `keep` that are tuned stay until the test is done. What was here before stays. For an
         engine that trains on this machine.
-    previous : sequence of path, optional
+    previous : path or sequence of path, optional
         Folders of finished searches on other data: what parameters did best there is preferred, as
         far as the trials of this search bear it out. With one objective.
     seed : int, default 0

@@ -56,7 +56,7 @@ from sfda_tune.selection.uncertainty import (
 from sfda_tune.values.features import Score, read_only
 from sfda_tune.values.files import read_text
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import integer, is_number, require
+from sfda_tune.values.text import as_tuple, integer, is_number, require
 
 __all__ = [
     "MODES", "Forecast", "find_evidence", "find_facts", "find_promise", "forecast", "is_forecast",
@@ -248,7 +248,7 @@ def forecast(
     n_draws, seed = integer("n_draws", n_draws, 2), integer("seed", seed, 0)
     require("level", level, "in (0, 1)", is_number(level) and 0 < level < 1)
     require("train", train, f"one of {', '.join(MODES)}", train in MODES)
-    columns = [*scores] if isinstance(scores, Mapping) else []
+    columns, unseen = [*scores] if isinstance(scores, Mapping) else [], as_tuple("unseen", unseen)
     if isinstance(scores, Ranking):
         scores = find_evidence(scores)
         if scores.metric in [f"forecast ({mode})" for mode in MODES]:

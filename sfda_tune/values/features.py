@@ -13,7 +13,7 @@ import numpy as np
 
 from sfda_tune.values.files import LARGEST_NUMBER
 from sfda_tune.values.labels import NOUNS, as_indicators, encode_labels
-from sfda_tune.values.text import format_count, integer, one_line, printable
+from sfda_tune.values.text import as_tuple, format_count, integer, one_line, printable
 
 __all__ = ["Backbone", "Features", "MetricResult", "Score"]
 
@@ -92,7 +92,7 @@ class Backbone:
             )
         if not self.spec and self.load is None:
             object.__setattr__(self, "spec", self.name)
-        object.__setattr__(self, "plugins", tuple(self.plugins))
+        object.__setattr__(self, "plugins", as_tuple("plugins", self.plugins))
 
     def taking(self, channels: int) -> Backbone:
         """Return the same candidate for images of so many channels.

@@ -12,15 +12,17 @@ import difflib
 import json
 import math
 import numbers
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "DECIMAL", "capitalize", "csv_line", "describe_images", "did_you_mean", "format_count",
-    "format_duration", "integer", "is_integer", "is_number", "json_text", "letters",
-    "one_line", "parse_bytes", "printable", "read_csv_cell", "require", "some", "without_nan",
+    "DECIMAL", "as_tuple", "capitalize", "csv_line", "describe_images", "did_you_mean",
+    "format_count", "format_duration", "integer", "is_integer", "is_number", "json_text",
+    "letters", "one_line", "parse_bytes", "printable", "read_csv_cell", "require",
+    "some", "without_nan",
 ]  # fmt: skip
 
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
@@ -120,6 +122,18 @@ def require(name: str, value: Any, rule: str, holds: Any) -> None:
     """Raise a ValueError that names argument, rule and value, unless the rule `holds`."""
     if not holds:
         raise ValueError(f"`{name}` must be {rule} but is {value!r}.")
+
+
+def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """Return the values of an argument that takes several; one text or path is one of them.
+
+    >>> as_tuple("plugins", "models.py"), as_tuple("plugins", ["a", "b"])
+    (('models.py',), ('a', 'b'))
+    """
+    if isinstance(values, (str, os.PathLike)):
+        return (values,)
+    require(name, values, "a list, or one of its values,", isinstance(values, Iterable))
+    return tuple(values)
 
 
 def did_you_mean(value: Any, known: Iterable[str]) -> str:

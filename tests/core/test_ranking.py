@@ -224,6 +224,8 @@ def test_a_metric_that_fails_is_recorded(photos, toy_zoo):
         ({"precision": "nonsense"}, "`precision`"),
         ({"samples": 0}, "`n`|`samples`"),
         ({"plugins": ["/no/such.py"]}, "could not be imported"),
+        ({"plugins": "/no/such.py"}, "'/no/such.py' could not be imported"),
+        ({"plugins": None}, "`plugins` must be a list, or one of its values, but is None"),
     ],
 )
 def test_arguments_refused_before_any_work(photos, toy_zoo, arguments, message):

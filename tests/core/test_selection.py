@@ -209,6 +209,13 @@ def test_python_and_the_command_line_continue_each_other(tmp_path):
     assert given[0].objective == given[1].objective == ("accuracy", "params")
 
 
+def test_one_text_or_path_is_one_of_several(tmp_path):
+    for old in (tmp_path / "old", str(tmp_path / "old")):
+        told = config_of("digits", plugins="my_models.py", previous=old, out=tmp_path)
+        assert told.plugins == ("my_models.py",)
+        assert told.previous == (str(old),)
+
+
 def test_a_folder_may_be_written_otherwise_when_a_search_goes_on(photos, tmp_path, monkeypatch):
     """`search photos/` at the command line, `search("photos")` or an absolute path in Python."""
     monkeypatch.chdir(photos.parent)

@@ -260,7 +260,7 @@ def test_benchmark_of_a_table(tmp_path):
     lines += [",".join((*map(str, row.values()), d)) for row in ROWS for d in ("x", "y")]
     file.write_text("\n".join(lines))
     problem = BackboneSelectionProblem(ROWS, **COLUMNS, proxy_scores={"a": 2, "b": 1})
-    same = BackboneSelectionProblem(file, **COLUMNS, where={"data": "x"})
+    same = BackboneSelectionProblem(file, **COLUMNS, where={"data": "x"}, params="lr")
     assert problem.backbones == same.backbones == ("a", "b")
     assert problem.dropped == ("c",)
     assert problem.costs == same.costs == {"a": 10.0, "b": 20.0}

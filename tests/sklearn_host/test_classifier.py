@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 import sfda_tune
+from sfda_tune import BackboneError
 from sfda_tune.finetuning.models import load_model, predict
 
 COMMON = {"finetune": False, "cache": False, "device": "cpu"}
@@ -86,6 +87,8 @@ def test_folder_must_hold_a_classifier(fitted, tmp_path):
     state["params"]["plugins"] = ["evil.py"]  # never run: the module does not exist
     (folder / "classifier.json").write_text(json.dumps(state))
     assert BackboneClassifier.load(folder).plugins == ()
+    with pytest.raises(BackboneError, match=r"'evil\.py' could not be imported"):
+        BackboneClassifier.load(folder, plugins="evil.py").predict(X[:1])
 
 
 def test_only_what_has_a_name_can_be_saved(tmp_path):
