@@ -27,7 +27,7 @@ from sfda_tune.data.decoding import (
 )
 from sfda_tune.data.formats import Reading
 from sfda_tune.values.labels import NOUNS, as_indicators, find_rarest, tell_unit
-from sfda_tune.values.text import is_integer, one_line, printable
+from sfda_tune.values.text import LARGEST_SEED, integer, is_integer, one_line, printable
 
 __all__ = ["ImageDataset"]
 
@@ -309,6 +309,7 @@ class ImageDataset:
         """
         if not is_integer(n, 1):
             raise DatasetError(f"`samples` must be a positive int but is {n!r}.")
+        seed = integer("seed", seed, 0, LARGEST_SEED)
         return self if n >= len(self) else self.subset(self.sample_rows(int(n), seed))
 
     def sample_rows(self, n: int, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sfda_tune.backbones.devices import check_precision
 from sfda_tune.values.features import Backbone, Features
-from sfda_tune.values.text import integer, require
+from sfda_tune.values.text import integer, is_number, require
 
 __all__ = ["PRECISIONS", "Extraction", "Map", "Settings"]
 
@@ -72,7 +72,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, integer(name, value, least))
-        if not 0 <= self.max_unreadable <= 1:
+        if not (is_number(self.max_unreadable) and 0 <= self.max_unreadable <= 1):
             raise ValueError(
                 f"`max_unreadable` must lie in 0 … 1 but is {self.max_unreadable!r}; it is the "
                 "fraction of images that may be unreadable."

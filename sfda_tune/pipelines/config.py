@@ -19,7 +19,7 @@ from sfda_tune.values.features import Backbone
 from sfda_tune.values.files import check_folder
 from sfda_tune.values.metrics import LOWER
 from sfda_tune.values.redaction import redact
-from sfda_tune.values.text import as_tuple, integer, require
+from sfda_tune.values.text import LARGEST_SEED, as_tuple, integer, is_number, positive, require
 
 __all__ = ["SearchConfig"]
 
@@ -161,7 +161,9 @@ def _check_numbers(c: SearchConfig) -> None:
         if g[name] is not None:
             c._set(name, integer(name, g[name], least))
     for name in ("max_params", "max_latency"):
-        require(name, g[name], "a number > 0", g[name] is None or g[name] > 0)
+        if g[name] is not None:
+            positive(name, g[name])
+    c._set("seed", integer("seed", c.seed, 0, LARGEST_SEED))
     first, monitors = c.kind.monitors[0], c.kind.monitors
     allowed = (first, f"{first},latency", f"{first},params")
     require("objective", c.objective, f"one of {allowed}", ",".join(c.objective) in allowed)
@@ -173,8 +175,7 @@ def _check_numbers(c: SearchConfig) -> None:
     if isinstance(c.test, float):
         require("test", c.test, "in (0, 1), or a data set", 0 < c.test < 1)
     limit = c.max_unreadable
-    is_share = isinstance(limit, (int, float)) and 0 <= limit <= 1
-    require("max_unreadable", limit, "in 0 … 1", is_share)
+    require("max_unreadable", limit, "in 0 … 1", is_number(limit) and 0 <= limit <= 1)
     parse_budget(c.budget)
     parse_weights_disk(c.weights_disk)
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from sfda_tune.pipelines.engines import Trial
 from sfda_tune.values.features import Score
-from sfda_tune.values.text import format_bytes, printable
+from sfda_tune.values.text import format_bytes, printable, require
 
 REDRAW = 0.2  # seconds between two pictures of a bar in a notebook
 LEADERS = 5  # backbones below a bar
 LONG = 10_000  # forward passes of which it is said before that they are many
 
-__all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress", "is_notebook"]
+__all__ = ["Bar", "NullProgress", "SearchProgress", "as_progress", "check_progress", "is_notebook"]
 
 
 class NullProgress:
@@ -325,6 +325,13 @@ def _say_coming(backbone: str, done: int, total: int | None) -> str:
         return ""
     of = "" if total is None else f" of {format_bytes(total)}"
     return f"fetching {printable(backbone)}: {format_bytes(done)}{of}"
+
+
+def check_progress(progress: Any) -> None:
+    """Refuse what `as_progress` cannot show."""
+    rule = "True, False, or an object with the methods of NullProgress,"
+    known = not progress or progress is True or hasattr(progress, "start")
+    require("progress", progress, rule, known)
 
 
 @contextmanager

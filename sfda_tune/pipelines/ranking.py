@@ -52,7 +52,7 @@ from sfda_tune.selection.images import judge_images
 from sfda_tune.selection.racing import Judge, RaceConfig, RaceResult, make_rungs, run
 from sfda_tune.values.features import Backbone, Score
 from sfda_tune.values.ranking import Ranking
-from sfda_tune.values.text import as_tuple, integer, require, some
+from sfda_tune.values.text import LARGEST_SEED, as_tuple, integer, require, some
 
 __all__ = ["Prepared", "RankingInterruptedError", "prepare", "rank"]
 
@@ -236,6 +236,12 @@ def rank(
     >>> len(ranking), ranking.info["n_samples"]
     (2, 100)
     """
+    from sfda_tune.pipelines.progress import as_progress, check_progress
+
+    check_progress(progress)
+    seed = integer("seed", seed, 0, LARGEST_SEED)
+    is_map = map_fn is None or callable(map_fn)
+    require("map_fn", map_fn, "a function that is called like `map`, or None", is_map)
     arguments = _record_arguments(
         dataset, backbones=_name_backbones(backbones), metric=metric, variant=variant,
         train=train, samples=samples, seed=seed or None,
@@ -269,8 +275,6 @@ def rank(
     if not callable(metric):
         _require_pair(images)
     images = with_near(images, near.pairs if near else [])
-
-    from sfda_tune.pipelines.progress import as_progress
 
     if seconds is not None:
         import timm  # noqa: F401 - takes seconds, which are no network's price

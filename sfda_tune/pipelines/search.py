@@ -20,7 +20,7 @@ from sfda_tune.data.opening import check_form
 from sfda_tune.finetuning.images import own_randomness
 from sfda_tune.pipelines.clock import counting
 from sfda_tune.pipelines.config import SearchConfig
-from sfda_tune.pipelines.progress import SearchProgress, as_progress
+from sfda_tune.pipelines.progress import SearchProgress, as_progress, check_progress
 from sfda_tune.pipelines.result import SearchResult
 from sfda_tune.pipelines.stages import run_stages
 from sfda_tune.pipelines.workers import share_cores
@@ -202,6 +202,7 @@ def search(
         label_delimiter=label_delimiter, levels=levels, loss=loss, bit_depth=bit_depth,
         bands=bands, weights_disk=weights_disk, threads=threads,
     )  # fmt: skip
+    check_progress(progress)
     check_form(dataset)  # before torch is imported, which takes seconds
     check_device(device)
     _check_names(config)

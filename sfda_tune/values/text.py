@@ -19,12 +19,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 __all__ = [
-    "DECIMAL", "as_tuple", "capitalize", "csv_line", "describe_images", "did_you_mean",
+    "DECIMAL", "LARGEST_SEED", "as_tuple", "capitalize", "csv_line", "describe_images",
+    "did_you_mean",
     "format_count", "format_duration", "integer", "is_integer", "is_number", "json_text",
-    "letters", "one_line", "parse_bytes", "printable", "read_csv_cell", "require",
+    "letters", "one_line", "parse_bytes", "positive", "printable", "read_csv_cell", "require",
     "some", "without_nan",
 ]  # fmt: skip
 
+LARGEST_SEED = 2**32 - 1  # what NumPy's older streams take, so scikit-learn and Optuna
 # What makes a spreadsheet run a cell, behind any number of apostrophes, and what does not.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full width
 DECIMAL = r"(?:\d+\.?\d*|\.\d+)"  # a number without a sign
@@ -174,6 +176,11 @@ def is_number(value: Any) -> bool:
     (True, True, False, False)
     """
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def positive(name: str, value: Any) -> None:
+    """Refuse what is no number > 0, or infinite."""
+    require(name, value, "a finite number > 0", is_number(value) and 0 < value < math.inf)
 
 
 def parse_bytes(name: str, text: str) -> int:

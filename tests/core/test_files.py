@@ -227,7 +227,13 @@ def test_what_is_no_json_is_one_line(tmp_path, text):
 
 def config_with_out(out):
     given = dict.fromkeys(f.name for f in dataclasses.fields(SearchConfig))
-    given |= {"workers": 1, "objective": "accuracy", "metric": "accuracy", "plugins": ()}
+    given |= {
+        "workers": 1,
+        "seed": 0,
+        "objective": "accuracy",
+        "metric": "accuracy",
+        "plugins": (),
+    }
     return SearchConfig(**given | {"max_unreadable": 0.1, "out": out})
 
 

@@ -225,6 +225,12 @@ def test_a_metric_that_fails_is_recorded(photos, toy_zoo):
         ({"samples": 0}, "`n`|`samples`"),
         ({"plugins": ["/no/such.py"]}, "could not be imported"),
         ({"plugins": "/no/such.py"}, "'/no/such.py' could not be imported"),
+        ({"seed": -1}, "`seed` must be an integer in 0 … 4294967295 but is -1"),
+        ({"seed": "a", "samples": 30}, "`seed` must be an integer in 0 … 4294967295 but is 'a'"),
+        ({"budget": [5]}, "`budget` must be a time such as"),
+        ({"max_unreadable": "few"}, "`max_unreadable` must lie in 0 … 1 but is 'few'"),
+        ({"map_fn": 3}, "`map_fn` must be a function .* but is 3"),
+        ({"progress": "x"}, "`progress` must be True, False, or an object with"),
         ({"plugins": None}, "`plugins` must be a list, or one of its values, but is None"),
     ],
 )
