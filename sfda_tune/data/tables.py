@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -30,7 +30,11 @@ LABEL_COLUMNS = ("label", "class", "target", "category", "y")
 
 
 def find_column(
-    argument: str, given: str | None, columns: Iterable[str], where: str, typed: Sequence[str] = ()
+    argument: str,
+    given: str | None,
+    columns: Collection[str],
+    where: str,
+    typed: Sequence[str] = (),
 ) -> str:
     """Find a column by name, else as the only one of the right type, else by a usual name."""
     usual = {"image_column": IMAGE_COLUMNS, "label_column": LABEL_COLUMNS}.get(argument, ())
@@ -41,6 +45,8 @@ def find_column(
         for column in (typed if given is None else ()) or columns:
             if column == name or (given is None and column.lower() == name):
                 return column
+    if not columns:
+        raise DatasetError(f"{where} is empty.")
     raise DatasetError(
         f"`{argument}` must be a column of {where}, one of {some(map(repr, columns), 20)}, "
         f"but is {given!r}"

@@ -1192,6 +1192,11 @@ def test_csv_columns(tmp_path):
     assert open_dataset(path).classes == ("a", "b")
     assert open_dataset(path, label_column="kind").classes == ("x", "y")
     assert open_dataset(path, image_column="Filename").load(0).size == (6, 4)
+    for empty in ("", "\n"):
+        (tmp_path / "e.csv").write_text(empty)
+        for options in ({}, {"label_columns": "a"}):
+            text = message(tmp_path / "e.csv", **options)
+            assert "e.csv' (its first line must name the columns) is empty." in text
     text = message(path, label_column="color")
     assert "`label_column` must be a column of Table" in text
     assert "one of 'id', 'Class', 'Filename', 'kind', but is 'color'" in text
