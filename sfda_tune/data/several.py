@@ -213,18 +213,18 @@ def open_coco(spec: Any, least: int, task: str | None = None) -> ImageDataset:
     """Open a file of annotations like COCO's: an image has the categories annotated in it."""
     path = absolute(spec)
     where = f"The annotations {path!r}"
-    if task != "multilabel":
-        raise DatasetError(
-            f"{where} may give several labels to an image: pass task='multilabel' (--task "
-            "multilabel)."
-        )
     try:
         data = parse_json(read_text(path, limit=1 << 60), _COCO)
     except (OSError, ValueError) as error:
         raise DatasetError(
             f"{where} must be JSON like COCO's, with images, annotations and categories: "
-            f"{one_line(error)}."
+            f"{one_line(error)}. A table of paths and labels is a .csv, .tsv or .parquet file."
         ) from None
+    if task != "multilabel":
+        raise DatasetError(
+            f"{where} may give several labels to an image: pass task='multilabel' (--task "
+            "multilabel)."
+        )
     images, position = data["images"], {image["id"]: n for n, image in enumerate(data["images"])}
     categories = sorted(data["categories"], key=lambda c: (isinstance(c["id"], str), c["id"]))
     code = {category["id"]: c for c, category in enumerate(categories)}

@@ -257,6 +257,7 @@ def test_lists_may_be_classes_and_names_with_commas_are(tmp_path):
     ("change", "message"),
     [
         (lambda d: d.pop("categories"), "with images, annotations and categories"),
+        (lambda d: d.pop("images"), "A table of paths and labels is a .csv"),
         (lambda d: d["annotations"].append({"image_id": 5, "category_id": 7}), "of the image 5"),
         (lambda d: d["annotations"].append({"image_id": 100, "category_id": 1}), "category 1"),
         (lambda d: d["images"].append(dict(d["images"][0])), "an id of its own"),
@@ -272,6 +273,13 @@ def test_annotations_that_are_not_understood(change, message, tmp_path):
     path.write_text(json.dumps(data))
     with pytest.raises(DatasetError, match=message):
         open_dataset(path, **options)
+
+
+def test_records_are_no_annotations_whatever_the_task(tmp_path):
+    (tmp_path / "t.json").write_text('[{"path": "a.png", "label": "cat"}]')
+    for task in (None, "multilabel"):
+        with pytest.raises(DatasetError, match=r"must be JSON like COCO's.*is a \.csv"):
+            open_dataset(tmp_path / "t.json", task=task)
 
 
 # Ranking -----------------------------------------------------------------------------------------
