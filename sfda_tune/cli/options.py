@@ -179,6 +179,8 @@ def _log_to(handler: logging.Handler, level: int, ctx: typer.Context) -> None:
 
 def _log_to_file(ctx: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
+        if str(path) == "-":
+            raise typer.BadParameter("'-' is no name of a file; --verbose tells the terminal.")
         try:
             handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:

@@ -314,6 +314,9 @@ def check_out(out: Path, option: str, *, replaces: bool = True) -> None:
 
     What `replaces` the file as a whole would put one in the place of a FIFO or a device.
     """
+    if str(out) == "-":
+        hint = "" if replaces else "; standard output is /dev/stdout"
+        fail(f"{option} must be the name of a file but is '-'{hint}.")
     if not out.parent.is_dir():
         fail(f"{option}: there is no folder {str(out.parent)!r}; create it first.")
     if not os.access(out.parent, os.W_OK) or out.is_dir():

@@ -234,6 +234,18 @@ def test_usage_errors(cli, cli_here):
     assert "'convnext_*.fb_in22k*'" in cli_here("rank", "--help")
 
 
+def test_a_dash_is_no_name_of_a_file(cli_here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, option, code in (
+        ("predict run x.png --csv -", "--csv must be the name of a file but is '-'", 1),
+        ("predict run x.png --jsonl -", "--jsonl must be the name of a file but is '-'", 1),
+        ("report r.json --out -", "--out must be the name of a file but is '-'", 1),
+        ("rank digits --log -", "'--log'.*: '-' is no name of a file", 2),
+    ):
+        assert re.search(option, cli_here(*words.split(), code=code))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_file_is_not_replaced_by_one(cli_here, tmp_path):
     pipe, folder, known = tmp_path / "pipe.json", tmp_path / "x.html", tmp_path / "r.json"
     os.mkfifo(pipe)
