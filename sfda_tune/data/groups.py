@@ -23,6 +23,7 @@ from sfda_tune.values.text import is_number, one_line, printable, some
 
 __all__ = [
     "FOLDERS",
+    "check_classes",
     "check_groups",
     "describe_groups",
     "describe_options",
@@ -135,6 +136,20 @@ def check_groups(groups: np.ndarray) -> None:
             f"every one of the {n} images is a group of its own ({some(groups[:3])}): groups "
             "change nothing; name what several images share.",
             stacklevel=3,
+        )
+
+
+def check_classes(dataset: Any) -> None:
+    """Refuse groups that leave no image to judge another of its class by."""
+    codes = dataset.group_codes
+    if codes is None or dataset.task != "classification":
+        return
+    pairs = np.unique(np.stack([dataset.labels, codes]), axis=1)
+    if np.bincount(pairs[0]).max() == 1:
+        raise DatasetError(
+            f"`groups` must leave some class in two groups, but each of the "
+            f"{len(dataset.classes)} classes lies within one: an image is judged by others of its "
+            "class, without its group. Name smaller groups, or leave groups out."
         )
 
 

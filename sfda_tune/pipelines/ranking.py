@@ -26,7 +26,7 @@ from sfda_tune.data.copies import CopiesWarning, Twins, find_alike, find_twins, 
 from sfda_tune.data.dataset import ImageDataset
 from sfda_tune.data.decoding import UNREADABLE, Passing
 from sfda_tune.data.formats import list_bands
-from sfda_tune.data.groups import describe_groups, describe_options
+from sfda_tune.data.groups import check_classes, describe_groups, describe_options
 from sfda_tune.data.labels import list_levels
 from sfda_tune.data.near import Near, describe_near, find_near, with_near
 from sfda_tune.data.opening import check_form, open_dataset, settle_task
@@ -501,6 +501,8 @@ def prepare(
         dataset, task=task, label_columns=label_columns, label_delimiter=label_delimiter,
         levels=levels, **opening,
     )  # fmt: skip
+    if not callable(metric) and any(term.knows_groups for term in scorer.terms):
+        check_classes(images)
     candidates = [backbone.taking(images.channels) for backbone in candidates]
     if ensemble is not None:
         images.require_classes("for an `ensemble`")

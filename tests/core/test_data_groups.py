@@ -336,6 +336,17 @@ def test_metrics_that_know_no_groups_are_named():
     assert set(sfda_tune.rank(data, "demo:resnet_*", metric=own, **options).values()) == {20.0}
 
 
+def test_classes_as_groups_are_refused_before_any_image_is_read(monkeypatch):
+    data = open_dataset("digits", samples=80)
+    options: dict[str, Any] = {"groups": list(data.labels), "cache": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageDataset, "digest", lambda *_: pytest.fail("an image was read"))
+        for metric in (None, "knn", "sfda + logme"):
+            with pytest.raises(DatasetError, match="`groups` must leave some class in two groups"):
+                sfda_tune.rank(data, "demo:resnet_glyphs", metric=metric, **options)
+    assert not sfda_tune.rank(data, "demo:resnet_glyphs", metric="logme", **options).failed
+
+
 def test_a_race_and_lone_classes_with_groups():
     data = open_dataset("digits", samples=200)
     ranking = sfda_tune.rank(
