@@ -32,7 +32,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from sfda_tune.finetuning.config import FinetuneConfig
 from sfda_tune.pipelines.engines import NO_TIME, Job, Trial, read_trial, run_trial
 from sfda_tune.pipelines.spaces import Dimension, Space
-from sfda_tune.values.files import read_json, write_text
+from sfda_tune.values.files import find_disk_fault, read_json, write_text
 from sfda_tune.values.formats import EXPERIMENTS
 from sfda_tune.values.ranking import Ranking
 from sfda_tune_ray._compat import end_at_once
@@ -46,6 +46,7 @@ __all__ = ["tune"]
 
 RECORD, ORDER = "trial.json", "ray-trials.json"
 METRICS = ["value", "cost"]  # by objective
+FAULT = "fault"  # of the disk, in what a trial reports
 FOLDER = "folder"  # of a trial that goes on in another experiment
 TERMS = {
     "RAY_AIR_NEW_OUTPUT": "0",  # only then "verbose=0" counts
@@ -60,6 +61,7 @@ MORE = 1000  # trials, where only the time ends a search
 
 # Tune pickles callbacks and stoppers; what they report to stays in this process.
 _JOBS: dict[str, Job] = {}
+_FAULTS: dict[str, int] = {}  # of the disk, which end an experiment: its trials are left
 
 
 def tune(job: Job) -> list[Trial]:
@@ -80,6 +82,8 @@ def _tune(job: Job) -> list[Trial]:
         try:
             while not _is_done(job):
                 _open_tuner(job).fit()
+                if code := _FAULTS.pop(job.name, None):
+                    raise OSError(code, os.strerror(code))
         finally:
             del _JOBS[job.name]
     return _read_all(job)
@@ -300,7 +304,14 @@ def _make_trainable(job: Job) -> Callable[[dict[str, Any]], None]:
             return False
 
         made[:] = made or [train_factory()]
-        done = run_trial(made[0], trial, note)
+        try:
+            done = run_trial(made[0], trial, note)
+        except Exception as error:  # Tune would try again, and then call the trial failed
+            if (code := find_disk_fault(error)) is None:
+                raise
+            told = dict.fromkeys(METRICS, math.nan)
+            raytune.report(told | {"training_iteration": 1, FAULT: code})
+            return
         _write(own, done)
         if done.state == "failed" and done.error != NO_TIME:
             _report(done)
@@ -363,6 +374,8 @@ class _Listener(raytune.Callback):
         return _JOBS[self.name]
 
     def _update_trials(self, trials: list[Any], end: str | None = None) -> None:
+        if self.name in _FAULTS:
+            return
         *past, now = _read_experiments(self.job)
         now |= {"trials": [_name(t.config, t.trial_id) for t in trials], "end": end}
         _write_experiments(self.job, [*past, now])
@@ -371,7 +384,9 @@ class _Listener(raytune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Note what an epoch has reached."""
+        """Note what an epoch has reached; end the search if the disk fails."""
+        if FAULT in result:
+            _FAULTS[self.name] = result[FAULT]
         self._update_trials(trials)
 
     def on_trial_complete(
@@ -395,7 +410,7 @@ class _Listener(raytune.Callback):
 
     def _end(self, trial: Any, state: str, error: str | None) -> None:
         folder = self.job.folder / "trials" / _name(trial.config, trial.trial_id)
-        if (folder / RECORD).is_file():
+        if (folder / RECORD).is_file() and self.name not in _FAULTS:
             known = read_trial(folder / RECORD)
             if known.state == "running":  # else it said so itself
                 if not known.epochs:
@@ -414,6 +429,6 @@ class _Stop(raytune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Tell whether the time is over."""
+        """Tell whether the time is over, or the disk fails."""
         job = _JOBS.get(self.name)
-        return job is not None and job.is_over()
+        return job is not None and (job.is_over() or self.name in _FAULTS)

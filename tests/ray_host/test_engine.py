@@ -119,6 +119,30 @@ def test_trials_without_time_for_an_epoch(two_places, tmp_path):
     assert len({t.worker for t in trials}) < 4  # small trials share a process
 
 
+def test_a_full_disk_ends_the_search_and_costs_no_trial(two_places, tmp_path):
+    full = tmp_path / "full"
+    full.touch()
+
+    def train_factory():
+        def train(trial):
+            epochs = ({"number": 0, "value": 0.5, "log_loss": 1, "seconds": 1},)
+            yield replace(trial, value=0.5, values=(0.5,), epochs=epochs)
+            if full.exists():
+                raise RuntimeError("the epoch could not be kept") from OSError(28, "full")
+
+        return train
+
+    job = Job(
+        "study", tmp_path, {"a": 2.0, "b": 1.0}, default_space(100), ("maximize",), 3, 2, None, 0,
+        train=iter, train_factory=train_factory, update_trials=lambda trials: None,
+        is_over=lambda: False,
+    )  # fmt: skip
+    with pytest.raises(OSError, match="No space left on device"):
+        tune(job)
+    full.unlink()
+    assert [(t.state, t.error) for t in tune(job)] == [("complete", None)] * 2
+
+
 def test_busy_gpus_do_not_outlast_the_time(two_places, tmp_path):
     import ray
 
