@@ -1,5 +1,6 @@
 """`sfda_tune.search` on Ray: from the ranking to the tested winner, interrupted and resumed."""
 
+import gc
 import json
 import os
 import signal
@@ -140,6 +141,7 @@ def test_a_full_disk_ends_the_search_and_costs_no_trial(two_places, tmp_path):
     with pytest.raises(OSError, match="No space left on device"):
         tune(job)
     full.unlink()
+    gc.collect()  # files that Tune leaves open where it stops trials
     assert [(t.state, t.error) for t in tune(job)] == [("complete", None)] * 2
 
 
