@@ -258,7 +258,9 @@ def rank(
     if len(ranking) > len(ranking.failed) + 1:
         from sfda_tune.report.commands import propose_search
 
-        line, _ = propose_search(ranking, **{"dataset": dataset, "import": imports})
+        line, _ = propose_search(
+            ranking, **{"dataset": dataset, "import": imports, "weights_disk": weights_disk}
+        )
         say(messages, f"Next: {line}")
     if len(ranking.failed) == len(ranking):
         unseen = len(ranking.info.get("not_looked_at", ())) == len(ranking)
