@@ -159,8 +159,7 @@ def test_a_race_skips_what_it_cannot_read_and_what_fails(photos, toy_zoo, tmp_pa
     assert ranking.score(ranking.shortlist(1)[0]).n_samples == 35
 
 
-@pytest.mark.parametrize("budget", [None, "1h"])
-@pytest.mark.parametrize("after", [1, 3, 6])
+@pytest.mark.parametrize(("after", "budget"), [(1, "1h"), (3, "1h"), (6, None)])
 def test_an_interrupted_race_ranks_what_saw_images_and_goes_on(
     photos, toy_zoo, tmp_path, monkeypatch, after, budget
 ):

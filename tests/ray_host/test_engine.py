@@ -120,6 +120,7 @@ def test_trials_without_time_for_an_epoch(two_places, tmp_path):
     assert len({t.worker for t in trials}) < 4  # small trials share a process
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_search_and_costs_no_trial(two_places, tmp_path):
     full = tmp_path / "full"
     full.touch()
