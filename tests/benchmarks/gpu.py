@@ -434,7 +434,7 @@ def ray_(part: Part) -> None:
     with tempfile.TemporaryDirectory() as folder:
         local = extract_all(dataset, backbones, settings)
         part.add("local: images × backbones per second", n / local["wall"], "/s")
-        for actors in (1, 2) if part.tiny else (1, 2, 4):
+        for actors in (2,) if part.tiny else (1, 2, 4):
             executor = RayExecutor(
                 "local", actors=actors, num_gpus=1 / actors if on_gpu else 0,
                 cpus_per_actor=max(1, cores // actors), unit_seconds=2,
@@ -474,7 +474,7 @@ def ray_(part: Part) -> None:
         if part.left < 20:
             return
         started = time.perf_counter()
-        trials = 4 if part.tiny else 8
+        trials = 2 if part.tiny else 8
         result = search(
             dataset, [b.spec for b in backbones if not b.plugins][:2], engine="ray",
             trials=trials, out=Path(folder) / "run", device=part.device,
