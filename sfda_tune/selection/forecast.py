@@ -272,7 +272,8 @@ def forecast(
     if unseen:
         names += (new := sorted(set(unseen) - set(names)))
         Z = np.broadcast_to(Z, (n_draws, Z.shape[-1]))
-        Z = np.hstack([Z, rng.standard_normal((n_draws, len(new)))])
+        Z = Z if Z.shape[-1] > 1 else Z[:, :0]  # a score alone says nothing
+        Z = np.hstack([Z, rng.standard_normal((n_draws, len(names) - Z.shape[-1]))])
         z = np.append(z, np.zeros(len(new)))
     known = find_facts(scores, names) if facts is None else facts
     x = table_facts([known.get(name, Facts()) for name in names])

@@ -198,6 +198,12 @@ def test_unseen_ones_are_judged_by_facts_whatever_their_scores():
         assert forecast(without | {NAMES[3]: score}, unseen=[NAMES[3]]).best == f.best
 
 
+def test_one_that_was_seen_alone_is_as_likely_the_best_as_the_others():
+    best = forecast({"a": 0.9}, unseen=[*"bcdefgh"]).best
+    assert sum(best.values()) == pytest.approx(1)
+    assert max(best.values()) - min(best.values()) < 0.04
+
+
 @pytest.mark.parametrize("part", ["scales", "correlations", "full"])
 def test_coefficients_that_lack_one_are_refused(part):
     of = json.loads(json.dumps(read_coefficients()))
