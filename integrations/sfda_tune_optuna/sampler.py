@@ -430,22 +430,23 @@ class SFDASampler(BaseSampler):
 
     def _stop_if_done(self, study: Study, trial: FrozenTrial) -> None:
         """Stop once all combinations of those that may be tried were, if not all backbones may."""
-        if isinstance(self._base, GridSampler):
-            points = _compat.read_grid(self._base)
-            if self._param_name not in points[0]:
-                return
-            names = [backbone_name(point[self._param_name]) for point in points]
-            left = {names[point] for point in _compat.find_untried(self._base, study)}
-        elif isinstance(_compat.unwrap(self._base), BruteForceSampler):
-            trials = _compat.read_trials(study)
-            names = [*map(backbone_name, find_choices(trials, self._param_name) or ())]
-            left = {*names} - exhaustive.find_exhausted(trials, self._param_name, {})
-        else:
+        grid = self._base if isinstance(self._base, GridSampler) else None
+        if grid is None and not isinstance(_compat.unwrap(self._base), BruteForceSampler):
             return
+        trials = [] if grid else _compat.read_trials(study)
+        points = _compat.read_grid(grid) if grid else []
+        choices = [point.get(self._param_name) for point in points]
+        names = [*map(backbone_name, choices or find_choices(trials, self._param_name) or ())]
         kept = self._find_kept(study, sorted({*names}))
         mask = self.policy.mask(kept)
         if mask is not None:
             kept = [name for name in kept if name in mask] or kept
+        if {*kept} == {*names}:
+            return  # then the base sampler knows itself when to stop
+        if grid:
+            left = {names[point] for point in _compat.find_untried(grid, study)}
+        else:
+            left = {*names} - exhaustive.find_exhausted(trials, self._param_name, {})
         if left and not left & {*kept}:
             with suppress(RuntimeError):  # ask and tell
                 study.stop()

@@ -18,11 +18,10 @@ import numpy as np
 from scipy.linalg import eigh
 
 from sfda_tune.values.labels import encode_labels
-from sfda_tune.values.text import is_number, require
 
 __all__ = [
     "Data", "as_matrix", "encode", "encode_groups", "load", "load_logits", "narrow", "pca",
-    "positive", "triangle",
+    "triangle",
 ]  # fmt: skip
 
 LARGEST = 1e75  # of |feature|: the squares of squares stay finite in float64
@@ -221,13 +220,6 @@ def encode_groups(groups: Any, n_rows: int) -> np.ndarray | None:
             "it nothing is left to fit; leave groups out, or name smaller ones."
         )
     return None if len(names) == n_rows else codes
-
-
-def positive(name: str, value: Any, most: float = np.inf) -> float:
-    """Check an option that must be a finite number in (0, most]."""
-    rule = "a number > 0" if most == np.inf else f"a number in (0, {most:g}]"
-    require(name, value, rule, is_number(value) and 0 < value <= most and value < np.inf)
-    return float(value)
 
 
 def triangle(A: np.ndarray) -> np.ndarray:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax
 
-from sfda_tune.metrics._input import Data, encode_groups, load, positive
+from sfda_tune.metrics._input import Data, encode_groups, load
 from sfda_tune.metrics._linear import fit_softmax
 from sfda_tune.values.features import MetricResult
-from sfda_tune.values.text import integer
+from sfda_tune.values.text import integer, positive
 
 __all__ = ["linear_probe"]
 

@@ -69,7 +69,7 @@ import numpy as np
 from scipy.linalg import eigh
 from scipy.special import expit
 
-from sfda_tune.metrics._input import as_matrix, encode_groups, positive
+from sfda_tune.metrics._input import as_matrix, encode_groups
 from sfda_tune.metrics._linear import fit_logistic
 from sfda_tune.metrics.knn import GRID as NEIGHBOURS
 from sfda_tune.metrics.knn import find_neighbours
@@ -79,7 +79,7 @@ from sfda_tune.metrics.logme import find_spectrum, maximise_evidence
 from sfda_tune.metrics.sfda import sfda
 from sfda_tune.values.features import MetricResult
 from sfda_tune.values.labels import as_indicators, find_rarest
-from sfda_tune.values.text import integer, is_number, require
+from sfda_tune.values.text import integer, is_number, positive, require
 
 __all__ = [
     "MULTILABEL", "knn_multilabel", "linear_probe_multilabel", "logme_multilabel",

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from sfda_tune.metrics._input import load, narrow, positive
+from sfda_tune.metrics._input import load, narrow
 from sfda_tune.metrics._linear import fit_softmax
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import positive
 
 __all__ = ["pactran"]
 

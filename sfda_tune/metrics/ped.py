@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from sfda_tune.metrics._input import Data, load, positive
+from sfda_tune.metrics._input import Data, load
 from sfda_tune.metrics.registry import get_metric
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import positive
 
 __all__ = ["ped"]
 

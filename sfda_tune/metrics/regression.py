@@ -27,13 +27,13 @@ import numpy as np
 from scipy.linalg import eigh, helmert
 from scipy.stats import rankdata
 
-from sfda_tune.metrics._input import EPS, as_matrix, encode_groups, positive
+from sfda_tune.metrics._input import EPS, as_matrix, encode_groups
 from sfda_tune.metrics.knn import GRID as NEIGHBOURS
 from sfda_tune.metrics.knn import find_neighbours
 from sfda_tune.metrics.logme import find_spectrum, maximise_evidence
 from sfda_tune.values.features import MetricResult
 from sfda_tune.values.labels import tell_unit
-from sfda_tune.values.text import integer, require
+from sfda_tune.values.text import integer, positive, require
 
 __all__ = [
     "ORDINAL", "REGRESSION", "fit_ridge", "knn_regression", "logme_regression", "ridge",

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from scipy.linalg import cholesky
 
-from sfda_tune.metrics._input import load, narrow, positive
+from sfda_tune.metrics._input import load, narrow
 from sfda_tune.values.features import MetricResult
+from sfda_tune.values.text import positive
 
 __all__ = ["transrate"]
 

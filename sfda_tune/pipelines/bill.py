@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 from sfda_tune.backbones.devices import compute, resolve_device
@@ -14,7 +15,7 @@ from sfda_tune.extraction.settings import Settings
 from sfda_tune.metrics.priors import look_up_facts
 from sfda_tune.pipelines.budget import time_decoding
 from sfda_tune.pipelines.latency import time_forward
-from sfda_tune.pipelines.ranking import find_prices, measure_sizes, prepare
+from sfda_tune.pipelines.ranking import find_prices, measure_sizes, prepare, rank
 from sfda_tune.values.text import format_bytes, format_duration, some
 
 __all__ = ["Bill", "draw_up_bill"]
@@ -134,7 +135,10 @@ def draw_up_bill(dataset: Any, backbones: Any = "demo:*", **options: Any) -> Bil
     >>> bill.n_backbones, bill.n_computed, bill.n_kept, bill.to_download
     (2, 100, 0, {})
     """
-    ready = prepare(dataset, backbones, **options)
+    asked = signature(rank).bind(dataset, backbones, **options)
+    asked.apply_defaults()
+    del asked.arguments["progress"]
+    ready = prepare(**asked.arguments)
     settings = replace(ready.settings, device=resolve_device(ready.settings.device))
     candidates, images = ready.candidates, ready.images
     digests = [ready.digests[row] for row in ready.twins.kept]

@@ -239,9 +239,6 @@ def rank(
     from sfda_tune.pipelines.progress import as_progress, check_progress
 
     check_progress(progress)
-    seed = integer("seed", seed, 0, LARGEST_SEED)
-    is_map = map_fn is None or callable(map_fn)
-    require("map_fn", map_fn, "a function that is called like `map`, or None", is_map)
     arguments = _record_arguments(
         dataset, backbones=_name_backbones(backbones), metric=metric, variant=variant,
         train=train, samples=samples, seed=seed or None,
@@ -409,37 +406,40 @@ class Prepared(NamedTuple):
 
 def prepare(
     dataset: Any,
-    backbones: Any = "demo:*",
+    backbones: Any,
     *,
-    metric: Metric | None = None,
-    variant: str | None = None,
-    train: str | None = None,
-    device: str = "auto",
-    precision: str = "float32",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    max_unreadable: float = 0.1,
-    cache: bool | str | os.PathLike[str] | None = True,
-    plugins: Iterable[str] = (),
-    map_fn: Map | None = None,
-    executor: Executor | None = None,
-    race: bool | None = None,
-    top: int | None = None,
-    budget: str | float | None = None,
-    ensemble: int | None = None,
-    weights_disk: str | int | None = None,
-    threads: int | None = None,
-    task: str | None = None,
-    label_columns: str | Sequence[str] | None = None,
-    label_delimiter: str | None = None,
-    levels: str | Sequence[Any] | None = None,
+    metric: Metric | None,
+    variant: str | None,
+    train: str | None,
+    device: str,
+    precision: str,
+    batch_size: int | None,
+    workers: int | None,
+    max_unreadable: float,
+    cache: bool | str | os.PathLike[str] | None,
+    plugins: Iterable[str],
+    map_fn: Map | None,
+    executor: Executor | None,
+    race: bool | None,
+    top: int | None,
+    budget: str | float | None,
+    ensemble: int | None,
+    weights_disk: str | int | None,
+    threads: int | None,
+    task: str | None,
+    label_columns: str | Sequence[str] | None,
+    label_delimiter: str | None,
+    levels: str | Sequence[Any] | None,
+    seed: int,
     **opening: Any,
 ) -> Prepared:
     """Check the arguments of `rank`, open its images and leave out copies of files.
 
-    `opening` are further arguments of `open_dataset`.
+    `opening` are further arguments of `open_dataset`; the defaults of all are those of `rank`.
     """
-    plugins = list(plugins)
+    seed, plugins = integer("seed", seed, 0, LARGEST_SEED), as_tuple("plugins", plugins)
+    is_map = map_fn is None or callable(map_fn)
+    require("map_fn", map_fn, "a function that is called like `map`, or None", is_map)
     settings = Settings(device, precision, batch_size, workers, max_unreadable, threads)
     if isinstance(executor, type):
         raise ValueError(
@@ -499,7 +499,7 @@ def prepare(
         ensemble = integer("ensemble", ensemble, 1, len(candidates))
     images = open_dataset(
         dataset, task=task, label_columns=label_columns, label_delimiter=label_delimiter,
-        levels=levels, **opening,
+        levels=levels, seed=seed, **opening,
     )  # fmt: skip
     if not callable(metric) and any(term.knows_groups for term in scorer.terms):
         check_classes(images)

@@ -20,10 +20,9 @@ from typing import Any
 
 __all__ = [
     "DECIMAL", "LARGEST_SEED", "as_tuple", "capitalize", "csv_line", "describe_images",
-    "did_you_mean",
-    "format_count", "format_duration", "integer", "is_integer", "is_number", "json_text",
-    "letters", "one_line", "parse_bytes", "positive", "printable", "read_csv_cell", "require",
-    "some", "without_nan",
+    "did_you_mean", "format_count", "format_duration", "integer", "is_integer", "is_number",
+    "json_text", "letters", "one_line", "parse_bytes", "positive", "printable", "read_csv_cell",
+    "require", "some", "without_nan",
 ]  # fmt: skip
 
 LARGEST_SEED = 2**32 - 1  # what NumPy's older streams take, so scikit-learn and Optuna
@@ -178,9 +177,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def positive(name: str, value: Any) -> None:
-    """Refuse what is no number > 0, or infinite."""
-    require(name, value, "a finite number > 0", is_number(value) and 0 < value < math.inf)
+def positive(name: str, value: Any, most: float = math.inf) -> float:
+    """Check an option that must be a finite number in (0, most]."""
+    rule = "a number > 0" if most == math.inf else f"a number in (0, {most:g}]"
+    require(name, value, rule, is_number(value) and 0 < value <= most and value < math.inf)
+    return float(value)
 
 
 def parse_bytes(name: str, text: str) -> int:

@@ -77,6 +77,9 @@ def test_the_command_line_tells_and_does_nothing(photos, toy_zoo, tmp_path, caps
     [
         ({"budget": "nonsense"}, "`budget` must be a time"),
         ({"budget": 0}, "`budget` must be a time"),
+        ({"seed": -1}, "`seed` must be an integer"),
+        ({"seed": 2**32, "samples": 8}, "`seed` must be an integer"),
+        ({"map_fn": 3}, "`map_fn` must be a function"),
         ({"metric": "nosuch"}, "`metric` must be a sum of some of"),
         ({"metric": "sfda", "variant": "foo"}, "`variant` must be one of"),
         ({"train": "foo"}, "`train` must be one of"),
